@@ -1,0 +1,77 @@
+"""What experiment files share: reading the argument after the colon, and two sizes."""
+
+import difflib
+
+from stagecraft.errors import UserError
+
+
+def parse_arg(arg, **known):
+    """Reads "tiny,beta=0.5" into a namespace with the types of the defaults.
+
+    Args:
+        arg: what follows the colon of --config=FILE:ARG. A bare name means True. A
+            value may hold commas if what follows them is no known name
+            ("text=a.txt,b.txt,prompts=p.jsonl").
+        **known: every name with its default, whose type decides how text is read.
+
+    Returns:
+        an object with one attribute a name.
+
+    >>> parse_arg("tiny,beta=0.5", tiny=False, beta=0.1).beta
+    0.5
+    """
+    values, last = dict(known), None
+    for part in filter(None, (p.strip() for p in arg.split(","))):
+        name, equals, text = part.partition("=")
+        if name not in known:
+            if last is not None and not equals and isinstance(known[last], str):
+                values[last] += f",{part}"
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"--config=FILE:{arg}: unknown argument {name!r}; {hint}known: "
+                f"{', '.join(known)}"
+            )
+        values[name], last = _read(name, text, known[name], bool(equals)), name
+    return type("Arg", (), values)
+
+
+def _read(name, text, default, given):
+    kind = type(default)
+    try:
+        if kind is bool:
+            if text.lower() in ("true", "1", "") or not given:
+                return True
+            if text.lower() in ("false", "0"):
+                return False
+            raise ValueError
+        return kind(text)
+    except ValueError as error:
+        raise UserError(
+            f"--config=FILE:...{name}={text}: expected {kind.__name__}, as in "
+            f"{name}={default}"
+        ) from error
+
+
+def tiny_model():
+    """A decoder that compiles in a moment; it learns little."""
+    return dict(
+        width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64, max_length=128
+    )
+
+
+def tiny(config, steps=2):
+    """Cuts every stage of an experiment to a few small steps, in place."""
+    for stage in config.stages.values():
+        if stage.kind == "comparisons":
+            stage.prompts, stage.batch_size = 64, 32
+            stage.sampling.max_new_tokens = 8
+            continue
+        stage.steps = steps
+        stage.batch_size = 8
+        stage.optimizer.warmup_steps = 0
+        stage.every = dict(log=1, eval=0, save=0, sample=0)
+        if stage.kind == "policy":
+            stage.sampling.max_new_tokens = 8
+    return config

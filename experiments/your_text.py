@@ -1,0 +1,126 @@
+r"""Your own files through the same graph of stages.
+
+    stagecraft run --config=experiments/your_text.py:text=FILES,demonstrations=FILES,\
+comparisons=FILES,prompts=FILES --workdir=runs/mine
+
+FILES is a file, a directory or a glob, several separated by commas; .txt, .jsonl and
+.jsonl.gz are read:
+
+    text            plain text, or {"text"} a line          -> pretrain
+    demonstrations  {"prompt","completion"} or {"messages"} -> sft
+    comparisons     {"prompt","chosen","rejected"}          -> reward, dpo
+    prompts         {"prompt"}                              -> ppo
+
+What is not given is left out, with the stages that need it. Keys of other names are
+mapped by demonstrations_fields="prompt=question completion=answer" and so on. A share
+of the demonstrations and comparisons (heldout=0.05) is kept for the eval_ metrics.
+"""
+
+from experiments import common
+from stagecraft import defaults
+from stagecraft.errors import UserError
+
+SIZES = {
+    "small": dict(width=128, layers=4, heads=4, kv_heads=4, ff_width=352),
+    "medium": dict(width=256, layers=6, heads=8, kv_heads=4, ff_width=688),
+    "large": dict(width=512, layers=8, heads=8, kv_heads=4, ff_width=1376),
+}
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(
+        arg,
+        tiny=False,
+        text="",
+        demonstrations="",
+        comparisons="",
+        prompts="",
+        demonstrations_fields="",
+        comparisons_fields="",
+        prompts_fields="",
+        heldout=0.05,
+        size="small",
+        vocab=2048,
+        length=256,
+        answer=64,
+        steps=400,
+    )
+    if not arg.text:
+        raise UserError(
+            "experiments/your_text.py needs text=FILES to pretrain on, as in "
+            "--config=experiments/your_text.py:text=corpus.txt,demonstrations=qa.jsonl"
+        )
+    if arg.size not in SIZES:
+        raise UserError(f"size={arg.size}: expected one of {', '.join(SIZES)}")
+    c = defaults.experiment()
+    c.tokenizer.files = arg.text
+    c.tokenizer.vocab_size = arg.vocab
+    c.model.update(SIZES[arg.size])
+    c.model.max_length = arg.length
+    if arg.tiny:
+        c.model.update(common.tiny_model())
+        c.model.max_length = arg.length
+
+    c.stages.pretrain = defaults.stage(
+        "language_model",
+        data=dict(files=arg.text, length=arg.length, heldout_share=arg.heldout),
+        steps=arg.steps,
+        batch_size=16,
+        optimizer=dict(lr=2e-3, warmup_steps=20),
+        every=dict(save=100),
+    )
+    if arg.demonstrations:
+        c.stages.sft = defaults.stage(
+            "language_model",
+            start_from="pretrain",
+            data=dict(
+                format="demonstrations",
+                files=arg.demonstrations,
+                fields=arg.demonstrations_fields,
+                heldout_share=arg.heldout,
+                length=arg.length,
+            ),
+            steps=arg.steps // 2,
+            batch_size=16,
+            optimizer=dict(lr=5e-4),
+            every=dict(save=100),
+        )
+    base = "sft" if arg.demonstrations else "pretrain"
+    if arg.comparisons:
+        pairs = dict(
+            files=arg.comparisons,
+            fields=arg.comparisons_fields,
+            heldout_share=arg.heldout,
+            length=arg.length,
+        )
+        c.stages.reward = defaults.stage(
+            "reward",
+            start_from=base,
+            data=pairs,
+            steps=arg.steps // 4,
+            batch_size=8,
+            optimizer=dict(lr=1e-4),
+        )
+        c.stages.dpo = defaults.stage(
+            "preference",
+            start_from=base,
+            objective_args=dict(beta=0.1),
+            data=pairs,
+            steps=arg.steps // 4,
+            batch_size=8,
+            optimizer=dict(lr=5e-5),
+        )
+    if arg.comparisons and arg.prompts:
+        c.stages.ppo = defaults.stage(
+            "policy",
+            start_from=base,
+            reward_from="reward",
+            data=dict(files=arg.prompts, fields=arg.prompts_fields),
+            sampling=dict(max_new_tokens=arg.answer),
+            steps=max(arg.steps // 40, 1),
+            batch_size=16,
+            epochs=2,
+            optimizer=dict(lr=5e-5, warmup_steps=0, schedule="linear"),
+            every=dict(log=1, save=5),
+        )
+    return common.tiny(c) if arg.tiny else c

@@ -1,0 +1,1 @@
+"""What each stage changed, read from finished runs: weights, behaviour, cost, report."""

@@ -1,0 +1,275 @@
+"""Draws the report's pictures as inline SVG: curves by Matplotlib, the graph of stages.
+
+A picture is drawn once and serves light, dark and print: its colours are written as the
+page's CSS variables, its text takes the page's font.
+"""
+
+import io
+import re
+
+from markupsafe import Markup, escape
+
+from stagecraft.errors import UserError
+
+# Matplotlib needs real colours: stand-ins that nothing else uses, replaced in the SVG.
+_INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
+_STAND_INS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)"}
+COLOURS = 8  # stage colours in the page; more stages take them again, dashed
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_POINTS = 240  # about what a chart of this width can show
+
+
+def colour(index):
+    """CSS colour of a stage, by its place in the graph."""
+    return f"var(--s{index % COLOURS})"
+
+
+def curves(series, *, name, label):
+    """A line chart against steps.
+
+    Args:
+        series: [{"steps": [...], "values": [...], "colour": stage index, "marked":
+            bool}]; marked series (few points: evaluations) get dots and dashes.
+        name: unique on the page; salts the ids inside the SVG.
+        label: what a screen reader says.
+
+    Returns:
+        Markup, an `<svg>` that scales with its container.
+
+    Raises:
+        UserError: Matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise UserError(
+            "the report's curves need Matplotlib: pip install 'stagecraft[report]'"
+        ) from error
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4, 2.3))
+        axes = figure.add_axes((0.125, 0.175, 0.85, 0.775))
+        replaced = dict(_STAND_INS)
+        for one in series:
+            stand_in = f"#0a0a{one['colour']:02x}"
+            replaced[stand_in] = colour(one["colour"])
+            _line(axes, one, stand_in)
+        axes.margins(x=0.02, y=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.get_major_formatter().set_powerlimits((-3, 4))
+        axes.ticklabel_format(axis="x", style="plain")
+        axes.set_facecolor("none")
+        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_MUTED, length=0, pad=4)
+        axes.yaxis.get_offset_text().set_color(_MUTED)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_RULE)
+        page = io.StringIO()
+        figure.savefig(page, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(page.getvalue(), replaced, label)
+
+
+def _line(axes, one, stand_in):
+    steps, values = _thin(one["steps"], one["values"])
+    dash = _DASHES[one["colour"] // COLOURS % len(_DASHES)]
+    if one["marked"]:
+        axes.plot(
+            steps,
+            values,
+            color=_INK,
+            linewidth=1.1,
+            linestyle=(0, (3, 2)),
+            marker="o",
+            markersize=3.2 if len(steps) < 40 else 0,
+        )
+        return
+    smooth = _running_mean(values)
+    if smooth is not None:
+        axes.plot(steps, values, color=stand_in, linewidth=0.7, alpha=0.35)
+        values = smooth
+    lone = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=stand_in, linewidth=1.7, linestyle=dash, marker=lone)
+
+
+def _thin(steps, values):
+    """Means over equal bins of points, so that a long run stays a small picture."""
+    size = -(-len(steps) // _POINTS)
+    if size <= 1:
+        return steps, values
+    bins = range(0, len(steps), size)
+    return (
+        [steps[min(i + size, len(steps)) - 1] for i in bins],
+        [sum(values[i : i + size]) / len(values[i : i + size]) for i in bins],
+    )
+
+
+def _running_mean(values):
+    """A centred mean over about a twentieth of a long series; None for a short one."""
+    if len(values) < 60:
+        return None
+    half = len(values) // 40
+    windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _inline(text, replaced, label):
+    """Turns Matplotlib's standalone SVG into an element of the page."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s(?:xmlns(?::xlink)?|version)=\"[^\"]*\"", "", text, count=3)
+    # Numbered ids repeat from figure to figure; only hashed ones are referred to.
+    text = re.sub(r"\sid=\"[A-Za-z]+[A-Za-z0-9.]*_\d+\"", "", text)
+    text = re.sub(r"(<svg[^>]*?)\swidth=\"[^\"]*\"", r"\1", text, count=1)
+    text = re.sub(r"(<svg[^>]*?)\sheight=\"[^\"]*\"", r"\1", text, count=1)
+    for stand_in, value in replaced.items():
+        text = text.replace(stand_in, value)
+    head = f'<svg role="img" aria-label="{escape(label)}"'
+    return Markup(text.replace("<svg", head, 1).strip())
+
+
+# -- the graph of stages ------------------------------------------------------
+
+_WIDTH, _HEIGHT, _GAP, _LEVEL = 120, 46, 16, 84
+_THREAD = 10  # room a long edge takes on a level it only passes
+
+
+def graph(nodes, edges):
+    """Draws stages from top (roots) to bottom, each below everything it needs.
+
+    Args:
+        nodes: {name: {"note": str, "colour": stage index, or None for a model that
+            came from outside the run}}.
+        edges: [(parent, child, main)]; main edges hand over weights and are solid.
+
+    Returns:
+        Markup, an `<svg>`, or an empty one for no nodes.
+    """
+    levels, links = _levels(nodes, edges)
+    rows = _ordered(levels, links)
+    places, width = _places(rows)
+    height = len(rows) * _LEVEL - (_LEVEL - _HEIGHT) + 4
+    parts = [
+        f'<svg role="img" viewBox="0 0 {width} {height}" '
+        f'style="width:{width}px" aria-label="{escape(_told(edges))}">'
+    ]
+    for parent, child, path, main in links:
+        points = [places[name] for name in (parent, *path, child)]
+        parts.append(_edge(points, main))
+    for name, node in nodes.items():
+        parts.append(_node(name, node, places[name]))
+    return Markup("".join(parts) + "</svg>")
+
+
+def _told(edges):
+    if not edges:
+        return "Stages"
+    return "Stages: " + "; ".join(f"{a} leads to {b}" for a, b, _ in edges)
+
+
+def depths(names, edges):
+    """{name: longest path from a root}; edges that would close a circle are ignored."""
+    depth = dict.fromkeys(names, 0)
+    for _ in names:
+        for parent, child, *_rest in edges:
+            depth[child] = max(depth[child], min(depth[parent] + 1, len(depth) - 1))
+    return depth
+
+
+def _levels(nodes, edges):
+    """Names by level, and each edge with the threads it passes levels by."""
+    depth = depths(nodes, edges)
+    levels = [[] for _ in range(max(depth.values(), default=0) + 1)]
+    for name in nodes:
+        levels[depth[name]].append(name)
+    levels = [level for level in levels if level]
+    at = {name: i for i, level in enumerate(levels) for name in level}
+    links = []
+    for parent, child, main in edges:
+        path = [(parent, child, i) for i in range(at[parent] + 1, at[child])]
+        for thread in path:
+            levels[thread[2]].append(thread)
+        links.append((parent, child, path, main))
+    return levels, links
+
+
+def _ordered(levels, links):
+    """Orders each level by the mean place of its neighbours, to cross few edges."""
+    neighbours = {}
+    for parent, child, path, _ in links:
+        chain = [parent, *path, child]
+        for a, b in zip(chain, chain[1:], strict=False):
+            neighbours.setdefault(a, []).append(b)
+            neighbours.setdefault(b, []).append(a)
+    rows = [list(level) for level in levels]
+    for _ in range(6):
+        for sweep in (rows, rows[::-1]):
+            place = {
+                name: (i + 0.5) / len(row) for row in rows for i, name in enumerate(row)
+            }
+            for row in sweep:
+                wish = {
+                    name: sum(place[n] for n in near) / len(near)
+                    for name in row
+                    if (near := neighbours.get(name))
+                }
+                row.sort(key=lambda name: wish.get(name, place[name]))  # noqa: B023
+                place |= {name: (i + 0.5) / len(row) for i, name in enumerate(row)}
+    return rows
+
+
+def _places(rows):
+    """{name: (x of the middle, y of the top)}, and the picture's width, in pixels."""
+    sizes = [[_THREAD if isinstance(n, tuple) else _WIDTH for n in row] for row in rows]
+    width = max(sum(row) + _GAP * (len(row) - 1) for row in sizes) + 4
+    places = {}
+    for level, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        x = (width - sum(size) - _GAP * (len(row) - 1)) / 2
+        for name, one in zip(row, size, strict=True):
+            places[name] = (x + one / 2, 2 + level * _LEVEL)
+            x += one + _GAP
+    return places, width
+
+
+def _edge(points, main):
+    x, y = points[0]
+    path = f"M{x:g} {y + _HEIGHT}"
+    y += _HEIGHT
+    for nx, ny in points[1:]:
+        bend = (y + ny) / 2
+        path += f"C{x:g} {bend:g} {nx:g} {bend:g} {nx:g} {ny}"
+        x, y = nx, ny
+        if (nx, ny) != points[-1]:  # a thread runs straight down past its level
+            y += _HEIGHT
+            path += f"L{x:g} {y}"
+    return f'<path class="edge{"" if main else " side"}" d="{path}"/>'
+
+
+def _node(name, node, place):
+    x, y = place[0] - _WIDTH / 2, place[1]
+    outside = node["colour"] is None
+    shade = "var(--muted)" if outside else colour(node["colour"])
+    kind = "node outside" if outside else "node"
+    return (
+        f'<g class="{kind}"><title>{escape(name)}</title>'
+        f'<rect x="{x:g}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="7" '
+        f'style="stroke:{shade}"/>'
+        f'<text x="{place[0]:g}" y="{y + 20}" class="name">{escape(_cut(name, 15))}'
+        f'</text><text x="{place[0]:g}" y="{y + 36}" class="note">'
+        f"{escape(_cut(node['note'], 19))}</text></g>"
+    )
+
+
+def _cut(text, length):
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,123 @@
+"""What a stage costs in floating-point operations, counted from its model and tokens.
+
+The count is the usual one of matrix products, a multiply and an add being two. For one
+token going forward
+
+    2 N + 4 L H C context
+
+where N are the parameters that take part in a matrix product (the output embedding
+also when it is tied; norms and the input lookup not), and `context` is the mean number
+of positions a token attends to, itself included. With context = T this is PaLM's
+2 N + 4 L H C T a token (appendix B of Chowdhery et al. 2204.02311, a third of its
+6 N + 12 L H Q T for forward and backward); with the causal mean T / 2 it is
+2 N + 2 L T D of Kaplan et al. 2001.08361, table 1. Backward costs twice the forward.
+Rematerialisation is work done again, not work needed, and is left out.
+"""
+
+_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+_COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
+
+
+def parameters(model):
+    """Counts the parameters of a decoder.
+
+    Args:
+        model: a ModelConfig as a mapping (config["model"] of a stage).
+
+    Returns:
+        {"by_kind": {kind: int}, "embedding": int, "body": int, "total": int}; the body
+        is all that is not an embedding, which is what scaling laws call N.
+    """
+    width, layers = model["width"], model["layers"]
+    queries = model["heads"] * model["head_dim"]
+    keys = model["kv_heads"] * model["head_dim"]
+    table = model["vocab_size"] * width
+    norms = layers * (2 * width + 2 * model["head_dim"] * model["qk_norm"]) + width
+    by_kind = {
+        "embed": table,
+        "unembed": 0 if model["tied"] else table,
+        "query": layers * width * queries,
+        "key": layers * width * keys,
+        "value": layers * width * keys,
+        "output": layers * queries * width,
+        "gate": layers * width * model["ff_width"],
+        "up": layers * width * model["ff_width"],
+        "down": layers * model["ff_width"] * width,
+        "norm": norms,
+    }
+    embedding = by_kind["embed"] + by_kind["unembed"]
+    total = sum(by_kind.values())
+    return {
+        "by_kind": by_kind,
+        "embedding": embedding,
+        "body": total - embedding,
+        "total": total,
+    }
+
+
+def forward_flops(model, tokens, context, *, scalar=False):
+    """FLOPs of a forward pass.
+
+    Args:
+        model: a ModelConfig as a mapping.
+        tokens: tokens that go through the model.
+        context: mean number of positions a token attends to, itself included:
+            (T + 1) / 2 for one document over a causal row of T.
+        scalar: True for a reward or value model, which has no output embedding (its
+            head of D weights is not counted).
+
+    Returns:
+        FLOPs, a float.
+    """
+    by_kind = parameters(model)["by_kind"]
+    weights = sum(by_kind[name] for name in _MATRICES)
+    if not scalar:
+        weights += model["vocab_size"] * model["width"]
+    attention = 4 * model["layers"] * model["heads"] * model["head_dim"] * context
+    return float(tokens * (2 * weights + attention))
+
+
+def stage_flops(counters, model):
+    """FLOPs of a whole stage.
+
+    Args:
+        counters: tokens by what was done with them; one left out is 0.
+            trained: forward and backward, every epoch counted (three forwards each).
+            scored: forward only: reference log-probs, prompts read before sampling.
+            sampled: generated, one forward each.
+            scalar_trained, scalar_scored: the same for reward and value models.
+            context: mean number of positions a token attends to.
+        model: a ModelConfig as a mapping.
+
+    Returns:
+        FLOPs, a float.
+
+    Raises:
+        ValueError: an unknown counter, or tokens without `context`.
+    """
+    unknown = set(counters) - {*_COUNTERS, "context"}
+    if unknown:
+        raise ValueError(f"unknown counters {sorted(unknown)}; known: {_COUNTERS}")
+    if "context" not in counters:
+        raise ValueError("counters need `context`, the mean positions attended to")
+    total = 0.0
+    for name in _COUNTERS:
+        if name in counters:
+            total += (3 if name.endswith("trained") else 1) * forward_flops(
+                model,
+                counters[name],
+                counters["context"],
+                scalar=name.startswith("scalar"),
+            )
+    return total
+
+
+def share(stage, pretrain):
+    """A stage's FLOPs as a share of pretraining's.
+
+    In published runs the later stages cost from 0.1 to some percent; with a small world
+    and a small model, pretraining is so short that the share is far above that.
+    """
+    if pretrain <= 0:
+        raise ValueError("pretraining cost nothing: there is no share to give")
+    return stage / pretrain

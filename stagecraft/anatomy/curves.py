@@ -1,0 +1,163 @@
+"""A run's metrics as small charts: which to draw, in which words, and their numbers."""
+
+from stagecraft.anatomy import charts, files
+
+# One chart each: title, unit, and the series it may show as (metric, label, marked).
+CHARTS = (
+    ("Loss", "nats", ("loss", "training"), ("eval_loss", "held out")),
+    (
+        "Token accuracy",
+        "share of target tokens",
+        ("mean_token_accuracy", "training"),
+        ("eval_mean_token_accuracy", "held out"),
+    ),
+    (
+        "Pair accuracy",
+        "share of pairs in the labelled order",
+        ("accuracy", "training"),
+        ("eval_accuracy", "held out"),
+    ),
+    (
+        "Pair accuracy",
+        "share of pairs in the labelled order",
+        ("rewards/accuracies", "training"),
+        ("eval_rewards/accuracies", "held out"),
+    ),
+    (
+        "Margin",
+        "reward of the chosen less the rejected",
+        ("margin", "training"),
+        ("eval_margin", "held out"),
+    ),
+    (
+        "Margin",
+        "implicit reward of the chosen less the rejected",
+        ("rewards/margins", "training"),
+        ("eval_rewards/margins", "held out"),
+    ),
+    (
+        "Implicit rewards",
+        "beta times log-ratio to the reference",
+        ("rewards/chosen", "chosen"),
+        ("rewards/rejected", "rejected"),
+    ),
+    (
+        "Score (proxy)",
+        "reward model, a sample",
+        ("objective/scores", "training"),
+        ("eval_objective/scores", "held out"),
+    ),
+    (
+        "KL to the reference",
+        "nats a sequence",
+        ("objective/kl", "training"),
+        ("eval_objective/kl", "held out"),
+    ),
+    ("Entropy", "nats a sequence", ("objective/entropy", "training")),
+    ("Clip fraction", "share of tokens clipped", ("policy/clipfrac_avg", "training")),
+    ("Explained variance", "of returns, by critic", ("val/explained_variance", "")),
+)
+_UNDRAWN = ("epoch", "num_tokens", "episode")
+_MORE = 12  # other metrics drawn a stage
+
+
+def show(value):
+    """A number for people: three significant digits, thousands apart.
+
+    >>> show(0.12345), show(12), show(3.1e7), show(1.0), show(2.1e-5)
+    ('0.123', '12', '31,000,000', '1.00', '2.1e-05')
+    """
+    if not files.number(value):
+        return "–" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.2g}"
+    if abs(value) < 1:
+        return f"{value:.3f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _chart(stage, title, unit, *series):
+    """A chart of those series that the stage has; None when it has none."""
+    drawn = []
+    for key, label in series:
+        steps, values = stage.series(key)
+        if steps:
+            drawn.append(
+                {
+                    "key": key,
+                    "label": label,
+                    "steps": steps,
+                    "values": values,
+                    "colour": stage.index,
+                    "marked": key.startswith("eval_") or key == "rewards/rejected",
+                }
+            )
+    if not drawn:
+        return None
+    told = "; ".join(
+        f"{one['label'] or one['key']} from {show(one['values'][0])} at step "
+        f"{one['steps'][0]} to {show(one['values'][-1])} at step {one['steps'][-1]}"
+        for one in drawn
+    )
+    name = f"{stage.name} {' '.join(one['key'] for one in drawn)}"
+    svg = charts.curves(drawn, name=name, label=f"{stage.name}, {title}: {told}")
+    return {"title": title, "unit": unit, "series": drawn, "svg": svg}
+
+
+def panel(stage):
+    """A stage's charts, the usual ones first; its samples; what it was."""
+    keys, main, taken = stage.keys(), [], set()
+    specs = list(CHARTS)
+    golds = [key for key in keys if "gold" in key and not key.endswith("std")]
+    specs[8:8] = [("Gold score", key.replace("eval_", ""), (key, "")) for key in golds]
+    for title, unit, *series in specs:
+        chart = _chart(stage, title, unit, *series)
+        if chart:
+            main.append(chart)
+            taken |= {key for key, _ in series}
+    more = []
+    for key in keys:
+        if key in taken or key.removeprefix("eval_") in _UNDRAWN:
+            continue
+        pair = [(key, "training"), (f"eval_{key}", "held out")]
+        if key.startswith("eval_"):
+            pair = [(key, "held out")]
+        taken |= {name for name, _ in pair}
+        values = stage.series(key)[1]
+        if len(more) < _MORE and min(values) < max(values):
+            more.append(_chart(stage, key, "", *pair))
+    last = stage.samples[-1].get("step") if stage.samples else None
+    samples = [row for row in stage.samples if row.get("step") == last][:6]
+    return {"stage": stage, "charts": main, "more": more, "samples": samples}
+
+
+def overlays(stages):
+    """Proxy and gold while training, all stages that have them in one chart each."""
+    found = []
+    for title, unit, wanted in (
+        ("Score (proxy)", "reward model, a sample", lambda k: k == "objective/scores"),
+        ("Gold score", "rules nobody trains on", lambda k: "gold" in k),
+        ("KL to the reference", "nats a sequence", lambda k: k == "objective/kl"),
+    ):
+        drawn = []
+        for stage in stages:
+            key = next((k for k in stage.keys() if wanted(k)), None)  # noqa: SIM118
+            if key:
+                steps, values = stage.series(key)
+                drawn.append(
+                    {
+                        "label": stage.name,
+                        "steps": steps,
+                        "values": values,
+                        "colour": stage.index,
+                        "marked": False,
+                    }
+                )
+        if len(drawn) > 1:
+            names = ", ".join(one["label"] for one in drawn)
+            label = f"{title} against step: {names}"
+            svg = charts.curves(drawn, name=f"overlay {title}", label=label)
+            found.append({"title": title, "unit": unit, "series": drawn, "svg": svg})
+    return found

@@ -1,0 +1,384 @@
+"""Writes WORKDIR/report.html: one self-contained page about a run, from its files alone.
+
+The page loads nothing: styles, curves and figures are in it, and its content policy
+forbids the rest. Whatever a model wrote is data and escaped as such.
+"""
+
+import datetime
+import importlib.resources
+import json
+
+import jinja2
+
+from stagecraft.anatomy import charts, cost, curves, files
+from stagecraft.anatomy.curves import show
+from stagecraft.workdir import write_text
+
+MEANINGS = {
+    "cloze_accuracy": (
+        "Cloze accuracy",
+        "“The capital of France is”: whole answer, greedy",
+    ),
+    "copy_probability": (
+        "Copy probability",
+        "probability of naming the entity asked about",
+    ),
+    "answer_rate": (
+        "Bare answers",
+        "bare questions whose greedy continuation begins with a right answer",
+    ),
+    "seen_accuracy": (
+        "Accuracy, demonstrated",
+        "questions about entities in the demonstrations, greedy",
+    ),
+    "heldout_accuracy": (
+        "Held-out accuracy",
+        "questions about entities in no demonstration, whole answer, greedy",
+    ),
+    "pair_accuracy": (
+        "Pair accuracy",
+        "held-out pairs put in the gold scorer's order, ties left out",
+    ),
+    "label_accuracy": (
+        "Label accuracy",
+        "the same for the noisy labels themselves: a ceiling of a kind",
+    ),
+    "reward_mean": ("Reward (proxy)", "mean score by the learned reward model"),
+    "gold_mean": ("Gold score", "mean score by the rules nobody trains on"),
+    "gold_win_rate": (
+        "Gold win rate",
+        "wins by gold against the SFT model's samples, ties half",
+    ),
+    "kl": ("KL", "nats a sequence from the SFT model, own samples"),
+    "eos_rate": ("Ends", "share of samples that end by themselves"),
+}
+
+_ACTIVITIES = (
+    *("start", "data", "compile", "sample", "score", "prepare"),
+    *("update", "eval", "save", "other"),
+)
+
+
+def write(folder):
+    """Writes a run's report.
+
+    Args:
+        folder: WORKDIR; finished, unfinished, or of any graph of stages.
+
+    Returns:
+        Path of WORKDIR/report.html. The same files give the same bytes.
+
+    Raises:
+        UserError: not a run's directory, or Matplotlib is missing.
+    """
+    run = files.read(folder)
+    template = importlib.resources.files(__package__) / "report.html.jinja"
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": show, "colour": charts.colour, "short": _short}
+    page = environment.from_string(template.read_text(encoding="utf-8")).render(
+        run=run,
+        facts=_facts(run),
+        graph=_graph(run),
+        headline=_headline(run),
+        other=_other(run),
+        answers=_answers(run),
+        stages=[curves.panel(stage) for stage in run.stages],
+        hacking=_hacking(run),
+        overlays=curves.overlays(run.stages),
+        tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),
+        weights=_weights(run),
+        cost=_cost(run),
+        time=_time(run),
+        lineage=_lineage(run),
+        config=json.dumps(run.config, indent=2, ensure_ascii=False),
+    )
+    path = run.folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _short(text):
+    return text[:12] + "…" if len(text) > 13 else text
+
+
+def _facts(run):
+    """[(label, value)] for the head of the page."""
+    facts = []
+    if "seed" in run.config:
+        facts.append(("Seed", run.config["seed"]))
+    model = next((s.info["model"] for s in run.stages if "model" in s.info), None)
+    model = model or run.config.get("model")
+    if isinstance(model, dict) and {"layers", "width"} <= set(model):
+        facts.append(("Model", f"{model['layers']} layers, width {model['width']}"))
+        if {"vocab_size", "heads", "kv_heads", "ff_width"} <= set(model):
+            facts.append(("Parameters", show(cost.parameters(model)["total"])))
+    seconds = run.summary.get("seconds")
+    total = seconds.get("total") if isinstance(seconds, dict) else None
+    if total is None:
+        total = sum(_seconds(stage).get("total", 0.0) for stage in run.stages)
+    if total:
+        facts.append(("Wall time", f"{int(total // 60)} min {total % 60:.0f} s"))
+    peaks = [s.info.get("peak_memory_bytes") for s in run.stages]
+    peaks = [peak for peak in peaks if files.number(peak)]
+    if peaks:
+        facts.append(("Peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
+    records = (run.summary, run.lineage, run.config, *(s.info for s in run.stages))
+    machine = next((r["machine"] for r in records if "machine" in r), None)
+    if machine:
+        facts.append(("Machine", machine))
+    if isinstance(run.config.get("mesh"), dict):
+        mesh = ", ".join(f"{k} {v}" for k, v in run.config["mesh"].items())
+        facts.append(("Mesh", mesh))
+    # The newest of the run's files, not the clock: the page stays the same when rewritten.
+    files = [*run.folder.glob("*.json"), *run.folder.glob("*/*.json*")]
+    newest = max(path.stat().st_mtime for path in files)
+    date = datetime.datetime.fromtimestamp(newest, datetime.UTC)
+    facts.append(("Last written", f"{date:%Y-%m-%d %H:%M} UTC"))
+    return facts
+
+
+def _graph(run):
+    nodes, edges = {}, []
+    for stage in run.stages:
+        outside = stage.start_from and stage.start_from not in stage.parents
+        if outside:
+            label = stage.start_from.rstrip("/").rsplit("/", 1)[-1]
+            nodes.setdefault(label, {"note": "from outside", "colour": None})
+            edges.append((label, stage.name, True))
+        note = stage.kind.replace("_", " ") or "stage"
+        nodes[stage.name] = {"note": note, "colour": stage.index}
+        edges += [(name, stage.name, main) for name, main in stage.parents.items()]
+    return charts.graph(nodes, edges) if nodes else ""
+
+
+def _figures(run, stage):
+    """A stage's own numbers in the summary."""
+    figures = run.summary.get(stage.name)
+    if not isinstance(figures, dict):
+        return {}
+    return {key: value for key, value in figures.items() if files.number(value)}
+
+
+def _bound(run, key):
+    """{"must": text, "holds": bool or None} from summary["bounds"], or None."""
+    bounds = run.summary.get("bounds")
+    bound = bounds.get(key) if isinstance(bounds, dict) else None
+    if isinstance(bound, str):
+        return {"must": bound, "holds": None}
+    return bound if isinstance(bound, dict) and "must" in bound else None
+
+
+def _headline(run):
+    """Rows of figures by stage: {"stages": [...], "rows": [{title, meaning, cells}]}."""
+    table = {stage.name: _figures(run, stage) for stage in run.stages}
+    stages = [stage for stage in run.stages if table[stage.name]]
+    keys = dict.fromkeys(key for figures in table.values() for key in figures)
+    order = [key for key in MEANINGS if key in keys]
+    rows = []
+    for key in order + [key for key in keys if key not in MEANINGS]:
+        title, meaning = MEANINGS.get(key, (key.replace("_", " "), ""))
+        cells = [
+            {
+                "value": table[stage.name].get(key),
+                "bound": _bound(run, f"{stage.name}.{key}"),
+            }
+            for stage in stages
+        ]
+        rows.append({"title": title, "meaning": meaning, "cells": cells})
+    return {"stages": stages, "rows": rows}
+
+
+def _other(run):
+    """Figures that belong to no stage, by dotted name: [(name, value, bound)]."""
+    shown = {stage.name for stage in run.stages} | {"weights", "cost", "bounds"}
+
+    def flat(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(f"{prefix}.{key}", inner)
+        elif files.number(value):
+            yield prefix, value, _bound(run, prefix)
+
+    rows = []
+    for key, value in run.summary.items():
+        if key not in shown:
+            rows += flat(key, value)
+    return rows
+
+
+def _answers(run):
+    """[{"stage", "texts": [{"temperature", "text"}]}], in the graph's order."""
+    answers = run.prompt.get("answers")
+    if not isinstance(answers, dict):
+        return []
+    return [
+        {"stage": stage, "texts": answers[stage.name]}
+        for stage in run.stages
+        if answers.get(stage.name)
+    ]
+
+
+def _bars(run, keys):
+    """Bars by stage for each of the figures that the summary has."""
+    found = []
+    for key in keys:
+        rows = [(s, _figures(run, s).get(key)) for s in run.stages]
+        rows = [(stage, value) for stage, value in rows if value is not None]
+        if rows:
+            title, meaning = MEANINGS[key]
+            unit = key.endswith(("_accuracy", "_rate"))
+            found.append(_scaled(title, meaning, rows, top=1.0 if unit else None))
+    return found
+
+
+def _scaled(title, meaning, rows, top=None):
+    """Bars from zero, in percent of a track that holds them all, negatives too."""
+    low = min(0.0, *(value for _, value in rows))
+    high = top or max(0.0, *(value for _, value in rows))
+    span = (high - low) or 1.0
+    bars = [
+        {
+            "stage": stage,
+            "value": value,
+            "left": 100 * (min(value, 0.0) - low) / span,
+            "width": 100 * abs(value) / span,
+        }
+        for stage, value in rows
+    ]
+    zero = 100 * -low / span
+    return {"title": title, "meaning": meaning, "bars": bars, "zero": zero}
+
+
+def _hacking(run):
+    """Proxy, gold and facts side by side, when a stage has both scores."""
+    both = [
+        s for s in run.stages if {"reward_mean", "gold_mean"} <= {*_figures(run, s)}
+    ]
+    return _bars(run, ("reward_mean", "gold_mean", "kl")) if both else []
+
+
+def _weights(run):
+    """Overall bars, and a heat map of layers by kinds for each stage."""
+    table = run.summary.get("weights")
+    if not isinstance(table, dict):
+        return None
+    known = [
+        (stage, table[stage.name])
+        for stage in run.stages
+        if isinstance(table.get(stage.name), dict)
+        and files.number(table[stage.name].get("relative_change"))
+    ]
+    bars = []
+    for key, title, meaning, top in (
+        (
+            "relative_change",
+            "Relative change",
+            "Frobenius norm of the update over that of the parent's weights",
+            None,
+        ),
+        (
+            "unchanged_bf16",
+            "Unchanged in bfloat16",
+            "share of weights equal to the parent's after both are cast",
+            1.0,
+        ),
+    ):
+        rows = [(s, w[key]) for s, w in known if files.number(w.get(key))]
+        if rows:
+            bars.append(_scaled(title, meaning, rows, top))
+    maps = [_heat(stage, found) for stage, found in known]
+    return {"bars": bars, "maps": [one for one in maps if one]}
+
+
+def _heat(stage, found):
+    layers, kinds = found.get("by_layer"), found.get("by_kind")
+    if not isinstance(layers, dict) or not layers:
+        return None
+    depth = max(len(values) for values in layers.values())
+    largest = max((v for values in layers.values() for v in values), default=0) or 1.0
+    rows = [
+        [
+            {"value": values[i], "shade": round(58 * values[i] / largest, 1)}
+            for values in layers.values()
+        ]
+        for i in range(depth)
+    ]
+    return {
+        "stage": stage,
+        "kinds": list(layers),
+        "rows": rows,
+        "by_kind": kinds if isinstance(kinds, dict) else {},
+    }
+
+
+def _cost(run):
+    table = run.summary.get("cost")
+    if not isinstance(table, dict):
+        return None
+    known = [
+        (s, table[s.name]) for s in run.stages if isinstance(table.get(s.name), dict)
+    ]
+    rows = [(s, c["share"]) for s, c in known if files.number(c.get("share"))]
+    title, meaning = "Share of pretraining", "FLOPs of the stage over pretraining's"
+    counts = [
+        {
+            "stage": stage,
+            "flops": dict(known)[stage].get("flops") if stage in dict(known) else None,
+            "tokens": stage.info.get("tokens", {}),
+        }
+        for stage in run.stages
+    ]
+    return {"bars": _scaled(title, meaning, rows) if rows else None, "counts": counts}
+
+
+def _seconds(stage):
+    seconds = stage.info.get("seconds")
+    seconds = seconds if isinstance(seconds, dict) else {}
+    return {k: v for k, v in seconds.items() if files.number(v)}
+
+
+def _time(run):
+    """Wall seconds of each stage by activity, scaled to the longest stage."""
+    rows = []
+    for stage in run.stages:
+        parts = _seconds(stage)
+        total = parts.pop("total", None) or sum(parts.values())
+        inner = parts.get("sample", 0.0) + parts.get("score", 0.0)
+        # Sampling and scoring are parts of `prepare`; never count them twice.
+        if sum(parts.values()) > 1.01 * total and parts.get("prepare", 0.0) >= inner:
+            parts["prepare"] -= inner
+        parts["other"] = parts.get("other", 0.0) + sum(
+            v for k, v in parts.items() if k not in _ACTIVITIES
+        )
+        parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _ACTIVITIES), 0.0)
+        if total:
+            rows.append({"stage": stage, "total": total, "parts": parts})
+    longest = max((row["total"] for row in rows), default=1.0)
+    used = [k for k in _ACTIVITIES if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
+    return {"rows": rows, "longest": longest, "activities": used}
+
+
+def _lineage(run):
+    """[(stage, {label: hash})], nested records flattened to dotted labels."""
+
+    def flat(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(f"{prefix}.{key}" if prefix else key, inner)
+        elif value is not None and value != "":
+            yield prefix, str(value)
+
+    skip = ("kind", "start_from")
+    return [
+        (
+            stage,
+            dict(flat("", {k: v for k, v in stage.lineage.items() if k not in skip})),
+        )
+        for stage in run.stages
+        if stage.lineage
+    ]

@@ -1,0 +1,130 @@
+"""Checkpoints of a stage: parameters, optimizer state and data position, by Orbax.
+
+A checkpoint has three items, so that a child stage or an export reads the parameters
+alone: `model` (clean names such as layers/attention/query), `train` (optimizer state,
+step, whatever else the stage carries) and `data` (the data iterator's state). Orbax
+writes into a temporary folder and renames it, so that a checkpoint exists whole or
+not at all, whenever the process dies.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from stagecraft import tree
+from stagecraft.errors import UserError
+
+
+class Checkpoints:
+    """Save and restore in one folder; saving runs in the background.
+
+    Args:
+        folder: WORKDIR/STAGE/checkpoints.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder, *, keep=1):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self):
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, model, train, data):
+        """Starts a save; arrays are copied out before this returns.
+
+        Args:
+            step: int, steps done.
+            model, train: pytrees of arrays.
+            data: a JSON-able dict, the data iterator's state and the stage's counters.
+        """
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(_nest(model)),
+            train=ocp.args.StandardSave(_nest(train)),
+            data=ocp.args.JsonSave(data),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step, model, train):
+        """Reads a checkpoint into the shapes, dtypes and shardings of `model`, `train`.
+
+        Args:
+            step: which one.
+            model, train: pytrees of arrays or of ShapeDtypeStructs with shardings.
+
+        Returns:
+            model, train, data.
+        """
+        got = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_abstract(model)),
+                train=ocp.args.StandardRestore(_abstract(train)),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return _refill(model, got.model), _refill(train, got.train), got.data
+
+    def wait(self):
+        """Returns once every started save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_model(folder, abstract):
+    """Reads only the parameters of the newest checkpoint under `folder`.
+
+    Args:
+        folder: a stage's folder, WORKDIR/STAGE.
+        abstract: the model as ShapeDtypeStructs with shardings: each device reads its
+            own part.
+
+    Returns:
+        the model, and the step it was saved at.
+    """
+    path = Path(folder).absolute() / "checkpoints"
+    if not path.is_dir():
+        raise UserError(f"{folder}: no checkpoints here; run that stage first")
+    with ocp.CheckpointManager(path) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{path}: no complete checkpoint; run that stage first")
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
+        got = manager.restore(step, args=args)
+    return _refill(abstract, got.model), step
+
+
+def _nest(pytree):
+    """{"layers/up": x} as {"layers": {"up": x}}: what Orbax calls a clean tree."""
+    out = {}
+    for name, leaf in tree.named(pytree).items():
+        *folders, last = name.split("/")
+        node = out
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return out
+
+
+def _abstract(pytree):
+    def one(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(leaf, (int, float)):
+            leaf = np.asarray(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, _nest(pytree))
+
+
+def _refill(pytree, nested):
+    """Puts restored arrays back into the structure they were named from."""
+    flat = tree.named(nested)
+    leaves = [flat[name] for name in tree.named(pytree)]
+    return jax.tree.unflatten(jax.tree.structure(pytree), leaves)

@@ -1,0 +1,296 @@
+"""The commands: `stagecraft run`, `prompt`, `chat`, `report`. Each is a Python call too.
+
+A UserError is printed as one line and ends the command with status 2; `--debug` shows
+the traceback. Anything else that escapes is a bug of ours and is shown whole.
+"""
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from stagecraft import schema
+from stagecraft.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def main(argv=None):
+    """The entry point; returns the exit status."""
+    argv = list(sys.argv if argv is None else argv)
+    debug = "--debug" in argv
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"stagecraft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nstagecraft: stopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(argv):
+    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name = argv[1]
+    if name == "--version":
+        from stagecraft import __version__
+
+        print(f"stagecraft {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"unknown command {name!r}; {hint}commands: {', '.join(COMMANDS)}"
+        )
+    command = COMMANDS[name]
+    names = _define(command)
+    if any(a in ("-h", "--help", "--helpfull") for a in argv[2:]):
+        print(_help(name, command, names))
+        return 0
+    rest = _parse(argv[1:])
+    _quiet()
+    command(rest[1:])
+    return 0
+
+
+# -- commands ---------------------------------------------------------------------------
+
+
+def run(rest):
+    """Run or resume a graph of stages.
+
+    stagecraft run --config=experiments/quickstart.py --workdir=runs/a
+    stagecraft run --config=FILE:tiny,beta=0.5 --workdir=DIR --only=sft,dpo
+    stagecraft run --config=FILE --workdir=DIR --config.stages.sft.optimizer.lr=1e-3
+
+    What follows the colon goes to the file's get_config; --config.KEY=VALUE overrides
+    one key. The same command again goes on where it stopped; finished stages are
+    skipped.
+    """
+    _no_more(rest)
+    from stagecraft import run as running
+
+    only = tuple(filter(None, FLAGS.only.split(",")))
+    if FLAGS.config is None:
+        raise UserError(
+            "--config is missing, as in --config=experiments/quickstart.py"
+        )
+    running.run(FLAGS.config, _workdir(), only=only)
+
+
+def prompt(rest):
+    """Show one prompt through every finished stage, side by side.
+
+    stagecraft prompt --workdir=runs/a "What is the capital of France?"
+    """
+    from stagecraft import run as running
+    from stagecraft.anatomy import behaviour
+
+    if len(rest) != 1:
+        raise UserError(
+            "give one prompt in quotes, as in: stagecraft prompt --workdir=runs/a "
+            '"What is the capital of France?"'
+        )
+    current = running.open_run(_workdir())
+    answers = behaviour.through_stages(
+        current,
+        rest[0],
+        temperature=FLAGS.temperature,
+        samples=FLAGS.samples,
+        max_new_tokens=FLAGS.max_new_tokens,
+        seed=FLAGS.seed,
+    )
+    behaviour.show(rest[0], answers)
+
+
+def chat(rest):
+    """Talk to one stage's model; an empty line or ctrl-D ends the talk.
+
+    stagecraft chat --workdir=runs/a --stage=dpo
+    """
+    _no_more(rest)
+    from stagecraft import run as running
+    from stagecraft.anatomy import behaviour
+
+    current = running.open_run(_workdir())
+    if not FLAGS.stage:
+        raise UserError(f"--stage is missing; stages: {', '.join(current.config.stages)}")
+    behaviour.chat(
+        current,
+        FLAGS.stage,
+        temperature=FLAGS.temperature,
+        max_new_tokens=FLAGS.max_new_tokens,
+        seed=FLAGS.seed,
+    )
+
+
+def report(rest):
+    """Write WORKDIR/report.html: curves, weights, cost, tax, the single prompt.
+
+    stagecraft report --workdir=runs/a
+    """
+    _no_more(rest)
+    from stagecraft.anatomy import report as page
+
+    path = _workdir()
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no run here (no config.json)")
+    print(page.write(path))
+
+
+COMMANDS = {"run": run, "prompt": prompt, "chat": chat, "report": report}
+
+
+# -- flags ------------------------------------------------------------------------------
+
+
+def _define(command):
+    """Defines a command's flags and returns their names."""
+    flags.DEFINE_string("workdir", None, "the run's folder")
+    flags.DEFINE_bool("debug", False, "show the traceback of an error")
+    names = ["workdir"]
+    if command is run:
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file("config", None, "an experiment: FILE[:ARG]")
+        flags.DEFINE_string("only", "", "stages to run, as in sft,dpo; all by default")
+        names = ["config", "workdir", "only"]
+    if command in (prompt, chat):
+        flags.DEFINE_float("temperature", 0.0, "0 for the likeliest answer")
+        flags.DEFINE_integer("max_new_tokens", 48, "longest answer, in tokens")
+        flags.DEFINE_integer("seed", 0, "of the sampling")
+        names += ["temperature", "max_new_tokens", "seed"]
+    if command is prompt:
+        flags.DEFINE_integer("samples", 1, "answers a stage")
+        names.append("samples")
+    if command is chat:
+        flags.DEFINE_string("stage", "", "whose model to talk to")
+        names.append("stage")
+    return [*names, "debug"]
+
+
+def _parse(argv):
+    """Parses the flags; what goes wrong in them is a UserError."""
+    config = next((a for a in argv if a.startswith("--config=")), None)
+    if config:
+        path = Path(config.partition("=")[2].partition(":")[0])
+        if not path.is_file():
+            raise UserError(
+                f"--config={path}: no such file; experiments lie in experiments/"
+            )
+        # An experiment file may import its neighbours: experiments.common.
+        for folder in (str(path.absolute().parent.parent), os.getcwd()):
+            if folder not in sys.path:
+                sys.path.insert(0, folder)
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{line} (see stagecraft {argv[0]} --help)") from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_override(argv, error)) from error
+    except (TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{' '.join(a for a in argv if '.' in a)}: {line}") from error
+
+
+def _unknown_override(argv, error):
+    """The one line for --config.a.b=1 where a or b is unknown."""
+    from ml_collections.config_flags import config_flags
+
+    path = FLAGS["config"]
+    try:
+        values = config_flags.get_config_filename(path)
+    except Exception:
+        values = None
+    missing = re.findall(r"'([^']+)'", str(error))
+    for argument in argv:
+        if not argument.startswith("--config."):
+            continue
+        keys = argument.removeprefix("--config.").partition("=")[0].split(".")
+        node = _load(values, argv)
+        for i, key in enumerate(keys):
+            if node is None or key not in node:
+                known = node.keys() if node is not None else missing
+                return schema.unknown(f"--config.{'.'.join(keys[: i + 1])}", key, known)
+            node = node[key] if hasattr(node[key], "keys") else None
+    return " ".join(str(error).split())
+
+
+def _load(filename, argv):
+    """The experiment's config without overrides, to look names up in."""
+    import importlib.util
+
+    config = next(a for a in argv if a.startswith("--config="))
+    path, _, arg = config.removeprefix("--config=").partition(":")
+    spec = importlib.util.spec_from_file_location("experiment_file", filename or path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def _workdir():
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing, as in --workdir=runs/a")
+    return Path(FLAGS.workdir)
+
+
+def _no_more(rest):
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
+
+
+def _quiet():
+    """Libraries speak up only about what goes wrong."""
+    import logging
+
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+
+
+# -- help -------------------------------------------------------------------------------
+
+
+def _overview():
+    lines = [
+        "stagecraft: train a language model through all its stages, and measure what "
+        "each one changed.",
+        "",
+        "commands:",
+    ]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:<8} {command.__doc__.splitlines()[0]}")
+    lines += ["", "stagecraft COMMAND --help tells the flags of each."]
+    return "\n".join(lines)
+
+
+def _help(name, command, names):
+    lines = [f"stagecraft {name}: {command.__doc__.splitlines()[0]}"]
+    lines += [line.removeprefix("    ") for line in command.__doc__.splitlines()[1:]]
+    lines.append("flags:")
+    for flag in names:
+        found = FLAGS[flag]
+        default = "" if found.default in (None, "", False) else f" [{found.default}]"
+        lines.append(f"  --{flag:<16} {found.help}{default}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Next-token prediction, and the one place where targets are shifted."""
+
+import jax.numpy as jnp
+
+from stagecraft import masked
+
+
+def _drop_first(x):
+    """Moves every column one step left; the last one becomes zero (False)."""
+    return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
+
+
+def shift(ids, mask, segments):
+    """Aligns each token with the position whose output predicts it.
+
+    The mask moves with the targets, never with the outputs. The first token of a
+    document has no target position: the token before it belongs to another document.
+
+    Args:
+        ids: i32[..., T] token ids.
+        mask: bool[..., T], True where the token itself is to be learned.
+        segments: i32[..., T], one number per packed document from 1; 0 is padding.
+
+    Returns:
+        targets i32[..., T]: `ids` one step ahead (the last column is 0), and
+        target_mask bool[..., T]: True where position t predicts a token to learn in
+        its own document; the last column is False.
+
+    >>> ids, mask = jnp.array([[5, 6, 7, 8]]), jnp.array([[True, True, True, True]])
+    >>> targets, target_mask = shift(ids, mask, jnp.array([[1, 1, 2, 2]]))
+    >>> targets.tolist(), target_mask.tolist()
+    ([[6, 7, 8, 0]], [[True, False, True, False]])
+    """
+    masked.check_shapes(ids=ids, mask=mask, segments=segments)
+    ahead = _drop_first(segments)  # 0 after the last column, so never a match below
+    return _drop_first(ids), _drop_first(mask) & (segments == ahead) & (ahead > 0)
+
+
+def next_token(logps):
+    """Negative log-likelihood of each target token.
+
+    Args:
+        logps: f32[B, T], nats: log p(target) at each position.
+
+    Returns:
+        loss f32[B, T] (not reduced; meaningful under the target mask), metrics {}.
+    """
+    return -logps, {}
+
+
+def sequence_logps(logps, target_mask):
+    """Log-probability of whole completions: the sum over their tokens, not the mean.
+
+    Args:
+        logps: f32[..., T], nats: log p(target) at each position.
+        target_mask: bool[..., T], the positions that belong to the completion.
+
+    Returns:
+        f32[...], nats; 0 for a row without completion tokens.
+    """
+    return masked.sum(logps, target_mask, axis=-1)

@@ -1,0 +1,212 @@
+"""Reductions over the places a mask marks True, safe when the mask is empty.
+
+Values under a False mask are replaced before any arithmetic, so NaN or infinity there
+reaches neither the result nor a gradient (NaN times zero would still be NaN). Masks are
+boolean and have exactly the shape of the values: a mask that broadcasts would count
+each place once and sum it many times.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def check_shapes(**arrays):
+    """Refuses arrays whose shapes differ, before broadcasting hides the mistake.
+
+    Args:
+        **arrays: arrays of any rank by the name the message should give them.
+
+    Raises:
+        ValueError: naming every array with its shape.
+    """
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"these arrays must have one shape: {told}")
+
+
+def _prepare(x, mask):
+    x, mask = jnp.asarray(x), jnp.asarray(mask)
+    check_shapes(values=x, mask=mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"the mask must be boolean, got {mask.dtype}")
+    # Half precision and integers add up in float32; float64 is kept for tests.
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x, mask
+
+
+def clear(x, mask):
+    """The values where the mask is True, zero elsewhere.
+
+    A loss that is not linear in its input (an exponential, a square) must get inputs
+    cleared by this function: masking only its output leaves NaN in the gradient.
+
+    Args:
+        x: array of any shape and dtype.
+        mask: bool, same shape.
+
+    Returns:
+        Array like `x`.
+    """
+    check_shapes(values=x, mask=mask)
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def count(mask, axis=None):
+    """How many places are True: f32, shape of `mask` less the reduced axes."""
+    return jnp.sum(jnp.asarray(mask), axis=axis, dtype=jnp.int32).astype(jnp.float32)
+
+
+def sum(x, mask, axis=None):
+    """Sum of the values under True; 0 for an empty mask.
+
+    Args:
+        x: array of any shape; integers and booleans count as numbers.
+        mask: bool, same shape.
+        axis: axis or axes to reduce; None reduces all.
+
+    Returns:
+        f32 (f64 for f64 values), the shape of `x` less the reduced axes.
+    """
+    x, mask = _prepare(x, mask)
+    return jnp.sum(clear(x, mask), axis=axis)
+
+
+def mean(x, mask, axis=None):
+    """Mean of the values under True; 0 for an empty mask. Arguments as in `sum`."""
+    total = sum(x, mask, axis)
+    return total / jnp.maximum(count(mask, axis), 1.0).astype(total.dtype)
+
+
+def var(x, mask, axis=None, *, unbiased=False):
+    """Variance of the values under True; 0 when fewer than two are.
+
+    Args:
+        x: array of any shape.
+        mask: bool, same shape.
+        axis: axis or axes to reduce; None reduces all.
+        unbiased: divide by n - 1 instead of n.
+
+    Returns:
+        f32, the shape of `x` less the reduced axes.
+    """
+    x, mask = _prepare(x, mask)
+    center = mean(x, mask, axis)
+    if axis is None:
+        kept = jnp.reshape(center, (1,) * x.ndim)
+    else:
+        kept = jnp.expand_dims(center, axis)
+    spread = jnp.square(clear(x, mask) - kept)  # what is False is dropped by sum
+    n = count(mask, axis).astype(center.dtype)
+    return sum(spread, mask, axis) / jnp.maximum(n - 1.0 if unbiased else n, 1.0)
+
+
+def max(x, mask, axis=None):
+    """Largest value under True; 0 for an empty mask. Arguments as in `sum`."""
+    x, mask = _prepare(x, mask)
+    largest = jnp.max(jnp.where(mask, x, -jnp.inf), axis=axis, initial=-jnp.inf)
+    return jnp.where(jnp.any(mask, axis=axis), largest, jnp.zeros_like(largest))
+
+
+class Mean(NamedTuple):
+    """A mean still in two parts, so that parts of a batch merge to the exact whole.
+
+    Attributes:
+        total: f32 scalar, the sum under the mask.
+        count: f32 scalar, how many places were True.
+
+    >>> first = Mean.of(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False]))
+    >>> second = Mean.of(jnp.array([6.0]), jnp.array([True]))
+    >>> float(first.merge(second).result())  # three tokens, not two micro-batches
+    3.0
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values, mask=None):
+        """The mean of `values` where `mask` (bool, same shape) is True; None: all."""
+        mask = jnp.ones(jnp.shape(values), bool) if mask is None else mask
+        return cls(sum(values, mask), count(mask))
+
+    @classmethod
+    def empty(cls):
+        """The mean of nothing: what an accumulation starts from."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+    def merge(self, other):
+        """The mean over both sets of places."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def fold(self):
+        """Merges along a leading axis."""
+        return Mean(jnp.sum(self.total, axis=0), jnp.sum(self.count, axis=0))
+
+    def result(self):
+        """f32 scalar; 0 when no place was True."""
+        return self.total / jnp.maximum(self.count, 1.0).astype(self.total.dtype)
+
+
+class Max(NamedTuple):
+    """A maximum that merges over parts of a batch.
+
+    Attributes:
+        value: f32 scalar; minus infinity while no place was True.
+    """
+
+    value: jax.Array
+
+    @classmethod
+    def of(cls, values, mask=None):
+        """The largest of `values` where `mask` (same shape) is True; None: of all."""
+        mask = jnp.ones(jnp.shape(values), bool) if mask is None else mask
+        values, mask = _prepare(values, mask)
+        return cls(jnp.max(jnp.where(mask, values, -jnp.inf), initial=-jnp.inf))
+
+    @classmethod
+    def empty(cls):
+        """The maximum of nothing: what an accumulation starts from."""
+        return cls(jnp.full((), -jnp.inf, jnp.float32))
+
+    def merge(self, other):
+        """The maximum over both sets of places."""
+        return Max(jnp.maximum(self.value, other.value))
+
+    def fold(self):
+        """Merges along a leading axis."""
+        return Max(jnp.max(self.value, axis=0))
+
+    def result(self):
+        """f32 scalar; 0 when no place was True, so no log ever shows -inf."""
+        nothing = jnp.isneginf(self.value)
+        return jnp.where(nothing, jnp.zeros_like(self.value), self.value)
+
+
+def _each(function, *trees):
+    def is_leaf(x):
+        return isinstance(x, (Mean, Max))
+
+    return jax.tree.map(function, *trees, is_leaf=is_leaf)
+
+
+def empty_like(tree):
+    """The same tree of `Mean` and `Max` of nothing: where an accumulation starts."""
+    return _each(lambda x: type(x).empty(), tree)
+
+
+def merge(a, b):
+    """Merges two trees (usually dicts) of `Mean` and `Max`, key by key."""
+    return _each(lambda x, y: x.merge(y), a, b)
+
+
+def fold(tree):
+    """Merges over a leading axis, such as the one `jax.lax.scan` stacks."""
+    return _each(lambda x: x.fold(), tree)
+
+
+def results(tree):
+    """The same tree with every `Mean` and `Max` replaced by its number."""
+    return _each(lambda x: x.result(), tree)

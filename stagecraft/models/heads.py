@@ -1,0 +1,155 @@
+"""Log-probabilities of tokens, without ever holding all logits.
+
+The logits of a batch are its largest array by far: B * T * V numbers. They are made
+here for one block of tokens at a time, reduced to a few numbers a token, and made again
+in the backward pass.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from stagecraft import mesh
+from stagecraft.errors import UserError
+
+# Logits of one block, in elements: 16 MiB in float32.
+BLOCK_ELEMENTS = 2**22
+
+
+class TokenStats(NamedTuple):
+    """What is kept of each token's logits; f32 arrays shaped like the targets.
+
+    Attributes:
+      logps: log-probability of the target in nats, at the temperature; the only field
+        that gradients go through.
+      entropy: of the distribution at the temperature, in nats.
+      correct: 1 where no token has a larger logit than the target, else 0.
+      logit_mean: mean over the vocabulary of the logits before the temperature.
+    """
+
+    logps: Any
+    entropy: Any
+    correct: Any
+    logit_mean: Any
+
+
+def token_logps(
+    hidden, embedding, targets, *, temperature=1.0, block_size=None, stats=True
+) -> TokenStats:
+    """Log-probability of each target token, in blocks of tokens.
+
+    Under a mesh each device works on its own rows: the embedding is gathered over
+    `fsdp` once, outside the loop over blocks, its vocabulary stays split over `tensor`
+    (the log-sum-exp is put together with a maximum and a sum over that axis), and its
+    gradient is summed over devices once, after the loop.
+
+    Args:
+      hidden: [B, T, D] final hidden states, in the compute dtype.
+      embedding: f32[V, D] output embedding.
+      targets: i32[B, T] token whose log-probability is wanted at each position.
+      temperature: divides the logits.
+      block_size: tokens per block on one device; None keeps a block's logits within
+        `BLOCK_ELEMENTS`.
+      stats: False leaves every field but `logps` None.
+
+    Returns:
+      `TokenStats` of f32[B, T].
+
+    Raises:
+      UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
+    """
+    current = mesh.current()
+    if current is None:
+        return _local(
+            hidden, embedding, targets, temperature, block_size, stats, axis=None
+        )
+    shards = current.shape["data"] * current.shape["fsdp"]
+    if targets.shape[0] % shards:
+        raise UserError(
+            f"batch_size: {targets.shape[0]} rows do not divide over data * fsdp = "
+            f"{shards} shards; use a multiple of {shards}"
+        )
+
+    def island(hidden, embedding, targets):
+        embedding = embedding.astype(hidden.dtype)
+        embedding = jax.lax.all_gather(embedding, "fsdp", axis=1, tiled=True)
+        # Marked as varying here and not where they are first used: the transpose of
+        # this mark is the sum over devices, which belongs outside the loop.
+        embedding = jax.lax.pcast(embedding, "data", to="varying")
+        hidden = jax.lax.pcast(hidden, "tensor", to="varying")
+        return _local(
+            hidden, embedding, targets, temperature, block_size, stats, axis="tensor"
+        )
+
+    rows = mesh.spec(("batch",) + (None,) * (targets.ndim - 1))
+    return jax.shard_map(
+        island,
+        in_specs=(P(*rows, None), mesh.spec(("vocab", "embed")), rows),
+        out_specs=rows,
+    )(hidden, embedding, targets)
+
+
+def _local(hidden, embedding, targets, temperature, block_size, stats, axis):
+    """One device's rows; `axis` names the mesh axis its vocabulary is split over."""
+    vocab, width = embedding.shape
+    shape, count = targets.shape, targets.size
+    if block_size is None:
+        block_size = max(1, BLOCK_ELEMENTS // vocab)
+    blocks = -(-count // block_size)
+    hidden, targets = hidden.reshape(count, width), targets.reshape(count)
+    embedding = embedding.astype(hidden.dtype)
+
+    def block(xs):
+        return _block(*xs, embedding, temperature, stats, axis)
+
+    if blocks == 1:
+        out = block((hidden, targets))
+    else:
+        size = -(-count // blocks)
+        padding = blocks * size - count
+        xs = (
+            jnp.pad(hidden, ((0, padding), (0, 0))).reshape(blocks, size, width),
+            jnp.pad(targets, (0, padding)).reshape(blocks, size),
+        )
+        body = jax.checkpoint(lambda carry, xs: (carry, block(xs)))
+        _, out = jax.lax.scan(body, None, xs)
+        out = jax.tree.map(lambda x: x.reshape(-1)[:count], out)
+    return jax.tree.map(lambda x: x.reshape(shape), out)
+
+
+def _block(hidden, targets, embedding, temperature, stats, axis):
+    """[N, D], i32[N], [V, D] -> TokenStats of f32[N]."""
+    stop = jax.lax.stop_gradient
+
+    def total(x):
+        return x if axis is None else jax.lax.psum(x, axis)
+
+    raw = jnp.einsum("nd,vd->nv", hidden, embedding, preferred_element_type=jnp.float32)
+    top = stop(raw).max(axis=-1)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+        targets = targets - jax.lax.axis_index(axis) * embedding.shape[0]
+    shifted = (raw - top[:, None]) / temperature
+    exps = jnp.exp(shifted)
+    lse = jnp.log(total(exps.sum(axis=-1)))
+    # A comparison instead of a lookup: it fuses with the sums around it, its gradient
+    # is no scatter, and a target outside this device's vocabulary counts zero.
+    hit = targets[:, None] == jnp.arange(embedding.shape[0])[None, :]
+    target = total(jnp.where(hit, raw, 0.0).sum(axis=-1))
+    logps = (target - top) / temperature - lse
+    if not stats:
+        return TokenStats(logps, None, None, None)
+    expected = total(stop(exps * shifted).sum(axis=-1)) * jnp.exp(-stop(lse))
+    # The mean logit is the product with the mean embedding: no pass over the logits.
+    shards = 1 if axis is None else jax.lax.axis_size(axis)
+    mean = stop(embedding).astype(jnp.float32).sum(axis=0) / (
+        embedding.shape[0] * shards
+    )
+    return TokenStats(
+        logps=logps,
+        entropy=stop(lse) - expected,
+        correct=(stop(target) >= top).astype(jnp.float32),
+        logit_mean=total(stop(hidden).astype(jnp.float32) @ mean),
+    )

@@ -1,0 +1,229 @@
+"""Sampling from the decoder: prefill, then one token at a time from a cache.
+
+The blocks are those of training; only the way tokens see each other differs, and it is
+passed to them as a function.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stagecraft import mesh
+from stagecraft.errors import UserError
+from stagecraft.models import attention as attention_lib
+
+
+class Sample(NamedTuple):
+    """Completions of a batch of prompts.
+
+    Attributes:
+      tokens: i32[B, N], 0 after the end of a row.
+      mask: bool[B, N], True through the stop token.
+      logps: f32[B, N] log-probability of each token in nats, under the whole
+        distribution at the temperature (before top-k and top-p); 0 after the end.
+      ended: bool[B], True where the stop token came within N tokens.
+    """
+
+    tokens: Any
+    mask: Any
+    logps: Any
+    ended: Any
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("max_new_tokens", "stop_id", "temperature", "top_k", "top_p"),
+)
+def generate(
+    model,
+    prompt_ids,
+    prompt_mask,
+    key,
+    *,
+    max_new_tokens,
+    stop_id,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+) -> Sample:
+    """Samples completions; compiled once for each prompt shape and setting.
+
+    A row's randomness comes from (key, step, row), so the result does not depend on the
+    mesh. Work stops when every row has ended.
+
+    Args:
+      model: a `Transformer`.
+      prompt_ids: i32[B, P] left-padded prompts.
+      prompt_mask: bool[B, P], True on real tokens.
+      key: a random key.
+      max_new_tokens: N.
+      stop_id: the token that ends a row, kept in it; None ends no row early.
+      temperature: divides the logits; 0 takes the most likely token, and log-probs are
+        then at temperature 1.
+      top_k: draw from the k most likely tokens only; 0 is off.
+      top_p: then from the fewest of these that reach this probability (Holtzman et
+        al. 2020); 1 is off.
+
+    Returns:
+      A `Sample`.
+
+    Raises:
+      UserError: a setting is out of its range.
+    """
+    _check(max_new_tokens, temperature, top_k, top_p)
+    prompt_mask = prompt_mask.astype(bool)
+    rows, prompt_length = prompt_ids.shape
+    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    slots = jnp.arange(prompt_length + max_new_tokens)
+    prompt_slots = jnp.pad(prompt_mask, ((0, 0), (0, max_new_tokens)))
+
+    def choose(step, hidden, ended):
+        logits = _last_logits(model, hidden)
+        drawn, logps = _draw(
+            jax.random.fold_in(key, step), logits, temperature, top_k, top_p
+        )
+        drawn = jnp.where(ended, 0, drawn)
+        logps = jnp.where(ended, 0.0, logps)
+        now = jnp.zeros_like(ended) if stop_id is None else drawn == stop_id
+        return drawn, logps, ended | now
+
+    def write(out, step, column):
+        return jax.lax.dynamic_update_slice_in_dim(out, column[:, None], step, axis=1)
+
+    def going(state):
+        step, _, _, sample = state
+        return (step < max_new_tokens) & ~sample.ended.all()
+
+    def advance(state):
+        step, token, cache, sample = state
+        slot = prompt_length + step - 1
+        visible = prompt_slots | ((slots >= prompt_length) & (slots <= slot))
+        positions = (lengths + step - 1)[:, None]
+        hidden, cache = _decode(model, token, positions, visible, slot, cache)
+        live = ~sample.ended
+        token, logps, ended = choose(step, hidden, sample.ended)
+        sample = Sample(
+            tokens=write(sample.tokens, step, token),
+            mask=write(sample.mask, step, live),
+            logps=write(sample.logps, step, logps),
+            ended=ended,
+        )
+        return step + 1, token, cache, sample
+
+    hidden, cache = _prefill(model, prompt_ids, prompt_mask, max_new_tokens)
+    none = jnp.zeros((rows,), bool)
+    token, logps, ended = choose(0, hidden, none)
+    empty = (rows, max_new_tokens)
+    sample = Sample(
+        tokens=write(jnp.zeros(empty, jnp.int32), 0, token),
+        mask=write(jnp.zeros(empty, bool), 0, ~none),
+        logps=write(jnp.zeros(empty, jnp.float32), 0, logps),
+        ended=ended,
+    )
+    *_, sample = jax.lax.while_loop(going, advance, (1, token, cache, sample))
+    return sample
+
+
+def _check(max_new_tokens, temperature, top_k, top_p):
+    for name, value, ok, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1 (off)"),
+    ):
+        if not ok:
+            raise UserError(f"{name}: expected {expected}, got {value}")
+
+
+def _prefill(model, ids, mask, room):
+    """Runs the prompt; returns the last hidden state [B, 1, D] and the cache.
+
+    The cache is keys and values, each [L, B, K, P + room, C].
+    """
+    segments = mask.astype(jnp.int32)
+    angles = model.angles(jnp.cumsum(segments, axis=1) - segments)
+
+    def attend(query, key, value):
+        attended = attention_lib.attention(query, key, value, segments)
+        cache = (key.swapaxes(1, 2), value.swapaxes(1, 2))
+        padding = ((0, 0), (0, 0), (0, room), (0, 0))
+        return attended, jax.tree.map(lambda x: _place(jnp.pad(x, padding)), cache)
+
+    x, cache = jax.lax.scan(
+        lambda x, layer: layer(x, angles, attend),
+        model.lookup(ids),
+        model.layers,
+        unroll=model.unroll,
+    )
+    return model.norm(x[:, -1:]), cache
+
+
+def _decode(model, token, positions, visible, slot, cache):
+    """Runs one token a row, i32[B]; returns [B, 1, D] and the cache with it added."""
+    angles = model.angles(positions)
+
+    def body(x, xs):
+        layer, keys, values = xs
+
+        def attend(query, key, value):
+            new_keys = _place(_store(keys, key, slot))
+            new_values = _place(_store(values, value, slot))
+            attended = attention_lib.cached_attention(
+                query, new_keys, new_values, visible[:, None, :]
+            )
+            return attended, (new_keys, new_values)
+
+        return layer(x, angles, attend)
+
+    x, cache = jax.lax.scan(
+        body, model.lookup(token[:, None]), (model.layers, *cache), unroll=model.unroll
+    )
+    return model.norm(x), cache
+
+
+def _store(cache, new, slot):
+    """Writes [B, 1, K, C] into one slot of [B, K, S, C]."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2), slot, axis=2)
+
+
+def _place(cache):
+    return mesh.constrain(cache, "batch", "kv_heads", None, None)
+
+
+def _last_logits(model, hidden):
+    """[B, 1, D] -> f32[B, V], each row's vocabulary whole on one device."""
+    embedding = model.output_embedding().astype(hidden.dtype)
+    logits = jnp.einsum(
+        "bd,vd->bv", hidden[:, 0], embedding, preferred_element_type=jnp.float32
+    )
+    return mesh.constrain(logits, "batch", None)
+
+
+def _draw(key, logits, temperature, top_k, top_p):
+    """One token a row: f32[B, V] -> (i32[B], f32[B] log-probs)."""
+    greedy = temperature == 0
+    logits = logits if greedy else logits / temperature
+    if greedy:
+        token = logits.argmax(axis=-1).astype(jnp.int32)
+    elif top_k or top_p < 1:
+        kept = min(top_k, logits.shape[1]) if top_k else logits.shape[1]
+        values, indices = jax.lax.top_k(logits, kept)
+        weights = jax.nn.softmax(values, axis=-1)
+        before = jnp.cumsum(weights, axis=-1) - weights
+        # The first token is always kept; a token is dropped once those before it
+        # already reach top_p.
+        values = jnp.where(before < top_p, values, -jnp.inf)
+        choice = _categorical(key, values)
+        token = jnp.take_along_axis(indices, choice[:, None], axis=-1)[:, 0]
+    else:
+        token = _categorical(key, logits)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _categorical(key, logits):
+    """Draws from each row with a key of its own."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

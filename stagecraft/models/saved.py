@@ -1,0 +1,69 @@
+"""Finished stages on disk, read back as modules on any mesh."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from stagecraft import checkpoint, mesh, workdir
+from stagecraft.errors import UserError
+from stagecraft.models.config import ModelConfig, check_mesh
+from stagecraft.models.transformer import ScalarModel, Transformer
+
+# What a stage's parameters are: a language model, or one with a scalar head.
+MODULES = {
+    "transformer": Transformer,
+    "scalar": lambda config, key: ScalarModel(Transformer(config, key), key),
+}
+
+
+def describe(module):
+    """What `load` needs to know of a module, as JSON."""
+    kind = "scalar" if isinstance(module, ScalarModel) else "transformer"
+    body = module.body if kind == "scalar" else module
+    return {"module": kind, "model": dataclasses.asdict(body.config)}
+
+
+def abstract(info, shared_mesh):
+    """The module as shapes with shardings: nothing is allocated.
+
+    Args:
+        info: {"module", "model"}, from `describe`.
+        shared_mesh: where it is to live.
+    """
+    config = ModelConfig(**info["model"])
+    check_mesh(config, shared_mesh)
+    make = MODULES[info["module"]]
+    shapes = jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        mesh.shardings(shapes, shared_mesh),
+    )
+
+
+def info(folder):
+    """A stage's stage.json; a UserError where there is no finished stage."""
+    folder = Path(folder)
+    found = workdir.read_json(folder / "stage.json")
+    if found is None:
+        raise UserError(
+            f"{folder}: no stage here (no stage.json); expected WORKDIR/STAGE of a run"
+        )
+    if not found["finished"]:
+        raise UserError(f"{folder}: this stage is not finished; run it again to resume")
+    return found
+
+
+def load(folder, shared_mesh):
+    """Reads a finished stage's parameters, each device its own part.
+
+    Args:
+        folder: WORKDIR/STAGE.
+        shared_mesh: where to put them.
+
+    Returns:
+        a `Transformer` or a `ScalarModel`.
+    """
+    module, _ = checkpoint.load_model(folder, abstract(info(folder), shared_mesh))
+    return module

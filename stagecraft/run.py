@@ -1,0 +1,290 @@
+"""Running an experiment: its stages in order, or on from where an earlier run stopped."""
+
+import dataclasses
+import time
+import zlib
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from stagecraft import experiment, mesh, schema, train, workdir, worlds
+from stagecraft.anatomy import summary
+from stagecraft.data import feed
+from stagecraft.errors import UserError
+from stagecraft.models import saved
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.language import Language
+from stagecraft.signals import comparisons
+from stagecraft.stages import language_model, policy, preference, reward
+from stagecraft.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Run:
+    """A work directory with its config: what is finished, and how to load it."""
+
+    root: Path
+    config: ConfigDict
+    tokenizer: Tokenizer | None = None
+
+    def folder(self, name):
+        """WORKDIR/STAGE for a stage of this run, else a path as it is."""
+        return self.root / name if name in self.config.stages else Path(name)
+
+    def finished(self, name):
+        found = workdir.read_json(self.root / name / "stage.json")
+        return bool(found and found["finished"])
+
+    def mesh(self, name=None):
+        stage = self.config.stages[name] if name else None
+        sizes = experiment.mesh_sizes(self.config, stage) if stage else dict(self.config.mesh)
+        return mesh.make(**sizes)
+
+    def load(self, name, shared_mesh=None):
+        """The parameters of a finished stage."""
+        return saved.load(self.folder(name), shared_mesh or self.mesh())
+
+    def chat_format(self, name):
+        """Whether a stage speaks in chat turns (all but those trained on bare text)."""
+        return saved.info(self.folder(name))["format"] != "text"
+
+
+def open_run(root):
+    """The run of an existing work directory."""
+    root = Path(root)
+    stored = workdir.read_json(root / "config.json")
+    if stored is None:
+        raise UserError(f"{root}: no run here (no config.json); start one with: "
+                        "stagecraft run --config=experiments/quickstart.py "
+                        f"--workdir={root}")
+    config = experiment.resolve(stored, check=False)
+    path = root / "tokenizer.model"
+    return Run(root, config, Tokenizer.load(path) if path.exists() else None)
+
+
+def run(config, root, only=()):
+    """Runs the stages of an experiment, or goes on where an earlier run stopped.
+
+    Args:
+        config: what an experiment's `get_config` returns.
+        root: the work directory.
+        only: names of stages to run; () for all. Their parents must be finished.
+
+    Returns:
+        the summary, nested dicts of floats; also in WORKDIR/summary.json.
+    """
+    started = time.perf_counter()
+    config = experiment.resolve(config)
+    for name in only:
+        if name not in config.stages:
+            raise UserError(schema.unknown("--only", name, config.stages.keys()))
+    root = Path(root)
+    current = Run(root, config)
+    _claim(current)
+    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    names = experiment.order(config, only)
+    todo = [name for name in names if not current.finished(name)]
+    _check_parents(current, names)
+    if todo:
+        with jax.set_mesh(current.mesh()):
+            _write_world(config, root)
+            current.tokenizer = _tokenizer(config, root)
+            feeds = _feeds(current, todo)
+            for name in todo:
+                _run_stage(current, name, feeds)
+    else:
+        current.tokenizer = Tokenizer.load(root / "tokenizer.model")
+    with jax.set_mesh(current.mesh()):
+        return summary.conclude(current, changed=bool(todo), started=started)
+
+
+def _claim(current):
+    """Writes WORKDIR/config.json, or checks that it is the same experiment's."""
+    path = current.root / "config.json"
+    new, old = schema.plain(current.config), workdir.read_json(path)
+    if old is None:
+        workdir.write_json(path, new)
+        return
+    found = schema.difference(experiment.identity(old), experiment.identity(new))
+    if found:
+        raise UserError(
+            f"{current.root}: holds a run of another config ({found}); choose another "
+            "--workdir, or give the same config to resume"
+        )
+    workdir.write_json(path, new)
+
+
+def _check_parents(current, names):
+    for name in names:
+        stage = current.config.stages[name]
+        needs = [*experiment.parents(current.config, name).values()]
+        needs += feed.stages_named(stage.data)
+        for parent in needs:
+            known = parent in current.config.stages
+            if known and parent not in names and not current.finished(parent):
+                raise UserError(
+                    f"--only: {name} needs {parent}, which is not finished in "
+                    f"{current.root}; add it: --only={parent},{name}"
+                )
+
+
+def _write_world(config, root):
+    if not config.world.name or (root / "world").exists():
+        return
+    worlds.write(config.world.name, root / "world", config.seed, config.world.size)
+
+
+def _tokenizer(config, root):
+    path = root / "tokenizer.model"
+    if path.exists():
+        return Tokenizer.load(path)
+    if config.tokenizer.path:
+        source = Path(config.tokenizer.path)
+        if not source.exists():
+            raise UserError(f"tokenizer.path={source}: no such file")
+        found = Tokenizer.load(source)
+        workdir.write_bytes(path, source.read_bytes())
+    elif not config.tokenizer.files:
+        raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
+    else:
+        texts = feed.texts(config.tokenizer.files, root)
+        found = Tokenizer.train(texts, config.tokenizer.vocab_size, path)
+    return found
+
+
+def _feeds(current, names):
+    """Data of the stages whose files exist already: read and checked before training."""
+    lineage = workdir.read_json(current.root / "lineage.json", {"stages": {}})
+    feeds = {}
+    for name in names:
+        stage = current.config.stages[name]
+        if any(
+            parent in current.config.stages and not current.finished(parent)
+            for parent in feed.stages_named(stage.data)
+        ):
+            continue
+        feeds[name] = _feed(current, name, lineage)
+    return feeds
+
+
+def _feed(current, name, lineage):
+    stage = current.config.stages[name]
+    found = feed.build(stage, current.tokenizer, current.root, current.config)
+    known = lineage["stages"].get(name)
+    if known and known["data"] != found.digests:
+        changed = schema.difference(known["data"], found.digests)
+        raise UserError(
+            f"{name}: its data changed since the stage began ({changed}); restore the "
+            "files, or start in another --workdir"
+        )
+    return found
+
+
+def _run_stage(current, name, feeds):
+    config, root = current.config, current.root
+    stage, folder = config.stages[name], root / name
+    lineage = workdir.read_json(root / "lineage.json", {"stages": {}})
+    data = feeds.pop(name, None) or _feed(current, name, lineage)
+    lineage["stages"][name] = _lineage(current, name, data, lineage)
+    workdir.write_json(root / "lineage.json", lineage)
+    shared_mesh = current.mesh(name)
+    key = jax.random.key(config.seed)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    with jax.set_mesh(shared_mesh):
+        roles = {
+            role.removesuffix("_from"): current.load(parent, shared_mesh)
+            for role, parent in experiment.parents(config, name).items()
+        }
+        if stage.kind == "comparisons":
+            _write_comparisons(current, name, roles["start"], data, key)
+            return
+        made, hooks = _make(current, stage, shared_mesh, roles, data)
+        info = {"kind": stage.kind, "start_from": stage.start_from, "finished": False}
+        info["format"] = "text" if _is_text(stage) else "chat"
+        info["tokenizer"] = current.tokenizer.digest
+        info["data"] = data.dataset.report
+        workdir.write_json(folder / "stage.json", info)
+        state, result = train.train(
+            made, stage, data.dataset, folder, name=name, key=key, hooks=hooks
+        )
+    info |= saved.describe(train.deployable(state.model)) | result
+    workdir.write_json(folder / "stage.json", info | {"finished": True})
+
+
+def _is_text(stage):
+    return stage.kind == "language_model" and stage.data.format == "text"
+
+
+def _make(current, stage, shared_mesh, roles, data):
+    tokenizer = current.tokenizer
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, **current.config.model)
+    if roles:
+        shape = getattr(roles["start"], "config", shape)
+    builders = {
+        "language_model": language_model.make,
+        "reward": reward.make,
+        "preference": preference.make,
+        "policy": policy.make,
+    }
+    extra = {}
+    if stage.kind == "policy":
+        extra["stop_id"] = tokenizer.end
+    if stage.kind == "language_model":
+        extra["fresh_pieces"] = () if _is_text(stage) else tokenizer.control_ids
+    made = builders[stage.kind](stage, shape, shared_mesh, roles, **extra)
+    sample = None
+    if stage.kind != "reward" and data.samples:
+
+        def sample(model, step):
+            language = Language(train.deployable(model), tokenizer, batch_size=16)
+            texts = language.complete(
+                data.samples, chat=not _is_text(stage), temperature=1.0, seed=step
+            )
+            return [
+                {"prompt": p, "completion": text, "ended": ended}
+                for p, (text, ended) in zip(data.samples, texts, strict=True)
+            ]
+
+    return made, train.Hooks(data.heldout, sample)
+
+
+def _write_comparisons(current, name, model, data, key):
+    stage, folder = current.config.stages[name], current.root / name
+    started = time.perf_counter()
+    language = Language(model, current.tokenizer, batch_size=stage.batch_size)
+    rater = comparisons.rater(stage.rater, current.config.world.name)
+    result = comparisons.write(
+        folder / "records.jsonl",
+        language,
+        data.prompts,
+        rater,
+        stage,
+        key,
+        name=name,
+    )
+    info = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
+    result["seconds"] = {"total": round(time.perf_counter() - started, 3)}
+    workdir.write_json(folder / "stage.json", info | result | {"finished": True})
+
+
+def _lineage(current, name, data, lineage):
+    """What a stage comes from: digests of its config, its data, its parents."""
+    config = current.config
+    shared = {"seed": config.seed, "model": schema.plain(config.model)}
+    entry = {
+        "kind": config.stages[name].kind,
+        "start_from": config.stages[name].start_from,
+        "config": workdir.digest(experiment.identity(schema.plain(config.stages[name])) | shared),
+        "tokenizer": current.tokenizer.digest,
+        "data": data.digests,
+        "parents": {},
+    }
+    for role, parent in experiment.parents(config, name).items():
+        known = lineage["stages"].get(parent)
+        if known is None:
+            path = Path(parent)
+            other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
+            known = other["stages"].get(path.name, {"id": ""})
+        entry["parents"][role] = {"stage": parent, "id": known["id"]}
+    return entry | {"id": workdir.digest(entry)}

@@ -1,0 +1,1 @@
+"""Where supervision comes from: text goes in, records on disk or scores come out."""

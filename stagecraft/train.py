@@ -1,0 +1,194 @@
+"""The only training loop: every stage of every experiment goes through it.
+
+Chapters: restore, evaluate and sample when due, prepare, update, log, save. The loop
+reads a step's numbers one step late, so that the device never waits for the host.
+"""
+
+import resource
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from stagecraft import checkpoint, masked, metrics, tree
+from stagecraft.errors import UserError
+
+
+class Hooks(NamedTuple):
+    """What a stage does besides training.
+
+    Attributes:
+        heldout: a `data.Dataset` for eval_ metrics, or None.
+        sample: (model, step) -> [{"prompt", "completion"}], or None.
+    """
+
+    heldout: object = None
+    sample: object = None
+
+
+def train(stage, config, data, folder, *, name, key, hooks=None):
+    """Trains a stage to its last step, from its newest checkpoint if there is one.
+
+    Args:
+        stage: a `stages.stage.Stage`.
+        config: the stage's resolved config: steps, batch_size, every.
+        data: a `data.Dataset`; its order is a function of (seed, step).
+        folder: WORKDIR/STAGE.
+        name: the stage's name, for the progress line.
+        key: the stage's random key.
+        hooks: a `Hooks`.
+
+    Returns:
+        the final state, and {"steps", "seconds", "tokens", "peak_memory_bytes"}.
+    """
+    hooks = hooks or Hooks()
+    folder, every = Path(folder), config.every
+    init_key, step_key = jax.random.split(key)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    clock = metrics.Clock()
+    progress = metrics.Progress(name, config.steps, log=every.log)
+    writer = None
+    try:
+        # -- restore ------------------------------------------------------------------
+        progress.note("starting")
+        with clock("start"):
+            state = stage.init(init_key)
+            step, tokens = 0, {}
+            iterator = data.iterator()
+            latest = checkpoints.latest()
+            if latest is not None:
+                progress.note(f"restoring step {latest}")
+                state, saved = _restore(checkpoints, latest, state)
+                step, tokens = latest, saved["tokens"]
+                clock.seconds = saved["seconds"]
+                iterator.set_state(saved["data"])
+        writer = metrics.Writer(folder, resume_step=step)
+        before = clock.total()
+        last_saved, pending = step, None
+        progress.note("compiling")
+
+        def finish(pending):
+            """Reads a step's numbers, writes them, and stops on what is not finite."""
+            step, batch, values, trained = pending
+            values = {k: float(v) for k, v in jax.device_get(values).items()}
+            values["num_tokens"] = float(tokens["trained"])
+            if step % max(every.log, 1) == 0 or step in (1, config.steps):
+                writer.write(step, clock.total(), values)
+            _stop_if_not_finite(name, folder, step, batch, values, last_saved)
+            progress.step(step, values, trained)
+
+        while step < config.steps:
+            # -- prepare and update ---------------------------------------------------
+            with clock("data"):
+                raw = next(iterator)
+            work = stage.work(raw)
+            with clock("prepare"):
+                batch = stage.prepare(state, raw, jax.random.fold_in(step_key, step))
+            with clock("update"):
+                state, values = stage.update(state, batch)
+                step += 1
+                # The step before has long been computed: reading it costs no wait.
+                if pending is not None:
+                    finish(pending)
+            for kind, count in work.items():
+                tokens[kind] = tokens.get(kind, 0) + count
+            pending = (step, batch, values, work["trained"])
+
+            # -- evaluate, sample, save -----------------------------------------------
+            last = step == config.steps
+            if last or (every.save and step % every.save == 0):
+                with clock("update"):
+                    finish(pending)
+                    pending = None
+            if hooks.heldout and (last or (every.eval and step % every.eval == 0)):
+                with clock("eval"):
+                    found = evaluate(stage, state, hooks.heldout, config.batch_size)
+                writer.write(step, clock.total(), found)
+            if hooks.sample and (last or (every.sample and step % every.sample == 0)):
+                with clock("sample"):
+                    writer.write_samples(step, hooks.sample(state.model, step))
+            if last or (every.save and step % every.save == 0):
+                with clock("save"):
+                    saved = {
+                        "tokens": tokens,
+                        "seconds": clock.seconds,
+                        "data": iterator.get_state(),
+                    }
+                    checkpoints.save(step, *_split(state), saved)
+                    last_saved = step
+        with clock("save"):
+            checkpoints.wait()
+    finally:
+        progress.close()
+        if writer is not None:
+            writer.close()
+        checkpoints.close()
+    seconds = {k: round(v, 3) for k, v in clock.seconds.items()}
+    return state, {
+        "steps": config.steps,
+        "seconds": seconds | {"total": round(clock.total(), 3)},
+        "seconds_this_time": round(clock.total() - before, 3),
+        "tokens": tokens,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def evaluate(stage, state, heldout, batch_size):
+    """Metrics over every row of a held-out set, each once: {"eval_" + name: float}."""
+    total = None
+    key = jax.random.key(0)
+    for raw in heldout.epoch(batch_size):
+        found = stage.evaluate(state, stage.prepare(state, raw, key))
+        total = found if total is None else masked.merge(total, found)
+    return {f"eval_{k}": float(v) for k, v in masked.results(total).items()}
+
+
+def peak_memory():
+    """Bytes: the most this process has held, on its device where that is known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def deployable(model):
+    """The module a stage is trained for: of {"policy", "value"}, the policy."""
+    return model["policy"] if isinstance(model, dict) else model
+
+
+def _split(state):
+    """The parameters a child stage starts from, and all the rest of the state."""
+    rest = {"opt_state": state.opt_state, "step": state.step, "extra": state.extra}
+    if isinstance(state.model, dict):
+        rest["beside"] = {k: v for k, v in state.model.items() if k != "policy"}
+    return deployable(state.model), rest
+
+
+def _restore(checkpoints, step, state):
+    model, rest, saved = checkpoints.restore(step, *_split(state))
+    if isinstance(state.model, dict):
+        model = {"policy": model, **rest["beside"]}
+        model = {k: model[k] for k in state.model}
+    state = state._replace(
+        model=model,
+        opt_state=rest["opt_state"],
+        step=rest["step"],
+        extra=rest["extra"],
+    )
+    return state, saved
+
+
+def _stop_if_not_finite(name, folder, step, batch, values, last_saved):
+    bad = [k for k in ("loss", "grad_norm") if not np.isfinite(values[k])]
+    if not bad:
+        return
+    path = folder / "not_finite.npz"
+    np.savez(path, **{k: np.asarray(v) for k, v in tree.named(batch).items()})
+    raise UserError(
+        f"{name}: {bad[0]} is {values[bad[0]]} at step {step}; the batch is in {path}, "
+        f"the last checkpoint is step {last_saved}; a lower optimizer.lr or a smaller "
+        "optimizer.clip_norm often helps"
+    )

@@ -1,0 +1,69 @@
+"""The files of a run: where they lie, and how they are written whole or not at all.
+
+    WORKDIR/config.json          the resolved config
+    WORKDIR/lineage.json         what each stage started from: digests of config, data
+                                 and parents
+    WORKDIR/tokenizer.model
+    WORKDIR/world/               what the embedded world wrote
+    WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
+                                 TensorBoard events; records.jsonl of a comparisons stage
+    WORKDIR/summary.json, prompt.json, report.html
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from stagecraft.errors import UserError
+
+
+def write_text(path, text):
+    """Writes a text file whole; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, data):
+    """Writes a file by rename: a reader sees the old one or the new, never a part."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write here ({error.strerror}); choose another --workdir"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path, value):
+    """Writes a JSON file whole; keys keep their order."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path, default=None):
+    """The value of a JSON file; `default` where there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a JSON file ({error}); it was edited or damaged: "
+            "restore it, or start in another --workdir"
+        ) from error
+
+
+def digest(value):
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

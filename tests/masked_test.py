@@ -1,0 +1,201 @@
+"""Masked reductions against numpy; what lies under False never gets out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from stagecraft import masked
+
+REDUCTIONS = {
+    "sum": (masked.sum, np.sum),
+    "mean": (masked.mean, np.mean),
+    "var": (masked.var, np.var),
+    "max": (masked.max, np.max),
+}
+
+
+def sample(shape=(3, 4, 5), seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(1, 2, shape).astype(np.float32)
+    mask = rng.random(shape) < 0.4
+    mask[0, 0] = False  # at least one row has nothing
+    return x, mask
+
+
+def by_numpy(function, x, mask, axis):
+    """The reduction of each kept list of values; 0 for an empty list."""
+    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
+    others = [a for a in range(x.ndim) if a not in axes]
+    shape = [x.shape[a] for a in others]
+    rows = np.transpose(x, [*others, *axes]).reshape(*shape, -1)
+    keep = np.transpose(mask, [*others, *axes]).reshape(*shape, -1)
+    want = np.zeros(shape)
+    for place in np.ndindex(*shape):
+        kept = rows[place][keep[place]]
+        want[place] = function(kept.astype(np.float64)) if kept.size else 0
+    return want
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2)], ids=str)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_numpy(name, axis, compiled):
+    ours, judge = REDUCTIONS[name]
+    x, mask = sample()
+    function = functools.partial(ours, axis=axis)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        got = (jax.jit(function) if compiled else function)(x, mask)
+    want = by_numpy(judge, x, mask, axis)
+    assert got.shape == want.shape and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_empty_mask_is_zero(name):
+    function, _ = REDUCTIONS[name]
+    x = jnp.array([[jnp.nan, jnp.inf, 1.0]])
+    value, gradient = jax.value_and_grad(
+        lambda x: function(x, jnp.zeros((1, 3), bool))
+    )(x)
+    assert float(value) == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_what_is_masked_reaches_neither_value_nor_gradient(name, bad):
+    function, _ = REDUCTIONS[name]
+    x, mask = sample()
+    dirty = np.where(mask, x, bad).astype(np.float32)
+
+    def total(x):
+        return jnp.sum(jnp.square(function(x, mask, -1)))
+
+    clean = jax.value_and_grad(total)(jnp.asarray(x))
+    got = jax.value_and_grad(total)(jnp.asarray(dirty))
+    np.testing.assert_array_equal(got[0], clean[0])
+    np.testing.assert_array_equal(got[1], clean[1])
+    assert not np.asarray(got[1])[~mask].any()
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_gradient_by_differences(name):
+    function, _ = REDUCTIONS[name]
+    x, mask = sample((2, 2, 3), seed=1)
+    x = x.astype(np.float64)
+    with jax.enable_x64(True):
+        total = jax.jit(lambda x: jnp.sum(jnp.sin(function(x, mask, -1))))
+        got = jax.grad(total)(x)
+        want = np.zeros_like(x)
+        for place in np.ndindex(x.shape):
+            step = np.zeros_like(x)
+            step[place] = 1e-6
+            want[place] = (total(x + step) - total(x - step)) / 2e-6
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_variance_of_few():
+    x, all_ = jnp.array([1.0, 2.0, 3.0]), jnp.ones(3, bool)
+    np.testing.assert_allclose(masked.var(x, all_), 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(masked.var(x, all_, unbiased=True), 1, rtol=1e-6)
+    one = jnp.array([False, True, False])
+    assert float(masked.var(x, one)) == float(masked.var(x, one, unbiased=True)) == 0
+
+
+def test_variance_far_from_zero_is_not_cancelled():
+    x = jnp.array([1e4, 1e4 + 1, 1e4 + 2])
+    np.testing.assert_allclose(masked.var(x, jnp.ones(3, bool)), 2 / 3, rtol=1e-3)
+
+
+def test_max_of_negatives_is_not_the_zero_of_the_mask():
+    x = jnp.array([-3.0, -2.0, 5.0])
+    assert float(masked.max(x, jnp.array([True, True, False]))) == -2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, jnp.bool_])
+def test_narrow_values_are_reduced_in_float32(dtype):
+    x = jnp.ones(300, dtype)  # 300 needs more than the 8 bits of a bfloat16
+    got = masked.sum(x, jnp.arange(300) < 299)
+    assert got.dtype == jnp.float32 and float(got) == 299
+
+
+def test_masks_that_do_not_fit_are_refused():
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
+        masked.mean(x, jnp.ones((2, 1), bool))
+    with pytest.raises(TypeError, match="boolean"):
+        masked.mean(x, jnp.ones((2, 3)))
+
+
+def test_clear_and_count():
+    x, mask = jnp.array([1.0, jnp.nan]), jnp.array([True, False])
+    assert masked.clear(x, mask).tolist() == [1, 0]
+    assert float(masked.count(mask)) == 1 and masked.count(mask).dtype == jnp.float32
+    gradient = jax.grad(lambda x: jnp.sum(jnp.exp(masked.clear(x, mask))))(x)
+    np.testing.assert_allclose(gradient, [np.e, 0], rtol=1e-6)
+
+
+def reduce_(x, mask):
+    return {"mean": masked.Mean.of(x, mask), "top": {"max": masked.Max.of(x, mask)}}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (4, 2, 1)])
+def test_micro_batches_add_up_to_the_whole(shape):
+    x, mask = sample(shape)
+    whole = masked.results(reduce_(x, mask))
+    start = masked.empty_like(jax.eval_shape(reduce_, x[0], mask[0]))
+
+    @jax.jit
+    def scanned(x, mask):
+        def add(carry, part):
+            now = reduce_(*part)
+            return masked.merge(carry, now), now
+
+        return jax.lax.scan(add, start, (x, mask))
+
+    merged, stacked = scanned(x, mask)
+    for got in (merged, masked.fold(stacked)):
+        got = masked.results(got)
+        assert got["mean"].shape == got["top"]["max"].shape == ()
+        np.testing.assert_allclose(got["mean"], whole["mean"], rtol=1e-6)
+        np.testing.assert_array_equal(got["top"]["max"], whole["top"]["max"])
+    np.testing.assert_allclose(whole["mean"], x[mask].mean(), rtol=1e-5)
+    assert float(whole["top"]["max"]) == x[mask].max()
+    each = [p[m].mean() if m.any() else 0 for p, m in zip(x, mask, strict=True)]
+    assert abs(float(whole["mean"]) - np.mean(each)) > 1e-3  # the usual mistake
+
+
+def test_devices_add_up_to_the_whole():
+    x, mask = sample((8, 3, 5))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    spread = jax.device_put((x, mask), rows)
+    got = jax.jit(lambda *a: masked.results(reduce_(*a)))(*spread)
+    np.testing.assert_allclose(got["mean"], x[mask].mean(), rtol=1e-5)
+    assert float(got["top"]["max"]) == x[mask].max()
+
+
+def test_reductions_of_nothing_are_zero_and_change_nothing():
+    x, nothing = jnp.array([jnp.nan, 2.0]), jnp.zeros(2, bool)
+    for kind in (masked.Mean, masked.Max):
+        empty = kind.of(x, nothing)
+        assert float(empty.result()) == float(kind.empty().result()) == 0
+        some = kind.of(jnp.array([-3.0]), jnp.array([True]))
+        assert float(empty.merge(some).result()) == -3
+        assert float(some.merge(kind.empty()).result()) == -3
+
+
+def test_without_a_mask_all_places_count():
+    x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+    assert float(masked.Mean.of(x).result()) == 3
+    assert float(masked.Max.of(-x).result()) == -1
+    assert float(masked.Mean.of(jnp.float32(7)).result()) == 7
+
+
+def test_nan_under_true_is_shown():
+    x, mask = jnp.array([jnp.nan, 2.0]), jnp.ones(2, bool)
+    assert np.isnan(masked.Mean.of(x, mask).result())
+    assert np.isnan(masked.Max.of(x, mask).result())
