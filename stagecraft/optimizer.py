@@ -100,7 +100,8 @@ def learning_rate(config, steps):
 
     def schedule(step):
         step = jnp.asarray(step, jnp.int32)
-        rate = jnp.asarray(after(jnp.maximum(step - warm, 0)), jnp.float32)
+        since = jnp.maximum(step - warm, 0).astype(jnp.float32)
+        rate = jnp.asarray(after(since), jnp.float32)
         # Step 0 is worth a step too: the ramp starts at 1/warm, not at 0.
         ramp = (step + 1).astype(jnp.float32) / max(warm, 1)
         return jnp.where(step < warm, config.lr * ramp, rate)

@@ -1,1 +1,1 @@
-"""What each stage changed, read from finished runs: weights, behaviour, cost, report."""
+"""What each stage changed, from its files: weights, behaviour, cost, a report."""

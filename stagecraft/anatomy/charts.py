@@ -56,8 +56,8 @@ def curves(series, *, name, label):
         "font.size": 9,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4, 2.3))
-        axes = figure.add_axes((0.125, 0.175, 0.85, 0.775))
+        figure = Figure(figsize=(4, 2.2))
+        axes = figure.add_axes((0.125, 0.12, 0.85, 0.83))
         replaced = dict(_STAND_INS)
         for one in series:
             stand_in = f"#0a0a{one['colour']:02x}"
@@ -197,9 +197,11 @@ def _levels(nodes, edges):
     at = {name: i for i, level in enumerate(levels) for name in level}
     links = []
     for parent, child, main in edges:
-        path = [(parent, child, i) for i in range(at[parent] + 1, at[child])]
+        # One thread a parent and level: its long edges run together, then part.
+        path = [(parent, main, i) for i in range(at[parent] + 1, at[child])]
         for thread in path:
-            levels[thread[2]].append(thread)
+            if thread not in levels[thread[2]]:
+                levels[thread[2]].append(thread)
         links.append((parent, child, path, main))
     return levels, links
 
@@ -224,7 +226,7 @@ def _ordered(levels, links):
                     for name in row
                     if (near := neighbours.get(name))
                 }
-                row.sort(key=lambda name: wish.get(name, place[name]))  # noqa: B023
+                row.sort(key=lambda name: wish.get(name, place[name]))
                 place |= {name: (i + 0.5) / len(row) for i, name in enumerate(row)}
     return rows
 

@@ -4,7 +4,7 @@ from stagecraft.anatomy import charts, files
 
 # One chart each: title, unit, and the series it may show as (metric, label, marked).
 CHARTS = (
-    ("Loss", "nats", ("loss", "training"), ("eval_loss", "held out")),
+    ("Loss", "", ("loss", "training"), ("eval_loss", "held out")),
     (
         "Token accuracy",
         "share of target tokens",
@@ -68,14 +68,16 @@ def show(value):
     ('0.123', '12', '31,000,000', '1.00', '2.1e-05')
     """
     if not files.number(value):
-        return "–" if value is None else str(value)
+        return str(value) if value else "–"
     if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if value and abs(value) < 1e-3:
-        return f"{value:.2g}"
-    if abs(value) < 1:
-        return f"{value:.3f}"
-    return f"{value:#.3g}".rstrip(".")
+        text = f"{value:,.0f}"
+    elif value and abs(value) < 1e-3:
+        text = f"{value:.2g}"
+    elif abs(value) < 1:
+        text = f"{value:.3f}"
+    else:
+        text = f"{value:#.3g}".rstrip(".")
+    return "−" + text[1:] if text.startswith("-") else text
 
 
 def _chart(stage, title, unit, *series):
@@ -96,6 +98,8 @@ def _chart(stage, title, unit, *series):
             )
     if not drawn:
         return None
+    if len(drawn) == 1:
+        drawn[0]["marked"] = False
     told = "; ".join(
         f"{one['label'] or one['key']} from {show(one['values'][0])} at step "
         f"{one['steps'][0]} to {show(one['values'][-1])} at step {one['steps'][-1]}"
@@ -106,6 +110,13 @@ def _chart(stage, title, unit, *series):
     return {"title": title, "unit": unit, "series": drawn, "svg": svg}
 
 
+_LOSS_UNITS = {
+    "language_model": "nats a token",
+    "reward": "nats a pair",
+    "preference": "nats a pair",
+}
+
+
 def panel(stage):
     """A stage's charts, the usual ones first; its samples; what it was."""
     keys, main, taken = stage.keys(), [], set()
@@ -113,6 +124,8 @@ def panel(stage):
     golds = [key for key in keys if "gold" in key and not key.endswith("std")]
     specs[8:8] = [("Gold score", key.replace("eval_", ""), (key, "")) for key in golds]
     for title, unit, *series in specs:
+        if title == "Loss":
+            unit = _LOSS_UNITS.get(stage.kind, "the objective, as trained on")
         chart = _chart(stage, title, unit, *series)
         if chart:
             main.append(chart)

@@ -1,4 +1,4 @@
-"""Reads a work directory's files into one object, whatever is there and whatever is not.
+"""Reads a work directory's files into one object, whatever is there or missing.
 
 A run may be unfinished, cut off in the middle of a line, or of another graph than the
 quickstart's: nothing here needs a stage by name, and what is missing is noted in words.

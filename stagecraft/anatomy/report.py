@@ -1,4 +1,4 @@
-"""Writes WORKDIR/report.html: one self-contained page about a run, from its files alone.
+"""Writes WORKDIR/report.html: one self-contained page, from the run's files.
 
 The page loads nothing: styles, curves and figures are in it, and its content policy
 forbids the rest. Whatever a model wrote is data and escaped as such.
@@ -77,7 +77,6 @@ def write(folder):
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": show, "colour": charts.colour, "short": _short}
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -134,9 +133,9 @@ def _facts(run):
     if isinstance(run.config.get("mesh"), dict):
         mesh = ", ".join(f"{k} {v}" for k, v in run.config["mesh"].items())
         facts.append(("Mesh", mesh))
-    # The newest of the run's files, not the clock: the page stays the same when rewritten.
-    files = [*run.folder.glob("*.json"), *run.folder.glob("*/*.json*")]
-    newest = max(path.stat().st_mtime for path in files)
+    # The newest file, not the clock: a page written again stays the same.
+    paths = [*run.folder.glob("*.json"), *run.folder.glob("*/*.json*")]
+    newest = max(path.stat().st_mtime for path in paths)
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC)
     facts.append(("Last written", f"{date:%Y-%m-%d %H:%M} UTC"))
     return facts
@@ -174,7 +173,7 @@ def _bound(run, key):
 
 
 def _headline(run):
-    """Rows of figures by stage: {"stages": [...], "rows": [{title, meaning, cells}]}."""
+    """Figures by stage: {"stages": [...], "rows": [{title, meaning, cells}]}."""
     table = {stage.name: _figures(run, stage) for stage in run.stages}
     stages = [stage for stage in run.stages if table[stage.name]]
     keys = dict.fromkeys(key for figures in table.values() for key in figures)
@@ -317,22 +316,23 @@ def _heat(stage, found):
 
 
 def _cost(run):
+    """Bars of each stage's share of pretraining, and the counts they come from."""
     table = run.summary.get("cost")
     if not isinstance(table, dict):
         return None
-    known = [
-        (s, table[s.name]) for s in run.stages if isinstance(table.get(s.name), dict)
-    ]
-    rows = [(s, c["share"]) for s, c in known if files.number(c.get("share"))]
-    title, meaning = "Share of pretraining", "FLOPs of the stage over pretraining's"
     counts = [
         {
             "stage": stage,
-            "flops": dict(known)[stage].get("flops") if stage in dict(known) else None,
+            "cost": table[stage.name]
+            if isinstance(table.get(stage.name), dict)
+            else {},
             "tokens": stage.info.get("tokens", {}),
         }
         for stage in run.stages
     ]
+    rows = [(row["stage"], row["cost"].get("share")) for row in counts]
+    rows = [(stage, value) for stage, value in rows if files.number(value)]
+    title, meaning = "Share of pretraining", "FLOPs of the stage over pretraining's"
     return {"bars": _scaled(title, meaning, rows) if rows else None, "counts": counts}
 
 
@@ -357,6 +357,7 @@ def _time(run):
         )
         parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _ACTIVITIES), 0.0)
         if total:
+            parts = {name: parts.get(name, 0.0) for name in _ACTIVITIES}
             rows.append({"stage": stage, "total": total, "parts": parts})
     longest = max((row["total"] for row in rows), default=1.0)
     used = [k for k in _ACTIVITIES if any(r["parts"].get(k, 0) > 0.05 for r in rows)]

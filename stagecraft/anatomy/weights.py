@@ -180,7 +180,7 @@ def _matrix(name, array):
 
 
 def _shared(before, after):
-    """Yields (name, f32, f32) for the parameters both trees hold, in `before`'s order."""
+    """Yields (name, f32, f32) for the parameters that both trees hold."""
     ours, theirs = _named(before), _named(after)
     names = [name for name in ours if name in theirs]
     if not names:
@@ -191,7 +191,7 @@ def _shared(before, after):
             "compare stages of the same model"
         )
     for name in names:
-        # A copy of one leaf at a time, so that a large model never lies twice on the host.
+        # One leaf at a time: a large model never lies twice on the host.
         a, b = np.asarray(ours[name]), np.asarray(theirs[name])
         if a.shape != b.shape:
             raise UserError(

@@ -170,15 +170,18 @@ def _judge(model, frozen, rollout, key, kl_coef, *, config):
     paid = losses.missing_eos(
         raw_scores, rollout["ended"], penalty=config.missing_eos_penalty
     )
-    rewards, kl_metrics = losses.kl_reward(
-        paid, old.logps, ref.logps, mask, kl_coef=kl_coef
-    )
+    rewards = losses.kl_reward(paid, old.logps, ref.logps, mask, kl_coef=kl_coef)
     advantages, returns = losses.gae(
         rewards, values, mask, discount=config.discount, lambda_=config.lambda_
     )
+    kl = masked.sum(losses.k1(old.logps, ref.logps), mask, axis=-1)  # [B]
     of = masked.Mean.of
-    metrics = {k: of(v) for k, v in kl_metrics.items()} | {
+    metrics = {
+        "objective/kl": of(kl),
+        "objective/entropy": of(masked.sum(-old.logps, mask, axis=-1)),
         "objective/scores": of(raw_scores),
+        "objective/non_score_reward": of(-kl_coef * kl),
+        "objective/rlhf_reward": of(paid - kl_coef * kl),
         "objective/kl_coef": of(kl_coef),
         "objective/response_length": of(mask.sum(-1).astype(jnp.float32)),
         "objective/missing_eos_rate": of(1.0 - rollout["ended"].astype(jnp.float32)),
@@ -201,7 +204,7 @@ def _judge(model, frozen, rollout, key, kl_coef, *, config):
             "returns": returns,
         },
         "order": order.reshape(config.epochs * config.minibatches, -1),
-        "kl": kl_metrics["objective/kl"].mean(),
+        "kl": kl.mean(),
         "metrics": metrics,
     }
 

@@ -63,9 +63,9 @@ def test_packed_is_the_sum_of_its_documents():
     documents = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1]]
 
     def total(rows, segments):
-        ids, segments = jnp.array(rows), jnp.array(segments)
-        targets, mask = losses.shift(ids, jnp.ones_like(ids, bool), segments)
-        loss, _ = losses.next_token(jnp.asarray(table)[ids, targets])
+        ids = np.array(rows)
+        targets, mask = losses.shift(ids, np.ones_like(ids, bool), np.array(segments))
+        loss, _ = losses.next_token(jnp.asarray(table[ids, np.asarray(targets)]))
         return float(masked.sum(loss, mask)), int(mask.sum())
 
     packed = total([sum(documents, [])], [[1] * 5 + [2] * 2 + [3] * 3])
