@@ -71,13 +71,13 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
 
         def finish(pending):
             """Reads a step's numbers, writes them, and stops on what is not finite."""
-            step, batch, values, trained = pending
+            step, batch, values, worked = pending
             values = {k: float(v) for k, v in jax.device_get(values).items()}
-            values["num_tokens"] = float(tokens["trained"])
+            values["num_tokens"] = float(sum(v for k, v in tokens.items() if "trained" in k))
             if step % max(every.log, 1) == 0 or step in (1, config.steps):
                 writer.write(step, clock.total(), values)
             _stop_if_not_finite(name, folder, step, batch, values, last_saved)
-            progress.step(step, values, trained)
+            progress.step(step, values, worked)
 
         while step < config.steps:
             # -- prepare and update ---------------------------------------------------
@@ -92,9 +92,12 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 # The step before has long been computed: reading it costs no wait.
                 if pending is not None:
                     finish(pending)
+            length = work.pop("length")
             for kind, count in work.items():
                 tokens[kind] = tokens.get(kind, 0) + count
-            pending = (step, batch, values, work["trained"])
+            tokens["context"] = (length + 1) / 2  # a causal row attends to half of it
+            worked = work.get("trained", 0) + work.get("scalar_trained", 0)
+            pending = (step, batch, values, worked)
 
             # -- evaluate, sample, save -----------------------------------------------
             last = step == config.steps

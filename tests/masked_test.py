@@ -124,10 +124,12 @@ def test_narrow_values_are_reduced_in_float32(dtype):
 
 def test_masks_that_do_not_fit_are_refused():
     x = jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
-        masked.mean(x, jnp.ones((2, 1), bool))
-    with pytest.raises(TypeError, match="boolean"):
-        masked.mean(x, jnp.ones((2, 3)))
+    reductions = [function for function, _ in REDUCTIONS.values()]
+    for function in [*reductions, masked.Mean.of, masked.Max.of]:
+        with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
+            function(x, jnp.ones((2, 1), bool))
+        with pytest.raises(TypeError, match="boolean"):
+            function(x, jnp.ones((2, 3)))
 
 
 def test_clear_and_count():

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from stagecraft import optimizer, tree
 from stagecraft.errors import UserError
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import ScalarModel, Transformer
 
 
 def settings(**changes):
@@ -50,10 +52,10 @@ class Model(nnx.Module):
 def gradients(params, steps):
     """Different for every step and leaf; some beyond the clip, some within."""
     rng = np.random.default_rng(0)
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, params))
     for step in range(steps):
         size = 0.02 if step % 2 else 2.0
-        new = [jnp.asarray(size * rng.normal(size=x.shape), x.dtype) for x in leaves]
+        new = [(size * rng.normal(size=x.shape)).astype(x.dtype) for x in leaves]
         yield jax.tree.unflatten(structure, new)
 
 
@@ -163,10 +165,10 @@ def test_twenty_steps_of_optax_adamw():
             mask=mask,
         ),
     )
-    want, state = params, tx.init(params)
+    want, state, update = params, tx.init(params), jax.jit(tx.update)
     for g in gradients(params, 20):
-        updates, state = tx.update(g, state, want)
-        want = optax.apply_updates(want, updates)
+        updates, state = update(g, state, want)
+        want = jax.tree.map(np.add, want, updates)
     for name, array in tree.named(want).items():
         np.testing.assert_allclose(tree.named(got)[name], array, rtol=1e-5, atol=1e-6)
 
@@ -221,6 +223,19 @@ def test_decay_is_by_name_not_by_shape():
     assert two == {
         "value": {"head": True, "bias": False, "q_norm": False, "rescaled": True}
     }
+
+
+def test_decay_of_the_real_model():
+    config = ModelConfig(vocab_size=64)
+
+    def make(key):
+        return ScalarModel(Transformer(config, key), key)
+
+    mask = tree.named(optimizer.decayed(jax.eval_shape(make, jax.random.key(0))))
+    exempt = {name.split("/")[-1] for name, decay in mask.items() if not decay}
+    assert exempt == {"scale", "bias"}
+    for name in ("body/embed", "body/layers/attention/query", "head"):
+        assert mask[name]
 
 
 def test_decay_is_decoupled_from_the_gradient():

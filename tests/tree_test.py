@@ -139,6 +139,8 @@ def test_digest_ignores_order_and_placement():
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     assert tree.digest({"x": x, "y": y}) == tree.digest({"y": y, "x": spread})
     assert tree.digest(x[::2]) == tree.digest(x[::2].copy())  # strides are no content
+    rows = list(np.eye(11))  # as a dict, "10" comes before "2"
+    assert tree.digest(rows) == tree.digest({str(i): x for i, x in enumerate(rows)})
     one, two = Model(jax.random.key(0)), Model(jax.random.key(0))
     assert tree.digest(one) == tree.digest(two)
     assert tree.digest(one) != tree.digest(Model(jax.random.key(1)))

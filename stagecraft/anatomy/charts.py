@@ -162,7 +162,8 @@ def graph(nodes, edges):
     height = len(rows) * _LEVEL - (_LEVEL - _HEIGHT) + 4
     parts = [
         f'<svg role="img" viewBox="0 0 {width} {height}" '
-        f'style="width:{width}px" aria-label="{escape(_told(edges))}">'
+        f'style="width:{width:g}px;min-width:{0.75 * width:g}px" '
+        f'aria-label="{escape(_told(edges))}">'
     ]
     for parent, child, path, main in links:
         points = [places[name] for name in (parent, *path, child)]
@@ -267,7 +268,7 @@ def _node(name, node, place):
         f'<g class="{kind}"><title>{escape(name)}</title>'
         f'<rect x="{x:g}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="7" '
         f'style="stroke:{shade}"/>'
-        f'<text x="{place[0]:g}" y="{y + 20}" class="name">{escape(_cut(name, 15))}'
+        f'<text x="{place[0]:g}" y="{y + 20}" class="name">{escape(_cut(name, 12))}'
         f'</text><text x="{place[0]:g}" y="{y + 36}" class="note">'
         f"{escape(_cut(node['note'], 19))}</text></g>"
     )

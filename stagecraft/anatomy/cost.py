@@ -14,6 +14,11 @@ of positions a token attends to, itself included. With context = T this is PaLM'
 Rematerialisation is work done again, not work needed, and is left out.
 """
 
+# Keys of a model's config that the counts are made from.
+NEEDED = frozenset(
+    ("vocab_size", "width", "layers", "heads", "kv_heads")
+    + ("head_dim", "ff_width", "tied", "qk_norm")
+)
 _MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 _COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
 
@@ -22,7 +27,7 @@ def parameters(model):
     """Counts the parameters of a decoder.
 
     Args:
-        model: a ModelConfig as a mapping (config["model"] of a stage).
+        model: a ModelConfig as a mapping; the keys in `NEEDED` are read.
 
     Returns:
         {"by_kind": {kind: int}, "embedding": int, "body": int, "total": int}; the body

@@ -54,7 +54,7 @@ MEANINGS = {
 }
 
 _ACTIVITIES = (
-    *("start", "data", "compile", "sample", "score", "prepare"),
+    *("compile", "sample", "score", "prepare"),
     *("update", "eval", "save", "other"),
 )
 
@@ -114,7 +114,7 @@ def _facts(run):
     model = model or run.config.get("model")
     if isinstance(model, dict) and {"layers", "width"} <= set(model):
         facts.append(("Model", f"{model['layers']} layers, width {model['width']}"))
-        if {"vocab_size", "heads", "kv_heads", "ff_width"} <= set(model):
+        if set(model) >= cost.NEEDED:
             facts.append(("Parameters", show(cost.parameters(model)["total"])))
     seconds = run.summary.get("seconds")
     total = seconds.get("total") if isinstance(seconds, dict) else None
@@ -216,9 +216,9 @@ def _answers(run):
     if not isinstance(answers, dict):
         return []
     return [
-        {"stage": stage, "texts": answers[stage.name]}
+        {"stage": stage, "texts": [one for one in answers[stage.name] if "text" in one]}
         for stage in run.stages
-        if answers.get(stage.name)
+        if isinstance(answers.get(stage.name), list)
     ]
 
 

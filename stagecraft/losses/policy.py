@@ -55,8 +55,8 @@ def ppo_policy(logps, old_logps, advantages, *, clip=0.2):
 def ppo_value(values, old_values, returns, *, clip=0.2):
     """Half the squared error of the critic, its step clipped like the policy's.
 
-    The larger of the clipped and the free error counts (Engstrom et al. 2020, eq. 3,
-    arxiv.org/abs/2005.12729).
+    The larger of the clipped and the free error counts (Engstrom et al. 2020,
+    arxiv.org/abs/2005.12729, on code-level optimizations).
 
     Args:
         values: f32[B, T], the critic now.

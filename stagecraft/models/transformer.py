@@ -6,6 +6,8 @@ Configs and other settings are static fields. Parameters are float32 and cast to
 compute dtype where they are used; norms, softmax and logits are float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -63,10 +65,9 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(c.head_dim, c.norm_eps, None) if c.qk_norm else None
 
     def __call__(self, x, angles, attend):
-        dtype = x.dtype
-        query = jnp.einsum("btd,dhc->bthc", x, self.query[...].astype(dtype))
-        key = jnp.einsum("btd,dkc->btkc", x, self.key[...].astype(dtype))
-        value = jnp.einsum("btd,dkc->btkc", x, self.value[...].astype(dtype))
+        query = _project(x, self.query)
+        key = _project(x, self.key)
+        value = _project(x, self.value)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = checkpoint_name(attention_lib.rotate(query, angles), "query")
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
         value = checkpoint_name(value, "value")
         attended, extra = attend(query, key, value)
         attended = checkpoint_name(attended, "attended")
-        return jnp.einsum("bthc,hcd->btd", attended, self.out[...].astype(dtype)), extra
+        return _project(attended, self.out, contracted=2), extra
 
 
 class FeedForward(nnx.Module):
@@ -90,9 +91,8 @@ class FeedForward(nnx.Module):
         self.down = _normal(keys[2], wide[::-1], down_std, ("ff", "embed"))
 
     def __call__(self, x):
-        gate = x @ self.gate[...].astype(x.dtype)
-        up = x @ self.up[...].astype(x.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        gated = jax.nn.silu(_project(x, self.gate)) * _project(x, self.up)
+        return _project(gated, self.down)
 
 
 class Block(nnx.Module):
@@ -227,6 +227,19 @@ class ScalarModel(nnx.Module):
 
 def _normal(key, shape, std, axes):
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def _project(x, weight, contracted: int = 1):
+    """Contracts the last dimensions of x with the first ones of a weight.
+
+    Both are flattened to matrices: the gradient of the weight is then a plain matmul.
+    With [B, T, D] kept, XLA on a CPU transposes whole activations for it.
+    """
+    weight = weight[...].astype(x.dtype)
+    rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
+    size = math.prod(weight.shape[:contracted])
+    out = x.reshape(-1, size) @ weight.reshape(size, -1)
+    return out.reshape(rows + columns)
 
 
 def _remat(body, policy: str):

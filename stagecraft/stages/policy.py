@@ -81,12 +81,15 @@ def make(config, model_config, shared_mesh, parents, *, stop_id):
     def work(raw):
         rows, prompt = raw["prompt_ids"].shape
         tokens = rows * (prompt + config.sampling.max_new_tokens)
-        # Policy and critic are trained; policy, reference, critic and reward model
-        # each read the rollout once.
+        # Policy and critic are trained; policy and reference, critic and reward model
+        # each read the rollout once before.
         return {
-            "trained": 2 * config.epochs * tokens,
-            "scored": 4 * tokens,
+            "trained": config.epochs * tokens,
+            "scalar_trained": config.epochs * tokens,
+            "scored": 2 * tokens,
+            "scalar_scored": 2 * tokens,
             "sampled": tokens,
+            "length": prompt + config.sampling.max_new_tokens,
         }
 
     return stage.Stage(

@@ -50,7 +50,10 @@ def make(config, model_config, shared_mesh, parents):
             objective, optimizer_, micro_batches=config.micro_batches
         ),
         evaluate=stage.make_evaluate(objective),
-        work=lambda raw: {"trained": raw["ids"].size},
+        work=lambda raw: {
+            "scalar_trained": raw["ids"].size,
+            "length": raw["ids"].shape[-1],
+        },
     )
 
 

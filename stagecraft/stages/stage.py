@@ -26,9 +26,10 @@ class Stage(NamedTuple):
         update: (state, batch) -> (state, {metric: number}); jitted, state donated.
         evaluate: (state, batch) -> {metric: Mean or Max} of a held-out prepared batch,
             still to be merged with those of other batches.
-        work: (raw) -> {"trained", "scored", "sampled": tokens}: what one step runs
-            through a model (forward and backward, forward only, drawn), from the
-            shapes alone; padding costs as much as text.
+        work: (raw) -> tokens one step runs through a model, from the shapes alone
+            (padding costs as much as text): "trained" forward and backward, "scored"
+            forward only, "sampled", and "scalar_" before those of reward and value
+            models; and "length", of a row.
     """
 
     init: Callable

@@ -9,7 +9,7 @@ import pytest
 
 from stagecraft import losses
 
-P, Q = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.2, 0.3, 0.3, 0.2])
+P, Q = np.array([0.7, 0.2, 0.08, 0.02]), np.array([0.1, 0.2, 0.3, 0.4])
 KS = ("k1", "k2", "k3")
 KL = float(np.sum(P * np.log(P / Q)))
 
@@ -34,7 +34,7 @@ def test_expectations_are_the_kl_except_for_k2():
     mean = {k: P @ np.asarray(getattr(losses, k)(*logs)) for k in KS}
     np.testing.assert_allclose([mean["k1"], mean["k3"]], [KL, KL], rtol=1e-5)
     np.testing.assert_allclose(mean["k2"], P @ np.log(P / Q) ** 2 / 2, rtol=1e-5)
-    assert abs(mean["k2"] - KL) > 0.02
+    assert abs(mean["k2"] - KL) > 0.2
 
 
 @pytest.mark.parametrize("name", KS)
@@ -45,7 +45,7 @@ def test_monte_carlo(name):
     samples = np.asarray(samples, np.float64)
     want = P @ np.log(P / Q) ** 2 / 2 if name == "k2" else KL
     error = samples.std() / np.sqrt(samples.size)
-    assert abs(samples.mean() - want) < 4 * error < 0.02
+    assert abs(samples.mean() - want) < 4 * error < 0.05
     assert (samples >= 0).all() == (name != "k1")
 
 

@@ -1,0 +1,127 @@
+"""What finished stages say: one prompt through all of them, a talk, held-out answers."""
+
+import sys
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stagecraft.errors import UserError
+from stagecraft.models.language import Language
+
+SPEAKING = ("language_model", "preference", "policy")
+
+
+def speaking_stages(current, names=()):
+    """Finished stages whose model writes text, in the order of the graph."""
+    return [
+        name
+        for name in names or current.config.stages
+        if current.config.stages[name].kind in SPEAKING and current.finished(name)
+    ]
+
+
+def through_stages(
+    current, prompt, *, temperature=0.0, samples=1, max_new_tokens=48, seed=0
+):
+    """The same prompt given to every finished stage.
+
+    Args:
+        current: a `run.Run`.
+        prompt: a text; a base model continues it bare, the others answer it as a turn.
+        temperature, samples, max_new_tokens, seed: of the sampling.
+
+    Returns:
+        {stage: [{"text", "ended", "temperature"}]}.
+    """
+    names = speaking_stages(current)
+    if not names:
+        raise UserError(
+            f"{current.root}: no finished stage yet; run it: stagecraft run "
+            f"--config=... --workdir={current.root}"
+        )
+    answers = {}
+    shared_mesh = current.mesh()
+    with jax.set_mesh(shared_mesh):
+        for name in names:
+            language = Language(
+                current.load(name, shared_mesh),
+                current.tokenizer,
+                batch_size=_rows(samples, shared_mesh),
+            )
+            got = language.complete(
+                [prompt] * samples,
+                chat=current.chat_format(name),
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            )
+            answers[name] = [
+                {"temperature": temperature, "text": text, "ended": ended}
+                for text, ended in got
+            ]
+    return answers
+
+
+def _rows(least, shared_mesh):
+    shards = shared_mesh.shape["data"] * shared_mesh.shape["fsdp"]
+    return -(-least // shards) * shards
+
+
+def show(prompt, answers, file=None):
+    """Prints what `through_stages` returned, stages side by side in rows."""
+    console = Console(file=file or sys.stdout, highlight=False)
+    table = Table(title=Text(prompt), show_lines=True, title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("says", overflow="fold")
+    for name, found in answers.items():
+        says = Text("\n").join(
+            Text(one["text"].strip() + ("" if one["ended"] else " ..."))
+            for one in found
+        )
+        table.add_row(name, says)
+    console.print(table)
+
+
+def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
+    """A talk with one stage's model on the terminal, turn by turn."""
+    if name not in speaking_stages(current):
+        known = ", ".join(speaking_stages(current)) or "none is finished"
+        raise UserError(
+            f"--stage={name}: expected a finished stage that writes text: {known}"
+        )
+    shared_mesh = current.mesh()
+    with jax.set_mesh(shared_mesh):
+        language = Language(
+            current.load(name, shared_mesh),
+            current.tokenizer,
+            batch_size=_rows(1, shared_mesh),
+        )
+        in_turns = current.chat_format(name)
+        messages = []
+        while True:
+            try:
+                text = input("you> ").strip()
+            except EOFError:
+                print()
+                return
+            if not text:
+                return
+            messages.append({"role": "user", "content": text})
+            room = current.config.model.max_length - max_new_tokens
+            while len(messages) > 1 and in_turns and _length(language, messages) > room:
+                messages = messages[2:]  # the oldest question and answer go first
+            [(answer, _)] = language.complete(
+                [messages if in_turns else text],
+                chat=in_turns,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed + len(messages),
+            )
+            print(f"{name}> {answer.strip()}")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _length(language, messages):
+    return len(language.encode(messages, chat_format=True))

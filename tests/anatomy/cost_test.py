@@ -1,0 +1,85 @@
+"""FLOPs and parameter counts against a count by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from stagecraft import tree
+from stagecraft.anatomy import cost
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import Transformer
+
+TINY = {
+    "vocab_size": 10,
+    "width": 4,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 2,
+    "ff_width": 6,
+    "tied": True,
+    "qk_norm": True,
+}
+
+
+def test_parameters_of_a_tiny_model_by_hand():
+    found = cost.parameters(TINY)
+    assert found["by_kind"] == {
+        "embed": 40,
+        "unembed": 0,
+        "query": 2 * 4 * 4,
+        "key": 2 * 4 * 2,
+        "value": 2 * 4 * 2,
+        "output": 2 * 4 * 4,
+        "gate": 2 * 4 * 6,
+        "up": 2 * 4 * 6,
+        "down": 2 * 6 * 4,
+        "norm": 2 * (4 + 4 + 2 + 2) + 4,
+    }
+    assert found["embedding"] == 40
+    assert found["body"] == 32 + 16 + 16 + 32 + 3 * 48 + 28
+    assert found["total"] == found["body"] + 40
+    assert cost.parameters({**TINY, "tied": False})["embedding"] == 80
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_parameters_are_those_of_the_model(tied, qk_norm):
+    config = ModelConfig(
+        vocab_size=20, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, ff_width=12
+    )
+    config = dataclasses.replace(config, tied=tied, qk_norm=qk_norm)
+    model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+    assert cost.parameters(vars(config))["total"] == tree.count(model)
+    assert set(vars(config)) >= cost.NEEDED
+
+
+def test_forward_flops_by_hand():
+    weights = 32 + 16 + 16 + 32 + 3 * 48
+    attention = 4 * 2 * 2 * 2 * 8  # 4 L H C context
+    assert cost.forward_flops(TINY, 1, 8, scalar=True) == 2 * weights + attention
+    assert cost.forward_flops(TINY, 5, 8) == 5 * (2 * (weights + 40) + attention)
+    untied = cost.forward_flops({**TINY, "tied": False}, 5, 8)
+    assert untied == cost.forward_flops(TINY, 5, 8)
+
+
+def test_stage_flops_weigh_what_was_done():
+    one, scalar = (cost.forward_flops(TINY, 1, 8, scalar=s) for s in (False, True))
+    counters = {"trained": 10, "scored": 20, "sampled": 30, "context": 8}
+    assert cost.stage_flops(counters, TINY) == pytest.approx((30 + 20 + 30) * one)
+    counters = {"scalar_trained": 10, "scalar_scored": 1, "context": 8}
+    assert cost.stage_flops(counters, TINY) == pytest.approx(31 * scalar)
+
+
+def test_wrong_counters_are_refused():
+    with pytest.raises(ValueError, match="unknown counters"):
+        cost.stage_flops({"learned": 1, "context": 1}, TINY)
+    with pytest.raises(ValueError, match="context"):
+        cost.stage_flops({"trained": 1}, TINY)
+
+
+def test_share():
+    assert cost.share(2.0, 8.0) == 0.25
+    with pytest.raises(ValueError, match="pretraining"):
+        cost.share(1.0, 0.0)

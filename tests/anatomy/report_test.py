@@ -1,0 +1,242 @@
+"""The report of small fake runs: self-contained, escaped, whole with files missing."""
+
+import html.parser
+import json
+import re
+import sys
+
+import pytest
+
+from stagecraft.anatomy import charts, files, report
+from stagecraft.errors import UserError
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def run(tmp_path):
+    stages = {"base": ("", {}), "tuned": ("base", {}), "judge": ("tuned", {})}
+    stages["policy"] = ("tuned", {"judge": {"digest": "ab" * 32}})
+    _json(tmp_path / "config.json", {"seed": 7, "stages": {n: {} for n in stages}})
+    lineage = {
+        name: {
+            "kind": "policy" if parents else "language_model",
+            "start_from": start,
+            "config_digest": "c0ffee" * 10,
+            "data_digest": {"train": "da7a" * 16},
+            "parents": parents,
+        }
+        for name, (start, parents) in stages.items()
+    }
+    _json(tmp_path / "lineage.json", {"stages": lineage})
+    for name, (start, _) in stages.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {"step": i, "seconds": 0.1 * i, "loss": 3.0 / i, EVIL: i, "flat": 1.0}
+            for i in range(1, 5)
+        ]
+        rows += [{"step": 4, "seconds": 1.0, "eval_loss": 0.9}]
+        rows += [{"step": 5, "seconds": 1.0, "loss": None}]
+        _lines(folder / "metrics.jsonl", rows)
+        _lines(
+            folder / "samples.jsonl",
+            [{"step": 4, "prompt": "Q & A?", "completion": f"{EVIL}\n  two"}],
+        )
+        _json(
+            folder / "stage.json",
+            {
+                "kind": lineage[name]["kind"],
+                "start_from": start,
+                "steps": 4,
+                "seconds": {"compile": 1.0, "update": 2.0, "total": 4.0},
+                "tokens": {"trained": 1234, "scored": 0, "sampled": 0},
+                "peak_memory_bytes": 2**30,
+            },
+        )
+    change = {"relative_change": 0.1, "unchanged_bf16": 0.2}
+    _json(
+        tmp_path / "summary.json",
+        {
+            "seconds": {"total": 61.0},
+            "tuned": {"heldout_accuracy": 0.9, "own_figure": 5},
+            "policy": {"gold_mean": -0.5, "reward_mean": 1.5, "kl": 2.0},
+            "weights": {
+                "policy": {
+                    **change,
+                    "by_kind": {"query": change},
+                    "by_layer": {"query": [0.1, 0.02]},
+                }
+            },
+            "cost": {"policy": {"share": 0.25, "flops": 1e12}},
+            "bounds": {
+                "tuned.heldout_accuracy": {"must": "≥ 0.85", "holds": True},
+                "policy.kl": {"must": "≤ 1", "holds": False},
+            },
+        },
+    )
+    answers = {"tuned": [{"temperature": 0, "text": f"Paris {EVIL}"}]}
+    _json(tmp_path / "prompt.json", {"prompt": f"Capital? {EVIL}", "answers": answers})
+    return tmp_path
+
+
+def _json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class _Page(html.parser.HTMLParser):
+    """Checks that tags nest, and keeps tags, ids and text."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.words, self.open = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> does not nest"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def test_nothing_is_loaded_and_nothing_runs(run):
+    text = report.write(run).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert not re.search(r"https?://", text)
+    assert "@import" not in text and "url(http" not in text
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith("#")
+    assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
+
+
+def test_what_a_model_wrote_is_escaped_and_keeps_its_spaces(run):
+    text = report.write(run).read_text(encoding="utf-8")
+    assert EVIL not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\n  two" in text
+    assert "Q &amp; A?" in text
+
+
+def test_the_page_is_sound_html_and_says_what_was_measured(run):
+    page = _Page(report.write(run).read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    words = " ".join(page.words)
+    for told in ("≥ 0.85", "✗ ≤ 1", "own figure", "1 min 1 s", "1,234", "−0.500"):
+        assert told in words
+    assert "missing" not in words
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert any("tuned, Loss: training from 3.00 at step 1" in one for one in labels)
+    assert any("judge leads to policy" in one for one in labels)
+    assert not any("flat" in one for one in labels)  # a constant is no curve
+
+
+def test_the_same_files_give_the_same_bytes(run):
+    first = report.write(run).read_bytes()
+    assert report.write(run).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "gone", ["config.json", "lineage.json", "summary.json", "prompt.json"]
+)
+def test_a_missing_file_is_named_and_the_rest_is_shown(run, gone):
+    (run / gone).unlink()
+    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    assert gone in words and "missing" in words
+    assert "tuned" in words
+
+
+def test_an_unfinished_run_shows_what_exists(run):
+    for name in ("summary.json", "prompt.json", "policy/stage.json"):
+        (run / name).unlink()
+    for path in (run / "judge").iterdir():
+        path.unlink()
+    (run / "judge").rmdir()
+    with (run / "policy" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off in the middle of a line
+    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    assert "judge: not started" in words
+    assert "policy: not finished; its curves end at step 5" in words
+    assert "summary.json has no part" in words
+
+
+def test_damaged_files_are_named_not_fatal(run):
+    (run / "summary.json").write_text('{"seconds": ')
+    (run / "lineage.json").write_text("[]")
+    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    assert "summary.json: cannot be read" in words
+    assert "lineage.json: cannot be read" in words
+
+
+def test_only_metrics(tmp_path):
+    (tmp_path / "mine").mkdir()
+    _lines(tmp_path / "mine" / "metrics.jsonl", [{"step": 1, "objective/kl": 2.0}])
+    words = " ".join(_Page(report.write(tmp_path).read_text(encoding="utf-8")).words)
+    assert "KL to the reference" in words
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        report.write(tmp_path / "typo")
+    with pytest.raises(UserError, match="holds no run"):
+        report.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_matplotlib_missing_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'stagecraft\[report\]'"):
+        report.write(run)
+
+
+def test_parents_come_before_children_whatever_the_order(run):
+    lineage = json.loads((run / "lineage.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    config["stages"] = dict(reversed(config["stages"].items()))
+    lineage["stages"] = dict(reversed(lineage["stages"].items()))
+    _json(run / "config.json", config)
+    _json(run / "lineage.json", lineage)
+    stages = files.read(run).stages
+    assert [s.name for s in stages] == ["base", "tuned", "judge", "policy"]
+    assert stages[3].parents == {"judge": False, "tuned": True}
+
+
+def test_a_circle_of_stages_is_drawn_anyway():
+    nodes = {name: {"note": "", "colour": i} for i, name in enumerate("abc")}
+    edges = [("a", "b", True), ("b", "c", True), ("c", "a", False)]
+    svg = charts.graph(nodes, edges)
+    assert svg.count("<rect") == 3 and svg.count("<path") == 3
+
+
+def test_time_never_counts_sampling_twice(run):
+    path = run / "policy" / "stage.json"
+    record = json.loads(path.read_text())
+    record["seconds"] = {"prepare": 6.0, "sample": 2.0, "score": 3.0, "update": 4.0}
+    record["seconds"]["total"] = 10.0
+    _json(path, record)
+    report.write(run)
+    rows = report._time(files.read(run))["rows"]
+    parts = next(row["parts"] for row in rows if row["stage"].name == "policy")
+    assert parts["prepare"] == pytest.approx(1.0)
+    assert sum(parts.values()) == pytest.approx(10.0)

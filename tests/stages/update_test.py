@@ -1,0 +1,141 @@
+"""Every stage's update: the same on any mesh, under any split, and after a restart."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from stagecraft import checkpoint, mesh, tree
+from stagecraft.errors import UserError
+from stagecraft.stages import stage as stages
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases  # noqa: E402
+
+
+def once(kind, shared_mesh, **changes):
+    """Loss and the change of every parameter, after one step of plain SGD."""
+    with jax.set_mesh(shared_mesh):
+        made, raw, _ = cases.stage(kind, shared_mesh, **changes)
+        state = made.init(jax.random.key(0))
+        before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
+        batch = made.prepare(state, raw, jax.random.key(1))
+        state, metrics = made.update(state, batch)
+        after = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
+    change = {k: after[k] - before[k] for k in before}
+    return float(metrics["loss"]), change, metrics
+
+
+def assert_same(one, other, tolerance=1e-5):
+    assert one[0] == pytest.approx(other[0], rel=tolerance)
+    for name in one[1]:
+        scale = np.abs(one[1][name]).max()
+        difference = np.abs(one[1][name] - other[1][name]).max()
+        # The change itself is lr x gradient, read off float32 weights of order one.
+        assert difference <= tolerance * scale + 2e-7, name
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One device's answer, once for all meshes."""
+    return {kind: once(kind, cases.single()) for kind in cases.KINDS}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_sharded_equals_single(kind, sizes, alone):
+    if kind == "policy" and sizes != (2, 2, 2):
+        # 16 rows in 2 minibatches on 8 shards: one row a device.
+        assert 16 // 2 % (sizes[0] * sizes[1]) == 0
+    assert_same(alone[kind], once(kind, mesh.make(*sizes)))
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_four_micro_batches_equal_one(kind, alone):
+    assert_same(alone[kind], once(kind, cases.single(), micro_batches=4))
+
+
+def test_micro_batches_on_a_mesh(alone):
+    found = once("language_model", mesh.make(2, 2, 2), micro_batches=4)
+    assert_same(alone["language_model"], found)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_optimizer_state_is_sharded(kind):
+    shared = mesh.make(1, 4, 2)
+    with jax.set_mesh(shared):
+        made, _, _ = cases.stage(kind, shared, optimizer=dict(warmup_steps=0))
+        state = made.init(jax.random.key(0))
+    names = [n for n in tree.named(state.opt_state) if n.endswith("ff/up")]
+    assert len(names) >= 2  # both moments
+    for name in names:
+        leaf = tree.named(state.opt_state)[name]
+        assert leaf.sharding.spec == jax.P(None, "fsdp", "tensor")
+        assert leaf.addressable_shards[0].data.size == leaf.size // 8
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
+    shared = mesh.make(2, 2, 2)
+    with jax.set_mesh(shared):
+        made, raw, _ = cases.stage(kind, shared, optimizer=dict(warmup_steps=0))
+        state = made.init(jax.random.key(0))
+        batch = made.prepare(state, raw, jax.random.key(1))
+        state, _ = made.update(state, batch)
+        saver = checkpoint.Checkpoints(tmp_path)
+        saver.save(1, state.model, [state.opt_state, state.extra, state.step], {"x": 1})
+        saver.wait()
+        fresh = made.init(jax.random.key(9))
+        model, rest, data = saver.restore(
+            1, fresh.model, [fresh.opt_state, fresh.extra, fresh.step]
+        )
+        restored = stages.State(rest[2], model, rest[0], rest[1])
+        assert data == {"x": 1}
+        assert tree.digest(restored) == tree.digest(state)
+        for leaf, other in zip(
+            jax.tree.leaves(restored), jax.tree.leaves(state), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+        batch = made.prepare(state, raw, jax.random.key(2))
+        again = made.prepare(restored, raw, jax.random.key(2))
+        _, metrics = made.update(state, batch)
+        _, others = made.update(restored, again)
+        assert float(metrics["loss"]) == float(others["loss"])
+        saver.close()
+
+
+def test_an_empty_mask_gives_zero_not_nan():
+    with jax.set_mesh(cases.single()):
+        made, raw, _ = cases.stage("language_model", cases.single())
+        raw["mask"][:] = False
+        state = made.init(jax.random.key(0))
+        _, metrics = made.update(state, made.prepare(state, raw, None))
+    assert float(metrics["loss"]) == 0.0
+    assert float(metrics["grad_norm"]) == 0.0
+
+
+def test_objectives_by_name_by_path_and_by_hand():
+    offers = ("policy_logps", "ref_logps")
+    found, takes = stages.loss_function("dpo", offers)
+    assert takes == list(offers)
+    assert stages.loss_function("stagecraft.losses:dpo", offers)[0] is found
+
+    def mine(policy_logps, *, beta=1.0):
+        return policy_logps[:, 0] * beta, {}
+
+    assert stages.loss_function(mine, offers) == (mine, ["policy_logps"])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dpoo", "no such loss"),
+        ("nowhere:loss", "cannot import"),
+        (lambda logits: logits, "asks for logits"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused(name, says):
+    with pytest.raises(UserError, match=says):
+        stages.loss_function(name, ("policy_logps", "ref_logps"))
