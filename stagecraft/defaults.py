@@ -109,8 +109,9 @@ def _language_model():
         dict(
             format="text",  # or "demonstrations"
             files="",
-            fields="",  # "prompt=question,completion=answer" renames a file's keys
-            heldout="",  # files for eval_loss
+            fields="",  # "prompt=question+completion=answer" renames a file's keys
+            heldout="",  # files for the eval_ metrics
+            heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
             replay="",  # text mixed into demonstrations
             replay_share=0.0,  # of the rows of a batch
             length=128,
@@ -125,7 +126,14 @@ def _pairs(kind, objective):
     c = _base(kind, objective)
     c.batch_size = 32
     c.data = ConfigDict(
-        dict(files="", fields="", heldout="", length=128, buckets=())
+        dict(
+            files="",
+            fields="",
+            heldout="",
+            heldout_share=0.0,
+            length=128,
+            buckets=(),
+        )
     )
     return c
 

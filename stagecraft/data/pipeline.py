@@ -1,0 +1,94 @@
+"""Rows to batches, in an order that is a function of (seed, step) alone.
+
+A `Dataset` holds its rows as arrays and hands out a Grain iterator, whose state is
+saved with the checkpoint. The global batch of a step is the same for any number of
+processes: each takes its own part of its rows.
+"""
+
+import grain
+import numpy as np
+
+
+class Dataset:
+    """Rows of one or more parts, each contributing its share of every batch.
+
+    Args:
+        parts: list of ({name: array [N, ...]}, rows of a batch); a second part is a
+            replay mixed into each batch.
+        seed: int.
+        buckets: lengths to cut a batch's last axis to, ascending: the smallest that
+            holds its longest row. () leaves rows as they are.
+        report: what is told about the data: {name: number}.
+    """
+
+    def __init__(self, parts, *, seed, buckets=(), report=None):
+        self.parts = [(rows, count) for rows, count in parts if count]
+        self.seed, self.buckets = seed, tuple(buckets)
+        self.report = dict(report or {})
+        self.batch_size = sum(count for _, count in self.parts)
+        self._orders = [
+            grain.MapDataset.range(_length(rows)).seed(seed + i).shuffle().repeat()
+            for i, (rows, _) in enumerate(self.parts)
+        ]
+
+    def batch_at(self, step):
+        """The global batch of a step: {name: array [B, ...]}."""
+        batches = []
+        for (rows, count), order in zip(self.parts, self._orders, strict=True):
+            index = np.array([order[step * count + i] for i in range(count)])
+            batches.append({k: v[index] for k, v in rows.items()})
+        return self._cut(
+            {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+        )
+
+    def iterator(self, start_step=0, *, process_index=0, process_count=1):
+        """Batches from a step on: a Grain iterator with get_state and set_state.
+
+        Args:
+            start_step: the first batch's step.
+            process_index, process_count: this process takes its contiguous part of the
+                rows of every global batch.
+        """
+        size = self.batch_size // process_count
+        mine = slice(process_index * size, (process_index + 1) * size)
+
+        def batch(step):
+            return {k: v[mine] for k, v in self.batch_at(step).items()}
+
+        steps = grain.MapDataset.range(np.iinfo(np.int32).max)
+        found = iter(
+            steps.map(batch).to_iter_dataset(
+                grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            )
+        )
+        if start_step:
+            found.set_state({"next_index": start_step})
+        return found
+
+    def epoch(self, batch_size):
+        """Every row of the first part once, in order; the last batch filled up.
+
+        Rows that fill up are padding: segments 0 and masks False, so they count
+        nowhere.
+        """
+        rows, _ = self.parts[0]
+        total = _length(rows)
+        for start in range(0, total, batch_size):
+            part = {k: v[start : start + batch_size] for k, v in rows.items()}
+            missing = batch_size - min(batch_size, total - start)
+            yield {
+                k: np.concatenate([v, np.zeros((missing, *v.shape[1:]), v.dtype)])
+                for k, v in part.items()
+            }
+
+    def _cut(self, batch):
+        if not self.buckets:
+            return batch
+        used = batch["segments"].reshape(-1, batch["segments"].shape[-1]).any(0)
+        longest = int(np.flatnonzero(used).max(initial=0)) + 1
+        length = next((b for b in self.buckets if b >= longest), used.size)
+        return {k: v[..., :length] if v.ndim > 1 else v for k, v in batch.items()}
+
+
+def _length(rows):
+    return len(next(iter(rows.values())))

@@ -1,0 +1,1 @@
+"""Text and tokens: the tokenizer, and how a conversation becomes ids and a mask."""

@@ -1,0 +1,84 @@
+"""Conversations and documents as ids and a mask of what is to be learned.
+
+    <bos> <|user|> question <|assistant|> answer <|end|> <|user|> ...
+    <bos> document <eos>
+
+The mask marks targets: in a conversation every assistant turn with its <|end|>, in a
+document everything but bos. Each part is tokenised on its own, so that no piece spans
+the border between what is given and what is learned.
+"""
+
+from stagecraft.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+
+def document(text, tokenizer):
+    """A plain document.
+
+    Returns:
+        ids list[int], mask list[bool]: all but bos are targets.
+    """
+    ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
+    return ids, [False] + [True] * (len(ids) - 1)
+
+
+def render(messages, tokenizer):
+    """A whole conversation.
+
+    Args:
+        messages: [{"role", "content"}].
+
+    Returns:
+        ids list[int], mask list[bool]: the assistant's words and its end of turn.
+    """
+    ids, mask = [tokenizer.bos], [False]
+    pieces = {role: getattr(tokenizer, role) for role in ROLES}
+    for message in messages:
+        words = tokenizer.encode(message["content"])
+        learned = message["role"] == "assistant"
+        ids += [pieces[message["role"]], *words]
+        mask += [False] + [learned] * len(words)
+        if learned:  # the others' turns end where the next begins
+            ids.append(tokenizer.end)
+            mask.append(True)
+    return ids, mask
+
+
+def generation_prompt(messages, tokenizer):
+    """Ids of a conversation up to the point where the assistant is to speak."""
+    return [*render(messages, tokenizer)[0], tokenizer.assistant]
+
+
+def as_messages(value, role="user"):
+    """A text as one message of `role`; a list of messages checked and returned.
+
+    >>> as_messages("Hello")
+    [{'role': 'user', 'content': 'Hello'}]
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError("expected a text or a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError('expected messages like {"role": "user", "content": "..."}')
+        if message["role"] not in ROLES:
+            raise UserError(
+                f"role {message['role']!r}: expected one of {', '.join(ROLES)}"
+            )
+        if not isinstance(message["content"], str):
+            raise UserError("expected every message's content to be a text")
+    return value
+
+
+def conversation(record):
+    """The messages of a demonstration: {"messages"} or {"prompt", "completion"}."""
+    if "messages" in record:
+        messages = as_messages(record["messages"])
+    else:
+        answer = as_messages(record["completion"], role="assistant")
+        messages = as_messages(record["prompt"]) + answer
+    if not any(m["role"] == "assistant" for m in messages):
+        raise UserError("expected at least one assistant message to learn from")
+    return messages
