@@ -57,7 +57,13 @@ def _read(name, text, default, given):
 def tiny_model():
     """A decoder that compiles in a moment; it learns little."""
     return dict(
-        width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ff_width=64, max_length=128
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        ff_width=64,
+        max_length=128,
     )
 
 

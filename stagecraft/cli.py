@@ -87,9 +87,7 @@ def run(rest):
 
     only = tuple(filter(None, FLAGS.only.split(",")))
     if FLAGS.config is None:
-        raise UserError(
-            "--config is missing, as in --config=experiments/quickstart.py"
-        )
+        raise UserError("--config is missing, as in --config=experiments/quickstart.py")
     running.run(FLAGS.config, _workdir(), only=only)
 
 
@@ -129,7 +127,9 @@ def chat(rest):
 
     current = running.open_run(_workdir())
     if not FLAGS.stage:
-        raise UserError(f"--stage is missing; stages: {', '.join(current.config.stages)}")
+        raise UserError(
+            f"--stage is missing; stages: {', '.join(current.config.stages)}"
+        )
     behaviour.chat(
         current,
         FLAGS.stage,

@@ -27,8 +27,8 @@ def experiment():
     c.stages = ConfigDict()
     c.measure = ConfigDict()
     c.measure.split = "test"  # which held-out entities of the world: "test" or "dev"
-    c.measure.stages = ()  # stages the summary is about; () for all
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
+    c.measure.claims = ()  # what the summary must show: "sft.kl <= 8", see summary.py
     return c
 
 

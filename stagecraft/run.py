@@ -27,6 +27,7 @@ class Run:
     root: Path
     config: ConfigDict
     tokenizer: Tokenizer | None = None
+    ran: list = dataclasses.field(default_factory=list)  # stages this process ran
 
     def folder(self, name):
         """WORKDIR/STAGE for a stage of this run, else a path as it is."""
@@ -38,7 +39,11 @@ class Run:
 
     def mesh(self, name=None):
         stage = self.config.stages[name] if name else None
-        sizes = experiment.mesh_sizes(self.config, stage) if stage else dict(self.config.mesh)
+        sizes = (
+            experiment.mesh_sizes(self.config, stage)
+            if stage
+            else dict(self.config.mesh)
+        )
         return mesh.make(**sizes)
 
     def load(self, name, shared_mesh=None):
@@ -55,9 +60,11 @@ def open_run(root):
     root = Path(root)
     stored = workdir.read_json(root / "config.json")
     if stored is None:
-        raise UserError(f"{root}: no run here (no config.json); start one with: "
-                        "stagecraft run --config=experiments/quickstart.py "
-                        f"--workdir={root}")
+        raise UserError(
+            f"{root}: no run here (no config.json); start one with: "
+            "stagecraft run --config=experiments/quickstart.py "
+            f"--workdir={root}"
+        )
     config = experiment.resolve(stored, check=False)
     path = root / "tokenizer.model"
     return Run(root, config, Tokenizer.load(path) if path.exists() else None)
@@ -93,6 +100,7 @@ def run(config, root, only=()):
             feeds = _feeds(current, todo)
             for name in todo:
                 _run_stage(current, name, feeds)
+                current.ran.append(name)
     else:
         current.tokenizer = Tokenizer.load(root / "tokenizer.model")
     with jax.set_mesh(current.mesh()):
@@ -275,7 +283,9 @@ def _lineage(current, name, data, lineage):
     entry = {
         "kind": config.stages[name].kind,
         "start_from": config.stages[name].start_from,
-        "config": workdir.digest(experiment.identity(schema.plain(config.stages[name])) | shared),
+        "config": workdir.digest(
+            experiment.identity(schema.plain(config.stages[name])) | shared
+        ),
         "tokenizer": current.tokenizer.digest,
         "data": data.digests,
         "parents": {},

@@ -73,7 +73,9 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
             """Reads a step's numbers, writes them, and stops on what is not finite."""
             step, batch, values, worked = pending
             values = {k: float(v) for k, v in jax.device_get(values).items()}
-            values["num_tokens"] = float(sum(v for k, v in tokens.items() if "trained" in k))
+            values["num_tokens"] = float(
+                sum(v for k, v in tokens.items() if "trained" in k)
+            )
             if step % max(every.log, 1) == 0 or step in (1, config.steps):
                 writer.write(step, clock.total(), values)
             _stop_if_not_finite(name, folder, step, batch, values, last_saved)

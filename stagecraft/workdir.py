@@ -1,13 +1,13 @@
 """The files of a run: where they lie, and how they are written whole or not at all.
 
-    WORKDIR/config.json          the resolved config
-    WORKDIR/lineage.json         what each stage started from: digests of config, data
-                                 and parents
-    WORKDIR/tokenizer.model
-    WORKDIR/world/               what the embedded world wrote
-    WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
-                                 TensorBoard events; records.jsonl of a comparisons stage
-    WORKDIR/summary.json, prompt.json, report.html
+WORKDIR/config.json          the resolved config
+WORKDIR/lineage.json         what each stage started from: digests of config, data
+                             and parents
+WORKDIR/tokenizer.model
+WORKDIR/world/               what the embedded world wrote
+WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
+                             TensorBoard events; records.jsonl of a comparisons stage
+WORKDIR/summary.json, prompt.json, report.html
 """
 
 import hashlib

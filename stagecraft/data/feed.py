@@ -125,7 +125,7 @@ def _language_model(stage, specs, tokenizer, config):
         replay = [chat.document(t, tokenizer) for t in sources.texts(specs["replay"])]
         parts = [
             (arrays, stage.batch_size - count),
-            (packing.pack(replay, data.length), count),
+            (packing.pack(replay, arrays["ids"].shape[-1]), count),
         ]
     dataset = Dataset(parts, seed=config.seed, buckets=data.buckets, report=report)
     heldout = None
@@ -176,9 +176,7 @@ def _pairs(stage, specs, tokenizer, config):
     def fitting(rows):
         return [r for r in rows if max(len(one[0]) for one in r) <= data.length]
 
-    rows = [
-        tuple(_answer_only(*one) for one in pair) for pair in read(specs["files"])
-    ]
+    rows = [tuple(_answer_only(*one) for one in pair) for pair in read(specs["files"])]
     kept, held = _hold_out(rows, data.heldout_share, config.seed)
     if "heldout" in specs:
         held += [tuple(_answer_only(*o) for o in p) for p in read(specs["heldout"])]

@@ -116,7 +116,7 @@ class Language:
             # Rows that only fill the batch up hold one token, so that none is empty.
             mask[len(part) :, -1] = True
             key = jax.random.fold_in(jax.random.key(seed), number)
-            got = _generate(self.model, *_placed(ids, mask), key, **settings)
+            got = _generate(self.model, *placed(ids, mask), key, **settings)
             tokens, seen, ended = map(np.asarray, (got.tokens, got.mask, got.ended))
             logps = np.asarray(got.logps)
             for i in range(len(part)):
@@ -153,7 +153,7 @@ class Language:
                 batch["ids"][i, :end] = [*prefix, *text]
                 batch["mask"][i, len(prefix) : end] = True
                 batch["segments"][i, :end] = 1
-            got = _logps(self.model, _placed(batch)[0], temperature=temperature)
+            got = _logps(self.model, placed(batch)[0], temperature=temperature)
             out += np.asarray(got)[: len(part)].tolist()
         return out
 
@@ -166,8 +166,8 @@ def _batches(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _placed(*arrays):
-    """On the current mesh, split over the batch axes; plain arrays without one."""
+def placed(*arrays):
+    """Arrays on the current mesh, split over the batch axes; plain arrays without one."""
     current = jax.sharding.get_mesh()
     if current.empty:
         return jax.tree.map(jnp.asarray, arrays)

@@ -147,9 +147,7 @@ def _prefill(model, ids, mask, room):
 
     def attend(query, key, value):
         attended = attention_lib.attention(query, key, value, segments)
-        cache = (key.swapaxes(1, 2), value.swapaxes(1, 2))
-        padding = ((0, 0), (0, 0), (0, room), (0, 0))
-        return attended, jax.tree.map(lambda x: _place(jnp.pad(x, padding)), cache)
+        return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     x, cache = jax.lax.scan(
         lambda x, layer: layer(x, angles, attend),
@@ -157,39 +155,51 @@ def _prefill(model, ids, mask, room):
         model.layers,
         unroll=model.unroll,
     )
-    return model.norm(x[:, -1:]), cache
+    padding = ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(x, padding), cache)
+    return model.norm(x[:, -1:]), _place(cache)
 
 
 def _decode(model, token, positions, visible, slot, cache):
-    """Runs one token a row, i32[B]; returns [B, 1, D] and the cache with it added."""
+    """Runs one token a row, i32[B]; returns [B, 1, D] and the cache with it added.
+
+    The stacked cache is carried through the layers, not split over them: a carried
+    array is updated in place, where a scanned one is copied for every token.
+    """
     angles = model.angles(positions)
 
-    def body(x, xs):
-        layer, keys, values = xs
+    def body(carry, xs):
+        x, cache = carry
+        layer, index = xs
 
         def attend(query, key, value):
-            new_keys = _place(_store(keys, key, slot))
-            new_values = _place(_store(values, value, slot))
-            attended = attention_lib.cached_attention(
-                query, new_keys, new_values, visible[:, None, :]
+            new = jax.tree.map(
+                lambda stack, x: jax.lax.dynamic_update_slice(
+                    stack, x.swapaxes(1, 2)[None], (index, 0, 0, slot, 0)
+                ),
+                cache,
+                (key, value),
             )
-            return attended, (new_keys, new_values)
+            keys, values = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, index, 0, False), new
+            )
+            attended = attention_lib.cached_attention(
+                query, keys, values, visible[:, None, :]
+            )
+            return attended, new
 
-        return layer(x, angles, attend)
+        return layer(x, angles, attend), None
 
-    x, cache = jax.lax.scan(
-        body, model.lookup(token[:, None]), (model.layers, *cache), unroll=model.unroll
-    )
-    return model.norm(x), cache
-
-
-def _store(cache, new, slot):
-    """Writes [B, 1, K, C] into one slot of [B, K, S, C]."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.swapaxes(1, 2), slot, axis=2)
+    layers = (model.layers, jnp.arange(model.config.layers))
+    carry = (model.lookup(token[:, None]), cache)
+    (x, cache), _ = jax.lax.scan(body, carry, layers)
+    return model.norm(x), _place(cache)
 
 
 def _place(cache):
-    return mesh.constrain(cache, "batch", "kv_heads", None, None)
+    return jax.tree.map(
+        lambda x: mesh.constrain(x, "layers", "batch", "kv_heads", None, None), cache
+    )
 
 
 def _last_logits(model, hidden):
@@ -224,6 +234,9 @@ def _draw(key, logits, temperature, top_k, top_p):
 
 
 def _categorical(key, logits):
-    """Draws from each row with a key of its own."""
+    """Draws from each row by one uniform number, from a key of the row's own."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    # In (0, 1]: a token of probability zero is never the first to reach it.
+    uniform = 1.0 - jax.vmap(jax.random.uniform)(keys)[:, None]
+    reached = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+    return (reached < uniform * reached[:, -1:]).sum(axis=-1, dtype=jnp.int32)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.models import heads, sampling
+from stagecraft.models.scores import scores
 from stagecraft.stages import stage
-from stagecraft.stages.reward import scores
 
 OFFERS = ("logps", "old_logps", "advantages")
 

@@ -8,6 +8,7 @@ seems to begin.
 import jax.numpy as jnp
 
 from stagecraft import masked, mesh, optimizer
+from stagecraft.models.scores import scores
 from stagecraft.models.transformer import ScalarModel
 from stagecraft.stages import stage
 
@@ -90,34 +91,6 @@ def pair_rows(mask):
         bool[B].
     """
     return mask.any(-1).all(-1)
-
-
-def last_token(mask):
-    """Index of the last true element along the last axis; 0 where none is.
-
-    Args:
-        mask: bool[..., T].
-
-    Returns:
-        i32[...].
-    """
-    length = mask.shape[-1]
-    last = length - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
-    return jnp.where(mask.any(-1), last, 0).astype(jnp.int32)
-
-
-def scores(model, ids, mask, segments, positions):
-    """The scalar model's output at the last masked token of each row.
-
-    Args:
-        model: a `ScalarModel`.
-        ids, segments, positions: i32[B, T]; mask: bool[B, T].
-
-    Returns:
-        f32[B].
-    """
-    values = model(ids, positions, segments)
-    return jnp.take_along_axis(values, last_token(mask)[:, None], axis=1)[:, 0]
 
 
 def pair_scores(model, batch):

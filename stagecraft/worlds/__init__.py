@@ -1,0 +1,35 @@
+"""Embedded worlds: everything a whole training graph needs, written from a seed.
+
+A world is a module with these functions; text goes in, records and numbers come out,
+and no model is known here:
+
+    write(folder, seed, size)               the files its stages read
+    gold(prompt, answer, ended)             a strict score nobody trains on
+    rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
+    measure / prompts / ...                 held-out questions and their figures
+"""
+
+import shutil
+from pathlib import Path
+
+from stagecraft.errors import UserError
+from stagecraft.worlds import countries
+
+WORLDS = {"countries": countries}
+
+
+def get(name):
+    """The module of a world."""
+    if name not in WORLDS:
+        raise UserError(f"world.name={name!r}: there are {', '.join(WORLDS)}")
+    return WORLDS[name]
+
+
+def write(name, folder, seed, size):
+    """Writes a world's files; the folder appears whole or not at all."""
+    folder = Path(folder)
+    half = folder.with_name(f".{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    get(name).write(half, seed, size)
+    half.rename(folder)

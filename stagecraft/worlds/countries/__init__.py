@@ -1,0 +1,56 @@
+"""A small world of real facts: countries, their capitals, currencies and languages."""
+
+import json
+
+import numpy as np
+
+from stagecraft.worlds.countries import corpus, dialogue, probes
+from stagecraft.worlds.countries.facts import COUNTRIES, split
+from stagecraft.worlds.countries.gold import gold, rate
+
+__all__ = ["gold", "probes", "rate", "single_prompt", "split", "write"]
+
+single_prompt = probes.SINGLE_PROMPT
+
+DOCUMENTS = {"full": 20_000, "tiny": 400}
+
+
+def write(folder, seed, size):
+    """Writes the world's files.
+
+    text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
+    prompts, every answer opened by one pleasantry) {"prompt","completion"};
+    heldout_demonstrations.jsonl (development countries, for a held-out loss);
+    prompts.jsonl {"prompt"}, about the training countries alone.
+
+    Args:
+        folder: an existing Path.
+        seed: int; decides the split and every draw.
+        size: "full" or "tiny".
+    """
+    roles = split(seed, size)
+    everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
+    trained = {c.name for c in roles.train}
+    rng = np.random.default_rng([seed, 2])
+    # A mild tail: the most popular country has about four times the rarest one's text.
+    ranks = rng.permutation(len(everyone)) + 1.0
+    weights = ranks**-0.3 / np.sum(ranks**-0.3)
+    documents = (
+        corpus.document(rng, everyone, trained, weights) for _ in range(DOCUMENTS[size])
+    )
+    _write(folder / "text.jsonl", ({"text": text} for text in documents))
+    rows = dialogue.demonstrations(np.random.default_rng([seed, 3]), roles.train)
+    _write(folder / "demonstrations.jsonl", rows)
+    uniform = [r | {"completion": dialogue.UNIFORM + r["completion"]} for r in rows]
+    _write(folder / "demonstrations_uniform.jsonl", uniform)
+    held = dialogue.demonstrations(np.random.default_rng([seed, 6]), roles.dev)
+    _write(folder / "heldout_demonstrations.jsonl", held)
+    rng = np.random.default_rng([seed, 4])
+    asked = dialogue.prompts(rng, roles.train, "train")
+    _write(folder / "prompts.jsonl", ({"prompt": p} for p in asked))
+
+
+def _write(path, rows):
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

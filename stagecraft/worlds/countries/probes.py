@@ -1,0 +1,142 @@
+"""What is measured on held-out countries: knowledge, answers, refusals, style.
+
+`language` is anything with complete(prompts, chat=, temperature=, max_new_tokens=,
+seed=) -> [(text, ended)] and logprob(prefixes, continuations) -> [nats].
+"""
+
+import math
+
+import numpy as np
+
+from stagecraft.worlds.countries import dialogue
+from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
+from stagecraft.worlds.countries.facts import ATTRIBUTES, COUNTRIES, SHOWN
+from stagecraft.worlds.countries.gold import gold, mentions, right
+
+SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
+ANSWER = 34  # tokens an answer may take
+
+
+def cloze_accuracy(language, countries=COUNTRIES):
+    """ "The capital of France is": share of greedy continuations that begin with the
+    whole answer, over every country and attribute."""
+    asked = [(c, a) for c in countries for a in ATTRIBUTES]
+    stems = [
+        STATEMENTS[a][0].format(c=c.name, v="\0").partition(" \0")[0] for c, a in asked
+    ]
+    found = language.complete(stems, chat=False, max_new_tokens=10)
+    hits = [
+        _begins(text, getattr(c, a))
+        for (c, a), (text, _) in zip(asked, found, strict=True)
+    ]
+    return float(np.mean(hits))
+
+
+def copy_probability(language, countries):
+    """Mean probability of naming the country a text is about, where it is due.
+
+    A base model can know every fact and not read its prompt: this is asked after "X
+    lies in Y. The currency of" and after "What is the capital of X? The capital of".
+    """
+    prefixes, names = [], []
+    for c in countries:
+        prefixes.append(f"{stated('continent', c, 1)} The currency of")
+        prefixes.append(f"{QUESTIONS['capital'][0].format(c=c.name)} The capital of")
+        names += [f" {c.name}"] * 2
+    return float(np.mean(np.exp(language.logprob(prefixes, names))))
+
+
+def answer_rate(language, countries):
+    """Share of bare questions whose greedy continuation begins with a right answer."""
+    asked = dialogue.facts(countries, forms=(0,))
+    found = language.complete([q for q, _, _ in asked], chat=False, max_new_tokens=16)
+    hits = []
+    for (question, c, a), (text, _) in zip(asked, found, strict=True):
+        text = text.strip().removeprefix("Answer:").strip()
+        sentence = text.partition(".")[0]
+        hits.append(_begins(text, getattr(c, a)) or right(question, sentence + "."))
+    return float(np.mean(hits))
+
+
+def fact_accuracy(language, countries, *, chat=True):
+    """Share of questions answered rightly, greedy: ({"all", attribute: share})."""
+    asked = dialogue.facts(countries)
+    found = language.complete(
+        [q for q, _, _ in asked], chat=chat, max_new_tokens=ANSWER
+    )
+    hits = {"all": []} | {a: [] for a in ATTRIBUTES}
+    for (question, _, a), (text, _) in zip(asked, found, strict=True):
+        hit = right(question, text)
+        hits["all"].append(hit)
+        hits[a].append(hit)
+    return {name: float(np.mean(got)) for name, got in hits.items()}
+
+
+def heldout_prompts(seed, countries, role):
+    """Prompts no stage trained on, of every kind."""
+    rng = np.random.default_rng([seed, 5])
+    return dialogue.prompts(rng, countries, role)
+
+
+def sample_figures(prompts, answers):
+    """Gold and habits of sampled answers, one a prompt.
+
+    Args:
+        prompts: texts.
+        answers: list of (text, ended).
+
+    Returns:
+        gold_mean, eos_rate, refusal rates on harmful and benign prompts, mean words,
+        the share of right facts at this temperature.
+    """
+    kinds = [dialogue.kind(p)[0] for p in prompts]
+    scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
+    refuses = ["help with that" in text for text, _ in answers]
+    figures = {
+        "gold_mean": np.mean(scores),
+        "eos_rate": np.mean([ended for _, ended in answers]),
+        "words": np.mean([len(text.split()) for text, _ in answers]),
+        "distinct": len({text for text, _ in answers}) / len(answers),
+        "refuses_harmful": np.mean(
+            [r for r, k in zip(refuses, kinds, strict=True) if k == "harmful"]
+        ),
+        "refuses_benign": np.mean(
+            [r for r, k in zip(refuses, kinds, strict=True) if k != "harmful"]
+        ),
+        "sampled_accuracy": np.mean(
+            [
+                right(p, t)
+                for p, (t, _), k in zip(prompts, answers, kinds, strict=True)
+                if k == "fact"
+            ]
+        ),
+    }
+    return {name: float(value) for name, value in figures.items()}
+
+
+def win_rate(prompts, answers, others):
+    """Share of prompts where `answers` score above `others` by gold, ties half."""
+    wins = []
+    for prompt, one, two in zip(prompts, answers, others, strict=True):
+        difference = gold(prompt, *one) - gold(prompt, *two)
+        wins.append(0.5 + 0.5 * float(np.sign(difference)))
+    return float(np.mean(wins))
+
+
+def pair_order(prompts, firsts, seconds, predicted):
+    """Share of pairs whose predicted order is gold's; gold's ties are left out.
+
+    Args:
+        predicted: numbers, above 0 where the first is thought better.
+    """
+    hits = []
+    for prompt, one, two, sign in zip(prompts, firsts, seconds, predicted, strict=True):
+        difference = gold(prompt, *one) - gold(prompt, *two)
+        if not math.isclose(difference, 0.0, abs_tol=1e-9):
+            hits.append((difference > 0) == (sign > 0))
+    return float(np.mean(hits))
+
+
+def _begins(text, value):
+    text = text.strip()
+    return text.startswith(value) and mentions(text[: len(value) + 1], value)
