@@ -42,13 +42,13 @@ def make(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     """A mesh with axes `("data", "fsdp", "tensor")`.
 
     Args:
-      data: number of replicas that split the batch; -1 means all devices that remain.
-      fsdp: number of shards of batch and parameters; -1 likewise.
-      tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
-      devices: the devices to use; all of `jax.devices()` when None.
+        data: number of replicas that split the batch; -1 means all devices that remain.
+        fsdp: number of shards of batch and parameters; -1 likewise.
+        tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
+        devices: the devices to use; all of `jax.devices()` when None.
 
     Raises:
-      UserError: the product of the sizes is not the number of devices.
+        UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -82,14 +82,14 @@ def shardings(abstract, mesh: Mesh):
     """The sharding of every array in a tree, read from its parameters' axes.
 
     Args:
-      abstract: any tree; of modules (`jax.eval_shape` of a constructor is enough), or
-        of optimizer state built from them. An `nnx.Variable` with one dimension more
-        than its `axes` is stacked over layers. Variables without `axes` and arrays
-        outside a variable (a step count) are replicated.
-      mesh: the mesh to place on.
+        abstract: any tree; of modules (`jax.eval_shape` of a constructor is enough), or
+            of optimizer state built from them. An `nnx.Variable` with one dimension
+            more than its `axes` is stacked over layers. Variables without `axes` and
+            arrays outside a variable (a step count) are replicated.
+        mesh: the mesh to place on.
 
     Returns:
-      The same tree, with a `NamedSharding` in place of every array.
+        The same tree, with a `NamedSharding` in place of every array.
     """
 
     def place(node):
@@ -117,11 +117,11 @@ def born(make_fn, mesh: Mesh):
     and the arrays from one compiled program with their final shardings as outputs.
 
     Args:
-      make_fn: any function of arrays or keys that returns modules.
-      mesh: the mesh to place on.
+        make_fn: any function of arrays or keys that returns modules.
+        mesh: the mesh to place on.
 
     Returns:
-      A function of the same arguments as `make_fn`.
+        A function of the same arguments as `make_fn`.
     """
 
     def construct(*args):
@@ -139,9 +139,9 @@ def born_optimizer(tx, params, mesh: Mesh):
     parameters' axes, though, so their shardings are read in the same way.
 
     Args:
-      tx: an `optax.GradientTransformation`.
-      params: modules (or a tree of them) with real or abstract arrays.
-      mesh: the mesh to place on.
+        tx: an `optax.GradientTransformation`.
+        params: modules (or a tree of them) with real or abstract arrays.
+        mesh: the mesh to place on.
     """
     return born(tx.init, mesh)(params)
 
@@ -155,12 +155,12 @@ def put(batch, mesh: Mesh):
     """Puts a host's rows of a batch on the mesh, as global arrays.
 
     Args:
-      batch: a tree of host arrays, rows first; in a program of several processes, the
-        rows that belong to this process.
-      mesh: the mesh to place on.
+        batch: a tree of host arrays, rows first; in a program of several processes, the
+            rows that belong to this process.
+        mesh: the mesh to place on.
 
     Raises:
-      UserError: the rows do not divide over `data` times `fsdp`.
+        UserError: the rows do not divide over `data` times `fsdp`.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -195,11 +195,11 @@ def constrain(x, *axes):
     """Fixes the sharding of an intermediate array under the current mesh.
 
     Args:
-      x: any array.
-      *axes: one logical axis name or None for each dimension of `x`.
+        x: any array.
+        *axes: one logical axis name or None for each dimension of `x`.
 
     Returns:
-      `x`; as it is when no mesh is set.
+        `x`; as it is when no mesh is set.
     """
     if current() is None:
         return x

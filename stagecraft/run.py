@@ -29,6 +29,11 @@ class Run:
     tokenizer: Tokenizer | None = None
     ran: list = dataclasses.field(default_factory=list)  # stages this process ran
 
+    @property
+    def stages(self):
+        """Stage names, parents first."""
+        return experiment.order(self.config)
+
     def folder(self, name):
         """WORKDIR/STAGE for a stage of this run, else a path as it is."""
         return self.root / name if name in self.config.stages else Path(name)

@@ -13,11 +13,11 @@ from stagecraft.models.language import Language
 SPEAKING = ("language_model", "preference", "policy")
 
 
-def speaking_stages(current, names=()):
+def speaking_stages(current):
     """Finished stages whose model writes text, in the order of the graph."""
     return [
         name
-        for name in names or current.config.stages
+        for name in current.stages
         if current.config.stages[name].kind in SPEAKING and current.finished(name)
     ]
 

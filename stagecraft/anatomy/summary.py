@@ -65,7 +65,7 @@ def measure(current):
 
 
 def _finished(current):
-    return [n for n in current.config.stages if current.finished(n)]
+    return [n for n in current.stages if current.finished(n)]
 
 
 def _last_eval(current, name):

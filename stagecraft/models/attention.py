@@ -15,12 +15,12 @@ def rope(positions, channels: int, theta: float):
     """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 15).
 
     Args:
-      positions: i32[B, T].
-      channels: C, channels per head.
-      theta: base of the wavelengths.
+        positions: i32[B, T].
+        channels: C, channels per head.
+        theta: base of the wavelengths.
 
     Returns:
-      Two f32[B, T, 1, C/2], for `rotate`.
+        Two f32[B, T, 1, C/2], for `rotate`.
     """
     exponents = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
     angles = positions[..., None, None].astype(jnp.float32) * theta**-exponents
@@ -43,13 +43,13 @@ def attention(query, key, value, segments):
     sees it.
 
     Args:
-      query: [B, T, H, C].
-      key: [B, T, K, C], K dividing H; head h reads key/value head h // (H / K).
-      value: [B, T, K, C].
-      segments: i32[B, T].
+        query: [B, T, H, C].
+        key: [B, T, K, C], K dividing H; head h reads key/value head h // (H / K).
+        value: [B, T, K, C].
+        segments: i32[B, T].
 
     Returns:
-      [B, T, H, C] in the dtype of `query`.
+        [B, T, H, C] in the dtype of `query`.
     """
     index = jnp.arange(segments.shape[1])
     visible = (segments[:, :, None] == segments[:, None, :]) & (
@@ -62,13 +62,13 @@ def cached_attention(query, keys, values, visible):
     """Attention of new tokens to a cache of keys and values.
 
     Args:
-      query: [B, T, H, C]; T is 1 in decoding.
-      keys: [B, K, S, C], S cache slots.
-      values: [B, K, S, C].
-      visible: bool[B, T, S], True where a slot may be read.
+        query: [B, T, H, C]; T is 1 in decoding.
+        keys: [B, K, S, C], S cache slots.
+        values: [B, K, S, C].
+        visible: bool[B, T, S], True where a slot may be read.
 
     Returns:
-      [B, T, H, C] in the dtype of `query`.
+        [B, T, H, C] in the dtype of `query`.
     """
     return _attend(query, keys, values, visible)
 

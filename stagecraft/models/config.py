@@ -13,23 +13,23 @@ class ModelConfig:
     """A decoder-only Transformer of the Llama and Qwen families.
 
     Attributes:
-      vocab_size: V, number of token ids.
-      width: D, size of the residual stream.
-      layers: L, number of blocks.
-      heads: H, number of query heads.
-      kv_heads: K, number of key/value heads; each serves H / K query heads.
-      head_dim: C, channels per head; even, since rotations act on pairs.
-      ff_width: F, hidden width of the SwiGLU feed-forward.
-      max_length: longest sequence in tokens; the data is cut to it.
-      tied: one matrix for input and output embedding.
-      qk_norm: RMSNorm on each head's queries and keys, before the rotation.
-      rope_theta: base of the rotary wavelengths.
-      norm_eps: added to the mean square in every RMSNorm.
-      init_std: standard deviation of initial weights.
-      dtype: compute dtype; parameters are always float32.
-      remat: what the backward pass finds stored of each block. "none" recomputes
-        nothing, "full" stores block inputs only, "dots" also matmul outputs, "names"
-        also queries, keys, values and the attention output.
+        vocab_size: V, number of token ids.
+        width: D, size of the residual stream.
+        layers: L, number of blocks.
+        heads: H, number of query heads.
+        kv_heads: K, number of key/value heads; each serves H / K query heads.
+        head_dim: C, channels per head; even, since rotations act on pairs.
+        ff_width: F, hidden width of the SwiGLU feed-forward.
+        max_length: longest sequence in tokens; the data is cut to it.
+        tied: one matrix for input and output embedding.
+        qk_norm: RMSNorm on each head's queries and keys, before the rotation.
+        rope_theta: base of the rotary wavelengths.
+        norm_eps: added to the mean square in every RMSNorm.
+        init_std: standard deviation of initial weights.
+        dtype: compute dtype; parameters are always float32.
+        remat: what the backward pass finds stored of each block. "none" recomputes
+            nothing; "full" stores block inputs only; "dots" also matmul outputs;
+            "names" also queries, keys, values and the attention output.
     """
 
     vocab_size: int
@@ -52,7 +52,7 @@ class ModelConfig:
         """Returns itself.
 
         Raises:
-          UserError: a value is impossible; names the key and what it may be.
+            UserError: a value is impossible; names the key and what it may be.
         """
         for name in (
             *("vocab_size", "width", "layers", "heads", "kv_heads"),
@@ -91,11 +91,11 @@ def check_mesh(config: ModelConfig, mesh) -> None:
     """Refuses a mesh over which the model's arrays do not divide.
 
     Args:
-      config: the model.
-      mesh: a mesh with axes `data`, `fsdp`, `tensor`.
+        config: the model.
+        mesh: a mesh with axes `data`, `fsdp`, `tensor`.
 
     Raises:
-      UserError: names the key, its value and the mesh axis.
+        UserError: names the key, its value and the mesh axis.
     """
     for axis, names in (
         ("tensor", ("heads", "kv_heads", "ff_width", "vocab_size")),

@@ -22,11 +22,11 @@ class TokenStats(NamedTuple):
     """What is kept of each token's logits; f32 arrays shaped like the targets.
 
     Attributes:
-      logps: log-probability of the target in nats, at the temperature; the only field
-        that gradients go through.
-      entropy: of the distribution at the temperature, in nats.
-      correct: 1 where no token has a larger logit than the target, else 0.
-      logit_mean: mean over the vocabulary of the logits before the temperature.
+        logps: log-probability of the target in nats, at the temperature; the only field
+            that gradients go through.
+        entropy: of the distribution at the temperature, in nats.
+        correct: 1 where no token has a larger logit than the target, else 0.
+        logit_mean: mean over the vocabulary of the logits before the temperature.
     """
 
     logps: Any
@@ -46,19 +46,19 @@ def token_logps(
     gradient is summed over devices once, after the loop.
 
     Args:
-      hidden: [B, T, D] final hidden states, in the compute dtype.
-      embedding: f32[V, D] output embedding.
-      targets: i32[B, T] token whose log-probability is wanted at each position.
-      temperature: divides the logits.
-      block_size: tokens per block on one device; None keeps a block's logits within
-        `BLOCK_ELEMENTS`.
-      stats: False leaves every field but `logps` None.
+        hidden: [B, T, D] final hidden states, in the compute dtype.
+        embedding: f32[V, D] output embedding.
+        targets: i32[B, T] token whose log-probability is wanted at each position.
+        temperature: divides the logits.
+        block_size: tokens per block on one device; None keeps a block's logits within
+            `BLOCK_ELEMENTS`.
+        stats: False leaves every field but `logps` None.
 
     Returns:
-      `TokenStats` of f32[B, T].
+        `TokenStats` of f32[B, T].
 
     Raises:
-      UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
+        UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
     """
     current = mesh.current()
     if current is None:

@@ -19,11 +19,11 @@ class Sample(NamedTuple):
     """Completions of a batch of prompts.
 
     Attributes:
-      tokens: i32[B, N], 0 after the end of a row.
-      mask: bool[B, N], True through the stop token.
-      logps: f32[B, N] log-probability of each token in nats, under the whole
-        distribution at the temperature (before top-k and top-p); 0 after the end.
-      ended: bool[B], True where the stop token came within N tokens.
+        tokens: i32[B, N], 0 after the end of a row.
+        mask: bool[B, N], True through the stop token.
+        logps: f32[B, N] log-probability of each token in nats, under the whole
+            distribution at the temperature (before top-k and top-p); 0 after the end.
+        ended: bool[B], True where the stop token came within N tokens.
     """
 
     tokens: Any
@@ -54,23 +54,23 @@ def generate(
     mesh. Work stops when every row has ended.
 
     Args:
-      model: a `Transformer`.
-      prompt_ids: i32[B, P] left-padded prompts.
-      prompt_mask: bool[B, P], True on real tokens.
-      key: a random key.
-      max_new_tokens: N.
-      stop_id: the token that ends a row, kept in it; None ends no row early.
-      temperature: divides the logits; 0 takes the most likely token, and log-probs are
-        then at temperature 1.
-      top_k: draw from the k most likely tokens only; 0 is off.
-      top_p: then from the fewest of these that reach this probability (Holtzman et
-        al. 2020); 1 is off.
+        model: a `Transformer`.
+        prompt_ids: i32[B, P] left-padded prompts.
+        prompt_mask: bool[B, P], True on real tokens.
+        key: a random key.
+        max_new_tokens: N.
+        stop_id: the token that ends a row, kept in it; None ends no row early.
+        temperature: divides the logits; 0 takes the most likely token, and log-probs
+            are then at temperature 1.
+        top_k: draw from the k most likely tokens only; 0 is off.
+        top_p: then from the fewest of these that reach this probability (Holtzman et
+            al. 2020); 1 is off.
 
     Returns:
-      A `Sample`.
+        A `Sample`.
 
     Raises:
-      UserError: a setting is out of its range.
+        UserError: a setting is out of its range.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     prompt_mask = prompt_mask.astype(bool)

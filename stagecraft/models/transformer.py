@@ -109,13 +109,13 @@ class Block(nnx.Module):
         """Runs the layer.
 
         Args:
-          x: [B, T, D] residual stream.
-          angles: from `attention.rope`.
-          attend: (query, key, value) -> (attended, extra); the way tokens see each
-            other, the only part in which training and decoding differ.
+            x: [B, T, D] residual stream.
+            angles: from `attention.rope`.
+            attend: (query, key, value) -> (attended, extra); the way tokens see each
+                other, the only part in which training and decoding differ.
 
         Returns:
-          ([B, T, D], extra).
+            ([B, T, D], extra).
         """
         attended, extra = self.attention(self.attention_norm(x), angles, attend)
         x = x + attended
@@ -127,8 +127,8 @@ class Transformer(nnx.Module):
     """A decoder-only language model.
 
     Args:
-      config: a validated `ModelConfig`, kept as a static field.
-      key: random key of the initial weights.
+        config: a validated `ModelConfig`, kept as a static field.
+        key: random key of the initial weights.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -151,13 +151,13 @@ class Transformer(nnx.Module):
         """Final hidden states of whole sequences.
 
         Args:
-          ids: i32[B, T] tokens.
-          positions: i32[B, T] position of each token in its document.
-          segments: i32[B, T] document number from 1; 0 is padding, whose hidden
-            states are finite and meaningless.
+            ids: i32[B, T] tokens.
+            positions: i32[B, T] position of each token in its document.
+            segments: i32[B, T] document number from 1; 0 is padding, whose hidden
+                states are finite and meaningless.
 
         Returns:
-          [B, T, D] in the compute dtype, after the final norm.
+            [B, T, D] in the compute dtype, after the final norm.
         """
 
         def attend(query, key, value):
@@ -209,8 +209,8 @@ class ScalarModel(nnx.Module):
     """A Transformer with one number per token: a reward or a value.
 
     Args:
-      body: the Transformer to read; its parameters become part of this module.
-      key: random key of the head, N(0, 1/(D + 1)) as in Stiennon et al. 2020.
+        body: the Transformer to read; its parameters become part of this module.
+        key: random key of the head, N(0, 1/(D + 1)) as in Stiennon et al. 2020.
     """
 
     def __init__(self, body: Transformer, key):

@@ -1,0 +1,214 @@
+"""The mesh: sizes, shardings from birth, and the same numbers on every shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from stagecraft import mesh
+from stagecraft.errors import UserError
+from stagecraft.models import heads
+from stagecraft.models.config import ModelConfig, check_mesh
+from stagecraft.models.transformer import Transformer
+
+SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+CONFIG = ModelConfig(
+    vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ff_width=48
+)
+
+
+def make_model(key):
+    return Transformer(CONFIG, key)
+
+
+def loss(model, batch):
+    hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
+    targets = jnp.roll(batch["ids"], -1, axis=1)
+    stats = heads.token_logps(
+        hidden, model.output_embedding(), targets, block_size=6
+    )
+    return -stats.logps.mean()
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    b, t = 8, 12
+    return {
+        "ids": rng.integers(0, 64, (b, t)).astype(np.int32),
+        "positions": np.tile(np.arange(t, dtype=np.int32), (b, 1)),
+        "segments": np.ones((b, t), np.int32),
+    }
+
+
+def arrays(tree):
+    return jax.tree.leaves(tree)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+    ],
+)
+def test_make_takes_all_devices(asked, shape):
+    made = mesh.make(**asked)
+    assert made.axis_names == ("data", "fsdp", "tensor")
+    assert tuple(made.shape.values()) == shape
+    assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_make_takes_given_devices():
+    made = mesh.make(devices=jax.devices()[:3])
+    assert tuple(made.shape.values()) == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"data": 3}, ["needs 3 devices", "8 are available"]),
+        ({"fsdp": 3}, ["multiple of 3", "8 are available"]),
+        ({"data": 16}, ["16", "8"]),
+        ({"tensor": 16}, ["multiple of 16", "8"]),
+        ({"data": -1, "fsdp": -1}, ["at most one -1"]),
+        ({"data": 0}, ["positive"]),
+        ({"data": 1, "tensor": -2}, ["positive"]),
+    ],
+)
+def test_make_refuses(asked, words):
+    with pytest.raises(UserError) as error:
+        mesh.make(**asked)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = jnp.ones((4, 2))
+    assert mesh.constrain(x, "batch", None) is x
+    jaxpr = jax.make_jaxpr(lambda x: mesh.constrain(x, "batch", None))(x)
+    assert not jaxpr.jaxpr.eqns
+
+
+def test_constrain_places_under_a_mesh():
+    with jax.set_mesh(mesh.make(4, 1, 2)):
+        got = jax.jit(lambda x: mesh.constrain(x * 2, "batch", None, "heads"))(
+            jnp.ones((8, 3, 4))
+        )
+    assert got.sharding.spec == P(("data", "fsdp"), None, "tensor")
+
+
+def test_shardings_come_from_axes():
+    made = mesh.make(2, 2, 2)
+    abstract = jax.eval_shape(make_model, jax.random.key(0))
+    placed = mesh.shardings({"model": abstract, "step": jnp.zeros(())}, made)
+    model = placed["model"]
+    for variable, spec in [
+        (model.embed, P("tensor", "fsdp")),
+        (model.norm.scale, P("fsdp")),
+        (model.layers.attention.query, P(None, "fsdp", "tensor", None)),
+        (model.layers.attention.key, P(None, "fsdp", "tensor", None)),
+        (model.layers.attention.out, P(None, "tensor", None, "fsdp")),
+        (model.layers.attention.query_norm.scale, P(None, None)),
+        (model.layers.ff.gate, P(None, "fsdp", "tensor")),
+        (model.layers.ff.down, P(None, "tensor", "fsdp")),
+    ]:
+        (sharding,) = arrays(variable)
+        assert sharding.spec == spec
+    assert placed["step"].spec == P()
+    assert jax.tree.structure(model) == jax.tree.structure(abstract)
+
+
+def test_variables_without_axes_are_replicated():
+    placed = mesh.shardings({"x": nnx.Param(jnp.ones((4, 4)))}, mesh.make(2, 2, 2))
+    assert arrays(placed)[0].spec == P()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_model_and_optimizer_are_sharded_from_birth(shape):
+    made = mesh.make(*shape)
+    key = jax.random.key(3)
+    model = mesh.born(make_model, made)(key)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = mesh.born_optimizer(tx, model, made)
+    adam = state[1][0]
+    for array, expected, mu, nu in zip(
+        *map(arrays, (model, mesh.shardings(model, made), adam.mu, adam.nu)),
+        strict=True,
+    ):
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
+        assert mu.sharding == nu.sharding == array.sharding
+        assert mu.shape == array.shape
+    # What the rules split is really split: a device holds only its part.
+    up = model.layers.ff.up[...]
+    assert up.addressable_shards[0].data.size == up.size // (shape[1] * shape[2])
+    assert adam.count.sharding.is_fully_replicated
+    # And it is the same model as one made whole.
+    for array, whole in zip(arrays(model), arrays(make_model(key)), strict=True):
+        np.testing.assert_allclose(array, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_put_and_replicate():
+    made = mesh.make(2, 2, 2)
+    batch = make_batch()
+    placed = mesh.put(batch, made)
+    assert placed["ids"].sharding == mesh.batch_sharding(made, 2)
+    assert placed["ids"].addressable_shards[0].data.shape == (2, 12)
+    np.testing.assert_array_equal(placed["ids"], batch["ids"])
+    whole = mesh.replicate({"x": np.arange(3)}, made)
+    assert whole["x"].sharding.is_fully_replicated
+    assert len(whole["x"].addressable_shards) == 8
+
+
+def test_put_refuses_rows_that_do_not_divide():
+    with pytest.raises(UserError, match="6 rows do not divide .* = 8"):
+        mesh.put(np.zeros((6, 2)), mesh.make())
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return jax.value_and_grad(loss)(make_model(jax.random.key(3)), make_batch())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradient_do_not_depend_on_the_mesh(shape, alone, capfd):
+    made = mesh.make(*shape)
+    with jax.set_mesh(made):
+        model = mesh.born(make_model, made)(jax.random.key(3))
+        step = jax.jit(jax.value_and_grad(loss))
+        value, gradient = step(model, mesh.put(make_batch(), made))
+    np.testing.assert_allclose(value, alone[0], rtol=1e-6)
+    for got, expected in zip(arrays(gradient), arrays(alone[1]), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=1e-5 * scale, rtol=0)
+    for parameter, got in zip(arrays(model), arrays(gradient), strict=True):
+        assert got.sharding.is_equivalent_to(parameter.sharding, got.ndim)
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "words"),
+    [
+        ({"heads": 6, "kv_heads": 6}, (1, 2, 4), ["model.heads", "6", "tensor = 4"]),
+        ({}, (1, 2, 4), ["model.kv_heads", "2", "mesh.tensor = 4"]),
+        ({"ff_width": 47}, (2, 2, 2), ["model.ff_width", "47"]),
+        ({"vocab_size": 63}, (2, 2, 2), ["model.vocab_size", "63"]),
+        ({"width": 20}, (1, 8, 1), ["model.width", "20", "mesh.fsdp = 8"]),
+    ],
+)
+def test_check_mesh_refuses(changes, shape, words):
+    config = ModelConfig(**{**vars(CONFIG), **changes})
+    with pytest.raises(UserError) as error:
+        check_mesh(config, mesh.make(*shape))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_check_mesh_accepts(shape):
+    check_mesh(CONFIG, mesh.make(*shape))
