@@ -46,22 +46,42 @@ class Clock:
 
     def __init__(self, seconds=None):
         self.seconds = dict(seconds or {"compile": 0.0})
+        self._inside = []  # [seconds, compile seconds] spent in nested sections
 
     @contextlib.contextmanager
     def __call__(self, section):
         start, compiled = time.perf_counter(), _compile_seconds
+        self._inside.append([0.0, 0.0])
+        _active.append(self)
         try:
             yield
         finally:
+            _active.pop()
+            nested, nested_compiling = self._inside.pop()
             # A jitted call compiles inside the section that first makes it.
             compiling = _compile_seconds - compiled
-            spent = time.perf_counter() - start - compiling
-            self.seconds[section] = self.seconds.get(section, 0.0) + max(spent, 0.0)
-            self.seconds["compile"] += compiling
+            elapsed = time.perf_counter() - start
+            spent = max(elapsed - compiling - nested, 0.0)
+            self.seconds[section] = self.seconds.get(section, 0.0) + spent
+            self.seconds["compile"] += compiling - nested_compiling
+            if self._inside:
+                self._inside[-1][0] += spent + nested
+                self._inside[-1][1] += compiling
 
     def total(self):
         """All sections together, in seconds."""
         return sum(self.seconds.values())
+
+
+_active = []
+
+
+def section(name):
+    """A part of whatever section runs: its time is counted there, not in the whole.
+
+    Does nothing where no clock runs.
+    """
+    return _active[-1](name) if _active else contextlib.nullcontext()
 
 
 class Writer:

@@ -94,7 +94,10 @@ def run(config, root, only=()):
     root = Path(root)
     current = Run(root, config)
     _claim(current)
-    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    if not jax.config.jax_compilation_cache_dir:
+        # Stages that differ in numbers alone share programs, and a resumed run starts
+        # at once.
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     names = experiment.order(config, only)
     todo = [name for name in names if not current.finished(name)]
     _check_parents(current, names)

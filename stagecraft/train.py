@@ -112,7 +112,7 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                     found = evaluate(stage, state, hooks.heldout, config.batch_size)
                 writer.write(step, clock.total(), found)
             if hooks.sample and (last or (every.sample and step % every.sample == 0)):
-                with clock("sample"):
+                with clock("watch"):
                     writer.write_samples(step, hooks.sample(state.model, step))
             if last or (every.save and step % every.save == 0):
                 with clock("save"):

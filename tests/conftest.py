@@ -1,6 +1,48 @@
-"""Settings every test runs under: eight virtual devices, and no silent casts."""
+"""Settings every test runs under, and the one tiny run that many tests look at."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
+import pytest
 
 # Eight virtual CPU devices, so that every mesh shape up to (2, 2, 2) is real in tests.
 jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# Runs of one session share what they compile; a run of its own keeps it in WORKDIR.
+_CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="stagecraft-compiled-")
+)
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+
+
+def load_experiment(name):
+    """The module of experiments/NAME.py."""
+    path = ROOT / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def single_device(config):
+    """The config on one device: what a laptop does."""
+    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run of quickstart:tiny on eight devices: its work directory."""
+    from stagecraft import run
+
+    root = tmp_path_factory.mktemp("tiny") / "run"
+    run.run(load_experiment("quickstart").get_config("tiny"), root)
+    return root

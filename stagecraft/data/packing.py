@@ -5,6 +5,8 @@ segments i32 (documents from 1, 0 is padding) and positions i32 (from 0 per docu
 """
 
 import bisect
+import heapq
+import itertools
 
 import numpy as np
 
@@ -19,7 +21,8 @@ def pack(documents, length, *, strategy="best_fit"):
             (longest first), cutting only what is longer than a row; "concatenate"
             makes one stream of all and cuts it every `length` tokens, which fills
             every row and splits documents. A later part of a cut document is a
-            segment of its own with positions from 0.
+            segment of its own with positions from 0, so its first token, having
+            nothing before it, is no target; the mask itself stays as it was given.
 
     Returns:
         dict of arrays [N, T].
@@ -78,19 +81,28 @@ def _pieces(documents, length):
 def _best_fit(pieces, length):
     """Longest first, each into the row with the least room that still holds it."""
     order = sorted(pieces, key=lambda piece: -len(piece[0]))
-    rows, open_rows = [], []  # open_rows: sorted (room, row number)
+    rows = []
+    # There are at most T different rooms, however many rows: each piece costs log T.
+    by_room = {}  # room: heap of row numbers
+    rooms = []  # the keys of by_room, sorted
     for piece in order:
         size = len(piece[0])
-        at = bisect.bisect_left(open_rows, (size, -1))
-        if at == len(open_rows):
+        at = bisect.bisect_left(rooms, size)
+        if at == len(rooms):
             rows.append([piece])
             room, number = length - size, len(rows) - 1
         else:
-            room, number = open_rows.pop(at)
+            room = rooms[at]
+            number = heapq.heappop(by_room[room])
+            if not by_room[room]:
+                del by_room[room], rooms[at]
             rows[number].append(piece)
             room -= size
         if room > 1:  # a single token has nothing to predict
-            bisect.insort(open_rows, (room, number))
+            if room not in by_room:
+                by_room[room] = []
+                bisect.insort(rooms, room)
+            heapq.heappush(by_room[room], number)
     return rows
 
 
@@ -110,16 +122,29 @@ def _concatenated(documents, length):
 
 
 def _arrays(rows, length):
-    shape = (len(rows), length)
-    out = {k: np.zeros(shape, np.int32) for k in ("ids", "segments", "positions")}
-    out["mask"] = np.zeros(shape, bool)
-    for i, row in enumerate(rows):
-        start = 0
-        for number, (ids, mask) in enumerate(row, 1):
-            end = start + len(ids)
-            out["ids"][i, start:end] = ids
-            out["mask"][i, start:end] = mask
-            out["segments"][i, start:end] = number
-            out["positions"][i, start:end] = np.arange(len(ids))
-            start = end
+    pieces = [piece for row in rows for piece in row]
+    sizes = np.array([len(ids) for ids, _ in pieces], np.int64)
+    counts = np.array([len(row) for row in rows], np.int64)  # pieces in each row
+    first = np.cumsum(counts) - counts  # the number of each row's first piece
+    row = np.repeat(np.arange(len(rows)), counts)
+    starts = np.cumsum(sizes) - sizes  # where a piece starts in the stream of all
+    offsets = starts - starts[first[row]]  # and in its row
+    total = int(sizes.sum())
+    positions = np.arange(total) - np.repeat(starts, sizes)
+    at = np.repeat(row, sizes), np.repeat(offsets, sizes) + positions
+    values = {
+        "ids": _stream((ids for ids, _ in pieces), np.int32, total),
+        "segments": np.repeat(np.arange(len(pieces)) - first[row] + 1, sizes),
+        "positions": positions,
+        "mask": _stream((mask for _, mask in pieces), np.bool_, total),
+    }
+    out = {}
+    for name, value in values.items():
+        kind = np.bool_ if name == "mask" else np.int32
+        out[name] = np.zeros((len(rows), length), kind)
+        out[name][at] = value
     return out
+
+
+def _stream(parts, kind, total):
+    return np.fromiter(itertools.chain.from_iterable(parts), kind, total)

@@ -5,8 +5,13 @@ saved with the checkpoint. The global batch of a step is the same for any number
 processes: each takes its own part of its rows.
 """
 
+import functools
+import hashlib
+
 import grain
 import numpy as np
+
+from stagecraft.errors import UserError
 
 
 class Dataset:
@@ -26,20 +31,53 @@ class Dataset:
         self.seed, self.buckets = seed, tuple(buckets)
         self.report = dict(report or {})
         self.batch_size = sum(count for _, count in self.parts)
+        if not self.parts or not all(_length(rows) for rows, _ in self.parts):
+            raise UserError("no rows to train on: every document was empty or dropped")
+        if not 0 <= seed < 2**32 - len(self.parts):
+            raise UserError(f"seed={seed}: expected a number from 0 to 2**32 - 3")
         self._orders = [
             grain.MapDataset.range(_length(rows)).seed(seed + i).shuffle().repeat()
             for i, (rows, _) in enumerate(self.parts)
         ]
 
+    @property
+    def rows(self):
+        """Rows of the first part: those of an epoch."""
+        return _length(self.parts[0][0])
+
+    @functools.cached_property
+    def tokens(self):
+        """Tokens of the first part that are no padding, learned or not."""
+        rows, _ = self.parts[0]
+        real = rows["segments"] > 0 if "segments" in rows else rows["prompt_mask"]
+        return int(real.sum())
+
+    @functools.cached_property
+    def digest(self):
+        """SHA-256 of all parts' arrays: the same rows in the same order."""
+        total = hashlib.sha256()
+        for rows, _ in self.parts:
+            for name, value in sorted(rows.items()):
+                total.update(f"{name} {value.dtype} {value.shape}".encode())
+                total.update(np.ascontiguousarray(value).data)
+        return total.hexdigest()
+
     def batch_at(self, step):
-        """The global batch of a step: {name: array [B, ...]}."""
+        """The global batch of a step: {name: array [B, ...]}.
+
+        Raises UserError where no token of it is a target: its loss would be of nothing.
+        """
         batches = []
         for (rows, count), order in zip(self.parts, self._orders, strict=True):
             index = np.array([order[step * count + i] for i in range(count)])
             batches.append({k: v[index] for k, v in rows.items()})
-        return self._cut(
-            {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-        )
+        batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+        if "mask" in batch and not batch["mask"].any():
+            raise UserError(
+                f"the batch of step {step} has no token to learn from (mask all "
+                "zeros): raise batch_size or data.length, or leave out such documents"
+            )
+        return self._cut(batch)
 
     def iterator(self, start_step=0, *, process_index=0, process_count=1):
         """Batches from a step on: a Grain iterator with get_state and set_state.
@@ -47,8 +85,13 @@ class Dataset:
         Args:
             start_step: the first batch's step.
             process_index, process_count: this process takes its contiguous part of the
-                rows of every global batch.
+                rows of every global batch, whose size they must divide.
         """
+        if self.batch_size % process_count:
+            raise UserError(
+                f"batch_size={self.batch_size}: does not divide over {process_count} "
+                "processes; choose a multiple"
+            )
         size = self.batch_size // process_count
         mine = slice(process_index * size, (process_index + 1) * size)
 

@@ -6,10 +6,13 @@
 Whatever is wrong is told as FILE:LINE with what was expected, before anything trains.
 """
 
+import codecs
+import difflib
 import glob
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -19,23 +22,28 @@ from stagecraft.text import chat
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 # A .txt file longer than this is cut at blank lines into documents of about this size.
 DOCUMENT = 2000  # characters
+# Keys of records, which the `fields` of a stage may rename.
+KEYS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 
 
 def expand(spec):
     """The files a spec names, sorted within each part.
 
     Args:
-        spec: a file, a directory or a glob; several separated by commas, or a tuple.
+        spec: a file, a directory (with what is in it, but nothing hidden) or a glob;
+            several separated by commas, or a tuple.
 
     Returns:
         list[Path], not empty. Raises UserError for what is missing or unreadable.
     """
-    parts = spec.split(",") if isinstance(spec, str) else spec
+    parts = [spec] if isinstance(spec, os.PathLike) else spec
+    parts = spec.split(",") if isinstance(spec, str) else map(str, parts)
     found = []
     for part in (p.strip() for p in parts if p.strip()):
         path = Path(part)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+            inside = sorted(filter(_is_data, path.rglob("*")))
+            inside = [p for p in inside if not _hidden(p.relative_to(path))]
             if not inside:
                 raise UserError(
                     f"{path}: holds no {', '.join(SUFFIXES)} files; name a folder that "
@@ -44,7 +52,9 @@ def expand(spec):
             found += inside
         elif path.is_file():
             found.append(path)
-        elif glob.has_magic(part) and (matches := sorted(glob.glob(part))):
+        elif glob.has_magic(part) and (
+            matches := sorted(glob.glob(part, recursive=True))
+        ):
             found += map(Path, matches)
         else:
             raise UserError(f"{part}: no such file, folder or glob; check the path")
@@ -69,12 +79,19 @@ def fields(text):
     mapping = {}
     for part in filter(None, text.split("+")):
         ours, equals, theirs = part.partition("=")
+        ours, theirs = ours.strip(), theirs.strip()
         if not equals or not theirs:
             raise UserError(
                 f"fields={text!r}: expected our=theirs pairs joined by +, as in "
                 "prompt=question+completion=answer"
             )
-        mapping[ours.strip()] = theirs.strip()
+        if ours not in KEYS:
+            near = difflib.get_close_matches(ours, KEYS, 1)
+            raise UserError(
+                f"fields={text!r}: no key {ours!r} to rename; ours are "
+                f"{', '.join(KEYS)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+            )
+        mapping[ours] = theirs
     return mapping
 
 
@@ -130,6 +147,9 @@ def comparisons(spec, mapping=None):
         ):
             value = _field(where, record, name, mapping, (str, list))
             one.append(_told(where, chat.as_messages, value, role))
+        prompt, *answers = one
+        for answer in answers:
+            _told(where, chat.check_turns, prompt + answer, ("assistant",))
         found.append(tuple(one))
     return found
 
@@ -143,7 +163,8 @@ def prompts(spec, mapping=None):
     found = []
     for where, record in _jsonl(spec, "prompts"):
         value = _field(where, record, "prompt", mapping, (str, list))
-        _told(where, chat.as_messages, value)
+        messages = _told(where, chat.as_messages, value)
+        _told(where, chat.check_turns, messages, ("user",))
         found.append((value, where))
     return found
 
@@ -181,7 +202,8 @@ def _jsonl(spec, what):
 def _records(path):
     """(FILE:LINE, object) for every line that is not blank."""
     count = 0
-    for number, line in enumerate(_read(path).split(b"\n"), 1):
+    data = _read(path).removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(data.split(b"\n"), 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -192,16 +214,44 @@ def _records(path):
                 f"{where}: not UTF-8 (byte {error.start + 1} of the line); convert the "
                 "file to UTF-8"
             ) from None
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); mend or drop it") from None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: not JSON ({error.msg}, character {error.colno}); mend or "
+                "drop the line"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where}: not readable as JSON ({error}); mend or drop the line"
+            ) from None
         if not isinstance(record, dict):
             raise UserError(
                 f"{where}: expected a JSON object, got {type(record).__name__}"
+            )
+        if b"\\u" in line and not _encodable(record):
+            raise UserError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which "
+                "is no character; mend or drop the line"
             )
         count += 1
         yield where, record
     if not count:
         raise UserError(f"{path}: empty; expected one JSON object a line")
+
+
+def _is_data(path):
+    return path.name.endswith(SUFFIXES) and path.is_file()
+
+
+def _hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _encodable(record):
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(path):
@@ -216,7 +266,7 @@ def _read(path):
 
 def _decode(path, data):
     try:
-        text = data.decode("utf-8")
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(

@@ -72,6 +72,31 @@ def as_messages(value, role="user"):
     return value
 
 
+def check_turns(messages, last=ROLES):
+    """Refuses what no conversation looks like; returns the messages.
+
+    Args:
+        messages: a whole conversation: perhaps a system message, then a user's and an
+            assistant's in turn.
+        last: roles it may end with.
+    """
+    allowed = ("system", "user")
+    for number, message in enumerate(messages, 1):
+        if message["role"] not in allowed:
+            raise UserError(
+                f"message {number} is of {message['role']!r}, expected "
+                f"{' or '.join(map(repr, allowed))}: a system message may come first, "
+                "then user and assistant take turns"
+            )
+        allowed = ("assistant",) if message["role"] == "user" else ("user",)
+    if messages[-1]["role"] not in last:
+        raise UserError(
+            f"the last message is of {messages[-1]['role']!r}, expected "
+            f"{' or '.join(map(repr, last))}"
+        )
+    return messages
+
+
 def conversation(record):
     """The messages of a demonstration: {"messages"} or {"prompt", "completion"}."""
     if "messages" in record:
@@ -81,4 +106,4 @@ def conversation(record):
         messages = as_messages(record["prompt"]) + answer
     if not any(m["role"] == "assistant" for m in messages):
         raise UserError("expected at least one assistant message to learn from")
-    return messages
+    return check_turns(messages)

@@ -18,6 +18,11 @@ from stagecraft.errors import UserError
 
 CHAT_PIECES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
+# SentencePiece writes a space as this character, and so would read it back as one.
+SPACE = "\u2581"
+# What a usable model gives back as it was: spaces, line ends, what it never saw.
+PROBE = "  a\n\tb \U0001f600 \u2460 "
+
 # Characters of text to train on; more changes a small vocabulary little.
 ENOUGH = 2_000_000
 # SentencePiece drops longer training lines without a word: they are cut instead.
@@ -38,6 +43,7 @@ class Tokenizer:
         self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")
         self.system, self.user, self.assistant, self.end = map(piece, CHAT_PIECES)
         self.vocab_size = self._processor.get_piece_size()
+        self._space = [piece(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @property
     def control_ids(self):
@@ -45,8 +51,12 @@ class Tokenizer:
         return (self.system, self.user, self.assistant, self.end)
 
     def encode(self, text):
-        """Ids of a text, without bos or eos."""
-        return self._processor.encode(text)
+        """Ids of a text, without bos or eos: `decode` gives the same text back."""
+        first, *rest = text.split(SPACE)
+        ids = self._processor.encode(first)
+        for part in rest:
+            ids += self._space + self._processor.encode(part)
+        return ids
 
     def decode(self, ids):
         """The text of ids; control pieces have none."""
@@ -62,11 +72,17 @@ class Tokenizer:
             found = cls(path.read_bytes())
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
+        # A piece that is missing has the id of <unk>, which is no control piece.
         ids = (found.pad, found.bos, found.eos, *found.control_ids)
-        if len(set(ids)) < len(ids):
+        if not all(map(found._processor.is_control, ids)) or len(set(ids)) < len(ids):
             raise UserError(
                 f"{path}: needs distinct control pieces <pad>, <s>, </s>, "
                 f"{', '.join(CHAT_PIECES)}; train one with tokenizer.files"
+            )
+        if found.decode(found.encode(PROBE)) != PROBE:
+            raise UserError(
+                f"{path}: does not give text back as it was (needs byte fallback and "
+                "no normalisation); train one with tokenizer.files"
             )
         return found
 

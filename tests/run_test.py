@@ -1,0 +1,225 @@
+"""Running a graph: resuming, killing, changing things behind its back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stagecraft import defaults, metrics, run, workdir
+from stagecraft.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = dict(
+    width=16, layers=1, heads=2, kv_heads=1, head_dim=8, ff_width=32, max_length=32
+)
+
+SCRIPT = """
+from stagecraft import defaults
+
+def get_config(arg=""):
+    c = defaults.experiment()
+    c.mesh.data = 1
+    c.tokenizer.files = c_files = "{text}"
+    c.tokenizer.vocab_size = 320
+    c.model.update({model})
+    c.stages.pretrain = defaults.stage(
+        "language_model",
+        data=dict(files=c_files, length=16),
+        steps={steps}, batch_size=8,
+        optimizer=dict(warmup_steps=2, lr=1e-2),
+        every=dict(log=1, save=5),
+    )
+    return c
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    words = "the cat sat on a mat and then it ran far away from the big dog".split()
+    path.write_text(
+        "\n\n".join(
+            " ".join(words[(i * j) % len(words)] for j in range(1, 40)) + f" {i}."
+            for i in range(200)
+        )
+    )
+    return path
+
+
+def config_for(text, steps=20):
+    scope = {}
+    exec(SCRIPT.format(text=text, model=SMALL, steps=steps), scope)
+    return scope["get_config"]()
+
+
+def losses(root):
+    rows = metrics.read(root / "pretrain" / "metrics.jsonl")
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def launch(script, root):
+    command = [sys.executable, "-m", "stagecraft", "run", f"--config={script}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={root}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_killed_and_run_again_equals_uninterrupted(text, tmp_path):
+    straight = tmp_path / "straight"
+    run.run(config_for(text, 200), straight)
+    script = tmp_path / "small.py"
+    script.write_text(SCRIPT.format(text=text, model=SMALL, steps=200))
+    root = tmp_path / "killed"
+    for least in (7, 60):
+        process = launch(script, root)
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            found = losses(root)
+            if found and found[-1][0] >= least:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert launch(script, root).wait(timeout=200) == 0
+    assert losses(root) == losses(straight)
+    summaries = [
+        workdir.read_json(where / "summary.json") for where in (root, straight)
+    ]
+    for found in summaries:
+        found.pop("seconds")
+    assert summaries[0] == summaries[1]
+
+
+def test_a_half_written_checkpoint_is_ignored(text, tmp_path):
+    root = tmp_path / "run"
+    run.run(config_for(text, 10), root)
+    expected = losses(root)
+    folder = root / "pretrain"
+    # As if the process had died while it wrote step 10: only step 5 is whole.
+    other = tmp_path / "other"
+    run.run(config_for(text, 10), other)
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "10").rename(checkpoints / "10.orbax-checkpoint-tmp-0")
+    info = workdir.read_json(folder / "stage.json")
+    workdir.write_json(folder / "stage.json", info | {"finished": False})
+    run.run(config_for(text, 10), root)
+    assert losses(root) == expected
+
+
+def test_a_second_run_changes_nothing(text, tmp_path):
+    root = tmp_path / "run"
+    run.run(config_for(text, 5), root)
+    before = {p: p.read_bytes() for p in root.rglob("*.json*")}
+    run.run(config_for(text, 5), root)
+    assert before == {p: p.read_bytes() for p in root.rglob("*.json*")}
+
+
+def test_another_config_is_refused(text, tmp_path):
+    root = tmp_path / "run"
+    run.run(config_for(text, 5), root)
+    other = config_for(text, 5)
+    other.stages.pretrain.optimizer.lr = 0.5
+    with pytest.raises(UserError, match=r"another config .*lr: 0.01 -> 0.5"):
+        run.run(other, root)
+    # How often it logs and on how many devices it runs is no part of the experiment.
+    same = config_for(text, 5)
+    same.stages.pretrain.every.log = 3
+    same.mesh.data = 2
+    run.run(same, root)
+
+
+def test_changed_data_is_refused(text, tmp_path):
+    root = tmp_path / "run"
+    run.run(config_for(text, 5), root)
+    folder = root / "pretrain"
+    info = workdir.read_json(folder / "stage.json")
+    workdir.write_json(folder / "stage.json", info | {"finished": False})
+    text.write_text(text.read_text() + "\n\nanother line")
+    with pytest.raises(UserError, match="its data changed since the stage began"):
+        run.run(config_for(text, 5), root)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
+    config = config_for(text, 20)
+    config.stages.pretrain.optimizer.lr = 1e30
+    config.stages.pretrain.optimizer.clip_norm = 0.0
+    with pytest.raises(UserError, match=r"pretrain: \w+ is (nan|inf) at step"):
+        run.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "pretrain" / "not_finite.npz").exists()
+
+
+def test_only_needs_its_parents(tmp_path, text):
+    config = config_for(text, 5)
+    with pytest.raises(UserError, match="--only.*did you mean 'pretrain'"):
+        run.run(config, tmp_path / "run", only=("pretrian",))
+    rows = [{"prompt": f"say {i}", "completion": "the cat"} for i in range(40)]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config.stages.sft = defaults.stage(
+        "language_model",
+        start_from="pretrain",
+        data=dict(format="demonstrations", files=str(answers), length=32),
+        steps=2,
+        batch_size=4,
+        optimizer=dict(warmup_steps=0),
+    )
+    with pytest.raises(UserError, match="sft needs pretrain, which is not finished"):
+        run.run(config, tmp_path / "run", only=("sft",))
+    run.run(config, tmp_path / "run", only=("pretrain",))
+    found = run.run(config, tmp_path / "run", only=("sft",))
+    assert 0 < found["weights"]["sft"]["relative_change"] < 1
+
+
+def test_lineage_names_what_a_stage_came_from(tiny_run):
+    stages = workdir.read_json(tiny_run / "lineage.json")["stages"]
+    assert stages["ppo"]["parents"]["reward"]["id"] == stages["reward"]["id"]
+    assert stages["dpo"]["parents"]["reference"]["stage"] == "sft"
+    assert stages["dpo"]["data"] == stages["reward"]["data"]
+    assert len({s["id"] for s in stages.values()}) == len(stages)
+
+
+def test_the_summary_of_the_graph(tiny_run):
+    found = workdir.read_json(tiny_run / "summary.json")
+    for key in (
+        "pretrain.cloze_accuracy",
+        "pretrain.copy_probability",
+        "pretrain.answer_rate",
+        "sft.heldout_accuracy",
+        "sft_scratch.heldout_accuracy",
+        "reward.pair_accuracy",
+        "reward.label_accuracy",
+        "ppo.gold_win_rate",
+        "dpo.gold_mean",
+        "dpo.kl",
+        "ppo.eos_rate",
+        "ppo_hard.reward_mean",
+        "weights.sft.relative_change",
+        "weights.dpo.by_kind.query.unchanged_bf16",
+        "cost.ppo.share",
+        "seconds.total",
+    ):
+        node = found
+        for part in key.split("."):
+            node = node[part]
+        assert isinstance(node, float), key
+    page = (tiny_run / "report.html").read_text()
+    assert "ppo_hard" in page and "<script" not in page
+
+
+def test_seconds_are_split(tiny_run):
+    info = workdir.read_json(tiny_run / "ppo" / "stage.json")
+    seconds = info["seconds"]
+    assert {"compile", "sample", "score", "update", "save", "total"} <= seconds.keys()
+    parts = sum(v for k, v in seconds.items() if k != "total")
+    assert parts == pytest.approx(seconds["total"], rel=0.01, abs=0.02)
