@@ -5,8 +5,8 @@ the traceback. Anything else that escapes is a bug of ours and is shown whole.
 """
 
 import difflib
+import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -186,62 +186,49 @@ def _define(command):
 
 def _parse(argv):
     """Parses the flags; what goes wrong in them is a UserError."""
-    config = next((a for a in argv if a.startswith("--config=")), None)
-    if config:
-        path = Path(config.partition("=")[2].partition(":")[0])
-        if not path.is_file():
+    given = next((a for a in argv if a.startswith("--config=")), None)
+    if given:
+        path, _, argument = given.removeprefix("--config=").partition(":")
+        if not Path(path).is_file():
             raise UserError(
                 f"--config={path}: no such file; experiments lie in experiments/"
             )
         # An experiment file may import its neighbours: experiments.common.
-        for folder in (str(path.absolute().parent.parent), os.getcwd()):
+        for folder in (str(Path(path).absolute().parent.parent), os.getcwd()):
             if folder not in sys.path:
                 sys.path.insert(0, folder)
+        _check_overrides(_load(path, argument), argv)
     try:
         return FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{line} (see stagecraft {argv[0]} --help)") from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_override(argv, error)) from error
-    except (TypeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{' '.join(a for a in argv if '.' in a)}: {line}") from error
 
 
-def _unknown_override(argv, error):
-    """The one line for --config.a.b=1 where a or b is unknown."""
-    from ml_collections.config_flags import config_flags
+def _load(path, argument):
+    """What the experiment's get_config returns, before any override."""
+    spec = importlib.util.spec_from_file_location("experiment_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path}: has no function get_config(arg)")
+    return module.get_config(argument)
 
-    path = FLAGS["config"]
-    try:
-        values = config_flags.get_config_filename(path)
-    except Exception:
-        values = None
-    missing = re.findall(r"'([^']+)'", str(error))
+
+def _check_overrides(config, argv):
+    """Refuses --config.KEY=VALUE whose key is not there, with the nearest name."""
     for argument in argv:
         if not argument.startswith("--config."):
             continue
         keys = argument.removeprefix("--config.").partition("=")[0].split(".")
-        node = _load(values, argv)
+        node = config
         for i, key in enumerate(keys):
-            if node is None or key not in node:
-                known = node.keys() if node is not None else missing
-                return schema.unknown(f"--config.{'.'.join(keys[: i + 1])}", key, known)
-            node = node[key] if hasattr(node[key], "keys") else None
-    return " ".join(str(error).split())
-
-
-def _load(filename, argv):
-    """The experiment's config without overrides, to look names up in."""
-    import importlib.util
-
-    config = next(a for a in argv if a.startswith("--config="))
-    path, _, arg = config.removeprefix("--config=").partition(":")
-    spec = importlib.util.spec_from_file_location("experiment_file", filename or path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
+            where = f"--config.{'.'.join(keys[: i + 1])}"
+            if not hasattr(node, "keys"):
+                raise UserError(f"{where}: {'.'.join(keys[:i])} has no keys below it")
+            if key not in node:
+                raise UserError(schema.unknown(where, key, node.keys()))
+            node = node[key]
 
 
 def _workdir():

@@ -11,6 +11,9 @@ import pytest
 
 # Eight virtual CPU devices, so that every mesh shape up to (2, 2, 2) is real in tests.
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile far more than they compute; commands started by tests do alike.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:

@@ -1,1 +1,1 @@
-"""From files to batches: sources, packing and the pipeline whose order is a function."""
+"""From files to batches: sources, packing, and an order that is a function."""

@@ -74,6 +74,9 @@ def pad_prompts(rows, length):
 
 def _pieces(documents, length):
     for ids, mask in documents:
+        if 0 < len(ids) <= length:
+            yield ids, mask
+            continue
         for start in range(0, len(ids), length):
             yield ids[start : start + length], mask[start : start + length]
 
@@ -125,26 +128,17 @@ def _arrays(rows, length):
     pieces = [piece for row in rows for piece in row]
     sizes = np.array([len(ids) for ids, _ in pieces], np.int64)
     counts = np.array([len(row) for row in rows], np.int64)  # pieces in each row
-    first = np.cumsum(counts) - counts  # the number of each row's first piece
-    row = np.repeat(np.arange(len(rows)), counts)
-    starts = np.cumsum(sizes) - sizes  # where a piece starts in the stream of all
-    offsets = starts - starts[first[row]]  # and in its row
-    total = int(sizes.sum())
-    positions = np.arange(total) - np.repeat(starts, sizes)
-    at = np.repeat(row, sizes), np.repeat(offsets, sizes) + positions
-    values = {
-        "ids": _stream((ids for ids, _ in pieces), np.int32, total),
-        "segments": np.repeat(np.arange(len(pieces)) - first[row] + 1, sizes),
-        "positions": positions,
-        "mask": _stream((mask for _, mask in pieces), np.bool_, total),
-    }
-    out = {}
-    for name, value in values.items():
-        kind = np.bool_ if name == "mask" else np.int32
-        out[name] = np.zeros((len(rows), length), kind)
-        out[name][at] = value
+    numbers = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
+    used = np.array([sum(len(ids) for ids, _ in row) for row in rows], np.int64)
+    # Rows are filled from the left, so that their real places, read row by row, are
+    # the stream of all pieces.
+    real = np.arange(length) < used[:, None]
+    stream = np.arange(sizes.sum())
+    out = {name: np.zeros(real.shape, np.int32) for name in ("segments", "positions")}
+    out["segments"][real] = np.repeat(numbers + 1, sizes)
+    out["positions"][real] = stream - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    for name, kind, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
+        values = itertools.chain.from_iterable(piece[part] for piece in pieces)
+        out[name] = np.zeros(real.shape, kind)
+        out[name][real] = np.fromiter(values, kind, stream.size)
     return out
-
-
-def _stream(parts, kind, total):
-    return np.fromiter(itertools.chain.from_iterable(parts), kind, total)

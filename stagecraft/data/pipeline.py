@@ -32,7 +32,7 @@ class Dataset:
         self.report = dict(report or {})
         self.batch_size = sum(count for _, count in self.parts)
         if not self.parts or not all(_length(rows) for rows, _ in self.parts):
-            raise UserError("no rows to train on: every document was empty or dropped")
+            raise UserError("no rows: every document was empty, or was dropped")
         if not 0 <= seed < 2**32 - len(self.parts):
             raise UserError(f"seed={seed}: expected a number from 0 to 2**32 - 3")
         self._orders = [

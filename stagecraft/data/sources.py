@@ -78,9 +78,8 @@ def fields(text):
     """{"our key": "the file's key"} from "prompt=question+completion=answer"."""
     mapping = {}
     for part in filter(None, text.split("+")):
-        ours, equals, theirs = part.partition("=")
-        ours, theirs = ours.strip(), theirs.strip()
-        if not equals or not theirs:
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        if not ours or not theirs:
             raise UserError(
                 f"fields={text!r}: expected our=theirs pairs joined by +, as in "
                 "prompt=question+completion=answer"
@@ -179,9 +178,10 @@ def _told(where, function, *args):
 def _field(where, record, name, mapping, types):
     key = (mapping or {}).get(name, name)
     if key not in record:
+        keys = ", ".join(map(repr, record)) or "none"
         raise UserError(
-            f"{where}: no key {key!r}; it has {', '.join(map(repr, record)) or 'none'}; "
-            f"rename keys with fields, as in {name}=YOUR_KEY"
+            f"{where}: no key {key!r}; it has {keys}; rename keys with fields, as in "
+            f"{name}=YOUR_KEY"
         )
     value = record[key]
     if not isinstance(value, types):

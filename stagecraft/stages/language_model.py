@@ -52,7 +52,7 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
 
 def make_objective(name="next_token", arguments=None):
     """The objective over a language-model batch, as `stage.make_update` takes it."""
-    loss_fn, _ = stage.loss_function(name, OFFERS)
+    loss_fn, _ = stage.loss_function(name, OFFERS, arguments or {})
     arguments = arguments or {}
 
     def masks(batch):

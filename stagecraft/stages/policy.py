@@ -228,7 +228,7 @@ def make_objective(
     temperature=1.0,
 ):
     """Clipped policy and value losses over a minibatch of a judged rollout."""
-    loss_fn, takes = stage.loss_function(name, OFFERS)
+    loss_fn, takes = stage.loss_function(name, OFFERS, arguments or {})
     arguments = arguments or {}
 
     def masks(batch):

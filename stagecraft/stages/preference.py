@@ -64,7 +64,7 @@ def make(config, model_config, shared_mesh, parents):
 
 def make_objective(name="dpo", arguments=None):
     """The objective over prepared pairs, as `stage.make_update` takes it."""
-    loss_fn, takes = stage.loss_function(name, OFFERS)
+    loss_fn, takes = stage.loss_function(name, OFFERS, arguments or {})
     arguments = arguments or {}
 
     def masks(batch):

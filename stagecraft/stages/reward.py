@@ -60,7 +60,7 @@ def make(config, model_config, shared_mesh, parents):
 
 def make_objective(name="bradley_terry", arguments=None):
     """The objective over a batch of pairs, as `stage.make_update` takes it."""
-    loss_fn, _ = stage.loss_function(name, OFFERS)
+    loss_fn, _ = stage.loss_function(name, OFFERS, arguments or {})
     arguments = arguments or {}
 
     def masks(batch):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, mesh, optimizer, schema
 from stagecraft.errors import UserError
 
 
@@ -217,12 +217,13 @@ def _split(x, parts):
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def loss_function(name, offers):
+def loss_function(name, offers, arguments=()):
     """Finds an objective's loss and checks that the stage can feed it.
 
     Args:
         name: a name in `stagecraft.losses`, "package.module:function", or a callable.
         offers: the arrays the stage can pass, by argument name.
+        arguments: names of the keyword arguments it is to get.
 
     Returns:
         the function, and the names of the arrays it takes, in order.
@@ -244,9 +245,10 @@ def loss_function(name, offers):
                 f"objective={name!r}: no such loss; stagecraft.losses has "
                 f"{', '.join(losses.__all__)}; your own is 'package.module:function'"
             )
+    parameters = inspect.signature(function).parameters.values()
     positional = [
         p.name
-        for p in inspect.signature(function).parameters.values()
+        for p in parameters
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         and p.default is p.empty
     ]
@@ -256,6 +258,11 @@ def loss_function(name, offers):
             f"objective={_label(name)}: asks for {', '.join(unknown)}; "
             f"this stage offers {', '.join(offers)}"
         )
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        keywords = [p.name for p in parameters if p.name not in positional]
+        for key in arguments:
+            if key not in keywords:
+                raise UserError(schema.unknown(f"objective_args.{key}", key, keywords))
     return function, positional
 
 

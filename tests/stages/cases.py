@@ -11,7 +11,7 @@ from stagecraft.stages import language_model, policy, preference, reward
 CONFIG = ModelConfig(
     vocab_size=64,
     width=32,
-    layers=2,
+    layers=1,
     heads=4,
     kv_heads=2,
     head_dim=8,

@@ -1,0 +1,278 @@
+"""Files are read whole or refused by FILE:LINE."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from stagecraft.data import sources
+from stagecraft.errors import UserError
+
+
+def jsonl(path, *records):
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def names(spec):
+    return [path.name for path in sources.expand(spec)]
+
+
+# -- which files -----------------------------------------------------------------------
+
+
+def test_expand_is_sorted_and_takes_every_kind_of_spec(tmp_path):
+    inner = tmp_path / "inner"
+    (inner / ".hidden").mkdir(parents=True)
+    for name in ("b.txt", "a.jsonl", "c.jsonl.gz", "inner/d.txt", "notes.md"):
+        (tmp_path / name).write_text("x")
+    for name in (".e.txt", "inner/.hidden/f.txt"):
+        (tmp_path / name).write_text("x")
+    assert names(str(tmp_path)) == ["a.jsonl", "b.txt", "c.jsonl.gz", "d.txt"]
+    assert names(tmp_path) == names(str(tmp_path))
+    assert names(f"{tmp_path}/*.txt") == ["b.txt"]
+    assert names(f"{tmp_path}/**/*.txt") == ["b.txt", "d.txt"]
+    # Parts keep the order they are given in.
+    parts = (f"{tmp_path}/inner", f"{tmp_path}/a.jsonl")
+    assert names(", ".join(parts)) == names(parts) == ["d.txt", "a.jsonl"]
+    assert names(tuple(map(Path, parts))) == names(parts)
+
+
+def test_expand_takes_a_file_whose_name_looks_like_a_glob(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    assert names(str(tmp_path / "a[1].txt")) == ["a[1].txt"]
+
+
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        ("none.txt", "no such file"),
+        ("*.jsonl", "no such file"),
+        ("empty", "holds no .txt, .jsonl, .jsonl.gz files"),
+        ("notes.md", "notes.md: expected a .txt"),
+        ("", "names no file"),
+        (" , ", "names no file"),
+    ],
+)
+def test_expand_refuses(tmp_path, monkeypatch, spec, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match=told):
+        sources.expand(spec)
+
+
+def test_digest_is_of_contents_in_order(tmp_path):
+    a = jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    b = jsonl(tmp_path / "b.jsonl", {"text": "y"})
+    same = jsonl(tmp_path / "moved.jsonl.gz", {"text": "x"})
+    assert sources.digest([a, b]) == sources.digest([same, b])
+    assert sources.digest([a, b]) != sources.digest([b, a])
+    assert sources.digest([a]) != sources.digest([b])
+    # Where one file ends and the next begins counts.
+    both = tmp_path / "both.jsonl"
+    both.write_bytes(a.read_bytes() + b.read_bytes())
+    assert sources.digest([both]) != sources.digest([a, b])
+
+
+# -- text ------------------------------------------------------------------------------
+
+
+def test_a_short_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
+    assert sources.texts(str(tmp_path)) == ["One.\n\nTwo.\n"]
+
+
+def test_a_long_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
+    paragraphs = [f"Paragraph {i}.\n" + "word " * (i % 90) for i in range(200)]
+    text = "\n\n".join(paragraphs)
+    (tmp_path / "a.txt").write_text(text)
+    found = sources.texts(str(tmp_path))
+    assert "\n\n".join(found) == text
+    assert len(found) > 10
+    assert max(map(len, found)) <= sources.DOCUMENT + 200
+    # Neighbours would not have fitted in one.
+    assert all(
+        len(a) + len(b) > sources.DOCUMENT
+        for a, b in zip(found, found[1:], strict=False)
+    )
+
+
+def test_line_ends_of_another_system_are_blank_lines_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(("x" * 1500 + "\r\n\r\n" + "y" * 1500).encode())
+    assert sources.texts(str(tmp_path)) == ["x" * 1500, "y" * 1500]
+
+
+def test_texts_of_jsonl_plain_and_compressed(tmp_path):
+    jsonl(tmp_path / "a.jsonl", {"text": "é \n\n x", "other": 1}, {"text": ""})
+    jsonl(tmp_path / "b.jsonl.gz", {"text": "z"})
+    assert sources.texts(str(tmp_path)) == ["é \n\n x", "", "z"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "World"}')
+    assert sources.texts(str(tmp_path)) == ["Hello", "World"]
+
+
+def test_blank_lines_and_other_line_ends_between_records(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert sources.texts(str(tmp_path)) == ["a", "b"]
+
+
+# -- records ---------------------------------------------------------------------------
+
+PROMPT = [{"role": "user", "content": "p"}]
+ANSWER = [{"role": "assistant", "content": "c"}]
+WORSE = [{"role": "assistant", "content": "r"}]
+
+
+def test_demonstrations_in_both_shapes_and_with_other_keys(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "p", "completion": "c"},
+        {"messages": PROMPT + ANSWER},
+        {"prompt": PROMPT, "completion": ANSWER},
+    )
+    assert sources.demonstrations(str(path)) == [PROMPT + ANSWER] * 3
+    other = jsonl(tmp_path / "b.jsonl", {"question": "p", "answer": "c"})
+    mapping = sources.fields("prompt=question+completion=answer")
+    assert mapping == {"prompt": "question", "completion": "answer"}
+    assert sources.demonstrations(str(other), mapping) == [PROMPT + ANSWER]
+    third = jsonl(tmp_path / "c.jsonl", {"turns": PROMPT + ANSWER})
+    found = sources.demonstrations(str(third), sources.fields("messages = turns"))
+    assert found == [PROMPT + ANSWER]
+
+
+def test_comparisons_as_text_and_messages(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+        {"prompt": PROMPT, "chosen": ANSWER, "rejected": WORSE},
+    )
+    assert sources.comparisons(str(path)) == [(PROMPT, ANSWER, WORSE)] * 2
+
+
+def test_prompts_know_where_they_came_from(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": PROMPT})
+    assert sources.prompts(str(path)) == [("p", f"{path}:1"), (PROMPT, f"{path}:2")]
+
+
+def test_fields_refuses_what_would_be_ignored():
+    assert sources.fields("") == {}
+    for text in ("prompt", "prompt=", "prompt= ", "=x"):
+        with pytest.raises(UserError, match="our=theirs"):
+            sources.fields(text)
+    with pytest.raises(UserError, match="mean 'prompt'"):
+        sources.fields("promt=question")
+
+
+GOOD = {"prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        (b'{"prompt": "p", "completion": ', "not JSON"),
+        (b"prompt: p", "not JSON .*character 1"),
+        (b'["p", "c"]', "a JSON object, got list"),
+        (b'"p"', "a JSON object, got str"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "p", "answer": "c"}', "no key 'completion'.*'prompt', 'answer'"),
+        (b"{}", "no key 'prompt'; it has none"),
+        (b'{"prompt": "p", "completion": 3}', "'completion' is int"),
+        (b'{"prompt": null, "completion": "c"}', "'prompt' is NoneType"),
+        (b'{"messages": "p"}', "at least one assistant"),
+        (b'{"messages": [{"role": "bot", "content": ""}]}', "'bot'"),
+        (b'{"prompt": "\\ud83d", "completion": "c"}', "surrogate"),
+        (b"[" * 200_000, "JSON"),
+    ],
+)
+def test_a_bad_line_is_told_by_file_and_line(tmp_path, line, told):
+    good = json.dumps(GOOD).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, b"", good, line, good]))
+    with pytest.raises(UserError, match=told) as error:
+        sources.demonstrations(str(path))
+    assert str(error.value).startswith(f"{path}:4: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00"}')
+    assert sources.texts(str(path)) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "record, told",
+    [
+        ({"prompt": "p", "chosen": "c"}, "no key 'rejected'"),
+        ({"prompt": "p", "chosen": "c", "rejected": ["x"]}, "role"),
+        # A whole conversation where only the answer belongs.
+        ({"prompt": "p", "chosen": PROMPT + ANSWER, "rejected": "r"}, "message 2"),
+        ({"prompt": "p", "chosen": ANSWER + PROMPT, "rejected": "r"}, "last message"),
+        ({"prompt": PROMPT + ANSWER, "chosen": "c", "rejected": "r"}, "message 3"),
+    ],
+)
+def test_a_bad_comparison_is_told(tmp_path, record, told):
+    path = jsonl(tmp_path / "a.jsonl", record)
+    with pytest.raises(UserError, match=told) as error:
+        sources.comparisons(str(path))
+    assert str(error.value).startswith(f"{path}:1: ")
+
+
+def test_a_prompt_must_leave_the_answer_to_the_model(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": PROMPT + ANSWER})
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the last message"):
+        sources.prompts(str(path))
+
+
+def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nthr\xe9e\n")
+    with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8"):
+        sources.texts(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.txt", b""),
+        ("a.txt", b" \n\n"),
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \n"),
+        ("a.jsonl.gz", gzip.compress(b"")),
+    ],
+)
+def test_an_empty_file_is_told(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: empty"):
+        sources.texts(str(tmp_path))
+
+
+def test_a_damaged_gzip_file_is_told(tmp_path):
+    data = gzip.compress(json.dumps({"text": "x" * 1000}).encode())
+    path = tmp_path / "a.jsonl.gz"
+    for broken in (
+        data[:-9],
+        data[:5],
+        b"plain text",
+        data[:14] + b"\0\0\0" + data[17:],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut-off"):
+            sources.texts(str(path))
+        with pytest.raises(UserError, match="damaged or cut-off"):
+            sources.digest([path])
+
+
+def test_records_where_text_is_are_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("hello")
+    for read in (sources.demonstrations, sources.comparisons, sources.prompts):
+        with pytest.raises(UserError, match=r"a\.txt: .* expected \.jsonl"):
+            read(str(path))

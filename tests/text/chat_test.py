@@ -1,0 +1,89 @@
+"""Conversations become ids and masks as written by hand."""
+
+import pytest
+
+from stagecraft.errors import UserError
+from stagecraft.text import chat
+
+
+class Letters:
+    """A tokenizer of single letters, so that ids can be written by hand."""
+
+    bos, eos, system, user, assistant, end = "^", "$", "S", "U", "A", "."
+
+    def encode(self, text):
+        return list(text)
+
+
+def said(*turns):
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[t[0]], "content": t[1:]} for t in turns]
+
+
+def test_multi_turn_mask_by_hand():
+    ids, mask = chat.render(said("sx", "uab", "acd", "ue", "af"), Letters())
+    assert "".join(ids) == "^SxUabAcd.UeAf."
+    learned = "".join(i for i, m in zip(ids, mask, strict=True) if m)
+    assert learned == "cd.f."  # every assistant turn with its end, nothing else
+    assert [int(m) for m in mask] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
+
+
+def test_an_empty_answer_still_learns_to_end():
+    ids, mask = chat.render(said("uab", "a"), Letters())
+    assert "".join(ids) == "^UabA."
+    assert mask == [False] * 5 + [True]
+
+
+def test_generation_prompt_is_the_rendering_up_to_the_answer():
+    messages = said("sx", "uab", "acd", "ue", "af")
+    prompt = chat.generation_prompt(messages[:-1], Letters())
+    assert "".join(prompt) == "^SxUabAcd.UeA"
+    assert chat.render(messages, Letters())[0][: len(prompt)] == prompt
+
+
+def test_document_learns_all_but_bos():
+    ids, mask = chat.document("abc", Letters())
+    assert "".join(ids) == "^abc$"
+    assert mask == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("prompt", ["ab", said("uab")])
+@pytest.mark.parametrize("completion", ["cd", said("acd")])
+def test_prompt_and_completion_as_text_or_messages(prompt, completion):
+    record = {"prompt": prompt, "completion": completion}
+    assert chat.conversation(record) == said("uab", "acd")
+
+
+def test_messages_are_taken_as_they_are():
+    messages = said("sx", "uab", "acd", "ue", "af")
+    assert chat.conversation({"messages": messages}) == messages
+
+
+@pytest.mark.parametrize(
+    "messages, told",
+    [
+        ([], "a text or a list"),
+        (None, "a text or a list"),
+        (["hello"], "role"),
+        ([{"role": "user"}], "role"),
+        ([{"role": "human", "content": "x"}], "'human'"),
+        ([{"role": "user", "content": None}], "content"),
+        (said("ua"), "at least one assistant"),
+        (said("aa"), "message 1 is of 'assistant'"),
+        (said("ua", "ub", "ac"), "message 2 is of 'user', expected 'assistant'"),
+        (said("ua", "ab", "ac"), "message 3 is of 'assistant', expected 'user'"),
+        (said("ua", "sb", "ac"), "message 2 is of 'system'"),
+        (said("sx", "sy", "ua", "ab"), "message 2 is of 'system', expected 'user'"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages, told):
+    with pytest.raises(UserError, match=told):
+        chat.conversation({"messages": messages})
+
+
+def test_a_conversation_must_end_with_whom_it_should():
+    assert chat.check_turns(said("sx", "ua"), ("user",)) == said("sx", "ua")
+    with pytest.raises(UserError, match="last message is of 'assistant'"):
+        chat.check_turns(said("ua", "ab"), ("user",))
+    with pytest.raises(UserError, match="last message is of 'user'"):
+        chat.check_turns(said("ua", "ab", "uc"), ("assistant",))

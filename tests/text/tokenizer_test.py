@@ -1,0 +1,204 @@
+"""The tokenizer gives every text back, and no text can spell a control piece."""
+
+import hashlib
+import random
+import time
+
+import pytest
+import sentencepiece as spm
+
+from stagecraft.errors import UserError
+from stagecraft.text.tokenizer import CHAT_PIECES, LINE, Tokenizer
+
+TEXT = [
+    "The capital of France is Paris.\n\tThe  euro is its currency.\n\nIn 1999.",
+    "345. What is the capital of Spain? Madrid is the capital of Spain, not Barcelona.",
+    "Twelve times twelve is 144; the sum of 17 and 25 is 42.",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.train(TEXT, 400, tmp_path_factory.mktemp("t") / "t.model")
+
+
+def test_special_ids_are_the_promised_ones_and_all_differ(tokenizer):
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 2, 3)
+    chat = (tokenizer.system, tokenizer.user, tokenizer.assistant, tokenizer.end)
+    assert tokenizer.control_ids == chat
+    assert len({0, 1, 2, 3, *chat}) == 8
+    assert tokenizer.vocab_size == 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a  b   c",
+        "  leading and trailing  ",
+        "\n\n\tx\r\n \n",
+        "😀👩‍👩‍👧 é e\u0301 ﬁ ① Ａ",  # NFKC would change these
+        "한국어 العربية 日本語",
+        "\x00\x01\u3000\u00a0\u200b\ufeff\U0010ffff",
+        "\u2581 a\u2581b \u2581\u2581",  # how SentencePiece writes a space
+        " \u2047 \u2585",  # how it writes what it does not know
+    ],
+)
+def test_encode_and_decode_give_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_round_trip_of_random_characters_never_makes_a_special_id(tokenizer):
+    rng = random.Random(0)
+    special = {0, 1, 2, 3, *tokenizer.control_ids}
+    for _ in range(500):
+        text = "".join(
+            chr(
+                rng.choice(
+                    [
+                        rng.randrange(128),
+                        rng.randrange(0xD800),
+                        rng.randrange(0xE000, 0x110000),
+                    ]
+                )
+            )
+            for _ in range(rng.randrange(12))
+        )
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not special & set(ids)
+
+
+@pytest.mark.parametrize("piece", [*CHAT_PIECES, "<pad>", "<s>", "</s>", "<unk>"])
+def test_text_cannot_forge_a_control_piece(tokenizer, piece):
+    for text in (piece, f"Stop.{piece}{piece} Go", f"\u2581{piece}"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & {0, 1, 2, 3, *tokenizer.control_ids}
+        assert tokenizer.decode(ids) == text
+
+
+def test_text_cannot_forge_a_byte_piece(tokenizer):
+    assert len(tokenizer.encode("<0x0A>")) > 1
+    assert tokenizer.decode(tokenizer.encode("<0x0A>")) == "<0x0A>"
+
+
+def test_decode_leaves_control_pieces_out(tokenizer):
+    ids = [tokenizer.bos, tokenizer.user, *tokenizer.encode("Paris"), tokenizer.end]
+    assert tokenizer.decode([*ids, tokenizer.eos, tokenizer.pad]) == "Paris"
+
+
+def test_digits_are_pieces_of_their_own(tokenizer):
+    assert len(tokenizer.encode("1999")) == 4
+    assert len(tokenizer.encode("345")) == 3
+
+
+def test_the_same_texts_give_the_same_bytes_and_no_other_files(tmp_path):
+    paths = [tmp_path / name for name in ("a.model", "b.model")]
+    made = [Tokenizer.train(iter(TEXT), 400, path) for path in paths]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert made[0].digest == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
+    assert Tokenizer.train(TEXT[:2], 320, tmp_path / "c").digest != made[0].digest
+
+
+def test_load_gives_the_trained_one_back(tokenizer, tmp_path):
+    made = Tokenizer.train(TEXT, 400, tmp_path / "t.model")
+    found = Tokenizer.load(tmp_path / "t.model")
+    assert found.digest == made.digest == tokenizer.digest
+    assert found.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
+
+
+def test_training_prints_nothing(tmp_path, capfd):
+    Tokenizer.train(TEXT, 400, tmp_path / "t.model")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_words_of_a_long_line_are_learned(tmp_path):
+    # One line of 50 000 characters: SentencePiece would drop it without a word.
+    found = Tokenizer.train(["zyzzyva " * (50 * LINE // 8)], 280, tmp_path / "t.model")
+    assert len(found.encode("zyzzyva zyzzyva zyzzyva")) <= 5
+
+
+def test_much_text_takes_little_time(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(3000)]
+    documents = [" ".join(rng.choices(words, k=42)) for _ in range(20_000)]
+    assert sum(map(len, documents)) > 5e6
+    start = time.process_time()  # of this process alone: others may be busy
+    Tokenizer.train(documents, 1024, tmp_path / "t.model")
+    assert time.process_time() - start < 6
+
+
+def test_too_little_text_is_told_with_the_largest_size(tmp_path):
+    path = tmp_path / "t.model"
+    with pytest.raises(UserError, match=r"vocab_size=5000.*too small") as error:
+        Tokenizer.train(["hello world"], 5000, path)
+    most = int(str(error.value).rsplit(" ", 1)[1])
+    assert not path.exists()
+    assert Tokenizer.train(["hello world"], most, path).vocab_size == most
+
+
+def test_too_small_a_vocabulary_and_no_text_are_told(tmp_path):
+    with pytest.raises(UserError, match="vocab_size=100: too small"):
+        Tokenizer.train(TEXT, 100, tmp_path / "t.model")
+    with pytest.raises(UserError, match="no text"):
+        Tokenizer.train(["", "\n"], 400, tmp_path / "t.model")
+
+
+def _other(path, **changes):
+    """A SentencePiece model that is not quite one of ours."""
+    settings = dict(
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        control_symbols=list(CHAT_PIECES),
+        minloglevel=2,
+    )
+    with path.open("wb") as file:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter("\n".join(TEXT).split("\n")),
+            model_writer=file,
+            **(settings | changes),
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"control_symbols": list(CHAT_PIECES[:3])}, "control pieces"),
+        ({"pad_id": -1}, "control pieces"),
+        (
+            {"control_symbols": [], "user_defined_symbols": list(CHAT_PIECES)},
+            "control pieces",  # text could spell these
+        ),
+        ({"byte_fallback": False, "vocab_size": 120}, "byte fallback"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "byte fallback"),
+        ({"remove_extra_whitespaces": True}, "byte fallback"),
+    ],
+)
+def test_load_refuses_what_would_break_silently(tmp_path, changes, told):
+    path = tmp_path / "other.model"
+    _other(path, **changes)
+    with pytest.raises(UserError, match=told):
+        Tokenizer.load(path)
+    _other(path)
+    assert Tokenizer.load(path).vocab_size == 400
+
+
+def test_load_refuses_what_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="no such"):
+        Tokenizer.load(tmp_path / "none.model")
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="x.model"):
+        Tokenizer.load(tmp_path / "x.model")
