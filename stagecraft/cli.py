@@ -1,4 +1,5 @@
-"""The commands: `stagecraft run`, `prompt`, `chat`, `report`. Each is a Python call too.
+"""The commands: `stagecraft run`, `prompt`, `chat`, `report`. Each is a Python call
+too.
 
 A UserError is printed as one line and ends the command with status 2; `--debug` shows
 the traceback. Anything else that escapes is a bug of ours and is shown whole.
@@ -68,7 +69,7 @@ def _dispatch(argv):
     return 0
 
 
-# -- commands ---------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------
 
 
 def run(rest):
@@ -156,7 +157,7 @@ def report(rest):
 COMMANDS = {"run": run, "prompt": prompt, "chat": chat, "report": report}
 
 
-# -- flags ------------------------------------------------------------------------------
+# -- flags -----------------------------------------------------------------------------
 
 
 def _define(command):
@@ -252,7 +253,7 @@ def _quiet():
     logging.getLogger("jax").setLevel(logging.ERROR)
 
 
-# -- help -------------------------------------------------------------------------------
+# -- help ------------------------------------------------------------------------------
 
 
 def _overview():

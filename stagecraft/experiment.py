@@ -75,6 +75,7 @@ def _check(c):
             _check_role(c, name, role, kinds)
         if stage.kind == "comparisons":
             schema.positive(f"{where}.prompts", stage.prompts)
+            comparisons.rater(stage.rater, c.world.name)
         else:
             _check_training(c, where, stage)
         schema.positive(f"{where}.batch_size", stage.batch_size)

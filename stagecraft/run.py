@@ -1,4 +1,4 @@
-"""Running an experiment: its stages in order, or on from where an earlier run stopped."""
+"""Runs an experiment: its stages in order, or on from where a run stopped."""
 
 import dataclasses
 import time
@@ -170,7 +170,7 @@ def _tokenizer(config, root):
 
 
 def _feeds(current, names):
-    """Data of the stages whose files exist already: read and checked before training."""
+    """Data of the stages whose files are there: read and checked before training."""
     lineage = workdir.read_json(current.root / "lineage.json", {"stages": {}})
     feeds = {}
     for name in names:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from stagecraft import defaults
 
 def get_config(arg=""):
@@ -29,7 +29,7 @@ def get_config(arg=""):
         data=dict(format="demonstrations", files="{folder}/answers.jsonl", length=32),
         optimizer=dict(warmup_steps=0))
     return c
-'''
+"""
 
 
 def stagecraft(*arguments, **environment):
@@ -64,7 +64,11 @@ def refused(folder, *arguments, says, **environment):
     """Runs and expects one line on stderr, status 2, and nothing half-written."""
     work = folder / "run"
     status, _, error = stagecraft(
-        "run", f"--config={folder}/small.py", f"--workdir={work}", *arguments, **environment
+        "run",
+        f"--config={folder}/small.py",
+        f"--workdir={work}",
+        *arguments,
+        **environment,
     )
     lines = [line for line in error.splitlines() if line.startswith("stagecraft:")]
     assert status == 2, error
@@ -140,12 +144,15 @@ def test_answers_that_teach_nothing(folder):
 def test_a_prompt_longer_than_the_context(folder):
     rows = [{"prompt": "hello"}, {"prompt": "word " * 60}]
     write(folder / "prompts.jsonl", rows)
-    script = (folder / "small.py").read_text().replace("    return c\n", "") + f'''
+    script = (
+        (folder / "small.py").read_text().replace("    return c\n", "")
+        + f'''
     c.stages.pairs = defaults.stage("comparisons", start_from="sft",
         rater="tests.cli_test:first", data=dict(files="{folder}/prompts.jsonl"),
         sampling=dict(max_new_tokens=4))
     return c
 '''
+    )
     (folder / "small.py").write_text(script)
     refused(folder, says="prompts.jsonl:2: a prompt of")
 
@@ -172,8 +179,11 @@ def test_a_workdir_that_cannot_be_written(folder):
 
 def test_prompt_and_report(tiny_run):
     status, out, error = stagecraft(
-        "prompt", f"--workdir={tiny_run}", "What is the capital of France?"
-    , JAX_NUM_CPU_DEVICES="8")
+        "prompt",
+        f"--workdir={tiny_run}",
+        "What is the capital of France?",
+        JAX_NUM_CPU_DEVICES="8",
+    )
     assert status == 0, error
     for stage in ("pretrain", "sft", "ppo", "dpo"):
         assert stage in out
@@ -183,7 +193,14 @@ def test_prompt_and_report(tiny_run):
 
 def test_chat_answers_and_ends(tiny_run):
     found = subprocess.run(
-        [sys.executable, "-m", "stagecraft", "chat", f"--workdir={tiny_run}", "--stage=dpo"],
+        [
+            sys.executable,
+            "-m",
+            "stagecraft",
+            "chat",
+            f"--workdir={tiny_run}",
+            "--stage=dpo",
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
         input="Hello!\nWhat is the capital of France?\n\n",
@@ -193,6 +210,7 @@ def test_chat_answers_and_ends(tiny_run):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("dpo>") == 2
-    status, _, error = stagecraft("chat", f"--workdir={tiny_run}", "--stage=reward",
-                                  JAX_NUM_CPU_DEVICES="8")
+    status, _, error = stagecraft(
+        "chat", f"--workdir={tiny_run}", "--stage=reward", JAX_NUM_CPU_DEVICES="8"
+    )
     assert status == 2 and "expected a finished stage that writes text" in error

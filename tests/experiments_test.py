@@ -31,8 +31,12 @@ def test_your_text_runs_on_files(tmp_path):
         return path
 
     text = tmp_path / "book.txt"
-    text.write_text("\n\n".join(f"Chapter {i}. " + "It was so. " * 30 for i in range(90)))
-    answers = [{"question": f"How is {i}?", "answer": f"It was {i}."} for i in range(60)]
+    text.write_text(
+        "\n\n".join(f"Chapter {i}. " + "It was so. " * 30 for i in range(90))
+    )
+    answers = [
+        {"question": f"How is {i}?", "answer": f"It was {i}."} for i in range(60)
+    ]
     pairs = [
         {
             "prompt": [{"role": "user", "content": f"How is {i}?"}],

@@ -42,7 +42,7 @@ def get_config(arg=""):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    words = "the cat sat on a mat and then it ran far away from the big dog".split()
+    words = ["the", "cat", "sat", "on", "mats", "and", "then", "ran", "far", "away"]
     path.write_text(
         "\n\n".join(
             " ".join(words[(i * j) % len(words)] for j in range(1, 40)) + f" {i}."

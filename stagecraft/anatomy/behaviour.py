@@ -1,4 +1,4 @@
-"""What finished stages say: one prompt through all of them, a talk, held-out answers."""
+"""What finished stages say: one prompt through all of them, or a talk."""
 
 import sys
 

@@ -76,7 +76,7 @@ def _last_eval(current, name):
     return {k: v for k, v in last.items() if k.startswith("eval_")}
 
 
-# -- in a world -------------------------------------------------------------------------
+# -- in a world ------------------------------------------------------------------------
 
 
 def _in_world(current):
@@ -185,7 +185,7 @@ def _world_prompt(current):
     return worlds.get(name).single_prompt if name else ""
 
 
-# -- weights, cost, seconds -------------------------------------------------------------
+# -- weights, cost, seconds ------------------------------------------------------------
 
 
 def _weights(current):
@@ -236,7 +236,7 @@ def _seconds(current, started):
     }
 
 
-# -- claims -----------------------------------------------------------------------------
+# -- claims ----------------------------------------------------------------------------
 
 _SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _SHOWN = {"<=": "≤", ">=": "≥"}
@@ -297,7 +297,7 @@ def _lookup(found, key):
     return found
 
 
-# -- the table --------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------
 
 
 def show(found):

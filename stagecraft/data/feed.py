@@ -45,7 +45,7 @@ def stages_named(data):
 
 
 def locate(spec, root):
-    """A files spec with world: and stage: replaced by paths under the work directory."""
+    """A files spec with world: and stage: replaced by paths in the work directory."""
     root, parts = Path(root), []
     for part in (p.strip() for p in spec.split(",")):
         if part.startswith("world:"):
@@ -88,7 +88,7 @@ def build(stage, tokenizer, root, config):
     return Feed(dataset, heldout, digests, samples, prompts)
 
 
-# -- text and demonstrations ------------------------------------------------------------
+# -- text and demonstrations -----------------------------------------------------------
 
 
 def _language_model(stage, specs, tokenizer, config):
@@ -158,7 +158,7 @@ def _opening(source):
     return source[:last]
 
 
-# -- comparisons and prompts ------------------------------------------------------------
+# -- comparisons and prompts -----------------------------------------------------------
 
 
 def _pairs(stage, specs, tokenizer, config):

@@ -167,7 +167,7 @@ def _batches(rows, size):
 
 
 def placed(*arrays):
-    """Arrays on the current mesh, split over the batch axes; plain arrays without one."""
+    """Arrays on the current mesh, split over the batch axes; as they are without."""
     current = jax.sharding.get_mesh()
     if current.empty:
         return jax.tree.map(jnp.asarray, arrays)

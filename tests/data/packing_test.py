@@ -80,6 +80,13 @@ def test_best_fit_takes_the_row_with_the_least_room():
     assert got["segments"][1].tolist() == [1] * 6 + [0] * 4
 
 
+def test_room_for_two_is_used_and_room_for_one_is_not():
+    got = packing.pack([document(1, 6), document(11, 2), document(21, 1)], 8)
+    assert got["ids"].tolist() == [[1, 2, 3, 4, 5, 6, 11, 12], [21] + [0] * 7]
+    got = packing.pack([document(1, 7), document(11, 1)], 8)
+    assert got["segments"].max() == 1
+
+
 def test_concatenate_by_hand():
     got = packing.pack([document(10, 3), document(20, 6)], 4, strategy="concatenate")
     want = {
@@ -204,11 +211,11 @@ def test_pad_keeps_the_order_and_the_start():
 
 
 def test_pairs_by_hand():
-    chosen, rejected = ([1, 2, 3], [False, True, True]), ([1, 9], [False, True])
-    got = packing.pad_pairs([(chosen, rejected), (rejected, chosen)], 4)
+    longer, shorter = ([1, 2, 3], [False, True, True]), ([1, 9], [False, True])
+    got = packing.pad_pairs([(longer, shorter), (longer, longer)], 4)
     assert got["ids"].tolist() == [
         [[1, 2, 3, 0], [1, 9, 0, 0]],
-        [[1, 9, 0, 0], [1, 2, 3, 0]],
+        [[1, 2, 3, 0], [1, 2, 3, 0]],
     ]
     assert got["mask"][0].astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0]]
     assert got["segments"][0].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]

@@ -12,7 +12,7 @@ from stagecraft.errors import UserError
 from stagecraft.stages import stage as stages
 
 sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
+import cases
 
 
 def once(kind, shared_mesh, **changes):

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece as spm
 
 from stagecraft.errors import UserError
+from stagecraft.text import tokenizer as module
 from stagecraft.text.tokenizer import CHAT_PIECES, LINE, Tokenizer
 
 TEXT = [
@@ -131,6 +132,15 @@ def test_much_text_takes_little_time(tmp_path):
     start = time.process_time()  # of this process alone: others may be busy
     Tokenizer.train(documents, 1024, tmp_path / "t.model")
     assert time.process_time() - start < 6
+
+
+def test_a_sample_of_much_text_is_even(monkeypatch):
+    monkeypatch.setattr(module, "ENOUGH", 20_000)
+    lines = ["ordinary words of the start"] * 4000 + ["other words of the end"] * 4000
+    kept = module._training_lines(["\n".join(lines)])
+    assert 0.9 * 20_000 < sum(map(len, kept)) <= 1.1 * 20_000
+    assert 0.4 < sum(line.startswith("other") for line in kept) / len(kept) < 0.6
+    assert module._training_lines(lines[:100]) == lines[:100]  # little: all of it
 
 
 def test_too_little_text_is_told_with_the_largest_size(tmp_path):

@@ -1,0 +1,261 @@
+"""Sampling: the cache against the full forward pass, stopping, and distributions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stagecraft import mesh, tree
+from stagecraft.errors import UserError
+from stagecraft.models import sampling
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ff_width=24
+)
+B, P, N = 8, 6, 8
+KEY = jax.random.key(11)
+
+
+def abstract_model():
+    return jax.eval_shape(lambda key: Transformer(CONFIG, key), jax.random.key(0))
+
+
+@functools.cache
+def model():
+    rng = np.random.default_rng(0)
+    return tree.map_names(
+        lambda name, leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype),
+        abstract_model(),
+    )
+
+
+def prompts(lengths, seed=0):
+    """Left-padded; padding holds random tokens, which must not matter."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, CONFIG.vocab_size, (len(lengths), P)).astype(np.int32)
+    mask = np.arange(P)[None] >= P - np.asarray(lengths)[:, None]
+    return ids, mask
+
+
+FULL, RAGGED = [P] * B, [6, 1, 4, 2, 6, 3, 5, 1]
+
+
+def generate(lengths, **settings):
+    settings = {"max_new_tokens": N, "stop_id": None} | settings
+    return sampling.generate(model(), *prompts(lengths), KEY, **settings)
+
+
+@jax.jit
+def full_logits(ids, mask):
+    segments = mask.astype(jnp.int32)
+    return model().logits(ids, jnp.cumsum(segments, axis=1) - segments, segments)
+
+
+def rescored(lengths, sample):
+    """f32[B, N, V] logits of one uncached pass over prompts and completions."""
+    ids, mask = prompts(lengths)
+    tokens = np.asarray(sample.tokens)
+    ids = np.concatenate([ids, tokens], axis=1)
+    mask = np.concatenate([mask, np.ones_like(tokens, bool)], axis=1)
+    return np.asarray(full_logits(ids, mask))[:, P - 1 : -1]
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def pick(logps, tokens):
+    return np.take_along_axis(logps, np.asarray(tokens)[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("lengths", [FULL, RAGGED], ids=["full", "left-padded"])
+def test_greedy_decoding_is_the_argmax_of_the_full_pass(lengths):
+    sample = generate(lengths, temperature=0.0)
+    logits = rescored(lengths, sample)
+    np.testing.assert_array_equal(sample.tokens, logits.argmax(-1))
+    expected = pick(log_softmax(logits), sample.tokens)
+    np.testing.assert_allclose(sample.logps, expected, atol=1e-5)
+    assert sample.tokens.dtype == jnp.int32 and sample.tokens.shape == (B, N)
+    assert sample.mask.all() and not sample.ended.any()
+
+
+def test_padding_does_not_matter():
+    ids, mask = prompts(RAGGED)
+    changed = np.where(mask, ids, (ids + 1) % CONFIG.vocab_size)
+    a, b = (
+        sampling.generate(model(), x, mask, KEY, max_new_tokens=N, stop_id=None)
+        for x in (ids, changed)
+    )
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5, "top_p": 0.8}],
+    ids=str,
+)
+def test_log_probabilities_are_those_of_the_full_pass(settings):
+    sample = generate(RAGGED, **settings)
+    logits = rescored(RAGGED, sample) / settings.get("temperature", 1.0)
+    expected = pick(log_softmax(logits), sample.tokens)
+    np.testing.assert_allclose(sample.logps, expected, atol=1e-5)
+
+
+def test_rows_stop_at_the_stop_token():
+    endless = generate(RAGGED, temperature=1.5)
+    tokens = np.asarray(endless.tokens)
+    stop = int(np.bincount(tokens.ravel()).argmax())
+    sample = generate(RAGGED, temperature=1.5, stop_id=stop)
+    lengths = set()
+    for row in range(B):
+        where = np.flatnonzero(tokens[row] == stop)
+        length = where[0] + 1 if len(where) else N
+        lengths.add(int(length))
+        assert sample.mask[row].tolist() == [True] * length + [False] * (N - length)
+        np.testing.assert_array_equal(sample.tokens[row, :length], tokens[row, :length])
+        assert not sample.tokens[row, length:].any()
+        np.testing.assert_allclose(
+            sample.logps[row, :length], endless.logps[row, :length], atol=1e-5
+        )
+        assert not sample.logps[row, length:].any()
+        assert bool(sample.ended[row]) == bool(len(where))
+    assert len(lengths) > 2  # rows really ended at different steps
+
+
+def count_steps(monkeypatch, **settings):
+    counts = []
+    decode = sampling._decode
+
+    def counted(*args):
+        jax.debug.callback(lambda: counts.append(1))
+        return decode(*args)
+
+    monkeypatch.setattr(sampling, "_decode", counted)
+    generate_ = functools.partial(sampling.generate.__wrapped__, **settings)
+    sample = jax.jit(generate_)(model(), *prompts(FULL), KEY)
+    jax.block_until_ready(sample)
+    jax.effects_barrier()
+    return len(counts), sample
+
+
+def test_the_loop_stops_when_all_rows_have(monkeypatch):
+    tokens = np.asarray(generate(FULL, temperature=1.5).tokens)
+    steps, sample = count_steps(
+        monkeypatch, max_new_tokens=64, stop_id=int(tokens[0, 0]), temperature=1.5
+    )
+    assert sample.ended.all()
+    longest = int(sample.mask.sum(axis=1).max())
+    assert 1 < longest < 64
+    assert steps == longest - 1  # the first token comes from the prefill
+
+
+def test_one_new_token(monkeypatch):
+    steps, sample = count_steps(
+        monkeypatch, max_new_tokens=1, stop_id=None, temperature=0.0
+    )
+    assert steps == 0
+    np.testing.assert_array_equal(
+        sample.tokens, generate(FULL, temperature=0.0).tokens[:, :1]
+    )
+
+
+def test_top_1_is_greedy():
+    greedy = generate(RAGGED, temperature=0.0)
+    top = generate(RAGGED, top_k=1)
+    nucleus = generate(RAGGED, top_p=1e-6)
+    np.testing.assert_array_equal(top.tokens, greedy.tokens)
+    np.testing.assert_array_equal(nucleus.tokens, greedy.tokens)
+
+
+def test_ties_are_cut_by_count():
+    """With equal logits, top-k keeps k tokens and not all that tie."""
+    tokens, _ = sampling._draw(KEY, jnp.zeros((2000, 6)), 1.0, 2, 1.0)
+    assert set(np.unique(tokens)) == {0, 1}
+
+
+LOGITS = np.array([0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -3.0, 0.5], np.float32)
+
+
+def numpy_distribution(temperature, top_k, top_p):
+    """One token at a time, in the words of the definition."""
+    p = np.exp(log_softmax(LOGITS / temperature))
+    order = np.argsort(-p)
+    kept = list(order[:top_k] if top_k else order)
+    q = p[kept] / p[kept].sum()
+    total, nucleus = 0.0, []
+    for token, probability in zip(kept, q, strict=True):
+        nucleus.append(token)
+        total += probability
+        if total >= top_p:
+            break
+    out = np.zeros_like(p)
+    out[nucleus] = p[nucleus] / p[nucleus].sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        *((1.0, 0, 1.0), (0.6, 0, 1.0), (2.0, 0, 1.0)),
+        *((1.0, 3, 1.0), (1.0, 100, 1.0), (1.0, 0, 0.7), (1.5, 0, 0.5), (1.0, 4, 0.8)),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    count = 20_000
+    draw = jax.jit(
+        lambda logits: sampling._draw(KEY, logits, temperature, top_k, top_p)
+    )
+    tokens, logps = draw(jnp.tile(LOGITS, (count, 1)))
+    expected = numpy_distribution(temperature, top_k, top_p)
+    share = np.bincount(tokens, minlength=8) / count
+    assert not share[expected == 0].any()
+    np.testing.assert_allclose(share, expected, atol=5 * 0.5 / count**0.5)
+    # Log-probabilities stay those of the whole distribution.
+    whole = log_softmax(LOGITS / temperature)
+    np.testing.assert_allclose(logps, whole[np.asarray(tokens)], atol=1e-5)
+
+
+def test_randomness_is_keyed_by_key_step_and_row():
+    sample = generate(FULL, temperature=1.5)
+    ids, mask = prompts(FULL)
+    settings = {"max_new_tokens": N, "stop_id": None, "temperature": 1.5}
+    fewer = sampling.generate(model(), ids[:3], mask[:3], KEY, **settings)
+    np.testing.assert_array_equal(fewer.tokens, sample.tokens[:3])
+    other = sampling.generate(model(), ids, mask, jax.random.key(12), **settings)
+    assert (other.tokens != sample.tokens).any(axis=1).all()
+    same = np.tile(ids[:1], (B, 1)), np.ones((B, P), bool)
+    rows = sampling.generate(model(), *same, KEY, **settings).tokens
+    assert len({tuple(row) for row in rows.tolist()}) == B
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_the_mesh_does_not_matter(shape):
+    settings = {"max_new_tokens": N, "stop_id": 3, "temperature": 1.5}
+    expected = generate(RAGGED, **settings)
+    made = mesh.make(*shape)
+    with jax.set_mesh(made):
+        placed = jax.device_put(model(), mesh.shardings(model(), made))
+        rows = mesh.put(prompts(RAGGED), made)
+        sample = sampling.generate(placed, *rows, KEY, **settings)
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+    np.testing.assert_array_equal(sample.mask, expected.mask)
+    np.testing.assert_array_equal(sample.ended, expected.ended)
+    np.testing.assert_allclose(sample.logps, expected.logps, atol=1e-5)
+    assert sample.tokens.addressable_shards[0].data.shape[0] < B
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        generate(FULL, **settings)
