@@ -10,8 +10,7 @@ def parse_arg(arg, **known):
 
     Args:
         arg: what follows the colon of --config=FILE:ARG. A bare name means True. A
-            value may hold commas if what follows them is no known name
-            ("text=a.txt,b.txt,prompts=p.jsonl").
+            value may list several files ("text=a.txt,b.txt,prompts=p.jsonl").
         **known: every name with its default, whose type decides how text is read.
 
     Returns:
@@ -24,8 +23,9 @@ def parse_arg(arg, **known):
     for part in filter(None, (p.strip() for p in arg.split(","))):
         name, equals, text = part.partition("=")
         if name not in known:
-            if last is not None and not equals and isinstance(known[last], str):
-                values[last] += f",{part}"
+            listing = last is not None and isinstance(known[last], str) and not equals
+            if listing and any(sign in part for sign in "./*"):
+                values[last] += f",{part}"  # another file of a list
                 continue
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -75,7 +75,7 @@ def tiny(config, steps=2):
             stage.sampling.max_new_tokens = 8
             continue
         stage.steps = steps
-        stage.batch_size = 8
+        stage.batch_size = 16  # so that minibatches divide over eight devices
         stage.optimizer.warmup_steps = 0
         stage.every = dict(log=1, eval=0, save=0, sample=0)
         if stage.kind == "policy":

@@ -62,7 +62,10 @@ def make(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     known = math.prod(size for size in sizes.values() if size != -1)
     for name in unknown:
         sizes[name] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+    total = math.prod(sizes.values())
+    if not unknown and total < len(devices) and jax.process_count() == 1:
+        devices = devices[:total]  # asked for so many and no more
+    if total != len(devices):
         raise UserError(
             f"mesh: {asked} needs {'a multiple of ' if unknown else ''}{known} "
             f"devices, but {len(devices)} are available; change the sizes, or use -1 "

@@ -249,20 +249,39 @@ def _make(current, stage, shared_mesh, roles, data):
     if stage.kind == "language_model":
         extra["fresh_pieces"] = () if _is_text(stage) else tokenizer.control_ids
     made = builders[stage.kind](stage, shape, shared_mesh, roles, **extra)
-    sample = None
-    if stage.kind != "reward" and data.samples:
-
-        def sample(model, step):
-            language = Language(train.deployable(model), tokenizer, batch_size=16)
-            texts = language.complete(
-                data.samples, chat=not _is_text(stage), temperature=1.0, seed=step
-            )
-            return [
-                {"prompt": p, "completion": text, "ended": ended}
-                for p, (text, ended) in zip(data.samples, texts, strict=True)
-            ]
-
+    sample = _sampler(current, stage, shared_mesh, data.samples)
     return made, train.Hooks(data.heldout, sample)
+
+
+def _sampler(current, stage, shared_mesh, prompts):
+    """(model, step) -> what the model says to a few prompts; None for scalar models."""
+    if stage.kind == "reward":
+        return None
+    in_turns, room = not _is_text(stage), current.config.model.max_length // 2
+    shards = shared_mesh.shape["data"] * shared_mesh.shape["fsdp"]
+
+    def sample(model, step):
+        language = Language(
+            train.deployable(model),
+            current.tokenizer,
+            batch_size=-(-max(len(prompts), 1) // shards) * shards,
+        )
+        fit = [
+            p for p in prompts if len(language.encode(p, chat_format=in_turns)) < room
+        ]
+        texts = language.complete(
+            fit,
+            chat=in_turns,
+            temperature=1.0,
+            max_new_tokens=min(room, 48),
+            seed=step,
+        )
+        return [
+            {"prompt": p, "completion": text, "ended": ended}
+            for p, (text, ended) in zip(fit, texts, strict=True)
+        ]
+
+    return sample
 
 
 def _write_comparisons(current, name, model, data, key):

@@ -125,7 +125,7 @@ def test_configs_that_are_wrong(folder):
         says="did you mean 'pretrain'",
     )
     refused(folder, "--config.mesh.data=3", says="mesh: data=3")
-    refused(folder, "--config.model.heads=3", says="model.kv_heads")
+    refused(folder, "--config.model.kv_heads=3", says="model.kv_heads")
     refused(
         folder,
         "--config.mesh.tensor=2",

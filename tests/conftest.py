@@ -43,9 +43,9 @@ def single_device(config):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A finished run of quickstart:tiny on eight devices: its work directory."""
+    """A finished run of quickstart:tiny on one device: its work directory."""
     from stagecraft import run
 
     root = tmp_path_factory.mktemp("tiny") / "run"
-    run.run(load_experiment("quickstart").get_config("tiny"), root)
+    run.run(single_device(load_experiment("quickstart").get_config("tiny")), root)
     return root

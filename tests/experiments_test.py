@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import ROOT, load_experiment
 
 from stagecraft import experiment, run
 from stagecraft.errors import UserError
+from tests.conftest import ROOT, load_experiment, single_device
 
 NAMES = sorted(
     p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "common"
@@ -48,7 +48,7 @@ def test_your_text_runs_on_files(tmp_path):
     arg = ",".join(
         [
             "tiny",
-            "vocab=320",
+            "vocab=300",
             "length=64",
             f"text={text}",
             f"demonstrations={write('a.jsonl', answers)}",
@@ -58,7 +58,7 @@ def test_your_text_runs_on_files(tmp_path):
         ]
     )
     config = load_experiment("your_text").get_config(arg)
-    found = run.run(config, tmp_path / "run")
+    found = run.run(single_device(config), tmp_path / "run")
     assert found["sft"]["eval_loss"] > 0
     assert 0 <= found["reward"]["eval_accuracy"] <= 1
     assert 0 <= found["dpo"]["eval_rewards/accuracies"] <= 1
@@ -96,7 +96,7 @@ def test_arguments_are_checked(arg, says):
     ],
 )
 def test_impossible_combinations_are_refused(change, says):
-    config = load_experiment("quickstart").get_config("tiny")
+    config = single_device(load_experiment("quickstart").get_config("tiny"))
     change(config)
     with pytest.raises(UserError, match=says):
         experiment.resolve(config)

@@ -109,19 +109,26 @@ def _language_model(stage, specs, tokenizer, config):
     arrays, report["dropped"] = _rows([r for r, _ in kept], data)
     targets = arrays["mask"] & (arrays["segments"] > 0)
     real = int((arrays["segments"] > 0).sum())
-    report["supervised_share"] = float(targets.sum() / max(real, 1))
-    report["fill"] = real / arrays["ids"].size
     if not targets.any():
         raise UserError(
             f"data.files={data.files}: no token is left to learn from in rows of "
             f"length={data.length} (mask all zeros); are the answers empty, or the "
             "prompts longer than data.length?"
         )
-    if data.format != "text" and report["supervised_share"] > 0.999:
+    report["supervised_share"] = float(targets.sum() / real)
+    report["fill"] = real / arrays["ids"].size
+    asked = sum(1 for r, _ in kept for learned in r[1] if not learned)
+    if data.format != "text" and asked <= 3 * len(kept):
+        # Nothing but bos and the two turn pieces is given: there are no prompts.
         logging.warning("data.files=%s: every token is supervised", data.files)
     parts = [(arrays, stage.batch_size)]
     if "replay" in specs:
         count = round(stage.batch_size * data.replay_share)
+        if not 0 < count < stage.batch_size:
+            raise UserError(
+                f"data.replay_share={data.replay_share}: that is {count} of the "
+                f"{stage.batch_size} rows of a batch; expected some and not all"
+            )
         replay = [chat.document(t, tokenizer) for t in sources.texts(specs["replay"])]
         parts = [
             (arrays, stage.batch_size - count),

@@ -145,10 +145,10 @@ def _why(error, vocab_size):
             f"tokenizer.vocab_size={vocab_size}: the text is too small for it; the "
             f"largest possible is {most[1]}"
         )
-    least = re.search(r"vocab_size\(\) \(or required_chars\)|smaller", str(error))
+    least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
     if least:
         return (
             f"tokenizer.vocab_size={vocab_size}: too small for 256 bytes, 8 control "
-            "pieces and the text's characters; use 400 or more"
+            f"pieces and the text's characters; use {least[1]} or more"
         )
     return f"tokenizer: SentencePiece refused the text ({' '.join(str(error).split())})"

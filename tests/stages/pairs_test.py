@@ -1,8 +1,5 @@
 """Reward and preference stages: which side is up, and where the gradient comes from."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +7,7 @@ import pytest
 
 from stagecraft import losses, tree
 from stagecraft.stages import preference, reward
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
+from tests.stages import cases
 
 
 def naive_logps(model, ids, mask):

@@ -1,16 +1,11 @@
 """PPO's rollout and update against plain numpy, and the identities it must keep."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
 from stagecraft import tree
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
+from tests.stages import cases
 
 TEMPERATURE = 0.7  # of cases.stage
 

@@ -1,8 +1,5 @@
 """Every stage's update: the same on any mesh, under any split, and after a restart."""
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -10,9 +7,7 @@ import pytest
 from stagecraft import checkpoint, mesh, tree
 from stagecraft.errors import UserError
 from stagecraft.stages import stage as stages
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
+from tests.stages import cases
 
 
 def once(kind, shared_mesh, **changes):

@@ -153,8 +153,10 @@ def test_too_little_text_is_told_with_the_largest_size(tmp_path):
 
 
 def test_too_small_a_vocabulary_and_no_text_are_told(tmp_path):
-    with pytest.raises(UserError, match="vocab_size=100: too small"):
+    with pytest.raises(UserError, match="vocab_size=100: too small") as error:
         Tokenizer.train(TEXT, 100, tmp_path / "t.model")
+    least = int(str(error.value).split("use ")[1].split()[0])
+    assert Tokenizer.train(TEXT, least, tmp_path / "t.model").vocab_size == least
     with pytest.raises(UserError, match="no text"):
         Tokenizer.train(["", "\n"], 400, tmp_path / "t.model")
 
