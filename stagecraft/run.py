@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from stagecraft import experiment, mesh, schema, train, workdir, worlds
+from stagecraft import experiment, host, mesh, schema, train, workdir, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
@@ -87,6 +87,8 @@ def run(config, root, only=()):
         the summary, nested dicts of floats; also in WORKDIR/summary.json.
     """
     started = time.perf_counter()
+    if jax.default_backend() == "cpu":
+        host.keep_memory()
     config = experiment.resolve(config)
     for name in only:
         if name not in config.stages:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "stagecraft"
 # What each file or folder of the package stands on, from the ground up. Files of one
 # folder may import each other; files of one floor may where the list below says so.
 FLOORS = (
-    ("errors", "masked", "tree", "mesh", "workdir", "schema", "defaults"),
+    ("errors", "host", "masked", "tree", "mesh", "workdir", "schema", "defaults"),
     ("checkpoint", "metrics"),
     ("losses", "optimizer"),
     ("text",),
@@ -28,7 +28,7 @@ FLOORS = (
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # Beside each other on the ground, but one after the other.
-GROUND = ("errors", "masked", "tree", "mesh", "workdir", "schema", "defaults")
+GROUND = FLOORS[0]
 
 
 def modules():

@@ -135,6 +135,7 @@ def make_step(objective, optimizer_, *, micro_batches=1, lr_scale=None):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if micro_batches == 1:
             (loss, metrics), grads = grad_fn(state.model, batch, masks)
+            grads = mesh.constrain_tree(grads)
         else:
             split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, masks))
             first = jax.tree.map(lambda x: x[0], split)
@@ -146,7 +147,7 @@ def make_step(objective, optimizer_, *, micro_batches=1, lr_scale=None):
             def accumulate(carry, micro):
                 (loss, metrics), grads = grad_fn(state.model, *micro)
                 loss0, metrics0, grads0 = carry
-                grads = jax.tree.map(jnp.add, grads0, grads)
+                grads = mesh.constrain_tree(jax.tree.map(jnp.add, grads0, grads))
                 return (loss0 + loss, masked.merge(metrics0, metrics), grads), None
 
             (loss, metrics, grads), _ = jax.lax.scan(accumulate, start, split)
