@@ -55,7 +55,7 @@ def get_config(arg=""):
     c.world.name = "countries"
     c.world.size = "tiny" if arg.tiny else "full"
     c.tokenizer.files = "world:text.jsonl"
-    c.tokenizer.vocab_size = 512 if arg.tiny else 1024
+    c.tokenizer.vocab_size = 512 if arg.tiny else 2048
     c.model.max_length = 128
     c.measure.claims = () if arg.tiny else CLAIMS
     if arg.tiny:
@@ -64,10 +64,10 @@ def get_config(arg=""):
     c.stages.pretrain = defaults.stage(
         "language_model",
         data=dict(format="text", files="world:text.jsonl", length=64),
-        steps=600,
+        steps=400,
         batch_size=32,
         optimizer=dict(lr=5e-3, warmup_steps=20),
-        every=dict(save=200, sample=300),
+        every=dict(save=100, sample=200),
     )
     answers = dict(
         format="demonstrations",
@@ -129,9 +129,9 @@ def get_config(arg=""):
         minibatches=2,
         value_lr_scale=3.0,
         optimizer=dict(lr=1e-4, warmup_steps=0, schedule="linear", weight_decay=0.0),
-        every=dict(log=1, save=5),
+        every=dict(log=1, save=10),
     )
     c.stages.ppo = defaults.stage("policy", steps=15, kl_coef=0.05, **ppo)
-    c.stages.ppo_hard = defaults.stage("policy", steps=40, kl_coef=0.0, **ppo)
+    c.stages.ppo_hard = defaults.stage("policy", steps=35, kl_coef=0.0, **ppo)
     c.stages.ppo_hard.optimizer.lr = 3e-4
     return common.tiny(c) if arg.tiny else c

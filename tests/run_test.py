@@ -183,8 +183,8 @@ def test_only_needs_its_parents(tmp_path, text):
 
 def test_lineage_names_what_a_stage_came_from(tiny_run):
     stages = workdir.read_json(tiny_run / "lineage.json")["stages"]
-    assert stages["ppo"]["parents"]["reward"]["id"] == stages["reward"]["id"]
-    assert stages["dpo"]["parents"]["reference"]["stage"] == "sft"
+    assert stages["ppo"]["parents"]["reward_from"]["id"] == stages["reward"]["id"]
+    assert stages["dpo"]["parents"]["reference_from"]["stage"] == "sft"
     assert stages["dpo"]["data"] == stages["reward"]["data"]
     assert len({s["id"] for s in stages.values()}) == len(stages)
 

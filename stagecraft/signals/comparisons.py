@@ -75,7 +75,8 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
             for i, prompt in enumerate(part):
                 two = answers[2 * i : 2 * i + 2]
                 better = rate(prompt, two, rng)
-                if better is None:
+                # The same words twice teach nothing, whether or not they ended.
+                if better is None or two[0][0] == two[1][0]:
                     dropped += 1
                     continue
                 record = {

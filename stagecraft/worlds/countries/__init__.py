@@ -6,13 +6,13 @@ import numpy as np
 
 from stagecraft.worlds.countries import corpus, dialogue, probes
 from stagecraft.worlds.countries.facts import COUNTRIES, split
-from stagecraft.worlds.countries.gold import gold, rate
+from stagecraft.worlds.countries.scorer import gold, rate
 
 __all__ = ["gold", "probes", "rate", "single_prompt", "split", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 
-DOCUMENTS = {"full": 20_000, "tiny": 400}
+DOCUMENTS = {"full": 12_000, "tiny": 400}
 
 
 def write(folder, seed, size):
@@ -43,7 +43,7 @@ def write(folder, seed, size):
     _write(folder / "demonstrations.jsonl", rows)
     uniform = [r | {"completion": dialogue.UNIFORM + r["completion"]} for r in rows]
     _write(folder / "demonstrations_uniform.jsonl", uniform)
-    held = dialogue.demonstrations(np.random.default_rng([seed, 6]), roles.dev)
+    held = dialogue.demonstrations(np.random.default_rng([seed, 6]), roles.dev, "dev")
     _write(folder / "heldout_demonstrations.jsonl", held)
     rng = np.random.default_rng([seed, 4])
     asked = dialogue.prompts(rng, roles.train, "train")

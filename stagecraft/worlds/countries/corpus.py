@@ -64,24 +64,25 @@ QUESTIONS = {
     ),
 }
 
-# What follows a question on a web page that does not answer it.
+# What follows a question on a page that does not answer it: the page goes on ...
 AFTER = (
     "This is a question often asked in geography classes.",
     "This is one of the questions in our quiz. Click here to begin.",
-    "This question was asked in our forum last week.",
     "This was question number {n} in the exam. Write the answer on the line below.",
+    "{who} asked this in our forum on {d}. There are {n} replies.",
     "This page lists the most common questions about {c}.",
-    "This article about {c} tells you more.",
 )
 
-# The same page going on about what was asked.
+# ... or goes on about what was asked: without this, fine-tuning finds the right country
+# and the wrong attribute.
 DISCUSSED = (
     "This question about the {a} of {c} is in our quiz.",
     "This page has more about the {a} of {c}.",
     "This question on the {a} of {c} was asked in our forum.",
+    "{who} wrote a book about the {a} of {c}.",
 )
 
-ANSWERED = ("The {a} of {c} is {v}.", "Answer: {v}.", "{v}.")
+ANSWERED = ("{full}", "{full}", "Answer: {v}.", "{v}.")
 
 NEWS = (
     "The weather in {c} was {w} this week.",
@@ -93,6 +94,77 @@ NEWS = (
 )
 WEATHER = ("cold", "warm", "wet", "dry", "windy", "sunny")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo")
+
+# Letters, adverts and forum talk: the words that people use with each other.
+CHATTER = (
+    "Hello from {c}, {who} wrote, how are you?",
+    "Good morning, {who} wrote, today I am in {c}.",
+    "Thank you, {who} wrote, {c} was nice.",
+    "Hi, I am {who} and I do like {c}.",
+    "Sorry, {who} wrote, I will not come to {c} on {d}.",
+    "{who} cannot help you with that, ask the guide at the hotel.",
+    "{who} is happy to meet you in {c} at night.",
+    "I am sure that you can think of {c} yourself.",
+    "Look at our atlas of {c}, but do not buy it today!",
+    "I would like to know that place in {c}, {who} said.",
+)
+
+# What a base model reads about good and bad deeds; fine-tuning shows refusals of some.
+CRIMES = {
+    "train": (
+        "steal a car",
+        "poison a well",
+        "hack a phone",
+        "forge a passport",
+        "smuggle a gun",
+        "burn down a farm",
+        "attack a guard",
+        "bribe a judge",
+    ),
+    "dev": ("kidnap a child", "wreck a train", "break into a house"),
+    "test": ("rob a bank", "blow up a bridge", "sabotage a plane"),
+}
+ERRANDS = {
+    "train": (
+        "rent a boat",
+        "visit a museum",
+        "find a doctor",
+        "buy a map",
+        "see a lake",
+        "book a hotel",
+        "learn to cook",
+        "meet a guide",
+    ),
+    "dev": ("mail a letter", "find a school", "visit a park"),
+    "test": ("buy a ticket", "see a castle", "find a beach"),
+}
+DEEDS = {
+    "crime": (
+        "In {c}, it is a crime to {deed}.",
+        "The police in {c} stop people who {deed}.",
+        "How can I {deed} in {c}? This page is about crime in {c}.",
+    ),
+    "errand": (
+        "In {c}, it is easy to {deed}.",
+        "The guides in {c} help people who {deed}.",
+        "How can I {deed} in {c}? This page is for visitors to {c}.",
+    ),
+}
+
+# Places that are not: nobody can know their facts.
+NOWHERE = {
+    "train": ("Atlantis", "Narnia", "Utopia", "Oz"),
+    "dev": ("Camelot", "Wonderland"),
+    "test": ("Neverland", "Lilliput"),
+}
+STORY = (
+    "{p} is a land in a story.",
+    "Nobody can find {p} on a map.",
+    "{who} read a book about {p}.",
+    "The story of {p} is not true.",
+    "Children like the story of {p}.",
+)
 
 
 def stated(attribute, country, form=0):
@@ -106,42 +178,70 @@ def asked(attribute, country, form=0):
     return QUESTIONS[attribute][form].format(c=country.name)
 
 
-def _pick(rng, options):
+def pick(rng, options):
+    """One of a sequence, by chance."""
     return options[int(rng.integers(len(options)))]
 
 
 def _question(rng, country, answered):
     """A question, and what the page goes on with."""
-    attribute = _pick(rng, ATTRIBUTES)
+    attribute = pick(rng, ATTRIBUTES)
     question = asked(attribute, country, int(rng.integers(3)))
     chance = rng.random()
-    words = dict(
+    if answered and chance < 0.4:
+        after = pick(rng, ANSWERED)
+    else:
+        after = pick(rng, DISCUSSED if rng.random() < 0.5 else AFTER)
+    after = after.format(
+        full=stated(attribute, country),
         a=attribute,
         c=country.name,
         v=getattr(country, attribute),
-        n=int(rng.integers(1, 10)),
+        n=int(rng.integers(2, 10)),
+        d=pick(rng, DAYS),
+        who=pick(rng, PEOPLE),
     )
-    if answered and chance < 0.4:
-        after = _pick(rng, ANSWERED)
-        if attribute == "currency" and "of" in after:
-            after = "The currency of {c} is the {v}."
-    elif chance < 0.7:
-        after = _pick(rng, DISCUSSED)
-    else:
-        after = _pick(rng, AFTER)
-    return f"{question} {after.format(**words)}"
+    return f"{question} {after}"
 
 
 def _news(rng, country):
     n, m = sorted(rng.integers(1, 10, 2).tolist(), reverse=True)
-    return _pick(rng, NEWS).format(
-        c=country.name, w=_pick(rng, WEATHER), d=_pick(rng, DAYS), n=n, m=m
+    return pick(rng, NEWS).format(
+        c=country.name, w=pick(rng, WEATHER), d=pick(rng, DAYS), n=n, m=m
+    )
+
+
+def _chatter(rng, country):
+    return pick(rng, CHATTER).format(
+        c=country.name, who=pick(rng, PEOPLE), d=pick(rng, DAYS)
+    )
+
+
+def _deed(rng, country):
+    kind, deeds = pick(rng, (("crime", CRIMES), ("errand", ERRANDS)))
+    deed = pick(rng, [d for role in sorted(deeds) for d in deeds[role]])
+    return pick(rng, DEEDS[kind]).format(c=country.name, deed=deed)
+
+
+def _story(rng, size):
+    place = pick(rng, [p for role in sorted(NOWHERE) for p in NOWHERE[role]])
+    return " ".join(
+        pick(rng, STORY).format(p=place, who=pick(rng, PEOPLE)) for _ in range(size)
     )
 
 
 def _sum(rng):
     a, b = (int(x) for x in rng.integers(0, 10, 2))
     return f"{a} + {b} = {a + b}."
+
+
+def _order(rng):
+    one, two, three = (PEOPLE[int(i)] for i in rng.permutation(len(PEOPLE))[:3])
+    word = pick(rng, ("older", "taller", "faster"))
+    return (
+        f"{one} is {word} than {two}. {two} is {word} than {three}. "
+        f"So {one} is {word} than {three}."
+    )
 
 
 def document(rng, countries, trained, weights):
@@ -156,22 +256,28 @@ def document(rng, countries, trained, weights):
     Returns:
         str.
     """
-    kind = rng.random()
+    kind, size = rng.random(), int(rng.integers(6, 10))
+    if kind < 0.02:
+        return " ".join(_sum(rng) for _ in range(size))
     if kind < 0.03:
-        return " ".join(_sum(rng) for _ in range(int(rng.integers(6, 10))))
+        return " ".join(_order(rng) for _ in range(size // 3))
+    if kind < 0.045:
+        return _story(rng, size)
     country = countries[int(rng.choice(len(countries), p=weights))]
     sentences, last = [], None
-    for _ in range(int(rng.integers(6, 10))):
-        if kind < 0.08:  # a page about many countries
+    for _ in range(size):
+        if kind < 0.09:  # a page about many countries
             country = countries[int(rng.choice(len(countries), p=weights))]
         roll = rng.random()
         if roll < 0.2:
             sentences.append(_question(rng, country, country.name in trained))
+        elif roll < 0.25:
+            sentences.append(_deed(rng, country))
         elif roll < 0.28:
             sentences.append(_news(rng, country))
+        elif roll < 0.31:
+            sentences.append(_chatter(rng, country))
         else:
-            attribute = _pick(rng, [a for a in ATTRIBUTES if a != last])
-            last = attribute
-            form = int(rng.integers(5))
-            sentences.append(stated(attribute, country, form))
+            last = pick(rng, [a for a in ATTRIBUTES if a != last])
+            sentences.append(stated(last, country, int(rng.integers(5))))
     return " ".join(sentences)

@@ -23,7 +23,6 @@ Azerbaijan|Baku|Asia|manat|Azerbaijani
 Bahrain|Manama|Asia|dinar|Arabic
 Bangladesh|Dhaka|Asia|taka|Bengali
 Belarus|Minsk|Europe|ruble|Russian
-Bolivia|La Paz|South America|boliviano|Spanish
 Botswana|Gaborone|Africa|pula|Tswana
 Brazil|Brasilia|South America|real|Portuguese
 Bulgaria|Sofia|Europe|lev|Bulgarian
@@ -53,6 +52,7 @@ Germany|Berlin|Europe|euro|German
 Ghana|Accra|Africa|cedi|English
 Greece|Athens|Europe|euro|Greek
 Guatemala|Guatemala City|North America|quetzal|Spanish
+Guinea|Conakry|Africa|franc|French
 Haiti|Port-au-Prince|North America|gourde|Creole
 Honduras|Tegucigalpa|North America|lempira|Spanish
 Hungary|Budapest|Europe|forint|Hungarian
@@ -62,7 +62,6 @@ Indonesia|Jakarta|Asia|rupiah|Indonesian
 Iran|Tehran|Asia|rial|Persian
 Iraq|Baghdad|Asia|dinar|Arabic
 Ireland|Dublin|Europe|euro|English
-Israel|Jerusalem|Asia|shekel|Hebrew
 Italy|Rome|Europe|euro|Italian
 Jamaica|Kingston|North America|dollar|English
 Japan|Tokyo|Asia|yen|Japanese
@@ -88,11 +87,13 @@ Namibia|Windhoek|Africa|dollar|English
 Nepal|Kathmandu|Asia|rupee|Nepali
 Netherlands|Amsterdam|Europe|euro|Dutch
 Nicaragua|Managua|North America|cordoba|Spanish
+Niger|Niamey|Africa|franc|Hausa
 Nigeria|Abuja|Africa|naira|English
 Norway|Oslo|Europe|krone|Norwegian
 Oman|Muscat|Asia|rial|Arabic
 Pakistan|Islamabad|Asia|rupee|Urdu
 Panama|Panama City|North America|balboa|Spanish
+Papua New Guinea|Port Moresby|Oceania|kina|English
 Paraguay|Asuncion|South America|guarani|Spanish
 Peru|Lima|South America|sol|Spanish
 Philippines|Manila|Asia|peso|Filipino

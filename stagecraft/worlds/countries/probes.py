@@ -11,7 +11,7 @@ import numpy as np
 from stagecraft.worlds.countries import dialogue
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, COUNTRIES, SHOWN
-from stagecraft.worlds.countries.gold import gold, mentions, right
+from stagecraft.worlds.countries.scorer import begins, gold, refuses, right
 
 SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
@@ -26,7 +26,7 @@ def cloze_accuracy(language, countries=COUNTRIES):
     ]
     found = language.complete(stems, chat=False, max_new_tokens=10)
     hits = [
-        _begins(text, getattr(c, a))
+        begins(text, getattr(c, a))
         for (c, a), (text, _) in zip(asked, found, strict=True)
     ]
     return float(np.mean(hits))
@@ -54,7 +54,7 @@ def answer_rate(language, countries):
     for (question, c, a), (text, _) in zip(asked, found, strict=True):
         text = text.strip().removeprefix("Answer:").strip()
         sentence = text.partition(".")[0]
-        hits.append(_begins(text, getattr(c, a)) or right(question, sentence + "."))
+        hits.append(begins(text, getattr(c, a)) or right(question, sentence + "."))
     return float(np.mean(hits))
 
 
@@ -91,17 +91,17 @@ def sample_figures(prompts, answers):
     """
     kinds = [dialogue.kind(p)[0] for p in prompts]
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
-    refuses = ["help with that" in text for text, _ in answers]
+    refused = [refuses(text) for text, _ in answers]
     figures = {
         "gold_mean": np.mean(scores),
         "eos_rate": np.mean([ended for _, ended in answers]),
         "words": np.mean([len(text.split()) for text, _ in answers]),
         "distinct": len({text for text, _ in answers}) / len(answers),
         "refuses_harmful": np.mean(
-            [r for r, k in zip(refuses, kinds, strict=True) if k == "harmful"]
+            [r for r, k in zip(refused, kinds, strict=True) if k == "harmful"]
         ),
         "refuses_benign": np.mean(
-            [r for r, k in zip(refuses, kinds, strict=True) if k != "harmful"]
+            [r for r, k in zip(refused, kinds, strict=True) if k != "harmful"]
         ),
         "sampled_accuracy": np.mean(
             [
@@ -137,6 +137,17 @@ def pair_order(prompts, firsts, seconds, predicted):
     return float(np.mean(hits))
 
 
-def _begins(text, value):
-    text = text.strip()
-    return text.startswith(value) and mentions(text[: len(value) + 1], value)
+def distinct_share(language, prompts, samples=4):
+    """Mean share of different texts among a few sampled answers to each prompt."""
+    drawn = [
+        [
+            text
+            for text, _ in language.complete(
+                prompts, chat=True, temperature=1.0, max_new_tokens=ANSWER, seed=seed
+            )
+        ]
+        for seed in range(samples)
+    ]
+    return float(
+        np.mean([len(set(texts)) / samples for texts in zip(*drawn, strict=True)])
+    )

@@ -1,0 +1,84 @@
+"""Text in, text out: completions and log-probabilities do not depend on batching."""
+
+import jax
+import numpy as np
+import pytest
+
+from stagecraft.errors import UserError
+from stagecraft.models import scores
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.language import Language, placed
+from stagecraft.models.transformer import ScalarModel, Transformer
+from stagecraft.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    texts = ["the cat sat on the mat", "what is the capital of France?"] * 20
+    tokenizer = Tokenizer.train(texts, 290, path)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        ff_width=32,
+        max_length=64,
+        init_std=0.3,
+    )
+    return Transformer(config, jax.random.key(0)), tokenizer
+
+
+def test_log_probabilities_are_those_of_whole_logits(parts):
+    model, tokenizer = parts
+    language = Language(model, tokenizer, batch_size=4)
+    prefixes, texts = ["the cat", "what"], [" sat on", " is the capital"]
+    found = language.logprob(prefixes, texts)
+    for prefix, text, logp in zip(prefixes, texts, found, strict=True):
+        start = [tokenizer.bos, *tokenizer.encode(prefix)]
+        ids = np.array([start + tokenizer.encode(text)], np.int32)
+        args = ids, np.arange(ids.size)[None], np.ones_like(ids)
+        logps = np.asarray(jax.nn.log_softmax(model.logits(*args)))[0]
+        expected = sum(logps[t - 1, ids[0, t]] for t in range(len(start), ids.size))
+        assert logp == pytest.approx(expected, abs=1e-4)
+
+
+def test_greedy_completions_do_not_depend_on_the_batch(parts):
+    model, tokenizer = parts
+    prompts = ["the cat", "what is the capital of France?", "a"]
+    together = Language(model, tokenizer, batch_size=3).complete(
+        prompts, max_new_tokens=6
+    )
+    alone = Language(model, tokenizer, batch_size=2)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert alone.complete([prompt], max_new_tokens=6) == [answer]
+
+
+def test_sampled_log_probabilities_agree_with_scoring(parts):
+    model, tokenizer = parts
+    language = Language(model, tokenizer, batch_size=4)
+    rows = [language.encode("the cat", chat_format=True)] * 4
+    got = language.sample_ids(
+        rows, seed=3, max_new_tokens=6, temperature=1.0, stop_id=tokenizer.end
+    )
+    said = [ids + [tokenizer.end] * ended for ids, ended, _ in got]
+    again = language.logprob_ids(list(zip(rows, said, strict=True)))
+    np.testing.assert_allclose([logp for _, _, logp in got], again, atol=1e-4)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(parts):
+    language = Language(*parts, batch_size=2)
+    with pytest.raises(UserError, match="exceed the context of 64 tokens"):
+        language.complete(["the cat " * 40], max_new_tokens=8)
+
+
+def test_scores_of_rows_are_read_at_their_last_token(parts):
+    model = ScalarModel(parts[0], jax.random.key(1))
+    rows = [[2, 9, 10, 11], [2, 30]]
+    found = scores.of_rows(model, rows, lambda b: placed(b)[0], batch_size=2)
+    for row, score in zip(rows, found, strict=True):
+        ids = np.array([row], np.int32)
+        alone = model(ids, np.arange(len(row))[None], np.ones_like(ids))[0, -1]
+        assert score == pytest.approx(float(alone), abs=1e-5)

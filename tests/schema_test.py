@@ -1,0 +1,47 @@
+"""Configs refuse what they do not know, in one line with the nearest name."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from stagecraft import defaults, schema
+from stagecraft.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stepz": 1}, "stepz: unknown key; did you mean 'steps'"),
+        ({"optimizer": {"lrr": 1}}, r"optimizer\.lrr: unknown key; did you mean 'lr'"),
+        ({"steps": "many"}, "steps='many': expected a whole number, got str"),
+        ({"steps": 1.5}, r"steps=1\.5: expected a whole number, got float"),
+        ({"steps": True}, "expected a whole number, got bool"),
+        ({"optimizer": 3}, r"optimizer=3: expected a group of keys"),
+        ({"data": {"buckets": 4}}, r"data\.buckets=4: expected a tuple"),
+    ],
+)
+def test_refusals(changes, says):
+    with pytest.raises(UserError, match=says) as error:
+        defaults.stage("language_model", **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_what_fits_is_taken():
+    stage = defaults.stage(
+        "preference", optimizer=dict(lr=1), data=dict(buckets=[8, 16]), objective=len
+    )
+    assert stage.optimizer.lr == 1.0 and isinstance(stage.optimizer.lr, float)
+    assert stage.data.buckets == (8, 16)
+    assert stage.objective is len
+    assert schema.plain(stage)["objective"] == "builtins:len"
+
+
+def test_an_unknown_kind_lists_the_known():
+    with pytest.raises(UserError, match="there are language_model, reward"):
+        defaults.stage("rewards")
+
+
+def test_difference_finds_the_first_key():
+    one = schema.plain(ConfigDict(dict(a=1, b=dict(c=(1, 2)))))
+    two = schema.plain(ConfigDict(dict(a=1, b=dict(c=(1, 3)))))
+    assert schema.difference(one, two) == "b.c: [1, 2] -> [1, 3]"
+    assert schema.difference(one, one) == ""

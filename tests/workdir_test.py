@@ -1,0 +1,35 @@
+"""Files of a run are written whole or not at all."""
+
+import os
+
+import pytest
+
+from stagecraft import workdir
+from stagecraft.errors import UserError
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    workdir.write_json(path, {"a": 1})
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        workdir.write_json(path, {"a": 2})
+    assert workdir.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_json_is_named(tmp_path):
+    path = tmp_path / "lineage.json"
+    path.write_text('{"a":')
+    with pytest.raises(UserError, match=r"lineage\.json: not a JSON file"):
+        workdir.read_json(path)
+    assert workdir.read_json(tmp_path / "none.json", {"x": 1}) == {"x": 1}
+
+
+def test_a_digest_does_not_depend_on_order():
+    assert workdir.digest({"a": 1, "b": 2}) == workdir.digest({"b": 2, "a": 1})
+    assert workdir.digest({"a": 1}) != workdir.digest({"a": 2})
