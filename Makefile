@@ -35,7 +35,7 @@ quickstart: $(VENV)/.report
 	$(BIN)/stagecraft run --config=experiments/quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not peers" $(ARGS)
+	$(BIN)/python -m pytest -m "not peers" -n 2 --dist loadgroup $(ARGS)
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m peers tests/peers $(ARGS)

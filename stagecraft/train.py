@@ -56,7 +56,9 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
         with clock("start"):
             state = stage.init(init_key)
             step, tokens = 0, {}
-            iterator = data.iterator()
+            iterator = data.iterator(
+                process_index=jax.process_index(), process_count=jax.process_count()
+            )
             latest = checkpoints.latest()
             if latest is not None:
                 progress.note(f"restoring step {latest}")

@@ -26,6 +26,17 @@ _CACHE = os.environ.setdefault(
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests share what they compile: they stay on one worker.
+
+    So do all that look at the tiny run, which is made once.
+    """
+    for item in items:
+        shared = "tiny_run" in getattr(item, "fixturenames", ())
+        group = "tiny" if shared else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def load_experiment(name):
     """The module of experiments/NAME.py."""
     path = ROOT / "experiments" / f"{name}.py"
