@@ -133,6 +133,9 @@ def demonstrations(spec, mapping=None):
 def comparisons(spec, mapping=None):
     """Pairs: {"prompt","chosen","rejected"}, each a text or messages.
 
+    Optional: "chosen_ended" or "rejected_ended" false for an answer that a length limit
+    cut off, which then gets no end of turn.
+
     Returns:
         list of (prompt messages, chosen messages, rejected messages).
     """
@@ -145,7 +148,10 @@ def comparisons(spec, mapping=None):
             ("rejected", "assistant"),
         ):
             value = _field(where, record, name, mapping, (str, list))
-            one.append(_told(where, chat.as_messages, value, role))
+            messages = _told(where, chat.as_messages, value, role)
+            if record.get(f"{name}_ended") is False:
+                messages = [*messages[:-1], messages[-1] | {"ended": False}]
+            one.append(messages)
         prompt, *answers = one
         for answer in answers:
             _told(where, chat.check_turns, prompt + answer, ("assistant",))

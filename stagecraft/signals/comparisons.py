@@ -84,6 +84,13 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
                     "chosen": two[better][0],
                     "rejected": two[1 - better][0],
                 }
+                # An answer that was cut off must not be learned as one that ended.
+                for side, (_, ended) in (
+                    ("chosen", two[better]),
+                    ("rejected", two[1 - better]),
+                ):
+                    if not ended:
+                        record[f"{side}_ended"] = False
                 lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             sampled += 2 * len(part)
             progress.step(number + 1, {"pairs": len(lines)}, 2 * len(part))

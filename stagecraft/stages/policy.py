@@ -76,7 +76,9 @@ def make(config, model_config, shared_mesh, parents, *, stop_id):
     def prepare(state, raw, key):
         raw = mesh.put(raw, shared_mesh)
         sample_key, order_key = jax.random.split(key)
-        # Waiting (nothing is moved to the host) makes the two times tell apart.
+        # Waiting (nothing is moved to the host) makes the three times tell apart.
+        with section("update"):
+            jax.block_until_ready(state.model)
         with section("sample"):
             rollout = sample(state.model["policy"], raw, sample_key)
             jax.block_until_ready(rollout)

@@ -27,7 +27,8 @@ def render(messages, tokenizer):
     """A whole conversation.
 
     Args:
-        messages: [{"role", "content"}].
+        messages: [{"role", "content"}]; one with "ended" False was cut off by a length
+            limit and gets no end of turn.
 
     Returns:
         ids list[int], mask list[bool]: the assistant's words and its end of turn.
@@ -39,7 +40,7 @@ def render(messages, tokenizer):
         learned = message["role"] == "assistant"
         ids += [pieces[message["role"]], *words]
         mask += [False] + [learned] * len(words)
-        if learned:  # the others' turns end where the next begins
+        if learned and message.get("ended", True):  # others end where the next begins
             ids.append(tokenizer.end)
             mask.append(True)
     return ids, mask

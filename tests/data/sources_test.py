@@ -276,3 +276,12 @@ def test_records_where_text_is_are_told(tmp_path):
     for read in (sources.demonstrations, sources.comparisons, sources.prompts):
         with pytest.raises(UserError, match=r"a\.txt: .* expected \.jsonl"):
             read(str(path))
+
+
+def test_an_answer_that_was_cut_off_is_marked(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a", "chosen": "b", "rejected": "c d", "rejected_ended": False}
+    path.write_text(json.dumps(row) + "\n")
+    [(_, chosen, rejected)] = sources.comparisons(str(path))
+    assert "ended" not in chosen[0]
+    assert rejected == [{"role": "assistant", "content": "c d", "ended": False}]

@@ -34,6 +34,14 @@ def test_an_empty_answer_still_learns_to_end():
     assert mask == [False] * 5 + [True]
 
 
+def test_an_answer_that_was_cut_off_gets_no_end():
+    messages = said("uab", "acd")
+    messages[-1]["ended"] = False
+    ids, mask = chat.render(messages, Letters())
+    assert "".join(ids) == "^UabAcd"
+    assert mask == [False] * 5 + [True] * 2
+
+
 def test_generation_prompt_is_the_rendering_up_to_the_answer():
     messages = said("sx", "uab", "acd", "ue", "af")
     prompt = chat.generation_prompt(messages[:-1], Letters())
