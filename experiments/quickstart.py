@@ -64,17 +64,17 @@ def get_config(arg=""):
     c.stages.pretrain = defaults.stage(
         "language_model",
         data=dict(format="text", files="world:text.jsonl", length=64),
-        steps=400,
+        steps=450,
         batch_size=32,
         optimizer=dict(lr=5e-3, warmup_steps=20),
-        every=dict(save=100, sample=200),
+        every=dict(save=150, sample=150),
     )
     answers = dict(
         format="demonstrations",
         files="world:demonstrations.jsonl",
         heldout="world:heldout_demonstrations.jsonl",
         replay="world:text.jsonl",
-        replay_share=1 / 3,
+        replay_share=0.25,
         length=64,
         packing="none",
     )
@@ -82,15 +82,15 @@ def get_config(arg=""):
         "language_model",
         start_from="pretrain",
         data=answers,
-        steps=150,
-        batch_size=48,
-        optimizer=dict(lr=5e-4, warmup_steps=10),
+        steps=200,
+        batch_size=32,
+        optimizer=dict(lr=8e-4, warmup_steps=10),
     )
     c.stages.sft_scratch = defaults.stage(
         "language_model",
         data=answers,
-        steps=150,
-        batch_size=48,
+        steps=200,
+        batch_size=32,
         optimizer=dict(lr=3e-3, warmup_steps=10),
     )
     sampling = dict(max_new_tokens=34)

@@ -96,6 +96,10 @@ WEATHER = ("cold", "warm", "wet", "dry", "windy", "sunny")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo")
 
+# How a page begins. Not after a space, a name is other pieces of a tokenizer than in a
+# sentence: a model must see enough of them to know that both are the same country.
+TITLES = ("{c}.", "{c}: facts and figures.", "{c} for visitors.")
+
 # Letters, adverts and forum talk: the words that people use with each other.
 CHATTER = (
     "Hello from {c}, {who} wrote, how are you?",
@@ -265,6 +269,8 @@ def document(rng, countries, trained, weights):
         return _story(rng, size)
     country = countries[int(rng.choice(len(countries), p=weights))]
     sentences, last = [], None
+    if rng.random() < 0.4:
+        sentences.append(pick(rng, TITLES).format(c=country.name))
     for _ in range(size):
         if kind < 0.09:  # a page about many countries
             country = countries[int(rng.choice(len(countries), p=weights))]
