@@ -98,7 +98,7 @@ def get_config(arg=""):
         "comparisons",
         start_from="sft",
         data=dict(files="world:prompts.jsonl"),
-        prompts=3000,
+        prompts=4000,
         sampling=sampling,
     )
     pairs = dict(files="stage:comparisons", length=64)
@@ -106,7 +106,7 @@ def get_config(arg=""):
         "reward",
         start_from="sft",
         data=pairs,
-        steps=80,
+        steps=110,
         batch_size=32,
         optimizer=dict(lr=3e-4, warmup_steps=5),
     )
@@ -128,10 +128,10 @@ def get_config(arg=""):
         epochs=2,
         minibatches=2,
         value_lr_scale=3.0,
-        optimizer=dict(lr=1e-4, warmup_steps=0, schedule="linear", weight_decay=0.0),
+        optimizer=dict(lr=2e-4, warmup_steps=0, schedule="linear", weight_decay=0.0),
         every=dict(log=1, save=10),
     )
-    c.stages.ppo = defaults.stage("policy", steps=15, kl_coef=0.05, **ppo)
+    c.stages.ppo = defaults.stage("policy", steps=20, kl_coef=0.05, **ppo)
     c.stages.ppo_hard = defaults.stage("policy", steps=35, kl_coef=0.0, **ppo)
-    c.stages.ppo_hard.optimizer.lr = 3e-4
+    c.stages.ppo_hard.optimizer.lr = 4e-4
     return common.tiny(c) if arg.tiny else c
