@@ -6,6 +6,7 @@ Whatever can be refused is refused here, before anything is compiled or written.
 from pathlib import Path
 
 from stagecraft import defaults, mesh, optimizer, schema, worlds
+from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
 from stagecraft.models import saved
@@ -69,6 +70,8 @@ def _check(c):
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     if c.world.name:
         worlds.get(c.world.name)
+    for claim in c.measure.claims:
+        summary.check_claim(claim)
     for name, stage in c.stages.items():
         where = f"stages.{name}"
         for role, kinds in ROLES[stage.kind].items():

@@ -6,6 +6,7 @@ the last eval_ metrics of each stage.
 """
 
 import operator
+import re
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from stagecraft import metrics, workdir, worlds
 from stagecraft.anatomy import behaviour, cost, report, weights
+from stagecraft.errors import UserError
 from stagecraft.models import scores
 from stagecraft.models.language import Language, placed
 
@@ -242,6 +244,18 @@ _SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.
 _SHOWN = {"<=": "≤", ">=": "≥"}
 
 
+_CLAIM = re.compile(r"\S+ (<=|>=|<|>) \S+( [-+*] \S+)?")
+
+
+def check_claim(claim):
+    """Refuses a claim `judge` could not read."""
+    if not _CLAIM.fullmatch(claim):
+        raise UserError(
+            f"measure.claims: {claim!r}: expected 'KEY SIGN VALUE' as in "
+            "'sft.cloze_accuracy >= 0.93' or 'ppo.gold_mean > sft.gold_mean + 0.4'"
+        )
+
+
 def judge(found, claims):
     """Checks claims such as "ppo.gold_mean > sft.gold_mean + 0.4".
 
@@ -251,11 +265,11 @@ def judge(found, claims):
             NUMBER or NUMBER * KEY.
 
     Returns:
-        {key: {"must", "holds", "bound"}}; a claim about a stage that was not run is
-        left out.
+        {key: {"must", "short", "holds"}}, `short` with numbers in place of keys; a
+        claim about a stage that was not run is left out.
 
     >>> judge({"a": {"x": 2.0}, "b": {"x": 1.0}}, ["a.x > b.x + 0.5"])
-    {'a.x': {'must': '> b.x + 0.5', 'holds': True, 'bound': 1.5}}
+    {'a.x': {'must': '> b.x + 0.5', 'short': '> 1.5', 'holds': True}}
     """
     out = {}
     for claim in claims:
@@ -264,11 +278,13 @@ def judge(found, claims):
         if left is None or right is None:
             continue
         must = f"{_SHOWN.get(sign, sign)} {' '.join(value)}"
+        short = f"{_SHOWN.get(sign, sign)} {right:.3g}"
         holds = bool(_SIGNS[sign](left, right))
         if key in out:
             must = f"{out[key]['must']}, {must}"
+            short = f"{out[key]['short']}, {short}"
             holds = holds and out[key]["holds"]
-        out[key] = {"must": must, "holds": holds, "bound": right}
+        out[key] = {"must": must, "short": short, "holds": holds}
     return out
 
 
