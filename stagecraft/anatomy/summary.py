@@ -103,7 +103,7 @@ def _in_world(current):
             figures |= world.probes.sample_figures(prompts, answers)
         else:
             figures["copy_probability"] = world.probes.copy_probability(language, held)
-            figures["answer_rate"] = world.probes.answer_rate(language, held)
+            figures["answer_rate"] = world.probes.answer_rate(language, everyone)
         found[name] = figures
         base = _base(current, name)
         if base in drawn and name in drawn:
