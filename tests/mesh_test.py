@@ -69,7 +69,7 @@ def test_make_takes_given_devices():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"data": 3}, ["needs 3 devices", "8 are available"]),
+        ({"data": 9}, ["needs 9 devices", "8 are available"]),
         ({"fsdp": 3}, ["multiple of 3", "8 are available"]),
         ({"data": 16}, ["16", "8"]),
         ({"tensor": 16}, ["multiple of 16", "8"]),
@@ -84,6 +84,11 @@ def test_make_refuses(asked, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_fewer_devices_than_there_are_may_be_asked_for():
+    made = mesh.make(data=3)
+    assert made.devices.ravel().tolist() == jax.devices()[:3]
 
 
 def test_constrain_does_nothing_without_a_mesh():
