@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 )
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     notebook = nbformat.read(path, as_version=4)
     kernel = {"env": dict(os.environ)}
