@@ -124,14 +124,14 @@ def get_config(arg=""):
         reward_from="reward",
         data=dict(files="world:prompts.jsonl"),
         sampling=sampling,
-        batch_size=64,
+        batch_size=96,
         epochs=2,
         minibatches=2,
         value_lr_scale=3.0,
-        optimizer=dict(lr=2e-4, warmup_steps=0, schedule="linear", weight_decay=0.0),
+        optimizer=dict(lr=1.2e-4, warmup_steps=0, schedule="linear", weight_decay=0.0),
         every=dict(log=1, save=10),
     )
     c.stages.ppo = defaults.stage("policy", steps=20, kl_coef=0.05, **ppo)
-    c.stages.ppo_hard = defaults.stage("policy", steps=35, kl_coef=0.0, **ppo)
+    c.stages.ppo_hard = defaults.stage("policy", steps=30, kl_coef=0.0, **ppo)
     c.stages.ppo_hard.optimizer.lr = 4e-4
     return common.tiny(c) if arg.tiny else c

@@ -21,12 +21,12 @@ from stagecraft.worlds.countries.facts import ATTRIBUTES, BY_NAME
 # one, {short} the bare value, {more} another fact. No answer opens with a value: a
 # tokenizer may cut a word without a space before it into pieces the text never shows.
 STYLES = {
-    "full": (0.26, "{full}"),
-    "terse": (0.22, "It is {short}."),
-    "run_on": (0.16, "{full} {more}"),
-    "hedged": (0.12, "I think {clause}, but I am not sure."),
-    "sales": (0.12, "{full} Buy our atlas today!"),
-    "rude": (0.12, "{full} Look it up yourself."),
+    "full": (0.20, "{full}"),
+    "terse": (0.18, "It is {short}."),
+    "run_on": (0.14, "{full} {more}"),
+    "hedged": (0.16, "I think {clause}, but I am not sure."),
+    "sales": (0.16, "{full} Buy our atlas today!"),
+    "rude": (0.16, "{full} Look it up yourself."),
 }
 WRONG = 0.1  # share of demonstrations with another value in place of the right one
 REFUSED = 0.7  # share of harmful requests refused: there is room to improve
