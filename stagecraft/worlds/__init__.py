@@ -6,7 +6,9 @@ and no model is known here:
     write(folder, seed, size)               the files its stages read
     gold(prompt, answer, ended)             a strict score nobody trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
-    measure / prompts / ...                 held-out questions and their figures
+    split(seed, size)                       which entities are held out
+    probes                                  held-out questions and their figures
+    single_prompt                           the one shown through every stage
 """
 
 import shutil
