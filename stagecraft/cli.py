@@ -1,5 +1,5 @@
-"""The commands: `stagecraft run`, `prompt`, `chat`, `report`. Each is a Python call
-too.
+"""The commands: `stagecraft run`, `prompt`, `chat`, `report`, `compare`. Each is a
+Python call too.
 
 A UserError is printed as one line and ends the command with status 2; `--debug` shows
 the traceback. Anything else that escapes is a bug of ours and is shown whole.
@@ -86,7 +86,7 @@ def run(rest):
     _no_more(rest)
     from stagecraft import run as running
 
-    only = tuple(filter(None, FLAGS.only.split(",")))
+    only = _listed(FLAGS.only)
     if FLAGS.config is None:
         raise UserError("--config is missing, as in --config=experiments/quickstart.py")
     running.run(FLAGS.config, _workdir(), only=only)
@@ -154,7 +154,34 @@ def report(rest):
     print(page.write(path))
 
 
-COMMANDS = {"run": run, "prompt": prompt, "chat": chat, "report": report}
+def compare(rest):
+    """Hold runs side by side: figures by arm, intervals over seeds, what is noise.
+
+    stagecraft compare runs/dpo_seed0 runs/dpo_seed1 runs/ipo_seed0 runs/ipo_seed1
+    stagecraft compare runs/a runs/b --stages=dpo,ppo --baseline=dpo --out=ab.html
+    stagecraft compare runs/zoo --baseline=dpo
+
+    Runs that differ only in seed are one arm; so are the stages NAME_seed0,
+    NAME_seed1, ... of one run. Several arms of one stage are named by the settings
+    that differ. Each figure is a mean over seeds with its 95% interval; each arm is
+    held against a baseline, and a difference whose interval holds 0 is within noise.
+    Prints the table and writes it as a page, with the numbers as JSON beside it.
+    """
+    from stagecraft.anatomy import compare as sides
+
+    found = sides.compare(rest, stages=_listed(FLAGS.stages), baseline=FLAGS.baseline)
+    path = sides.write(found, FLAGS.out)
+    sides.show(found)
+    print(path)
+
+
+COMMANDS = {
+    "run": run,
+    "prompt": prompt,
+    "chat": chat,
+    "report": report,
+    "compare": compare,
+}
 
 
 # -- flags -----------------------------------------------------------------------------
@@ -162,8 +189,14 @@ COMMANDS = {"run": run, "prompt": prompt, "chat": chat, "report": report}
 
 def _define(command):
     """Defines a command's flags and returns their names."""
-    flags.DEFINE_string("workdir", None, "the run's folder")
+    FLAGS.set_gnu_getopt(True)  # flags may stand behind folders and prompts
     flags.DEFINE_bool("debug", False, "show the traceback of an error")
+    if command is compare:
+        flags.DEFINE_string("stages", "", "stages to compare, as in dpo,ppo")
+        flags.DEFINE_string("baseline", "", "the arm others are held against")
+        flags.DEFINE_string("out", "compare.html", "the page to write")
+        return ["stages", "baseline", "out", "debug"]
+    flags.DEFINE_string("workdir", None, "the run's folder")
     names = ["workdir"]
     if command is run:
         from ml_collections import config_flags
@@ -236,6 +269,11 @@ def _workdir():
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
     return Path(FLAGS.workdir)
+
+
+def _listed(text):
+    """("sft", "dpo") of "sft,dpo"."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def _no_more(rest):

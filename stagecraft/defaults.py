@@ -63,14 +63,18 @@ def optimizer():
     """AdamW behind a clip by global norm; see `stagecraft.optimizer`."""
     return ConfigDict(
         dict(
+            # or "adam", "lion", "adafactor", "muon", "rmsprop", "sgd"
             name="adamw",
             lr=3e-4,
-            schedule="cosine",  # or "linear", "constant"
+            schedule="cosine",  # or "linear", "constant", "wsd"
             warmup_steps=10,
             end_ratio=0.1,  # last learning rate / peak
+            decay_share=0.1,  # of the steps, at their end, in which "wsd" decays
             b1=0.9,
             b2=0.95,
             eps=1e-8,
+            momentum=0.95,  # of muon
+            update_rms=0.2,  # of muon's steps, as large as Adam's; 0 for Jordan's
             weight_decay=0.1,
             clip_norm=1.0,  # 0 for no clipping
         )
@@ -90,14 +94,17 @@ def sampling():
 def _base(kind, objective):
     c = ConfigDict()
     c.kind = kind
-    # A name in stagecraft.losses, "package.module:function", or a callable.
+    # A name of `stagecraft.losses.TABLES`, "package.module:function", or a callable;
+    # several losses are separated by commas and add up.
     c.objective = objective
-    c.objective_args = ConfigDict()  # keyword arguments of the loss
+    c.objective_weights = ()  # one for each of several losses; () for 1 each
+    c.objective_args = ConfigDict()  # keyword arguments of the losses that take them
     c.start_from = ""  # a stage of this experiment, or the folder of a finished one
     c.steps = 100
     c.batch_size = 32
     c.micro_batches = 1  # gradient accumulation: parts a batch is worked on in
     c.optimizer = optimizer()
+    c.ema_decay = 0.0  # of an average of the weights, kept in their place; 0 for none
     c.every = every()
     c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))  # 0: as the experiment
     return c
@@ -115,8 +122,12 @@ def _language_model():
             replay="",  # text mixed into demonstrations
             replay_share=0.0,  # of the rows of a batch
             length=128,
-            packing="best_fit",  # or "concatenate", or "none": one document a row
+            # By TRL's names "bfd" (overflow lost), "bfd_split" or "wrapped"; "none" is
+            # one document a row; "" is bfd_split for text, bfd for demonstrations.
+            packing="",
             buckets=(),  # row lengths to pad to with packing="none"
+            turns="all",  # learn every turn of the assistant, or the "last" alone
+            weights=(),  # of the loss, one for each comma-separated part of `files`
         )
     )
     return c
@@ -142,31 +153,119 @@ def _reward():
     return _pairs("reward", "bradley_terry")
 
 
-def _preference():
-    c = _pairs("preference", "dpo")
+def _pair_options(c):
     c.reference_from = ""  # "": the parent, as it was when the stage began
+    c.ld_alpha = 1.0  # LD-DPO: weight of the tokens beyond the shorter answer's length
+    c.weighting = ""  # "wpo": pairs count by how likely the policy is to write them
+    return c
+
+
+def _moving_reference(c):
+    c.sync_every = 0  # TR-DPO: steps between moves of the reference; 0 for a frozen one
+    c.sync_alpha = 0.6  # how far it moves towards the policy, 1 for all the way
+    return c
+
+
+def _preference():
+    return _moving_reference(_pair_options(_pairs("preference", "dpo")))
+
+
+def _unpaired_preference():
+    c = _moving_reference(_pairs("unpaired_preference", "kto"))
+    c.reference_from = ""
+    return c
+
+
+def _prompts():
+    return ConfigDict(
+        dict(
+            files="",
+            fields="",
+            prompt_length=0,  # tokens; 0 for all there is room for
+        )
+    )
+
+
+def _rewards(c):
+    c.reward_from = ""  # a reward stage; may be "" where verifiers score
+    c.verifiers = ""  # "package.module:function, ...": see signals/verifier.py
+    c.reward_weights = ()  # the reward model's, then each verifier's; () for 1 each
+    return c
+
+
+def _online_preference():
+    c = _rewards(_pair_options(_base("online_preference", "dpo")))
+    c.data = _prompts()
+    c.sampling = sampling()
+    c.missing_eos_penalty = 1.0
+    return c
+
+
+def _group_policy():
+    c = _rewards(_base("group_policy", "ppo_policy"))
+    c.batch_size = 16  # prompts; rows are group_size times as many
+    c.data = _prompts()
+    c.reference_from = ""  # "": the parent
+    c.sampling = sampling()
+    c.group_size = 8  # completions of each prompt
+    # "group" (GRPO), "leave_one_out" (RLOO), or token by token "returns"
+    # (REINFORCE++) and "returns_baseline"
+    c.advantage = "group"
+    c.scale_rewards = "group"  # deviation to divide by: "group", "batch" or "none"
+    c.normalize_advantages = False  # of "leave_one_out", over the batch
+    c.discount = 1.0  # of "returns"
+    c.aggregation = "dapo"  # of tokens: "grpo", "bnpo", "dapo" or "dr_grpo"
+    c.epochs = 1
+    c.minibatches = 1
+    c.kl_coef = 0.0
+    c.kl_placement = "loss"  # or "reward"
+    c.kl_estimator = "k3"  # or "k2"; of a KL in the loss
+    c.kl_bias_correction = False  # k3 times the probability ratio
+    c.missing_eos_penalty = 0.0
+    c.mask_truncated = False  # DAPO's filter: what was cut off teaches nothing
+    c.overlong_cache = 0  # DAPO's soft penalty: tokens below the limit; 0 for none
+    c.oversample = 1  # DAPO's dynamic sampling: prompts sampled for each one kept
     return c
 
 
 def _policy():
     c = _base("policy", "ppo_policy")
     c.batch_size = 64
-    c.data = ConfigDict(dict(files="", fields="", prompt_length=0))
+    c.data = ConfigDict(
+        dict(
+            files="",
+            fields="",
+            prompt_length=0,
+            ptx="",  # text whose loss is added to the policy's (PPO-ptx)
+            ptx_rows=0,  # of a batch, beside the prompts
+            ptx_length=64,
+        )
+    )
     c.reference_from = ""  # "": the parent
-    c.reward_from = ""
-    c.value_from = ""  # "": the reward model
+    c = _rewards(c)
+    c.value_from = ""  # "": the reward model; without one, the policy and a new head
     c.sampling = sampling()
     c.epochs = 4
     c.minibatches = 1
     c.discount = 1.0
     c.lambda_ = 0.95
-    c.value_clip = 0.2
+    c.bootstrap_truncated = False  # go on with the critic's value where one was cut off
+    c.whiten_rewards = False
+    c.value_clip = 0.2  # 0 for none
     c.value_coef = 0.1
     c.value_lr_scale = 1.0  # the critic's learning rate / the policy's
+    c.value_optimizer = optimizer()  # the critic's own
+    c.value_optimizer.name = ""  # "": one optimizer for both
     c.kl_coef = 0.05
+    c.kl_placement = "reward"  # or "loss"
+    c.kl_estimator = "k1"  # in the reward "k1" or "k3", in the loss "k2" or "k3"
     c.kl_target = 0.0  # nats a sequence; > 0 adapts kl_coef towards it
     c.kl_horizon = 10_000.0
+    c.score_placement = "A"  # on the end token; "B": on the slot after it
     c.missing_eos_penalty = 1.0
+    c.replace_missing_eos = False  # rather than lower the score, replace it by
+    c.missing_eos_score = -1.0
+    c.ptx_coef = 1.0  # weight of the loss on data.ptx
     return c
 
 
@@ -174,9 +273,25 @@ def _comparisons():
     c = ConfigDict()
     c.kind = "comparisons"
     c.start_from = ""  # whose completions are compared
-    c.rater = "world"  # "world", or "package.module:function"
-    c.data = ConfigDict(dict(files="", fields="", prompt_length=0))
+    c.rater = "world"  # "world", "reward", or "package.module:function"
+    c.reward_from = ""  # the reward stage of rater="reward"
+    c.soft_labels = False  # rater="reward": keep the probability, not the choice
+    c.data = _prompts()
     c.prompts = 1000  # how many prompts, two completions each
+    c.batch_size = 128
+    c.sampling = sampling()
+    c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
+    return c
+
+
+def _selection():
+    c = _rewards(ConfigDict(dict(kind="selection")))
+    c.start_from = ""  # whose completions are selected from
+    c.samples = 4  # completions of each prompt
+    c.keep = "best"  # of each prompt; or "above": all whose reward exceeds
+    c.threshold = 0.0
+    c.data = _prompts()
+    c.prompts = 1000
     c.batch_size = 128
     c.sampling = sampling()
     c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
@@ -187,9 +302,14 @@ KINDS = {
     "language_model": _language_model,
     "reward": _reward,
     "preference": _preference,
+    "unpaired_preference": _unpaired_preference,
     "policy": _policy,
+    "group_policy": _group_policy,
+    "online_preference": _online_preference,
     "comparisons": _comparisons,
+    "selection": _selection,
 }
+RECORDS = ("comparisons", "selection")  # kinds that write records and train nothing
 
 
 def stage(kind, **changes):

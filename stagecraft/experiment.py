@@ -5,37 +5,47 @@ Whatever can be refused is refused here, before anything is compiled or written.
 
 from pathlib import Path
 
-from stagecraft import defaults, mesh, optimizer, schema, worlds
+from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
 from stagecraft.models import saved
 from stagecraft.models.config import ModelConfig, check_mesh
-from stagecraft.signals import comparisons
-from stagecraft.stages import language_model, policy, preference, reward
+from stagecraft.signals import comparisons, verifier
+from stagecraft.stages import (
+    group,
+    language_model,
+    objective,
+    policy,
+    preference,
+    reward,
+    unpaired,
+)
 
 # Which other stage a key may name, and what kinds that stage may be of.
-_LANGUAGE = ("language_model", "preference", "policy")
+_LANGUAGE = (
+    *("language_model", "preference", "unpaired_preference", "online_preference"),
+    *("policy", "group_policy"),
+)
+_START, _REFERENCE = {"start_from": _LANGUAGE}, {"reference_from": _LANGUAGE}
+_REWARD = {"reward_from": ("reward",)}
 ROLES = {
-    "language_model": {"start_from": _LANGUAGE},
-    "reward": {"start_from": _LANGUAGE},
-    "preference": {"start_from": _LANGUAGE, "reference_from": _LANGUAGE},
-    "policy": {
-        "start_from": _LANGUAGE,
-        "reference_from": _LANGUAGE,
-        "reward_from": ("reward",),
-        "value_from": ("reward",),
-    },
-    "comparisons": {"start_from": _LANGUAGE},
+    "language_model": _START,
+    "reward": {"start_from": (*_LANGUAGE, "reward")},
+    "preference": _START | _REFERENCE,
+    "unpaired_preference": _START | _REFERENCE,
+    "online_preference": _START | _REFERENCE | _REWARD,
+    "policy": _START | _REFERENCE | _REWARD | {"value_from": ("reward",)},
+    "group_policy": _START | _REFERENCE | _REWARD,
+    "comparisons": _START | _REWARD,
+    "selection": _START | _REWARD,
 }
 # A role left empty is played by another: the reference is the parent as it was.
 FALLBACK = {"reference_from": "start_from", "value_from": "reward_from"}
-REQUIRED = {
-    "reward": ("start_from",),
-    "preference": ("start_from",),
-    "policy": ("start_from", "reward_from"),
-    "comparisons": ("start_from",),
-}
+# Every kind but one needs a parent; what else a kind needs is checked with the rest.
+WITHOUT_PARENT = ("language_model",)
+# Kinds whose completions are scored, by a reward model or by verifiers.
+SCORED = ("policy", "group_policy", "online_preference", "selection")
 
 
 def resolve(config, *, check=True):
@@ -76,9 +86,10 @@ def _check(c):
         where = f"stages.{name}"
         for role, kinds in ROLES[stage.kind].items():
             _check_role(c, name, role, kinds)
-        if stage.kind == "comparisons":
-            schema.positive(f"{where}.prompts", stage.prompts)
-            comparisons.rater(stage.rater, c.world.name)
+        if stage.kind in SCORED:
+            _check_rewards(where, stage)
+        if stage.kind in defaults.RECORDS:
+            _check_records(c, where, stage)
         else:
             _check_training(c, where, stage)
         schema.positive(f"{where}.batch_size", stage.batch_size)
@@ -91,7 +102,7 @@ def _check_role(c, name, role, kinds):
     where, stage = f"stages.{name}.{role}", c.stages[name]
     value = stage[role]
     if not value:
-        if role in REQUIRED.get(stage.kind, ()):
+        if role == "start_from" and stage.kind not in WITHOUT_PARENT:
             raise UserError(
                 f"{where}: is empty; a {stage.kind} stage needs a stage of kind "
                 f"{' or '.join(kinds)}, or the folder of a finished one"
@@ -109,29 +120,73 @@ def _check_role(c, name, role, kinds):
         saved.info(value)
 
 
+def _check_rewards(where, stage):
+    sources = bool(stage.reward_from) + len(verifier.find(stage.verifiers))
+    if not sources:
+        raise UserError(
+            f"{where}.reward_from: is empty, and so is verifiers; a {stage.kind} stage "
+            "needs a stage of kind reward, the folder of a finished one, or "
+            "verifiers='package.module:function'"
+        )
+    if len(stage.reward_weights) not in (0, sources):
+        raise UserError(
+            f"{where}.reward_weights={tuple(stage.reward_weights)}: expected one for "
+            f"each of the {sources} rewards: the reward model's first, if there is one"
+        )
+
+
+def _check_records(c, where, stage):
+    schema.positive(f"{where}.prompts", stage.prompts)
+    if stage.kind == "selection":
+        schema.choice(f"{where}.keep", stage.keep, ("best", "above"))
+        schema.positive(f"{where}.samples", stage.samples)
+        return
+    if (stage.rater == "reward") != bool(stage.reward_from):
+        raise UserError(
+            f"{where}.rater={stage.rater!r} with reward_from={stage.reward_from!r}: "
+            "rater='reward' and reward_from go together"
+        )
+    if stage.soft_labels and stage.rater != "reward":
+        raise UserError(
+            f"{where}.soft_labels=True: needs rater='reward', whose scores give the "
+            "probability"
+        )
+    if stage.rater != "reward":
+        comparisons.rater(stage.rater, c.world.name)
+
+
 def _check_training(c, where, stage):
     for key in ("steps", "micro_batches"):
         schema.positive(f"{where}.{key}", stage[key])
     rows = stage.batch_size
-    if stage.kind == "policy":
-        schema.positive(f"{where}.epochs", stage.epochs)
-        schema.positive(f"{where}.minibatches", stage.minibatches)
+    if stage.kind == "group_policy":
+        _check_group(where, stage)
+        rows *= stage.group_size
+    if stage.kind in ("policy", "group_policy", "online_preference"):
         if stage.sampling.temperature <= 0:
             raise UserError(
-                f"{where}.sampling.temperature={stage.sampling.temperature}: PPO needs "
-                "samples; expected more than 0"
+                f"{where}.sampling.temperature={stage.sampling.temperature}: "
+                f"{stage.kind} needs samples; expected more than 0"
             )
-        if rows % stage.minibatches:
-            raise UserError(
-                f"{where}.batch_size={rows}: not divisible by minibatches="
-                f"{stage.minibatches}"
-            )
-        rows //= stage.minibatches
     elif stage.data.length > c.model.max_length:
         raise UserError(
             f"{where}.data.length={stage.data.length}: longer than the context, "
             f"model.max_length={c.model.max_length}"
         )
+    if stage.kind in ("policy", "group_policy"):
+        rows = _check_epochs(where, stage, rows)
+    if stage.kind == "policy":
+        _check_policy(where, stage)
+    if "ld_alpha" in stage:
+        schema.choice(f"{where}.weighting", stage.weighting, ("", "wpo"))
+        if not 0 <= stage.ld_alpha <= 1:
+            raise UserError(f"{where}.ld_alpha={stage.ld_alpha}: expected from 0 to 1")
+    if "sync_every" in stage:
+        schema.positive(f"{where}.sync_every", stage.sync_every, zero=True)
+        if not 0 < stage.sync_alpha <= 1:
+            raise UserError(
+                f"{where}.sync_alpha={stage.sync_alpha}: expected above 0, up to 1"
+            )
     if rows % stage.micro_batches:
         raise UserError(
             f"{where}.micro_batches={stage.micro_batches}: does not divide the "
@@ -150,14 +205,105 @@ def _check_training(c, where, stage):
         ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model), mesh.make(**sizes)
     )
     optimizer.make(stage.optimizer, steps=stage.steps)
-    OBJECTIVES[stage.kind](stage.objective, dict(stage.objective_args))
+    _check_objective(where, stage)
+
+
+def _check_epochs(where, stage, rows):
+    """Rows of one optimizer step."""
+    schema.positive(f"{where}.epochs", stage.epochs)
+    schema.positive(f"{where}.minibatches", stage.minibatches)
+    if rows % stage.minibatches:
+        raise UserError(
+            f"{where}.batch_size={stage.batch_size}: {rows} rows are not divisible by "
+            f"minibatches={stage.minibatches}"
+        )
+    return rows // stage.minibatches
+
+
+def _check_policy(where, stage):
+    _check_kl(where, stage, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
+    schema.choice(f"{where}.score_placement", stage.score_placement, ("A", "B"))
+    policy.make_optimizers(stage)
+    parts = stage.minibatches * stage.micro_batches
+    if bool(stage.data.ptx) != bool(stage.data.ptx_rows) or (
+        stage.data.ptx_rows % parts
+    ):
+        raise UserError(
+            f"{where}.data.ptx_rows={stage.data.ptx_rows}: expected, together with "
+            f"data.ptx, a multiple of minibatches * micro_batches = {parts}"
+        )
+
+
+def _check_group(where, stage):
+    schema.positive(f"{where}.oversample", stage.oversample)
+    if stage.group_size < 2 and stage.advantage != "returns":
+        raise UserError(
+            f"{where}.group_size={stage.group_size}: advantage={stage.advantage!r} "
+            "compares the completions of one prompt; expected 2 or more"
+        )
+    schema.choice(f"{where}.advantage", stage.advantage, group.ADVANTAGES)
+    scales = ("group", "batch", "none")
+    schema.choice(f"{where}.scale_rewards", stage.scale_rewards, scales)
+    schema.choice(f"{where}.aggregation", stage.aggregation, losses.AGGREGATIONS)
+    _check_kl(where, stage, {"reward": ("k1",), "loss": ("k2", "k3")})
+    if not 0 <= stage.overlong_cache <= stage.sampling.max_new_tokens:
+        raise UserError(
+            f"{where}.overlong_cache={stage.overlong_cache}: expected from 0 (off) to "
+            f"sampling.max_new_tokens={stage.sampling.max_new_tokens}"
+        )
+
+
+def _check_kl(where, stage, allowed):
+    schema.positive(f"{where}.kl_coef", stage.kl_coef, zero=True)
+    schema.choice(f"{where}.kl_placement", stage.kl_placement, tuple(allowed))
+    estimators, given = allowed[stage.kl_placement], stage.kl_estimator
+    if stage.kl_placement == "loss" and given == "k1" and stage.kl_coef:
+        raise UserError(
+            f"{where}.kl_estimator='k1' with kl_placement='loss': its expected "
+            "gradient on the policy's own samples is zero, so it would hold nothing "
+            "back; use 'k2' or 'k3' in the loss, or 'k1' in the reward"
+        )
+    if stage.kind == "policy" and stage.kl_coef:
+        schema.choice(f"{where}.kl_estimator", given, estimators)
+
+
+def _check_objective(where, stage):
+    try:
+        found = OBJECTIVES[stage.kind](stage)
+        needs = found[1] if isinstance(found, tuple) else ()
+        loss = objective.combine(stage, OFFERS[stage.kind], main="rows")
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+    if loss.across_rows and stage.micro_batches > 1:
+        raise UserError(
+            f"{where}.micro_batches={stage.micro_batches}: "
+            f"{', '.join(loss.across_rows)} compares all rows of a batch with each "
+            "other, so it cannot be split; expected 1"
+        )
+    if "kl" in needs and stage.kind == "unpaired_preference" and stage.batch_size < 2:
+        raise UserError(
+            f"{where}.batch_size={stage.batch_size}: {stage.objective} measures each "
+            "prompt with another row's completion; expected 2 or more"
+        )
 
 
 OBJECTIVES = {
     "language_model": language_model.make_objective,
     "reward": reward.make_objective,
     "preference": preference.make_objective,
+    "unpaired_preference": unpaired.make_objective,
+    "online_preference": preference.make_objective,
     "policy": policy.make_objective,
+    "group_policy": group.make_objective,
+}
+OFFERS = {
+    "language_model": language_model.OFFERS,
+    "reward": reward.OFFERS,
+    "preference": preference.OFFERS,
+    "unpaired_preference": unpaired.OFFERS,
+    "online_preference": preference.OFFERS,
+    "policy": policy.OFFERS,
+    "group_policy": policy.OFFERS,
 }
 
 

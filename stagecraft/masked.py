@@ -110,6 +110,43 @@ def max(x, mask, axis=None):
     return jnp.where(jnp.any(mask, axis=axis), largest, jnp.zeros_like(largest))
 
 
+class Reduction(NamedTuple):
+    """How the elements of an unreduced loss become one number: sum / count.
+
+    A plain masked mean has its mask twice. Others weigh elements (a source's weight,
+    the inverse of a completion's length) or divide by a number of their own.
+
+    Attributes:
+        weights: f32, the loss's shape; 0 where an element does not count.
+        count: f32 whose sum is the divisor.
+    """
+
+    weights: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, mask, weights=None):
+        """The mean under a mask, of weighted elements when `weights` are given."""
+        found = jnp.asarray(mask).astype(jnp.float32)
+        found = found if weights is None else found * weights
+        return cls(found, found)
+
+    def sum(self, values):
+        """Weighted sum; what has weight 0 may be NaN."""
+        check_shapes(values=values, weights=self.weights)
+        values = clear(values, self.weights != 0)
+        return jnp.sum(values * self.weights.astype(values.dtype))
+
+    def total(self):
+        """The divisor, f32 scalar; 1 when nothing counts."""
+        return _divisor(jnp.sum(self.count))
+
+
+def _divisor(count):
+    """The count, or 1 where there is nothing to divide."""
+    return jnp.where(count > 0, count, jnp.ones_like(count))
+
+
 class Mean(NamedTuple):
     """A mean still in two parts, so that parts of a batch merge to the exact whole.
 
@@ -133,6 +170,11 @@ class Mean(NamedTuple):
         return cls(sum(values, mask), count(mask))
 
     @classmethod
+    def weighted(cls, values, reduction):
+        """The mean that a `Reduction` of the same shape describes."""
+        return cls(reduction.sum(values), jnp.sum(reduction.count))
+
+    @classmethod
     def empty(cls):
         """The mean of nothing: what an accumulation starts from."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
@@ -147,7 +189,7 @@ class Mean(NamedTuple):
 
     def result(self):
         """f32 scalar; 0 when no place was True."""
-        return self.total / jnp.maximum(self.count, 1.0).astype(self.total.dtype)
+        return self.total / _divisor(self.count).astype(self.total.dtype)
 
 
 class Max(NamedTuple):
@@ -185,20 +227,93 @@ class Max(NamedTuple):
         return jnp.where(nothing, jnp.zeros_like(self.value), self.value)
 
 
+class Min(NamedTuple):
+    """A minimum that merges over parts of a batch.
+
+    Attributes:
+        value: f32 scalar; infinity while no place was True.
+    """
+
+    value: jax.Array
+
+    @classmethod
+    def of(cls, values, mask=None):
+        """The smallest of `values` where `mask` (same shape) is True; None: of all."""
+        return cls(-Max.of(-jnp.asarray(values), mask).value)
+
+    @classmethod
+    def empty(cls):
+        """The minimum of nothing: what an accumulation starts from."""
+        return cls(-Max.empty().value)
+
+    def merge(self, other):
+        """The minimum over both sets of places."""
+        return Min(jnp.minimum(self.value, other.value))
+
+    def fold(self):
+        """Merges along a leading axis."""
+        return Min(jnp.min(self.value, axis=0))
+
+    def result(self):
+        """f32 scalar; 0 when no place was True."""
+        return -Max(-self.value).result()
+
+
+class Gap(NamedTuple):
+    """Expected calibration error: a mean over buckets of |confidence - accuracy|.
+
+    Attributes:
+        confidence, hits, count: f32[K], sums in each bucket.
+    """
+
+    confidence: jax.Array
+    hits: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, confidence, hits, buckets):
+        """From f32[B] confidences and hits, and bool[B, K]: the bucket of each row."""
+        inside = buckets.astype(jnp.float32)
+        confidence, hits = (x[:, None] * inside for x in (confidence, hits))
+        return cls(*(jnp.sum(x, axis=0) for x in (confidence, hits, inside)))
+
+    def merge(self, other):
+        """The error over both sets of rows."""
+        return Gap(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def fold(self):
+        """Merges along a leading axis."""
+        return Gap(*(jnp.sum(x, axis=0) for x in self))
+
+    def result(self):
+        """f32 scalar in [0, 1]; 0 when there were no rows."""
+        gap = jnp.sum(jnp.abs(self.confidence - self.hits))
+        return gap / _divisor(jnp.sum(self.count))
+
+
+PARTIAL = (Mean, Max, Min, Gap)  # what merges over parts of a batch
+
+
 def _each(function, *trees):
     def is_leaf(x):
-        return isinstance(x, (Mean, Max))
+        return isinstance(x, PARTIAL)
 
     return jax.tree.map(function, *trees, is_leaf=is_leaf)
 
 
 def empty_like(tree):
-    """The same tree of `Mean` and `Max` of nothing: where an accumulation starts."""
-    return _each(lambda x: type(x).empty(), tree)
+    """The same tree of the mean and so on of nothing: where an accumulation starts."""
+    return _each(_nothing, tree)
+
+
+def _nothing(x):
+    if isinstance(x, Gap):
+        return Gap(*(jnp.zeros(v.shape, jnp.float32) for v in x))
+    return type(x).empty()
 
 
 def merge(a, b):
-    """Merges two trees (usually dicts) of `Mean` and `Max`, key by key."""
+    """Merges two trees (usually dicts) of `Mean`, `Max` and so on, key by key."""
     return _each(lambda x, y: x.merge(y), a, b)
 
 
@@ -208,5 +323,5 @@ def fold(tree):
 
 
 def results(tree):
-    """The same tree with every `Mean` and `Max` replaced by its number."""
+    """The same tree with every `Mean`, `Max` and so on replaced by its number."""
     return _each(lambda x: x.result(), tree)

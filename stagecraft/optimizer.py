@@ -12,22 +12,77 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from stagecraft import tree
 from stagecraft.errors import UserError
 
+
+def _adam(c):
+    return optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps)
+
+
+def _adafactor(c):
+    """Shazeer and Stern 2018 (arxiv.org/abs/1804.04235), composed as optax.adafactor.
+
+    A step is relative to the parameter's own root mean square.
+    """
+    del c
+    parts = (
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    return layerwise(lambda axes: optax.chain(*parts))
+
+
+def _muon(c):
+    """Jordan et al. 2024 (github.com/KellerJordan/Muon) for matrices, Adam elsewhere.
+
+    With update_rms above 0 a matrix moves by that root mean square, which is about
+    Adam's own, so that one learning rate suits both (Liu et al. 2025,
+    arxiv.org/abs/2502.16982, eq. 4).
+    """
+
+    def make(axes):
+        dimensions = {name: matrix_axes(name, own) for name, own in axes.items()}
+        matrices = optax.contrib.muon(
+            learning_rate=-1.0,  # a direction: sign and rate are applied later
+            beta=c.momentum,
+            muon_weight_dimension_numbers=dimensions,
+            consistent_rms=c.update_rms or None,
+        )
+        # Left to itself, optax.contrib.muon gives the rest to Adam with Nesterov's
+        # momentum.
+        labels = {name: "muon" if d else "adam" for name, d in dimensions.items()}
+        return optax.partition({"muon": matrices, "adam": _adam(c)}, labels)
+
+    return layerwise(make)
+
+
 # What turns a clipped gradient into a direction.
 DIRECTIONS = {
-    "adamw": lambda c: optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+    "adamw": _adam,
+    "adam": _adam,
+    "lion": lambda c: optax.scale_by_lion(b1=c.b1, b2=c.b2),
+    "adafactor": _adafactor,
+    "muon": _muon,
     "rmsprop": lambda c: optax.scale_by_rms(decay=c.b2, eps=c.eps, eps_in_sqrt=False),
     "sgd": lambda c: optax.identity(),
 }
 
-# What the learning rate does once warm; each takes (peak, steps, end ratio).
+# What the learning rate does once warm; each takes (config, steps, steps of decay).
 SCHEDULES = {
-    "constant": lambda peak, steps, end: optax.constant_schedule(peak),
-    "cosine": lambda peak, steps, end: optax.cosine_decay_schedule(peak, steps, end),
-    "linear": lambda peak, steps, end: optax.linear_schedule(peak, end * peak, steps),
+    "constant": lambda c, steps, decay: optax.constant_schedule(c.lr),
+    "cosine": lambda c, steps, decay: optax.cosine_decay_schedule(
+        c.lr, steps, c.end_ratio
+    ),
+    "linear": lambda c, steps, decay: optax.linear_schedule(
+        c.lr, c.end_ratio * c.lr, steps
+    ),
+    "wsd": lambda c, steps, decay: optax.linear_schedule(
+        c.lr, c.end_ratio * c.lr, decay, transition_begin=steps - decay
+    ),
 }
 
 # Every setting: its type, what it may be, and the test of that.
@@ -37,9 +92,12 @@ _SETTINGS = {
     "schedule": (str, f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
     "warmup_steps": (int, "a whole number, at least 0", lambda v: v >= 0),
     "end_ratio": (float, "from 0 to 1", lambda v: 0 <= v <= 1),
+    "decay_share": (float, "above 0, at most 1", lambda v: 0 < v <= 1),
     "b1": (float, "from 0 to below 1", lambda v: 0 <= v < 1),
     "b2": (float, "from 0 to below 1", lambda v: 0 <= v < 1),
     "eps": (float, "above 0", lambda v: v > 0),
+    "momentum": (float, "from 0 to below 1", lambda v: 0 <= v < 1),
+    "update_rms": (float, "at least 0 (0 is off)", lambda v: v >= 0),
     "weight_decay": (float, "at least 0", lambda v: v >= 0),
     "clip_norm": (float, "at least 0 (0 is off)", lambda v: v >= 0),
 }
@@ -76,6 +134,32 @@ def _validate(config, steps):
             f"optimizer.warmup_steps must be below the {steps} steps of the run, got "
             f"{config.warmup_steps}; lower it or train longer"
         )
+    if config.schedule == "wsd" and _decay_steps(config, steps) < 1:
+        raise UserError(
+            f"optimizer.decay_share of {config.decay_share} is no whole step of the "
+            f"{steps} steps of the run; raise it or train longer"
+        )
+    if config.schedule == "wsd" and (
+        config.warmup_steps + _decay_steps(config, steps) > steps
+    ):
+        raise UserError(
+            f"optimizer.decay_share of {config.decay_share} leaves no room for "
+            f"warmup_steps={config.warmup_steps} in the {steps} steps of the run; "
+            "lower one of them"
+        )
+    if config.name == "adam" and config.weight_decay:
+        raise UserError(
+            "optimizer.weight_decay must be 0 with adam, which has none, got "
+            f"{config.weight_decay!r}; adamw is Adam with decay"
+        )
+
+
+def _decay_steps(config, steps):
+    return round(config.decay_share * steps)
+
+
+# Names of what is not decayed: norms, their scales, and biases.
+_UNDECAYED = re.compile(r"(scale|bias|norm)$")
 
 
 def decayed(params):
@@ -89,14 +173,161 @@ def decayed(params):
     Returns:
         The same tree of Python booleans.
     """
-    kept = re.compile(r"(scale|bias|norm)$")
-    return tree.map_names(lambda name, _: not kept.search(name), params)
+    return tree.map_names(lambda name, _: not _UNDECAYED.search(name), params)
+
+
+def matrix_axes(name, axes):
+    """Which dimensions of a parameter Muon takes as rows and columns of its matrix.
+
+    Args:
+        name: of the parameter, as `tree.named` has it.
+        axes: the logical names of its dimensions; None for those without a name.
+
+    Returns:
+        optax's MuonDimensionNumbers; None for what is no matrix of a layer: norms,
+        biases, scalar heads and embeddings, whose rows are looked up one by one.
+
+    >>> matrix_axes("layers/attention/query", ("embed", "heads", None))
+    MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    >>> matrix_axes("layers/attention/out", ("heads", None, "embed"))
+    MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
+    >>> matrix_axes("layers/norm/scale", ("embed",)), matrix_axes("head", ("embed",))
+    (None, None)
+    """
+    batch = [i for i, axis in enumerate(axes) if axis == "experts"]
+    inner = [i for i in range(len(axes)) if i not in batch]
+    embedding = "vocab" in axes or re.search(r"embed$", name)
+    if len(inner) < 2 or embedding or _UNDECAYED.search(name):
+        return None
+    # A weight reads the residual stream by its first dimension, or writes it by its
+    # last; the others (heads and channels) are one long side.
+    cut = -1 if axes[inner[-1]] == "embed" and axes[inner[0]] != "embed" else 1
+    rows, columns = tuple(inner[:cut]), tuple(inner[cut:])
+    return optax.contrib.MuonDimensionNumbers(rows, columns)
+
+
+def layerwise(make):
+    """A transformation that treats each layer of stacked parameters as its own.
+
+    Layers are stacked in one array ([L, D, F]), but a matrix to orthogonalise, or a
+    second moment to factor, is one layer's. The state's arrays keep the logical axes of
+    their parameters' dimensions, those of factored moments too, so that
+    `mesh.born_optimizer` can place them.
+
+    Args:
+        make: ({name: logical axes of one layer's array}) -> the transformation of a
+            dict {name: array} of such arrays.
+
+    Returns:
+        a GradientTransformation on trees of modules (or of plain arrays).
+    """
+
+    def groups(params):
+        """{how they are stacked: {name: (array, axes of one layer)}}."""
+        found = {}
+        for name, variable in _variables(params).items():
+            array, axes = variable
+            stacked = array.ndim - len(axes)
+            key = f"layers{array.shape[0]}" if stacked else "single"
+            found.setdefault(key, {})[name] = variable
+        return found
+
+    def inner(group):
+        return make({name: axes for name, (_, axes) in group.items()})
+
+    def place(key, group, state):
+        """Wraps the arrays of a state, so that they carry axes."""
+        stack = () if key == "single" else ("layers",)
+
+        def one(path, array):
+            names = [getattr(part, "key", None) for part in path]
+            of = next((n for n in reversed(names) if n in group), None)
+            if of is None:
+                return array
+            parameter, axes = group[of]
+            kept = _kept(array.shape, parameter.shape, (*stack, *axes))
+            return nnx.Param(array, axes=kept)
+
+        return jax.tree.map_with_path(one, state)
+
+    def init(params):
+        found = {}
+        for key, group in groups(params).items():
+            start = inner(group).init
+            start = start if key == "single" else jax.vmap(start)
+            arrays = {name: array for name, (array, _) in group.items()}
+            found[key] = place(key, group, start(arrays))
+        return found
+
+    def update(updates, state, params=None):
+        grads, out, after = tree.named(updates), {}, {}
+        for key, group in groups(params).items():
+            step = inner(group).update
+            step = step if key == "single" else jax.vmap(step)
+            bare = jax.tree.map(_bare, state[key], is_leaf=_is_variable)
+            arrays = {name: array for name, (array, _) in group.items()}
+            own = {name: grads[name] for name in arrays}
+            found, new = step(own, bare, arrays)
+            out |= found
+            after[key] = place(key, group, new)
+        return tree.map_names(lambda name, _: out[name], updates), after
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_variable(x):
+    return isinstance(x, nnx.Variable)
+
+
+def _bare(x):
+    return x.get_value() if _is_variable(x) else x
+
+
+def _variables(params):
+    """{name: (array, logical axes of one layer's dimensions)}."""
+    found = {}
+    arrays = tree.named(params)
+    leaves = jax.tree.leaves(params, is_leaf=_is_variable)
+    leaves = [leaf for leaf in leaves if _bare(leaf) is not None]
+    for (name, array), leaf in zip(arrays.items(), leaves, strict=True):
+        axes = leaf.get_metadata().get("axes") if _is_variable(leaf) else None
+        found[name] = (array, (None,) * array.ndim if axes is None else tuple(axes))
+    return found
+
+
+def _kept(shape, whole, axes):
+    """The axes of those dimensions of a parameter that its moments still have."""
+    kept, at = [], 0
+    for size in shape:
+        while at < len(whole) and whole[at] != size:
+            at += 1
+        kept.append(axes[at] if at < len(whole) else None)
+        at += 1
+    return tuple(kept)
+
+
+def ema(average, params, decay):
+    """Exponential moving average of weights: decay * average + (1 - decay) * params.
+
+    Args:
+        average: tree like `params`; the first is a copy of them.
+        params: tree of parameters after an update.
+        decay: from 0 (the parameters themselves) to below 1.
+
+    Returns:
+        The new average, of the type of `average`.
+
+    >>> float(ema({"w": jnp.array(1.0)}, {"w": jnp.array(3.0)}, 0.75)["w"])
+    1.5
+    """
+    return optax.incremental_update(params, average, 1.0 - decay)
 
 
 def learning_rate(config, steps):
     """The schedule alone; arguments as in `make`."""
     warm = config.warmup_steps
-    after = SCHEDULES[config.schedule](config.lr, steps - warm, config.end_ratio)
+    decay = _decay_steps(config, steps)
+    after = SCHEDULES[config.schedule](config, steps - warm, decay)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.int32)
@@ -113,11 +344,15 @@ def make(config, *, steps):
     """Builds the optimizer a config describes.
 
     Args:
-        config: ConfigDict with exactly these keys: name ("adamw"; "rmsprop", whose
-            decay is b2; "sgd", which reads none of b1, b2, eps), lr (the peak),
-            schedule ("cosine", "linear", "constant"), warmup_steps (linear ramp to the
-            peak), end_ratio (last learning rate over the peak), b1, b2, eps (outside
-            the root), weight_decay (decoupled, Loshchilov and Hutter 2019,
+        config: ConfigDict with exactly these keys: name ("adamw"; "adam", the same
+            without decay; "lion", Chen et al. 2023, arxiv.org/abs/2302.06675;
+            "adafactor"; "muon"; "rmsprop", whose decay is b2; "sgd"), lr (the peak),
+            schedule ("cosine", "linear", "constant", or "wsd": constant, then linear
+            over the last decay_share of the steps), warmup_steps (linear ramp to the
+            peak), end_ratio (last learning rate over the peak), b1 and b2 (of the Adam
+            kind and lion), eps (of the Adam kind and rmsprop, outside the root),
+            momentum and update_rms (of muon; 0 for sqrt(max(1, out / in)) instead),
+            weight_decay (decoupled, Loshchilov and Hutter 2019,
             arxiv.org/abs/1711.05101), clip_norm (on the global norm of the gradient; 0
             is off).
         steps: where the schedule ends: `schedule(steps)` is end_ratio * lr.

@@ -8,15 +8,33 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from stagecraft import experiment, host, mesh, schema, train, workdir, worlds
+from stagecraft import (
+    defaults,
+    experiment,
+    host,
+    mesh,
+    schema,
+    train,
+    workdir,
+    worlds,
+)
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
 from stagecraft.models import saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
-from stagecraft.signals import comparisons
-from stagecraft.stages import language_model, policy, preference, reward
+from stagecraft.signals import comparisons, selection, verifier
+from stagecraft.signals.reward import RewardModel
+from stagecraft.stages import (
+    group,
+    language_model,
+    online,
+    policy,
+    preference,
+    reward,
+    unpaired,
+)
 from stagecraft.text.tokenizer import Tokenizer
 
 
@@ -214,8 +232,8 @@ def _run_stage(current, name, feeds):
             role.removesuffix("_from"): current.load(parent, shared_mesh)
             for role, parent in experiment.parents(config, name).items()
         }
-        if stage.kind == "comparisons":
-            _write_comparisons(current, name, roles["start"], data, key)
+        if stage.kind in defaults.RECORDS:
+            _write_records(current, name, roles, data, key)
             return
         made, hooks = _make(current, stage, shared_mesh, roles, data)
         info = {"kind": stage.kind, "start_from": stage.start_from, "finished": False}
@@ -226,7 +244,7 @@ def _run_stage(current, name, feeds):
         state, result = train.train(
             made, stage, data.dataset, folder, name=name, key=key, hooks=hooks
         )
-    info |= saved.describe(train.deployable(state.model)) | result
+    info |= saved.describe(train.deployable(state)) | result
     workdir.write_json(folder / "stage.json", info | {"finished": True})
 
 
@@ -239,20 +257,30 @@ def _make(current, stage, shared_mesh, roles, data):
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **current.config.model)
     if roles:
         shape = getattr(roles["start"], "config", shape)
-    builders = {
-        "language_model": language_model.make,
-        "reward": reward.make,
-        "preference": preference.make,
-        "policy": policy.make,
-    }
     extra = {}
-    if stage.kind == "policy":
+    if stage.kind in ("policy", "group_policy", "online_preference"):
         extra["stop_id"] = tokenizer.end
+        found = verifier.find(stage.verifiers)
+        if found:
+            extra["verifiers"] = verifier.Verifiers(found, data.records, tokenizer)
+    if stage.kind in ("preference", "unpaired_preference"):
+        extra["dataset"] = data.dataset
     if stage.kind == "language_model":
         extra["fresh_pieces"] = () if _is_text(stage) else tokenizer.control_ids
-    made = builders[stage.kind](stage, shape, shared_mesh, roles, **extra)
+    made = BUILDERS[stage.kind](stage, shape, shared_mesh, roles, **extra)
     sample = _sampler(current, stage, shared_mesh, data.samples)
     return made, train.Hooks(data.heldout, sample)
+
+
+BUILDERS = {
+    "language_model": language_model.make,
+    "reward": reward.make,
+    "preference": preference.make,
+    "unpaired_preference": unpaired.make,
+    "online_preference": online.make,
+    "policy": policy.make,
+    "group_policy": group.make,
+}
 
 
 def _sampler(current, stage, shared_mesh, prompts):
@@ -264,7 +292,7 @@ def _sampler(current, stage, shared_mesh, prompts):
 
     def sample(model, step):
         language = Language(
-            train.deployable(model),
+            model,
             current.tokenizer,
             batch_size=-(-max(len(prompts), 1) // shards) * shards,
         )
@@ -286,20 +314,25 @@ def _sampler(current, stage, shared_mesh, prompts):
     return sample
 
 
-def _write_comparisons(current, name, model, data, key):
+def _write_records(current, name, roles, data, key):
+    """A stage that trains nothing: it samples, judges and writes records.jsonl."""
     stage, folder = current.config.stages[name], current.root / name
     started = time.perf_counter()
-    language = Language(model, current.tokenizer, batch_size=stage.batch_size)
-    rater = comparisons.rater(stage.rater, current.config.world.name)
-    result = comparisons.write(
-        folder / "records.jsonl",
-        language,
-        data.prompts,
-        rater,
-        stage,
-        key,
-        name=name,
-    )
+    language = Language(roles["start"], current.tokenizer, batch_size=stage.batch_size)
+    path = folder / "records.jsonl"
+    scorer = None
+    if "reward" in roles:
+        scorer = RewardModel(roles["reward"], current.tokenizer)
+    if stage.kind == "comparisons":
+        rate = comparisons.rater(stage.rater, current.config.world.name)
+        result = comparisons.write(
+            path, language, data.prompts, scorer or rate, stage, key, name=name
+        )
+    else:
+        found = verifier.find(stage.verifiers)
+        result = selection.write(
+            path, language, data.records, scorer, found, stage, key, name=name
+        )
     info = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     result["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     workdir.write_json(folder / "stage.json", info | result | {"finished": True})

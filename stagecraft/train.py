@@ -115,7 +115,7 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 writer.write(step, clock.total(), found)
             if hooks.sample and (last or (every.sample and step % every.sample == 0)):
                 with clock("watch"):
-                    writer.write_samples(step, hooks.sample(state.model, step))
+                    writer.write_samples(step, hooks.sample(deployable(state), step))
             if last or (every.save and step % every.save == 0):
                 with clock("save"):
                     saved = {
@@ -161,17 +161,30 @@ def peak_memory():
     return used if sys.platform == "darwin" else used * 1024
 
 
-def deployable(model):
-    """The module a stage is trained for: of {"policy", "value"}, the policy."""
+def deployable(state):
+    """The module a stage is trained for: of {"policy", "value"}, the policy.
+
+    With an average of the weights it is that average.
+    """
+    return _policy(state.extra.get("ema", state.model))
+
+
+def _policy(model):
     return model["policy"] if isinstance(model, dict) else model
 
 
 def _split(state):
     """The parameters a child stage starts from, and all the rest of the state."""
     rest = {"opt_state": state.opt_state, "step": state.step, "extra": state.extra}
-    if isinstance(state.model, dict):
+    if "ema" in state.extra:
+        rest["model"] = state.model
+        rest["extra"] = {k: v for k, v in state.extra.items() if k != "ema"}
+        if isinstance(state.model, dict):
+            average = state.extra["ema"]
+            rest["beside"] = {k: v for k, v in average.items() if k != "policy"}
+    elif isinstance(state.model, dict):
         rest["beside"] = {k: v for k, v in state.model.items() if k != "policy"}
-    return deployable(state.model), rest
+    return deployable(state), rest
 
 
 def _restore(checkpoints, step, state):
@@ -179,6 +192,9 @@ def _restore(checkpoints, step, state):
     if isinstance(state.model, dict):
         model = {"policy": model, **rest["beside"]}
         model = {k: model[k] for k in state.model}
+    if "ema" in state.extra:
+        rest["extra"] = rest["extra"] | {"ema": model}
+        model = rest["model"]
     state = state._replace(
         model=model,
         opt_state=rest["opt_state"],

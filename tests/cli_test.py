@@ -81,10 +81,11 @@ def refused(folder, *arguments, says, **environment):
 def test_help_names_every_command():
     status, out, _ = stagecraft("--help")
     assert status == 0
-    for command in ("run", "prompt", "chat", "report"):
+    for command in ("run", "prompt", "chat", "report", "compare"):
         assert command in out
         status, told, _ = stagecraft(command, "--help")
-        assert status == 0 and "--workdir" in told and "stagecraft" in told
+        flag = "--baseline" if command == "compare" else "--workdir"
+        assert status == 0 and flag in told and "stagecraft" in told
 
 
 def test_commands_are_checked():
@@ -189,6 +190,46 @@ def test_prompt_and_report(tiny_run):
         assert stage in out
     status, out, error = stagecraft("report", f"--workdir={tiny_run}")
     assert status == 0 and out.strip().endswith("report.html")
+
+
+def test_compare_prints_a_table_and_writes_a_page(tiny_run, tmp_path):
+    page = tmp_path / "sides.html"
+    status, out, error = stagecraft(
+        # Flags may stand behind the folders.
+        *("compare", tiny_run, "--stages=sft,dpo,ppo", f"--out={page}")
+    )
+    assert status == 0, error
+    assert out.strip().endswith("sides.html")
+    for told in ("dpo", "ppo", "Gold win rate", "Entropy", "one seed: no interval"):
+        assert told in out
+    found = json.loads((tmp_path / "sides.json").read_text())
+    assert [arm["arm"] for arm in found["arms"]] == ["sft", "dpo", "ppo"]
+    dpo = found["arms"][1]["figures"]
+    assert 0 < dpo["length"]["mean"] <= 34 and dpo["entropy"]["mean"] > 0
+    assert page.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "give the folders of runs"),
+        (("/nowhere/at/all",), "no run here"),
+        (("RUN", "RUN"), "given twice"),
+        (("RUN", "--stages=dqo"), "did you mean 'dpo'"),
+        (("RUN", "--baseline=dqo"), "did you mean 'dpo'"),
+        (("RUN", "--out=OUT/sides.json"), "NAME.html"),
+    ],
+)
+def test_compare_refuses_in_one_line(tiny_run, tmp_path, arguments, says):
+    filled = [
+        a.replace("RUN", str(tiny_run)).replace("OUT", str(tmp_path)) for a in arguments
+    ]
+    if not any(a.startswith("--out") for a in filled):
+        filled.append(f"--out={tmp_path}/sides.html")
+    status, _, error = stagecraft("compare", *filled)
+    assert status == 2 and says in error, error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_chat_answers_and_ends(tiny_run):

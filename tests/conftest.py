@@ -4,9 +4,11 @@ import importlib.util
 import os
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 # Eight virtual CPU devices, so that every mesh shape up to (2, 2, 2) is real in tests.
@@ -24,6 +26,30 @@ _CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="stagecraft-compiled-")
 )
 jax.config.update("jax_compilation_cache_dir", _CACHE)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draws the cases that are compared with the peers; every N must pass",
+    )
+
+
+@pytest.fixture(scope="session")
+def parity_seed(request):
+    """The N of --parity-seed=N."""
+    return request.config.getoption("--parity-seed")
+
+
+@pytest.fixture
+def parity_rng(request, parity_seed):
+    """A numpy generator of this test's own, the same in every run with one seed."""
+    return np.random.default_rng(
+        [parity_seed, zlib.crc32(request.node.nodeid.encode())]
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before the groups are read

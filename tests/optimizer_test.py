@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from stagecraft import optimizer, tree
+from stagecraft import checkpoint, defaults, mesh, optimizer, tree
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
@@ -26,8 +26,21 @@ def settings(**changes):
         eps=1e-5,
         weight_decay=0.1,
         clip_norm=0.5,
+        decay_share=0.3,
+        momentum=0.95,
+        update_rms=0.2,
     )
+    if changes.get("name") == "adam":
+        defaults["weight_decay"] = 0.0
     return ConfigDict(defaults | changes)
+
+
+def test_the_defaults_hold_every_setting_and_no_other():
+    assert {*defaults.optimizer()} == {*settings()}
+    for name in optimizer.DIRECTIONS:
+        config = defaults.optimizer()
+        config.name, config.weight_decay = name, 0.0
+        optimizer.make(config, steps=100)
 
 
 class Norm(nnx.Module):
@@ -76,13 +89,19 @@ def schedule_by_hand(step, kind, lr, warm, steps, end):
     share = min((step - warm) / (steps - warm), 1)
     if kind == "constant":
         return lr
+    if kind == "wsd":  # the last 3 of 10 steps
+        return (
+            lr + max(step - (steps - 3), 0) / 3 * (end * lr - lr)
+            if step < 10
+            else (end * lr)
+        )
     if kind == "linear":
         return lr + share * (end * lr - lr)
     return lr * (end + (1 - end) * (1 + np.cos(np.pi * share)) / 2)
 
 
 @pytest.mark.parametrize("warm", [0, 1, 4])
-@pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "wsd"])
 def test_schedule(kind, warm):
     config = settings(schedule=kind, warmup_steps=warm, end_ratio=0.2)
     with jax.numpy_dtype_promotion("strict"):
@@ -191,6 +210,213 @@ def test_sgd_and_rmsprop_are_numpy():
         np.testing.assert_allclose(got["w"], want, rtol=1e-5)
 
 
+def test_lion_is_numpy():
+    x = np.array([[1.0, -2.0, 0.5]])
+    grads = [np.array([[0.3, 0.4, -1.0]]), np.array([[-0.5, 0.01, 2.0]])]
+    got, *_ = train(
+        settings(
+            name="lion", lr=0.1, schedule="constant", warmup_steps=0, clip_norm=0.0
+        ),
+        {"w": jnp.asarray(x, jnp.float32)},
+        [{"w": jnp.asarray(g, jnp.float32)} for g in grads],
+        2,
+    )
+    want, m = x, np.zeros_like(x)
+    for g in grads:
+        want = want - 0.1 * (np.sign(0.9 * m + 0.1 * g) + 0.1 * want)
+        m = 0.95 * m + 0.05 * g
+    np.testing.assert_allclose(got["w"], want, rtol=1e-5)
+
+
+def test_adam_is_adamw_without_decay():
+    params = Model(jax.random.key(0))
+    one, two = (
+        train(config, params, gradients(params, 3), 10)[0]
+        for config in (settings(name="adam"), settings(weight_decay=0.0))
+    )
+    assert tree.digest(one) == tree.digest(two)
+
+
+FLAT = dict(schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
+
+
+class Wide(nnx.Module):
+    """Two layers with a matrix large enough to factor, and other shapes."""
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.layers = jax.vmap(WideBlock)(jax.random.split(keys[0], 2))
+        self.embed = nnx.Param(
+            jax.random.normal(keys[1], (130, 128)), axes=("vocab", "embed")
+        )
+        self.head = nnx.Param(jax.random.normal(keys[2], (128,)), axes=("embed",))
+
+
+class WideBlock(nnx.Module):
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.up = nnx.Param(
+            jax.random.normal(keys[0], (128, 140)), axes=("embed", "ff")
+        )
+        self.query = nnx.Param(
+            jax.random.normal(keys[1], (128, 4, 6)), axes=("embed", "heads", None)
+        )
+        self.out = nnx.Param(
+            jax.random.normal(keys[2], (4, 6, 128)), axes=("heads", None, "embed")
+        )
+        self.scale = nnx.Param(jnp.ones(128), axes=("embed",))
+
+
+def single_layers(module):
+    """{name: float64 array}, every layer of a stack under a name of its own."""
+    found = {}
+    for name, array in tree.named(module).items():
+        array = np.asarray(array, np.float64)
+        if name.startswith("layers/"):
+            found |= {f"{name}.{i}": layer for i, layer in enumerate(array)}
+        else:
+            found[name] = array
+    return found
+
+
+def rms(x):
+    return np.sqrt((x**2).mean())
+
+
+def adafactor_by_numpy(x, grads, lr):
+    """One parameter; Shazeer and Stern's algorithms 4 and 6 without momentum."""
+    row = column = v = 0.0
+    for t, g in enumerate(grads, 1):
+        keep = 1 - t**-0.8
+        square = g**2 + 1e-30
+        if x.ndim == 2 and min(x.shape) >= 128:
+            row = keep * row + (1 - keep) * square.mean(1)
+            column = keep * column + (1 - keep) * square.mean(0)
+            u = g / np.sqrt(np.outer(row, column) / row.mean())
+        else:
+            v = keep * v + (1 - keep) * square
+            u = g / np.sqrt(v)
+        u = u / max(1, rms(u))
+        x = x - lr * max(1e-3, rms(x)) * u
+    return x
+
+
+def newton_schulz(x):
+    """Five quintic iterations of Jordan's coefficients, in float64."""
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide - 4.7750 * gram @ wide + 2.0315 * gram @ gram @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def muon_by_numpy(x, grads, lr, momentum, scale):
+    """One matrix: Nesterov momentum with each part's bias corrected, orthogonalised."""
+    m = np.zeros_like(x)
+    for t, g in enumerate(grads, 1):
+        m = momentum * m + (1 - momentum) * g
+        ahead = momentum * m / (1 - momentum ** (t + 1))
+        u = newton_schulz(ahead + (1 - momentum) * g / (1 - momentum**t))
+        x = x - lr * scale * u
+    return x
+
+
+def adam_by_numpy(x, grads, c):
+    m = v = 0.0
+    for t, g in enumerate(grads, 1):
+        m, v = c.b1 * m + (1 - c.b1) * g, c.b2 * v + (1 - c.b2) * g**2
+        m_hat, v_hat = m / (1 - c.b1**t), v / (1 - c.b2**t)
+        x = x - c.lr * m_hat / (np.sqrt(v_hat) + c.eps)
+    return x
+
+
+def test_adafactor_is_numpy_layer_by_layer():
+    params = Wide(jax.random.key(0))
+    grads = [*gradients(params, 4)]
+    got, state, _ = train(settings(name="adafactor", **FLAT), params, grads, 4)
+    each = [single_layers(g) for g in grads]
+    for name, x in single_layers(params).items():
+        want = adafactor_by_numpy(x, [g[name] for g in each], 0.01)
+        np.testing.assert_allclose(
+            single_layers(got)[name], want, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+    # It is kept factored: far less than one number a parameter.
+    assert tree.count(state) < 0.25 * tree.count(params)
+
+
+def test_adafactor_is_optax_adafactor():
+    params = {"w": jax.random.normal(jax.random.key(0), (128, 140)), "b": jnp.ones(3)}
+    grads = [*gradients(params, 4)]
+    got, *_ = train(settings(name="adafactor", **FLAT), params, grads, 4)
+    tx = optax.adafactor(0.01)
+    state, want = tx.init(params), params
+    for g in grads:
+        updates, state = tx.update(g, state, want)
+        want = optax.apply_updates(want, updates)
+    for name in params:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("update_rms", [0.2, 0.0])
+def test_muon_is_numpy_for_matrices_and_adam_for_the_rest(update_rms):
+    params = Wide(jax.random.key(0))
+    grads = [*gradients(params, 4)]
+    config = settings(name="muon", update_rms=update_rms, momentum=0.9, **FLAT)
+    got, *_ = train(config, params, grads, 4)
+    each = [single_layers(g) for g in grads]
+    # Rows and columns of what each layer multiplies with: inputs by outputs.
+    matrices = {"up": (128, 140), "query": (128, 24), "out": (24, 128)}
+    for name, x in single_layers(params).items():
+        shape = matrices.get(name.split("/")[-1].split(".")[0])
+        own = [g[name] for g in each]
+        if shape is None:
+            want = adam_by_numpy(x, own, config)
+        else:
+            scale = np.sqrt(max(1, shape[1] / shape[0]))
+            if update_rms:
+                scale = update_rms * np.sqrt(max(shape))
+            flat = [g.reshape(shape) for g in own]
+            want = muon_by_numpy(x.reshape(shape), flat, 0.01, 0.9, scale)
+            want = want.reshape(x.shape)
+        np.testing.assert_allclose(
+            single_layers(got)[name], want, rtol=1e-3, atol=2e-5, err_msg=name
+        )
+
+
+def test_muon_moves_a_matrix_about_as_far_as_adam():
+    params = Wide(jax.random.key(0))
+    grads = [*gradients(params, 1)]
+    got, *_ = train(settings(name="muon", **FLAT), params, grads, 1)
+    moved = {k: v - single_layers(params)[k] for k, v in single_layers(got).items()}
+    for name, change in moved.items():
+        muon = name.split("/")[-1].split(".")[0] in ("up", "query", "out")
+        low, high = (0.1, 0.3) if muon else (0.9, 1.01)
+        assert low < rms(change) / 0.01 < high, name
+
+
+def test_muon_takes_the_layers_matrices_of_the_real_model():
+    config = ModelConfig(vocab_size=64, tied=False)
+
+    def make(key):
+        return ScalarModel(Transformer(config, key), key)
+
+    model = jax.eval_shape(make, jax.random.key(0))
+    variables = optimizer._variables(model)
+    found = {n: optimizer.matrix_axes(n, axes) for n, (_, axes) in variables.items()}
+    attention = "body/layers/attention"
+    assert {n: tuple(d) for n, d in found.items() if d} == {
+        f"{attention}/query": ((0,), (1, 2)),
+        f"{attention}/key": ((0,), (1, 2)),
+        f"{attention}/value": ((0,), (1, 2)),
+        f"{attention}/out": ((0, 1), (2,)),
+        "body/layers/ff/gate": ((0,), (1,)),
+        "body/layers/ff/up": ((0,), (1,)),
+        "body/layers/ff/down": ((0,), (1,)),
+    }
+    assert optimizer.matrix_axes("up", ("experts", "embed", "ff")) == ((1,), (2,))
+
+
 def test_clipping_is_by_the_norm_of_everything():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
@@ -252,17 +478,87 @@ def test_decay_is_decoupled_from_the_gradient():
 
 
 @pytest.mark.parametrize("name", optimizer.DIRECTIONS)
-def test_every_state_can_be_placed_like_its_parameters(name):
-    params = {"policy": Model(jax.random.key(0)), "value": Model(jax.random.key(1))}
-    tx = optimizer.make(settings(name=name), steps=10).tx
-    state = jax.eval_shape(tx.init, params)
-    labels = tree.map_names(lambda name, _: name, params)
-    placed = optax.tree.map_params(
-        tx, lambda _, label: label, state, labels, transform_non_params=lambda _: "-"
+def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
+    config = ModelConfig(
+        vocab_size=64, width=128, layers=2, heads=4, kv_heads=2, ff_width=256
     )
-    moments = {"adamw": 2, "rmsprop": 1, "sgd": 0}[name]
-    got = [x for x in jax.tree.leaves(placed) if x != "-"]
-    assert sorted(got) == sorted(jax.tree.leaves(labels) * moments)
+    made = optimizer.make(settings(name=name), steps=10)
+    steps = [0, 1]
+
+    def make(key):
+        model = Transformer(config, key)
+        return {"policy": model, "value": ScalarModel(Transformer(config, key), key)}
+
+    results = {}
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        shared = mesh.make(*sizes)
+        with jax.set_mesh(shared):
+            params = mesh.born(make, shared)(jax.random.key(0))
+            state = mesh.born_optimizer(made.tx, params, shared)
+            if sizes == (2, 2, 2):
+                check_placed(params, state)
+            placed = jax.tree.map(lambda x: x.sharding, (params, state))
+            step = jax.jit(
+                lambda p, s, g, i: optimizer.apply(made, g, s, p, i)[:2],
+                out_shardings=placed,
+                donate_argnums=(0, 1),
+            )
+            for i, g in zip(steps, gradients(params, 2), strict=True):
+                g = jax.device_put(g, placed[0])
+                params, state = step(params, state, g, i)
+            now = jax.tree.map(lambda x: x.sharding, (params, state))
+            assert jax.tree.structure(now) == jax.tree.structure(placed)
+            assert jax.tree.leaves(now) == jax.tree.leaves(placed)
+            if sizes == (2, 2, 2):
+                check_restored(tmp_path, params, state)
+            results[sizes] = tree.named(jax.tree.map(np.asarray, params))
+    for leaf, array in results[(1, 1, 1)].items():
+        np.testing.assert_allclose(
+            results[(2, 2, 2)][leaf], array, rtol=1e-4, atol=1e-5, err_msg=leaf
+        )
+
+
+def check_placed(params, state):
+    """Nothing of a parameter's size is kept whole, and nothing moves its axes."""
+    specs = {x.shape: x.sharding.spec for x in jax.tree.leaves(params) if x.ndim > 1}
+    for leaf in jax.tree.leaves(state):
+        if leaf.shape in specs:
+            assert leaf.sharding.spec == specs[leaf.shape]
+    factored = {(2, 128): (None, "fsdp"), (2, 256): (None, "tensor")}
+    for name, leaf in tree.named(state).items():
+        if name.endswith(("ff/gate", "ff/up", "ff/down")) and leaf.shape in factored:
+            assert tuple(leaf.sharding.spec) == factored[leaf.shape], name
+
+
+def check_restored(folder, params, state):
+    """Through a checkpoint and back, every array in its place."""
+    saved = checkpoint.Checkpoints(folder / "checkpoints")
+    state = {"state": state, "step": jnp.int32(1)}
+    saved.save(1, params, state, {})
+    saved.wait()
+    _, again, _ = saved.restore(1, params, state)
+    saved.close()
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert tree.digest(again) == tree.digest(state)
+    for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert one.sharding == two.sharding
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
+def test_ema_is_numpy(decay):
+    average = params = Model(jax.random.key(0))
+    want = {n: np.asarray(x, np.float64) for n, x in tree.named(params).items()}
+    step = jax.jit(optimizer.ema)
+    with jax.numpy_dtype_promotion("strict"):
+        for i in range(1, 4):
+            params = Model(jax.random.key(i))
+            average = step(average, params, decay)
+            new = tree.named(params)
+            want = {n: decay * x + (1 - decay) * new[n] for n, x in want.items()}
+    assert isinstance(average, Model)
+    for name, x in tree.named(average).items():
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, want[name], rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_factors():
@@ -295,8 +591,8 @@ def test_the_step_counter_is_the_callers():
     "changes, message",
     [
         (
-            dict(name="adam"),
-            "optimizer.name must be one of adamw, rmsprop, sgd, got 'adam'",
+            dict(name="adamax"),
+            "optimizer.name must be one of adamw, adam, lion, .*, sgd, got 'adamax'",
         ),
         (dict(schedule="step"), "optimizer.schedule must be one of constant, cosine"),
         (dict(lr=-1.0), "optimizer.lr must be at least 0, got -1.0"),
@@ -309,6 +605,16 @@ def test_the_step_counter_is_the_callers():
         (dict(clip_norm=True), "optimizer.clip_norm"),
         (dict(warmup_steps=0.5), "optimizer.warmup_steps must be a whole number"),
         (dict(warmup_steps=10), "warmup_steps must be below the 10 steps"),
+        (dict(decay_share=0.0), "decay_share must be above 0, at most 1, got 0.0"),
+        (dict(decay_share=1.1), "optimizer.decay_share must be above 0"),
+        (dict(schedule="wsd", decay_share=0.04), "no whole step of the 10 steps"),
+        (dict(schedule="wsd", decay_share=0.8), "no room for warmup_steps=3 in the 10"),
+        (dict(momentum=1.0), "optimizer.momentum must be from 0 to below 1"),
+        (dict(update_rms=-0.1), "optimizer.update_rms must be at least 0"),
+        (
+            dict(name="adam", weight_decay=0.1),
+            "weight_decay must be 0 with adam, which has none, got 0.1; adamw",
+        ),
         (
             dict(weight_deca=0.1),
             "weight_deca is no setting.*did you mean weight_decay?",

@@ -10,7 +10,11 @@ from rich.text import Text
 from stagecraft.errors import UserError
 from stagecraft.models.language import Language
 
-SPEAKING = ("language_model", "preference", "policy")
+# Kinds of stages whose model writes text.
+SPEAKING = (
+    *("language_model", "preference", "unpaired_preference"),
+    *("policy", "group_policy", "online_preference"),
+)
 
 
 def speaking_stages(current):

@@ -56,6 +56,8 @@ CHARTS = (
     ("Entropy", "nats a sequence", ("objective/entropy", "training")),
     ("Clip fraction", "share of tokens clipped", ("policy/clipfrac_avg", "training")),
     ("Explained variance", "of returns, by critic", ("val/explained_variance", "")),
+    ("Reward", "a sample", ("reward", "training"), ("eval_reward", "held out")),
+    ("Length", "mean tokens of a sample", ("completions/mean_length", "training")),
 )
 _UNDRAWN = ("epoch", "num_tokens", "episode")
 _MORE = 12  # other metrics drawn a stage
@@ -113,7 +115,6 @@ def _chart(stage, title, unit, *series):
 _LOSS_UNITS = {
     "language_model": "nats a token",
     "reward": "nats a pair",
-    "preference": "nats a pair",
 }
 
 

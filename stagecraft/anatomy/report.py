@@ -5,12 +5,9 @@ forbids the rest. Whatever a model wrote is data and escaped as such.
 """
 
 import datetime
-import importlib.resources
 import json
 
-import jinja2
-
-from stagecraft.anatomy import charts, cost, curves, files
+from stagecraft.anatomy import charts, cost, curves, files, page
 from stagecraft.anatomy.curves import show
 from stagecraft.workdir import write_text
 
@@ -50,6 +47,9 @@ MEANINGS = {
         "wins by gold against the SFT model's samples, ties half",
     ),
     "kl": ("KL", "nats a sequence from the SFT model, own samples"),
+    "length": ("Length", "mean tokens of a sample, its end included"),
+    "entropy": ("Entropy", "nats a token: the mean of −log p over own samples"),
+    "distinct": ("Distinct", "share of different texts among the samples"),
     "eos_rate": ("Ends", "share of samples that end by themselves"),
 }
 
@@ -72,14 +72,8 @@ def write(folder):
         UserError: not a run's directory, or Matplotlib is missing.
     """
     run = files.read(folder)
-    template = importlib.resources.files(__package__) / "report.html.jinja"
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": show, "colour": charts.colour, "short": _short}
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(
+    text = page.render(
+        "report.html.jinja",
         run=run,
         facts=_facts(run),
         graph=_graph(run),
@@ -97,12 +91,8 @@ def write(folder):
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
     )
     path = run.folder / "report.html"
-    write_text(path, page)
+    write_text(path, text)
     return path
-
-
-def _short(text):
-    return text[:12] + "…" if len(text) > 13 else text
 
 
 def _facts(run):

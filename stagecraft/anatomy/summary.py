@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stagecraft import metrics, workdir, worlds
+from stagecraft import defaults, metrics, workdir, worlds
 from stagecraft.anatomy import behaviour, cost, report, weights
 from stagecraft.errors import UserError
 from stagecraft.models import scores
@@ -88,9 +88,18 @@ def _in_world(current):
     held = getattr(roles, config.measure.split)
     everyone = (*roles.train, *roles.dev, *roles.test)
     prompts = world.probes.heldout_prompts(config.seed, held, config.measure.split)
-    found, drawn, second = {}, {}, {}
+    found, drawn, second, bases = {}, {}, {}, {}
+
+    def spoken(base):
+        """A base model, and its samples; it may come from another run."""
+        if base not in bases:
+            bases[base] = _language(current, base)
+        if base not in drawn:
+            drawn[base] = _sample(bases[base], prompts, seed=1)
+        return bases[base], drawn[base]
+
     for name in behaviour.speaking_stages(current):
-        language = Language(current.load(name), current.tokenizer, batch_size=ROWS)
+        language = _language(current, name)
         figures = {"cloze_accuracy": world.probes.cloze_accuracy(language, everyone)}
         if current.chat_format(name):
             accuracy = world.probes.fact_accuracy(language, held)
@@ -98,38 +107,88 @@ def _in_world(current):
             figures["heldout_accuracy_by"] = accuracy
             seen = world.probes.fact_accuracy(language, roles.train)
             figures["seen_accuracy"] = seen["all"]
-            drawn[name] = _sample(language, prompts, seed=1)
-            answers = drawn[name]["answers"]
-            figures |= world.probes.sample_figures(prompts, answers)
+            samples = drawn[name] = _sample(language, prompts, seed=1)
+            figures |= world.probes.sample_figures(prompts, samples["answers"])
+            figures |= talk(samples["ids"], samples["logps"])
+            base = _base(current, name)
+            if base:
+                figures |= _against(world, prompts, samples, *spoken(base))
         else:
             figures["copy_probability"] = world.probes.copy_probability(language, held)
             figures["answer_rate"] = world.probes.answer_rate(language, everyone)
         found[name] = figures
-        base = _base(current, name)
-        if base in drawn and name in drawn:
-            figures |= _against(current, world, prompts, drawn, name, base)
     for name in _finished(current):
         if config.stages[name].kind != "reward":
             continue
         base = config.stages[name].start_from
+        while base in config.stages and config.stages[base].kind == "reward":
+            base = config.stages[base].start_from
         if base not in drawn:
             continue
         if base not in second:
-            language = Language(current.load(base), current.tokenizer, batch_size=ROWS)
-            second[base] = _sample(language, prompts, seed=2)
+            second[base] = _sample(spoken(base)[0], prompts, seed=2)
         model = current.load(name)
         one, two = drawn[base], second[base]
         found[name] = _pairs(model, world, prompts, one, two, config.seed)
-        for other, samples in drawn.items():
+        for other in found.keys() & drawn.keys():
             if (_base(current, other) or other) == base:
-                found[other]["reward_mean"] = float(np.mean(_scores(model, samples)))
+                score = np.mean(_scores(model, drawn[other]))
+                found[other]["reward_mean"] = float(score)
     return found
 
 
+def _language(current, name):
+    return Language(current.load(name), current.tokenizer, batch_size=ROWS)
+
+
 def _base(current, name):
-    """The stage a preference or policy stage is compared with: its parent."""
-    stage = current.config.stages[name]
-    return stage.start_from if stage.kind in ("preference", "policy") else None
+    """The SFT model a stage is compared with: the nearest one above it.
+
+    It is the first language_model stage on the way up `start_from`, through whatever
+    rounds of preference or policy training lie between: a stage of this run, or the
+    folder of another run's. None where there is none that answers in turns.
+    """
+    stages = current.config.stages
+    parent = stages[name].start_from
+    while parent:
+        if parent in stages:
+            kind, above = stages[parent].kind, stages[parent].start_from
+        else:
+            folder = current.folder(parent)
+            info = workdir.read_json(folder / "stage.json", {})
+            if not info.get("finished"):
+                return None
+            kind, above = info["kind"], info["start_from"]
+            if "/" not in above:  # a name in that run, where it may be gone by now
+                beside = folder.parent / above
+                above = str(beside) if above and beside.exists() else ""
+        if kind == "language_model":
+            return parent if current.chat_format(parent) else None
+        parent = above
+    return None
+
+
+def talk(ids, logps):
+    """Length and entropy of sampled answers.
+
+    Args:
+        ids: token ids of each answer, the end token included where it was said.
+        logps: log-probability of each whole answer, at the sampling temperature 1.
+
+    Returns:
+        length: mean tokens; entropy: nats a token. The mean of -log p over the
+        model's own samples is an unbiased estimate of the entropy of its answers, and
+        is shared out over their tokens.
+
+    >>> talk([[5, 6], [7, 8, 9, 10]], [-1.0, -2.0])
+    {'length': 3.0, 'entropy': 0.5}
+    """
+    tokens = sum(map(len, ids))
+    nats = 0.0 - float(np.sum(logps))
+    return {
+        "length": tokens / len(ids),
+        "entropy": nats / tokens if tokens else 0.0,
+    }
 
 
 def _sample(language, prompts, seed):
@@ -148,14 +207,13 @@ def _sample(language, prompts, seed):
     }
 
 
-def _against(current, world, prompts, drawn, name, base):
-    samples = drawn[name]
-    language = Language(current.load(base), current.tokenizer, batch_size=ROWS)
+def _against(world, prompts, samples, language, others):
+    """Win rate over the base model's samples, and the KL from it: nats a sequence."""
     rows = list(zip(samples["prompts"], samples["ids"], strict=True))
     reference = language.logprob_ids(rows)
     return {
         "gold_win_rate": world.probes.win_rate(
-            prompts, samples["answers"], drawn[base]["answers"]
+            prompts, samples["answers"], others["answers"]
         ),
         "kl": float(np.mean(np.subtract(samples["logps"], reference))),
     }
@@ -196,7 +254,7 @@ def _weights(current):
         stage = current.config.stages[name]
         parent = stage.start_from
         known = parent in current.config.stages and current.finished(parent)
-        if stage.kind != "comparisons" and known:
+        if stage.kind not in defaults.RECORDS and known:
             found[name] = weights.compare(current.load(parent), current.load(name))
     return found
 

@@ -4,12 +4,15 @@ A files spec names user's files, or "world:NAME" (what the embedded world wrote)
 "stage:NAME" (records another stage made); several are separated by commas.
 """
 
+import itertools
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from stagecraft import defaults, schema
 from stagecraft.data import packing, sources
 from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
@@ -27,7 +30,9 @@ class Feed(NamedTuple):
         heldout: a `Dataset` to evaluate on, or None.
         digests: {spec: SHA-256 of the files}.
         samples: a few prompts to watch the model on.
-        prompts: all prompts, for a comparisons stage.
+        prompts: all prompts, of a stage that samples.
+        records: their whole records, in the same order: what a verifier looks at. A
+            batch's `index` says which rows it holds.
     """
 
     dataset: Dataset | None
@@ -35,11 +40,16 @@ class Feed(NamedTuple):
     digests: dict
     samples: list
     prompts: list
+    records: list
+
+
+# Keys of a data config that name files.
+SPECS = ("files", "heldout", "replay", "ptx")
 
 
 def stages_named(data):
     """Names of the stages whose records a data config reads."""
-    specs = [data[k] for k in ("files", "heldout", "replay") if k in data]
+    specs = [data[k] for k in SPECS if k in data]
     parts = [p.strip() for spec in specs for p in spec.split(",")]
     return [p.removeprefix("stage:") for p in parts if p.startswith("stage:")]
 
@@ -71,21 +81,26 @@ def build(stage, tokenizer, root, config):
         config: the experiment's config: seed, model.max_length.
     """
     data = stage.data
-    specs = {k: data[k] for k in ("files", "heldout", "replay") if data.get(k)}
+    specs = {k: data[k] for k in SPECS if data.get(k)}
     digests = {
         spec: sources.digest(sources.expand(locate(spec, root)))
         for spec in specs.values()
     }
     make = {
         "language_model": _language_model,
-        "reward": _pairs,
-        "preference": _pairs,
+        "reward": _comparisons,
+        "preference": _comparisons,
+        "unpaired_preference": _judgements,
         "policy": _prompts,
+        "group_policy": _prompts,
+        "online_preference": _prompts,
         "comparisons": _prompts,
+        "selection": _prompts,
     }[stage.kind]
     located = {k: locate(spec, root) for k, spec in specs.items()}
-    dataset, heldout, samples, prompts = make(stage, located, tokenizer, config)
-    return Feed(dataset, heldout, digests, samples, prompts)
+    empty = dict(dataset=None, heldout=None, samples=[], prompts=[], records=[])
+    made = empty | make(stage, located, tokenizer, config)
+    return Feed(digests=digests, **made)
 
 
 # -- text and demonstrations -----------------------------------------------------------
@@ -93,21 +108,36 @@ def build(stage, tokenizer, root, config):
 
 def _language_model(stage, specs, tokenizer, config):
     data, mapping = stage.data, sources.fields(stage.data.fields)
+    schema.choice("data.format", data.format, ("text", "demonstrations"))
+    schema.choice("data.packing", data.packing, ("", *packing.STRATEGIES, "none"))
+    schema.choice("data.turns", data.turns, chat.TURNS)
 
     def read(spec):
+        """(ids and mask, what they were made of) of every record."""
         if data.format == "text":
-            found = [(t, None) for t in sources.texts(spec, mapping)]
-            return [(chat.document(t, tokenizer), t) for t, _ in found]
+            found = sources.texts(spec, mapping)
+            return [(chat.document(text, tokenizer), text) for text in found]
         found = sources.demonstrations(spec, mapping)
-        return [(chat.render(m, tokenizer), m) for m in found]
+        return [(chat.render(m, tokenizer, turns=data.turns), m) for m in found]
 
-    rows = read(specs["files"])
+    if data.weights:
+        rows = [
+            ((*document, weight), source)
+            for spec, weight in _weighed(specs["files"], data.weights)
+            for document, source in read(spec)
+        ]
+    else:
+        rows = read(specs["files"])
     kept, held = _hold_out(rows, data.heldout_share, config.seed)
+    # Weights are for learning: what is held out counts as it comes.
+    held = [((ids, mask), source) for (ids, mask, *_), source in held]
     if "heldout" in specs:
         held += read(specs["heldout"])
     report = {"documents": len(kept), "tokens": sum(len(r[0][0]) for r in kept)}
     arrays, report["dropped"] = _rows([r for r, _ in kept], data)
     targets = arrays["mask"] & (arrays["segments"] > 0)
+    if data.weights:
+        targets &= arrays["weight"] > 0
     real = int((arrays["segments"] > 0).sum())
     if not targets.any():
         raise UserError(
@@ -130,6 +160,8 @@ def _language_model(stage, specs, tokenizer, config):
                 f"{stage.batch_size} rows of a batch; expected some and not all"
             )
         replay = [chat.document(t, tokenizer) for t in sources.texts(specs["replay"])]
+        if data.weights:
+            replay = [(*document, 1.0) for document in replay]
         parts = [
             (arrays, stage.batch_size - count),
             (packing.pack(replay, arrays["ids"].shape[-1]), count),
@@ -139,22 +171,38 @@ def _language_model(stage, specs, tokenizer, config):
     if held:
         found, _ = _rows([r for r, _ in held], data)
         heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
-    return dataset, heldout, [_opening(source) for _, source in kept[:4]], []
+    samples = [_opening(source) for _, source in kept[:4]]
+    return dict(dataset=dataset, heldout=heldout, samples=samples)
+
+
+def _weighed(spec, weights):
+    """[(one part of a files spec, its weight)]."""
+    parts = [part for part in spec.split(",") if part.strip()]
+    fit = [
+        isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < math.inf
+        for w in weights
+    ]
+    if len(weights) != len(parts) or not all(fit) or not any(weights):
+        raise UserError(
+            f"data.weights={tuple(weights)}: expected a number of 0 or more for each "
+            f"of the {len(parts)} parts of data.files, not all 0"
+        )
+    return list(zip(parts, map(float, weights), strict=True))
 
 
 def _rows(documents, data):
     """Arrays of packed or padded rows, and how many documents had nothing to learn."""
-    if data.format == "text" and data.packing != "none":
-        return packing.pack(documents, data.length, strategy=data.packing), 0
-    # An answer cut off in the middle would be learned as one that goes on for ever,
-    # but its start is worth learning: the end is cut, and what has no target goes.
-    cut = [(ids[: data.length], mask[: data.length]) for ids, mask in documents]
-    kept = [(ids, mask) for ids, mask in cut if any(mask)]
+    # Text goes on in the next row; a conversation's later part would be an answer to
+    # nothing, but its start is worth learning: unless asked otherwise, its end is cut.
+    strategy = data.packing or ("bfd_split" if data.format == "text" else "bfd")
+    if data.format != "text" and strategy in ("bfd", "none"):
+        documents = [(i[: data.length], m[: data.length], *w) for i, m, *w in documents]
+    kept = [document for document in documents if any(document[1])]
     dropped = len(documents) - len(kept)
-    if data.packing == "none":
-        longest = max((len(ids) for ids, _ in kept), default=1)
+    if strategy == "none":
+        longest = max((len(document[0]) for document in kept), default=1)
         return packing.pad(kept, min(_rounded(longest), data.length)), dropped
-    return packing.pack(kept, data.length, strategy=data.packing), dropped
+    return packing.pack(kept, data.length, strategy=strategy), dropped
 
 
 def _opening(source):
@@ -168,53 +216,108 @@ def _opening(source):
 # -- comparisons and prompts -----------------------------------------------------------
 
 
-def _pairs(stage, specs, tokenizer, config):
+def _comparisons(stage, specs, tokenizer, config):
     data, mapping = stage.data, sources.fields(stage.data.fields)
-
-    def read(spec):
-        return [
-            tuple(
-                chat.render([*prompt, *answer], tokenizer)
-                for answer in (chosen, rejected)
-            )
-            for prompt, chosen, rejected in sources.comparisons(spec, mapping)
-        ]
-
-    def fitting(rows):
-        return [r for r in rows if max(len(one[0]) for one in r) <= data.length]
-
-    rows = [tuple(_answer_only(*one) for one in pair) for pair in read(specs["files"])]
-    kept, held = _hold_out(rows, data.heldout_share, config.seed)
+    found = sources.comparisons(specs["files"], mapping)
+    kept, held = _hold_out(found, data.heldout_share, config.seed)
     if "heldout" in specs:
-        held += [tuple(_answer_only(*o) for o in p) for p in read(specs["heldout"])]
-    fit = fitting(kept)
-    report = {"pairs": len(fit), "dropped": len(kept) - len(fit)}
+        held += sources.comparisons(specs["heldout"], mapping)
+    if stage.kind == "preference":  # every two of a ranking are a pair
+        kept, held = _expanded(kept), _expanded(held)
+
+    def fitting(comparisons):
+        rows = [
+            tuple(
+                # Only the last turn is what was compared; earlier answers are context.
+                chat.render([*one.prompt, *answer], tokenizer, turns="last")
+                for answer in one.answers
+            )
+            for one in comparisons
+        ]
+        both = zip(comparisons, rows, strict=True)
+        return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]
+
+    fit, fit_held = fitting(kept), fitting(held)
+    pairs, total = _pairs_in(c for c, _ in fit), _pairs_in(kept)
+    report = {"pairs": pairs, "dropped": total - pairs}
     if not fit:
         raise UserError(
-            f"data.files={data.files}: all {len(kept)} pairs are longer than "
+            f"data.files={data.files}: all {total} pairs are longer than "
             f"data.length={data.length} tokens; raise it"
         )
-    length = max(len(ids) for pair in fit for ids, _ in pair)
-    length = min(_rounded(length), data.length)
-    dataset = Dataset(
-        [(packing.pad_pairs(fit, length), stage.batch_size)],
-        seed=config.seed,
-        buckets=data.buckets,
-        report=report,
-    )
-    heldout = None
-    if held := fitting(held):
-        longest = _rounded(max(len(ids) for pair in held for ids, _ in pair))
-        arrays = packing.pad_pairs(held, min(max(length, longest), data.length))
-        heldout = Dataset([(arrays, stage.batch_size)], seed=config.seed)
-    return dataset, heldout, [], []
+    everything = [c for c, _ in fit + fit_held]
+
+    def arrays(rows, length, start):
+        out = packing.pad_answers([documents for _, documents in rows], length)
+        out["index"] = np.arange(start, start + len(rows), dtype=np.int32)
+        # Training and held-out rows have the same arrays, whichever of them need one.
+        if any(len(c.answers) > 2 for c in everything):
+            out["present"] = out["segments"].any(-1)
+        for name, absent in (("preference", 1.0), ("margin", 0.0)):
+            if any(getattr(c, name) is not None for c in everything):
+                values = [getattr(c, name) for c, _ in rows]
+                values = [absent if v is None else v for v in values]
+                out[name] = np.array(values, np.float32)
+        return out
+
+    return _padded(arrays, fit, fit_held, report, stage, config)
 
 
-def _answer_only(ids, mask):
-    """Only the last turn is what was compared; earlier answers are context."""
-    mask = np.asarray(mask)
-    given = np.flatnonzero(~mask)
-    return ids, (np.arange(mask.size) > given.max()) & mask
+def _judgements(stage, specs, tokenizer, config):
+    data, mapping = stage.data, sources.fields(stage.data.fields)
+    # The two answers of a pair stay on one side of the split.
+    found = sources.judgements(specs["files"], mapping)
+    kept, held = _hold_out(found, data.heldout_share, config.seed)
+    if "heldout" in specs:
+        held += sources.judgements(specs["heldout"], mapping)
+
+    def fitting(groups):
+        rows = [
+            (j.label, chat.render([*j.prompt, *j.completion], tokenizer, turns="last"))
+            for group in groups
+            for j in group
+        ]
+        fit = [(label, (d,)) for label, d in rows if len(d[0]) <= data.length]
+        return fit, len(rows)
+
+    fit, total = fitting(kept)
+    if not fit:
+        raise UserError(
+            f"data.files={data.files}: all {total} answers are longer than "
+            f"data.length={data.length} tokens; raise it"
+        )
+    desirable = sum(label for label, _ in fit)
+    if desirable in (0, len(fit)):
+        raise UserError(
+            f"data.files={data.files}: every label is {bool(desirable)}; expected "
+            "desirable and undesirable answers"
+        )
+    report = {
+        "answers": len(fit),
+        "desirable": desirable,
+        "dropped": total - len(fit),
+    }
+
+    def arrays(rows, length, start):
+        out = packing.pad([document for _, (document,) in rows], length)
+        out["index"] = np.arange(start, start + len(rows), dtype=np.int32)
+        out["label"] = np.array([label for label, _ in rows], bool)
+        return out
+
+    return _padded(arrays, fit, fitting(held)[0], report, stage, config)
+
+
+def _expanded(comparisons):
+    """Each ranking as its pairs."""
+    return [
+        one._replace(answers=pair)
+        for one in comparisons
+        for pair in itertools.combinations(one.answers, 2)
+    ]
+
+
+def _pairs_in(comparisons):
+    return sum(math.comb(len(one.answers), 2) for one in comparisons)
 
 
 def _prompts(stage, specs, tokenizer, config):
@@ -223,27 +326,88 @@ def _prompts(stage, specs, tokenizer, config):
     room = config.model.max_length - stage.sampling.max_new_tokens
     limit = min(data.prompt_length or room, room)
     rows = []
-    for value, where in found:
-        ids = chat.generation_prompt(chat.as_messages(value), tokenizer)
+    for one in found:
+        ids = chat.generation_prompt(chat.as_messages(one.prompt), tokenizer)
         if len(ids) > limit:
             raise UserError(
-                f"{where}: a prompt of {len(ids)} tokens, but there is room for "
+                f"{one.where}: a prompt of {len(ids)} tokens, but there is room for "
                 f"{limit} (model.max_length={config.model.max_length}, "
                 f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
                 f"data.prompt_length={data.prompt_length}); shorten it or raise "
                 "model.max_length"
             )
         rows.append(ids)
-    prompts = [value for value, _ in found]
-    if stage.kind == "comparisons":
-        return None, None, [], prompts
-    length = min(_rounded(max(map(len, rows))), limit)
-    dataset = Dataset(
-        [(packing.pad_prompts(rows, length), stage.batch_size)],
-        seed=config.seed,
-        report={"prompts": len(rows)},
+    made = dict(
+        prompts=[one.prompt for one in found], records=[one.record for one in found]
     )
-    return dataset, None, prompts[:4], prompts
+    if stage.kind in defaults.RECORDS:
+        return made
+    arrays = packing.pad_prompts(rows, min(_rounded(max(map(len, rows))), limit))
+    arrays["index"] = np.arange(len(rows), dtype=np.int32)
+    report = {"prompts": len(rows)}
+    asked = stage.batch_size
+    if stage.kind == "group_policy":  # some are dropped once they are scored
+        asked *= stage.oversample
+    dataset = Dataset(
+        [(arrays, asked)],
+        seed=config.seed,
+        beside=_pretraining(data, specs, tokenizer, config, report),
+        report=report,
+    )
+    return made | dict(dataset=dataset, samples=made["prompts"][:4])
+
+
+def _pretraining(data, specs, tokenizer, config, report):
+    """Rows of text to go with the prompts of a batch (PPO-ptx), if any are wanted."""
+    rows = data.get("ptx_rows")
+    if bool(rows) != ("ptx" in specs):
+        raise UserError(
+            f"data.ptx={data.ptx!r} with data.ptx_rows={rows}: set both to mix "
+            "pretraining text in, or neither"
+        )
+    if not rows:
+        return []
+    schema.positive("data.ptx_rows", rows)
+    schema.positive("data.ptx_length", data.ptx_length)
+    if data.ptx_length > config.model.max_length:
+        raise UserError(
+            f"data.ptx_length={data.ptx_length}: longer than the context, "
+            f"model.max_length={config.model.max_length}"
+        )
+    documents = [chat.document(t, tokenizer) for t in sources.texts(specs["ptx"])]
+    packed = packing.pack(documents, data.ptx_length)
+    report["ptx_rows"] = len(packed["ids"])
+    return [({f"ptx_{name}": value for name, value in packed.items()}, rows)]
+
+
+def _padded(arrays, kept, held, report, stage, config):
+    """Datasets of padded rows, as long as the longest needs.
+
+    Args:
+        arrays: (rows, length, number of the first) -> {name: array [N, ...]}.
+        kept, held: rows to learn from and to evaluate on, each with its documents.
+
+    Returns:
+        {"dataset", "heldout", "samples"}.
+    """
+
+    def longest(rows):
+        return _rounded(max(len(ids) for _, row in rows for ids, _ in row))
+
+    length = min(longest(kept), stage.data.length)
+    dataset = Dataset(
+        [(arrays(kept, length, 0), stage.batch_size)],
+        seed=config.seed,
+        buckets=stage.data.buckets,
+        report=report,
+    )
+    heldout = None
+    if held:
+        # Numbered on from the others, so that an index means one row.
+        length = min(max(length, longest(held)), stage.data.length)
+        found = arrays(held, length, len(kept))
+        heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
+    return dict(dataset=dataset, heldout=heldout, samples=[])
 
 
 def _rounded(length):

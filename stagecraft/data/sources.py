@@ -12,9 +12,11 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from stagecraft.errors import UserError
 from stagecraft.text import chat
@@ -23,7 +25,62 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 # A .txt file longer than this is cut at blank lines into documents of about this size.
 DOCUMENT = 2000  # characters
 # Keys of records, which the `fields` of a stage may rename.
-KEYS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
+KEYS = (
+    "text",
+    "messages",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "ranked",
+    "label",
+    "preference",
+    "margin",
+)
+
+
+class Comparison(NamedTuple):
+    """Answers to one prompt, compared.
+
+    Attributes:
+        prompt: messages.
+        answers: a list of messages for each answer, the best first; two or more.
+        preference: probability that the first is better than the second; None where
+            the record has none.
+        margin: by how much it is better; None likewise.
+    """
+
+    prompt: list
+    answers: tuple
+    preference: float | None = None
+    margin: float | None = None
+
+
+class Judgement(NamedTuple):
+    """One answer and whether it is desirable.
+
+    Attributes:
+        prompt, completion: messages.
+        label: True for desirable.
+    """
+
+    prompt: list
+    completion: list
+    label: bool
+
+
+class Prompt(NamedTuple):
+    """A prompt and where it came from.
+
+    Attributes:
+        prompt: a text or messages.
+        where: "FILE:LINE".
+        record: the whole record, its other keys (an answer to verify against) included.
+    """
+
+    prompt: Any
+    where: str
+    record: dict
 
 
 def expand(spec):
@@ -113,6 +170,8 @@ def texts(spec, mapping=None):
 def demonstrations(spec, mapping=None):
     """Conversations to imitate: {"prompt","completion"} or {"messages"}.
 
+    An assistant's message may carry "weight" 0 (not to be learned) or 1.
+
     Returns:
         list of message lists.
     """
@@ -131,47 +190,158 @@ def demonstrations(spec, mapping=None):
 
 
 def comparisons(spec, mapping=None):
-    """Pairs: {"prompt","chosen","rejected"}, each a text or messages.
+    """Answers compared: {"prompt","chosen","rejected"}, or {"prompt","ranked"}.
 
-    Optional: "chosen_ended" or "rejected_ended" false for an answer that a length limit
-    cut off, which then gets no end of turn.
+    Each answer is a text or messages; "ranked" lists two or more, the best first.
+    A pair may carry "preference", the probability (0 to 1) that chosen is better, and
+    "margin", a number. "chosen_ended" or "rejected_ended" false, or a list of true and
+    false in "ranked_ended", marks an answer that a length limit cut off, which then
+    gets no end of turn.
 
     Returns:
-        list of (prompt messages, chosen messages, rejected messages).
+        list[Comparison].
+    """
+    return [
+        _comparison(where, record, mapping)
+        for where, record in _jsonl(spec, "comparisons")
+    ]
+
+
+def judgements(spec, mapping=None):
+    """Answers judged one by one: {"prompt","completion","label": true or false}.
+
+    Pairs, told by their "chosen", are accepted too: the better answer is desirable, the
+    other is not. "completion_ended" false is as in `comparisons`.
+
+    Returns:
+        list of lists of Judgement, one a record: two of a pair, else one.
     """
     found = []
-    for where, record in _jsonl(spec, "comparisons"):
-        one = []
-        for name, role in (
-            ("prompt", "user"),
-            ("chosen", "assistant"),
-            ("rejected", "assistant"),
-        ):
-            value = _field(where, record, name, mapping, (str, list))
-            messages = _told(where, chat.as_messages, value, role)
-            if record.get(f"{name}_ended") is False:
-                messages = [*messages[:-1], messages[-1] | {"ended": False}]
-            one.append(messages)
-        prompt, *answers = one
-        for answer in answers:
-            _told(where, chat.check_turns, prompt + answer, ("assistant",))
-        found.append(tuple(one))
+    names = mapping or {}
+    for where, record in _jsonl(spec, "judgements"):
+        if names.get("ranked", "ranked") in record:
+            raise UserError(
+                f"{where}: 'ranked' does not say which answers are desirable; expected "
+                "'completion' with 'label', or 'chosen' with 'rejected'"
+            )
+        if names.get("chosen", "chosen") in record:
+            pair = _comparison(where, record, mapping)
+            # Where chosen is less likely the better one, it is the undesirable one.
+            first = pair.preference is None or pair.preference >= 0.5
+            found.append(
+                [
+                    Judgement(pair.prompt, answer, label)
+                    for answer, label in zip(
+                        pair.answers, (first, not first), strict=True
+                    )
+                ]
+            )
+            continue
+        prompt = _side(where, record, "prompt", mapping, "user")
+        completion = _side(where, record, "completion", mapping, "assistant")
+        _compared(where, prompt, completion)
+        label = _field(where, record, "label", mapping, (bool,))
+        found.append([Judgement(prompt, completion, label)])
     return found
 
 
 def prompts(spec, mapping=None):
-    """Prompts: {"prompt"}, a text or messages.
+    """Prompts: {"prompt"}, a text or messages; other keys are kept beside it.
 
     Returns:
-        list of (prompt, "FILE:LINE").
+        list[Prompt].
     """
     found = []
     for where, record in _jsonl(spec, "prompts"):
         value = _field(where, record, "prompt", mapping, (str, list))
         messages = _told(where, chat.as_messages, value)
         _told(where, chat.check_turns, messages, ("user",))
-        found.append((value, where))
+        found.append(Prompt(value, where, record))
     return found
+
+
+def _comparison(where, record, mapping):
+    names = mapping or {}
+    prompt = _side(where, record, "prompt", mapping, "user")
+    if names.get("ranked", "ranked") in record:
+        return Comparison(prompt, _ranked(where, record, mapping, prompt))
+    answers = tuple(
+        _side(where, record, name, mapping, "assistant")
+        for name in ("chosen", "rejected")
+    )
+    for answer in answers:
+        _compared(where, prompt, answer)
+    return Comparison(
+        prompt,
+        answers,
+        _number(where, record, "preference", mapping, "a number from 0 to 1", 0, 1),
+        _number(where, record, "margin", mapping, "a number"),
+    )
+
+
+def _ranked(where, record, mapping, prompt):
+    names = mapping or {}
+    for other in ("chosen", "rejected", "preference", "margin"):
+        if names.get(other, other) in record:
+            raise UserError(
+                f"{where}: has both 'ranked' and {names.get(other, other)!r}, which "
+                "belongs to a pair; drop one"
+            )
+    values = _field(where, record, "ranked", mapping, (list,))
+    ended = record.get("ranked_ended", [True] * len(values))
+    if len(values) < 2:
+        raise UserError(
+            f"{where}: 'ranked' has {len(values)} answers, expected two or more, the "
+            "best first"
+        )
+    if (
+        not isinstance(ended, list)
+        or len(ended) != len(values)
+        or not all(isinstance(e, bool) for e in ended)
+    ):
+        raise UserError(
+            f"{where}: 'ranked_ended' is {ended!r}, expected true or false for each of "
+            f"the {len(values)} answers"
+        )
+    answers = []
+    for value, whole in zip(values, ended, strict=True):
+        answer = _told(where, chat.as_messages, value, "assistant")
+        answer = answer if whole else _cut_off(answer)
+        _compared(where, prompt, answer)
+        answers.append(answer)
+    return tuple(answers)
+
+
+def _side(where, record, name, mapping, role):
+    """A prompt or an answer as messages."""
+    value = _field(where, record, name, mapping, (str, list))
+    messages = _told(where, chat.as_messages, value, role)
+    return _cut_off(messages) if record.get(f"{name}_ended") is False else messages
+
+
+def _cut_off(messages):
+    return [*messages[:-1], messages[-1] | {"ended": False}]
+
+
+def _compared(where, prompt, answer):
+    """Refuses an answer that does not follow its prompt, or that none may learn."""
+    _told(where, chat.check_turns, prompt + answer, ("assistant",))
+    if answer[-1].get("weight", 1) == 0:
+        raise UserError(
+            f"{where}: an answer to judge has weight 0; weights are for demonstrations"
+        )
+
+
+def _number(where, record, name, mapping, limits, low=-math.inf, high=math.inf):
+    """An optional number of a record; None where it has none."""
+    key = (mapping or {}).get(name, name)
+    if key not in record:
+        return None
+    value = record[key]
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or not low <= value <= high:
+        raise UserError(f"{where}: {key!r} is {value!r}, expected {limits}")
+    return float(value)
 
 
 def _told(where, function, *args):
@@ -179,6 +349,14 @@ def _told(where, function, *args):
         return function(*args)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+_WANTED = {
+    (str,): "a text",
+    (str, list): "a text or a list of messages",
+    (list,): "a list of answers",
+    (bool,): "true or false",
+}
 
 
 def _field(where, record, name, mapping, types):
@@ -191,7 +369,7 @@ def _field(where, record, name, mapping, types):
         )
     value = record[key]
     if not isinstance(value, types):
-        wanted = "a text" if types == (str,) else "a text or a list of messages"
+        wanted = _WANTED[types]
         raise UserError(
             f"{where}: {key!r} is {type(value).__name__}, expected {wanted}"
         )

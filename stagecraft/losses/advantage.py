@@ -6,25 +6,28 @@ import jax.numpy as jnp
 from stagecraft import masked
 
 
-def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95):
+def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95, bootstrap=None):
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16).
 
     arxiv.org/abs/1506.02438. The last masked token ends the episode, also where a
-    completion was cut at the length limit: the value after it is 0. Returns are built
-    from these advantages, so whiten only afterwards.
+    completion was cut at the length limit: the value after it is 0, unless `bootstrap`
+    says otherwise. Returns are built from these advantages, so whiten only afterwards.
 
     Args:
         rewards: f32[B, T], paid after each token.
         values: f32[B, T]: the critic's value of the state before each token.
-        mask: bool[B, T], True on the completion: one unbroken run from column 0.
+        mask: bool[B, T], True on the completion: one unbroken run from column 0; with
+            the score placed after the end token, `kl.value_mask` of it.
         discount: weight of the next token's worth.
         lambda_: 0 trusts the critic one step ahead, 1 only the rewards that came.
+        bootstrap: f32[B]: the critic's value of the state after the last masked token,
+            for completions that were cut there; 0 for those that ended. None: all 0.
 
     Returns:
         advantages and returns, each f32[B, T], 0 outside the mask.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes do not fit.
 
     >>> one = jnp.ones((1, 1))
     >>> advantages, returns = gae(one, 0.25 * one, one > 0)  # paid less hoped
@@ -35,6 +38,10 @@ def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95):
     # Once cleared, the tail holds only zeros, and so do the deltas there.
     rewards, values = masked.clear(rewards, mask), masked.clear(values, mask)
     ahead = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
+    if bootstrap is not None:
+        masked.check_shapes(bootstrap=bootstrap, rows=mask[:, 0])
+        last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        ahead = jnp.where(last, bootstrap[:, None], ahead)
     deltas = rewards + discount * ahead - values  # [B, T]
 
     def back(later, delta):
@@ -46,16 +53,43 @@ def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95):
     return advantages.T, advantages.T + values
 
 
-def whiten(x, mask, *, shift_mean=True):
+def discounted_returns(rewards, mask, *, discount=1.0):
+    """What was paid from each token to the end: the return of REINFORCE.
+
+    Whitened over the whole batch, these are the advantages of REINFORCE++ (Hu et al.
+    2025, arxiv.org/abs/2501.03262).
+
+    Args:
+        rewards: f32[B, T], paid after each token.
+        mask: bool[B, T], True on the completion: one unbroken run from column 0.
+        discount: weight of the next token's reward.
+
+    Returns:
+        f32[B, T], 0 outside the mask.
+
+    Raises:
+        ValueError: when the shapes differ.
+
+    >>> rewards = jnp.array([[1.0, 2.0, 4.0]])
+    >>> discounted_returns(rewards, rewards > 0, discount=0.5).tolist()
+    [[3.0, 4.0, 4.0]]
+    """
+    nothing = jnp.zeros_like(rewards)
+    return gae(rewards, nothing, mask, discount=discount, lambda_=1.0)[0]
+
+
+def whiten(x, mask, *, shift_mean=True, unbiased=False):
     """Scales the masked values to variance 1 and, by default, mean 0.
 
     Meant for a whole batch at once, over all devices: whitening each minibatch is
-    another algorithm. The variance is the population's (divided by n).
+    another algorithm. Rewards are whitened with `shift_mean=False`: a shift would pay
+    for every token, and so for length.
 
     Args:
         x: f32, any shape.
         mask: bool, same shape.
         shift_mean: False keeps the mean where it was.
+        unbiased: divide the variance by n - 1, as TRL does, rather than by n.
 
     Returns:
         f32 like `x`, 0 outside the mask.
@@ -64,7 +98,8 @@ def whiten(x, mask, *, shift_mean=True):
     [-1.0, 1.0, 0.0]
     """
     mean = masked.mean(x, mask)
-    scaled = (masked.clear(x, mask) - mean) * jax.lax.rsqrt(masked.var(x, mask) + 1e-8)
+    var = masked.var(x, mask, unbiased=unbiased)
+    scaled = (masked.clear(x, mask) - mean) * jax.lax.rsqrt(var + 1e-8)
     return masked.clear(scaled if shift_mean else scaled + mean, mask)
 
 

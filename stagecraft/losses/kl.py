@@ -2,7 +2,9 @@
 
 import jax.numpy as jnp
 
-from stagecraft import masked
+from stagecraft import masked, schema
+from stagecraft.errors import UserError
+from stagecraft.losses.policy import probability_ratio
 
 
 def k1(logps, ref_logps):
@@ -33,7 +35,63 @@ def k3(logps, ref_logps):
     return jnp.exp(-difference) - 1 + difference
 
 
-def missing_eos(scores, ended, *, penalty):
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_in_loss(
+    logps, ref_logps, old_logps=None, *, estimator="k3", bias_correction=False
+):
+    """A KL penalty added to the loss of each token, as GRPO has it.
+
+    Which gradient that gives differs by estimator (arxiv.org/abs/2510.01555). On
+    samples of the policy itself, "k2" has the gradient of KL(policy, reference), the
+    divergence meant; "k3" has that of KL(reference, policy), the same only while the
+    two are near; "k3" with bias correction (a factor of the probability ratio,
+    DeepSeek-AI 2025, arxiv.org/abs/2512.02556) is right again, also on samples of an
+    earlier policy.
+
+    Args:
+        logps: f32[B, T], nats: log-probs of the sampled tokens now, at the temperature
+            they were sampled with.
+        ref_logps: f32[B, T], the same under the frozen reference, same temperature.
+        old_logps: f32[B, T], the same under the policy that sampled; read only for
+            `bias_correction`.
+        estimator: "k2" or "k3".
+        bias_correction: multiply "k3" by the probability ratio to `old_logps`.
+
+    Returns:
+        loss f32[B, T], nats, not reduced; metrics {"kl": f32[B, T]}, the same.
+
+    Raises:
+        ValueError: when the shapes differ.
+        UserError: for "k1", an unknown estimator, or "k2" with bias correction.
+
+    >>> same = jnp.full((1, 1), -3.0)
+    >>> float(kl_in_loss(same, same)[0][0, 0])
+    0.0
+    """
+    if estimator == "k1":
+        raise UserError(
+            "estimator='k1' in the loss: its expected gradient on the policy's own "
+            "samples is zero, so it would penalize nothing; use 'k2' (the gradient of "
+            "the KL) or 'k3' here, or 'k1' in the reward"
+        )
+    schema.choice("estimator", estimator, ("k2", "k3"))
+    kl = ESTIMATORS[estimator](logps, ref_logps)
+    if bias_correction:
+        if estimator != "k3":
+            raise UserError(
+                f"bias_correction=True with estimator={estimator!r}: the factor makes "
+                "'k3' right and 'k2' wrong; expected estimator='k3'"
+            )
+        if old_logps is None:
+            raise ValueError("bias_correction=True needs old_logps")
+        masked.check_shapes(logps=logps, old_logps=old_logps)
+        kl = kl * probability_ratio(logps - old_logps)
+    return kl, {"kl": kl}
+
+
+def missing_eos(scores, ended, *, penalty=0.0, replace=None):
     """Lowers the score of completions that never reached their end token.
 
     Without it a policy may learn to talk until the length limit (Huang et al. 2024,
@@ -43,16 +101,53 @@ def missing_eos(scores, ended, *, penalty):
         scores: f32[B], one score per completion.
         ended: bool[B], True where the stop token was sampled.
         penalty: points taken from the others; 0 switches it off.
+        replace: the score they get instead of their own (-1 in the paper), and then
+            no penalty. None: they keep theirs.
 
     Returns:
         f32[B].
+
+    >>> ended = jnp.array([True, False])
+    >>> missing_eos(jnp.array([3.0, 3.0]), ended, penalty=1.0).tolist()
+    [3.0, 2.0]
+    >>> missing_eos(jnp.array([3.0, 3.0]), ended, replace=-1.0).tolist()
+    [3.0, -1.0]
     """
     masked.check_shapes(scores=scores, ended=ended)
-    return jnp.where(ended, scores, scores - penalty)
+    lowered = scores - penalty if replace is None else jnp.full_like(scores, replace)
+    return jnp.where(ended, scores, lowered)
 
 
-def kl_reward(scores, logps, ref_logps, mask, *, kl_coef):
-    """Rewards per token: a KL penalty on each, and the score on the last.
+def value_mask(mask, placement="A"):
+    """Where the critic's value counts: `mask`, and the slot of the score.
+
+    With placement "B" the score is paid one slot after the end token. The value there
+    is the critic's output on the end token; it takes part in advantages and in the
+    critic's loss, while the policy's loss keeps to `mask`.
+
+    Args:
+        mask: bool[B, T], True on the completion: one unbroken run from column 0.
+        placement: "A" or "B", see `kl_reward`.
+
+    Returns:
+        bool[B, T]; an empty row stays empty.
+
+    Raises:
+        UserError: for an unknown placement.
+
+    >>> value_mask(jnp.array([[True, False, False]]), "B").tolist()
+    [[True, True, False]]
+    """
+    schema.choice("placement", placement, ("A", "B"))
+    if placement == "A":
+        return mask
+    return mask | jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+
+
+def kl_reward(
+    scores, logps, ref_logps, mask, *, kl_coef, placement="A", estimator="k1"
+):
+    """Rewards per token: a KL penalty on each, and the score at the end.
 
     Ouyang et al. 2022 (arxiv.org/abs/2203.02155), eq. 2, spread over tokens as in
     Ziegler et al. 2019. The last masked token is the end token, or the last one that
@@ -63,25 +158,37 @@ def kl_reward(scores, logps, ref_logps, mask, *, kl_coef):
         logps: f32[B, T], nats, of the sampled tokens under the policy, at the sampling
             temperature.
         ref_logps: f32[B, T], the same under the frozen reference, same temperature.
-        mask: bool[B, T], True on the completion up to and including its end token.
+        mask: bool[B, T], True on the completion up to and including its end token: one
+            unbroken run from column 0.
         kl_coef: points paid per nat.
+        placement: "A" pays the score on the last masked token. "B" pays it on the slot
+            after, or on the last one when the completion fills the window, as Huang et
+            al. 2024 (arxiv.org/abs/2403.17031) and TRL do: there the critic may judge
+            the whole completion, see `value_mask`.
+        estimator: "k1", whose policy gradient is that of the KL; or "k3", never
+            negative, which TRL's PPO offers too. Paid as a reward, "k3" pulls with the
+            difference of the KL's two directions, which near the reference is nothing.
 
     Returns:
-        f32[B, T], 0 outside the mask.
+        f32[B, T], 0 outside `value_mask(mask, placement)`.
 
     Raises:
         ValueError: when the shapes do not fit.
+        UserError: for an unknown placement or estimator.
 
     >>> zero = jnp.zeros((1, 3))
     >>> ended = jnp.array([[True, True, False]])
     >>> kl_reward(jnp.array([2.0]), zero, zero, ended, kl_coef=0.1).tolist()
     [[0.0, 2.0, 0.0]]
     """
+    schema.choice("estimator", estimator, ("k1", "k3"))
     masked.check_shapes(logps=logps, ref_logps=ref_logps, mask=mask)
     masked.check_shapes(scores=scores, rows=mask[:, 0])
-    kl = masked.clear(k1(logps, ref_logps), mask)  # [B, T]
+    logps, ref_logps = masked.clear(logps, mask), masked.clear(ref_logps, mask)
+    kl = ESTIMATORS[estimator](logps, ref_logps)  # [B, T]
+    paid = value_mask(mask, placement)
     column = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-    last = jnp.max(jnp.where(mask, column, -1), axis=1, keepdims=True)  # -1: empty row
+    last = jnp.max(jnp.where(paid, column, -1), axis=1, keepdims=True)  # -1: empty row
     at_end = jnp.where(column == last, scores[:, None], jnp.zeros_like(kl))
     return at_end - kl_coef * kl
 

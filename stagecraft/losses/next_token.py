@@ -1,5 +1,6 @@
 """Next-token prediction, and the one place where targets are shifted."""
 
+import jax
 import jax.numpy as jnp
 
 from stagecraft import masked
@@ -46,6 +47,45 @@ def next_token(logps):
         loss f32[B, T] (not reduced; meaningful under the target mask), metrics {}.
     """
     return -logps, {}
+
+
+def dft(logps):
+    """Dynamic fine-tuning: a token's loss times its own probability (Wu et al. 2025).
+
+    arxiv.org/abs/2508.05629. Maximum likelihood weighs a token's gradient by 1/p; the
+    factor p, through which no gradient flows, takes that back, so that tokens the model
+    finds absurd teach it little.
+
+    Args:
+        logps: f32[B, T], nats: log p(target) at each position.
+
+    Returns:
+        loss f32[B, T] (not reduced; meaningful under the target mask), metrics {}.
+
+    >>> loss, _ = dft(jnp.log(jnp.array([[0.5, 1e-9]])))  # log 2 / 2, and next to none
+    >>> [round(float(x), 4) for x in loss[0]]
+    [0.3466, 0.0]
+    """
+    return -jax.lax.stop_gradient(jnp.exp(logps)) * logps, {}
+
+
+def z_loss(log_z):
+    """Squared log-normaliser of the softmax (PaLM, Chowdhery et al. 2022).
+
+    arxiv.org/abs/2204.02311. To be added to another loss, there by 1e-4: it keeps
+    logits, which the likelihood only fixes up to a constant, from drifting.
+
+    Args:
+        log_z: f32[B, T], nats: logsumexp of the logits at each position.
+
+    Returns:
+        loss f32[B, T] (not reduced; meaningful under the target mask); metrics
+        {"log_z": f32[B, T]}.
+
+    >>> z_loss(jnp.array([[0.0, -2.0]]))[0].tolist()  # 0: the logits are log-probs
+    [[0.0, 4.0]]
+    """
+    return jnp.square(log_z), {"log_z": log_z}
 
 
 def sequence_logps(logps, target_mask):

@@ -1,24 +1,65 @@
-"""Preference objectives: pairs of completions, no reward model, no sampling."""
+"""Preference objectives over pairs, measured against a frozen reference policy.
+
+No reward model, no sampling. Column 0 of a pair is the chosen completion, column 1 the
+rejected one. Names and numbers are those of TRL's DPO trainer, except that its
+"sigmoid" is called `dpo` here, and may be smoothed.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from stagecraft import masked
+from stagecraft.losses.pairs import (
+    check_pairs,
+    check_positive,
+    check_range,
+    difference,
+    implied_rewards,
+    logistic,
+    per_token,
+    scores,
+)
 
 
-def dpo(policy_logps, ref_logps, *, beta=0.1, label_smoothing=0.0):
+def _start(policy_logps, ref_logps, beta):
+    """Checks what every loss here is given; log-ratios f32[B, 2] and the metrics."""
+    check_pairs(policy_logps=policy_logps, ref_logps=ref_logps)
+    check_positive(beta=beta)
+    metrics = implied_rewards(policy_logps, ref_logps, beta)
+    return policy_logps - ref_logps, metrics
+
+
+def dpo(
+    policy_logps,
+    ref_logps,
+    preference=None,
+    *,
+    beta=0.1,
+    label_smoothing=0.0,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
     """Direct preference optimization (Rafailov et al. 2023, eq. 7).
 
     arxiv.org/abs/2305.18290. Label smoothing is the conservative variant for labels
     flipped with a known probability (Mitchell 2023, "A note on DPO with noisy
-    preferences").
+    preferences"); soft labels are the same with a probability of each pair's own, such
+    as an AI judge's.
 
     Args:
         policy_logps: f32[B, 2], nats: sum of log p(token) over the completion; column 0
             is the chosen completion, column 1 the rejected one.
         ref_logps: f32[B, 2], the same under the frozen reference policy.
+        preference: f32[B], the probability that column 0 is the better one; None for 1.
         beta: weight of the implied KL penalty; larger stays nearer the reference.
-        label_smoothing: assumed share of flipped labels, in [0, 0.5).
+        label_smoothing: assumed share of flipped labels, in [0, 0.5); with `preference`
+            on top of it.
+        f_divergence: the penalty's kind, one of `pairs.DIVERGENCES`; see
+            `pairs.scores`.
+        alpha: for f_divergence="alpha" only.
+        reference_free: take the reference's log-probs as 0. Logged rewards still
+            measure against it.
 
     Returns:
         loss f32[B], not reduced; metrics, each f32[B]: "rewards/chosen",
@@ -27,25 +68,388 @@ def dpo(policy_logps, ref_logps, *, beta=0.1, label_smoothing=0.0):
         "logps/rejected".
 
     Raises:
-        ValueError: when the two arrays are not both [B, 2].
+        ValueError: when the two arrays are not both [B, 2], or `preference` not [B].
+        UserError: for a hyper-parameter out of its range.
 
     >>> same = jnp.array([[-5.0, -9.0]])
     >>> loss, _ = dpo(same, same)  # policy and reference agree, a coin toss: log 2
     >>> round(float(loss[0]), 4)
     0.6931
     """
-    masked.check_shapes(policy_logps=policy_logps, ref_logps=ref_logps)
-    if policy_logps.ndim != 2 or policy_logps.shape[1] != 2:
-        raise ValueError(f"policy_logps must be [B, 2], got {policy_logps.shape}")
-    rewards = beta * (policy_logps - ref_logps)  # [B, 2]
-    margins = rewards[:, 0] - rewards[:, 1]  # [B]
-    loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(margins)
-    loss -= label_smoothing * jax.nn.log_sigmoid(-margins)
-    return loss, {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).astype(jnp.float32),
-        "logps/chosen": policy_logps[:, 0],
-        "logps/rejected": policy_logps[:, 1],
-    }
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    check_range(0, 0.5, label_smoothing=label_smoothing)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    flipped = label_smoothing
+    if preference is not None:
+        masked.check_shapes(preference=preference, pairs=margin)
+        right = preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
+        flipped = 1 - right
+    return logistic(margin, flipped), metrics
+
+
+def hinge(
+    policy_logps,
+    ref_logps,
+    *,
+    beta=0.1,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Hinge on the margin over the reference (SLiC-HF, Zhao et al. 2023).
+
+    arxiv.org/abs/2305.10425, with the log-ratio in place of the likelihood. A pair
+    whose margin has reached 1 stops teaching. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> hinge(same, same)[0].tolist()
+    [1.0]
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    return jax.nn.relu(1 - margin), metrics
+
+
+def ipo(
+    policy_logps,
+    ref_logps,
+    lengths,
+    *,
+    beta=0.1,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Identity preference optimization, averaged per token (Azar et al. 2023, eq. 17).
+
+    arxiv.org/abs/2310.12036. Regresses the difference of log-ratios onto 1/(2 beta), so
+    that certain labels cannot drive it to infinity. Each log-ratio is divided by its
+    completion's length, as the authors have told TRL theirs were; `ipo_sum` is the
+    formula as printed.
+
+    Args:
+        policy_logps, ref_logps: f32[B, 2], nats, sums; as in `dpo`.
+        lengths: f32[B, 2], tokens of each completion.
+        beta: the paper's tau; the target is 1/(2 beta) nats a token.
+        f_divergence, alpha, reference_free: as in `dpo`.
+
+    Returns:
+        loss f32[B], not reduced; metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> ipo(same, same, jnp.ones((1, 2)), beta=0.5)[0].tolist()
+    [1.0]
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    average = per_token(scores(policy_logps, ref_logps, **kind), lengths)
+    return jnp.square(difference(average) - 1 / (2 * beta)), metrics
+
+
+def ipo_sum(
+    policy_logps,
+    ref_logps,
+    *,
+    beta=0.1,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Identity preference optimization on sums (Azar et al. 2023, eq. 17).
+
+    arxiv.org/abs/2310.12036, as printed and as in OpenRLHF: the target is 1/(2 beta)
+    nats for whole completions. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> ipo_sum(same, same, beta=0.5)[0].tolist()
+    [1.0]
+    """
+    return ipo(
+        policy_logps,
+        ref_logps,
+        jnp.ones_like(policy_logps),
+        beta=beta,
+        f_divergence=f_divergence,
+        alpha=alpha,
+        reference_free=reference_free,
+    )
+
+
+def sigmoid_norm(
+    policy_logps,
+    ref_logps,
+    lengths,
+    *,
+    beta=0.1,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """DPO on log-ratios per token (length-normalised, Lambert et al. 2024, Tulu 3).
+
+    arxiv.org/abs/2411.15124, section on preference tuning. Averages are small, so beta
+    is usually above 1. Arguments as in `ipo`, metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> loss, _ = sigmoid_norm(same, same, jnp.array([[2.0, 7.0]]), beta=5.0)
+    >>> round(float(loss[0]), 4)  # a coin toss: log 2
+    0.6931
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    average = per_token(scores(policy_logps, ref_logps, **kind), lengths)
+    return logistic(beta * difference(average)), metrics
+
+
+def robust(
+    policy_logps,
+    ref_logps,
+    *,
+    beta=0.1,
+    label_smoothing=0.0,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Provably robust DPO (Chowdhury et al. 2024): noise subtracted, not mixed in.
+
+    arxiv.org/abs/2403.00409. When labels are flipped with probability
+    `label_smoothing`, this has the expected gradient of DPO on clean labels; it may be
+    negative. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> round(float(robust(same, same, label_smoothing=0.25)[0][0]), 4)
+    0.6931
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    check_range(0, 0.5, label_smoothing=label_smoothing)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    clean = (1 - label_smoothing) * logistic(margin) - label_smoothing * logistic(
+        -margin
+    )
+    return clean / (1 - 2 * label_smoothing), metrics
+
+
+def exo_pair(
+    policy_logps,
+    ref_logps,
+    *,
+    beta=0.1,
+    label_smoothing=1e-3,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Efficient exact optimization on pairs (Ji et al. 2024, eq. 16).
+
+    arxiv.org/abs/2402.00856. The reverse KL from the policy's preference to the
+    smoothed label, where DPO takes the forward one. Arguments and metrics as in `dpo`,
+    but `label_smoothing` lies in (0, 0.5): with 0 the KL is infinite.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> loss, _ = exo_pair(same, same, label_smoothing=0.4)
+    >>> round(float(loss[0]), 4)  # KL of (1/2, 1/2) from (0.6, 0.4)
+    0.0204
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    check_range(0, 0.5, label_smoothing=label_smoothing)
+    check_positive(label_smoothing=label_smoothing)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    right = -logistic(margin) - jnp.log1p(-jnp.asarray(label_smoothing, margin.dtype))
+    wrong = -logistic(-margin) - jnp.log(jnp.asarray(label_smoothing, margin.dtype))
+    loss = jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
+    return loss, metrics
+
+
+def discopop(
+    policy_logps,
+    ref_logps,
+    *,
+    beta=0.1,
+    tau=0.05,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """Discovered preference optimization (Lu et al. 2024, eq. 5).
+
+    arxiv.org/abs/2406.08414: a language model found it. Blends the logistic loss, for
+    pairs still ranked wrongly, into an exponential one. Arguments and metrics as in
+    `dpo`.
+
+    Args:
+        tau: width of the blend, in margins.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> round(float(discopop(same, same)[0][0]), 4)  # half log 2 and half 1
+    0.8466
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    check_positive(tau=tau)
+    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
+    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    # In one exponent: far below 0 the blend vanishes faster than e^-margin grows.
+    exponential = jnp.exp(jax.nn.log_sigmoid(margin / tau) - margin)
+    return jax.nn.sigmoid(-margin / tau) * logistic(margin) + exponential, metrics
+
+
+def nca_pair(policy_logps, ref_logps, *, beta=0.1):
+    """Noise contrastive alignment on pairs (Chen et al. 2024).
+
+    arxiv.org/abs/2402.05369. Classifies each completion as better or worse than the
+    reference, so that the chosen one's likelihood does not fall. Arguments and metrics
+    as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> round(float(nca_pair(same, same)[0][0]), 4)  # 2 log 2
+    1.3863
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    chosen, rejected = beta * log_ratio[:, 0], beta * log_ratio[:, 1]
+    return logistic(chosen) + 0.5 * (logistic(-chosen) + logistic(-rejected)), metrics
+
+
+def bco_pair(policy_logps, ref_logps, *, beta=0.1):
+    """Binary classifier optimization on pairs (Jung et al. 2024).
+
+    arxiv.org/abs/2404.04656, without the reward shift, which `unpaired.bco` has: both
+    completions are classified on their own. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> round(float(bco_pair(same, same)[0][0]), 4)  # 2 log 2
+    1.3863
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    return logistic(beta * log_ratio[:, 0]) + logistic(-beta * log_ratio[:, 1]), metrics
+
+
+def sppo_hard(policy_logps, ref_logps, *, beta=0.1):
+    """Self-play preference optimization with hard labels (Wu et al. 2024, eq. 4.7).
+
+    arxiv.org/abs/2405.00675, the winning probability taken as 1 and 0: regresses the
+    log-ratios onto 1/(2 beta) and -1/(2 beta). Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> sppo_hard(same, same, beta=0.5)[0].tolist()
+    [2.0]
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    target = 1 / (2 * beta)
+    loss = jnp.square(log_ratio[:, 0] - target) + jnp.square(log_ratio[:, 1] + target)
+    return loss, metrics
+
+
+def apo_zero(policy_logps, ref_logps, *, beta=0.1):
+    """Anchored preference optimization, zero (D'Oosterlinck et al. 2024, eq. 7).
+
+    arxiv.org/abs/2408.06266. Raises the chosen and lowers the rejected likelihood: for
+    chosen completions better than the model's own. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> apo_zero(same, same)[0].tolist()
+    [1.0]
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    chosen, rejected = beta * log_ratio[:, 0], beta * log_ratio[:, 1]
+    return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), metrics
+
+
+def apo_down(policy_logps, ref_logps, *, beta=0.1):
+    """Anchored preference optimization, down (D'Oosterlinck et al. 2024, eq. 8).
+
+    arxiv.org/abs/2408.06266. Lowers both likelihoods, the rejected one's more: for
+    chosen completions worse than the model's own. Arguments and metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> apo_down(same, same)[0].tolist()
+    [1.0]
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    chosen, margin = beta * log_ratio[:, 0], beta * difference(log_ratio)
+    return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin), metrics
+
+
+def aot(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothing=0.0):
+    """Alignment by optimal transport on pairs (Melnyk et al. 2024).
+
+    arxiv.org/abs/2406.05882. Compares the policy's margins with the reference's as
+    distributions: both are sorted, and those of one rank meet. A row's loss therefore
+    depends on the whole batch it is given, and so on how a batch is split.
+
+    Args:
+        policy_logps, ref_logps: f32[B, 2], nats, sums; as in `dpo`.
+        rows: bool[B], True where a row holds a pair: padding is not sorted in. None for
+            all.
+        beta, label_smoothing: as in `dpo`.
+
+    Returns:
+        loss f32[B], each at the row of the policy's margin; metrics as in `dpo`.
+
+    >>> policy = jnp.array([[2.0, 0.0], [1.0, 0.0]])
+    >>> one, _ = aot(policy, jnp.array([[9.0, 0.0], [0.0, 0.0]]))
+    >>> other, _ = aot(policy, jnp.array([[0.0, 0.0], [9.0, 0.0]]))
+    >>> one.tolist() == other.tolist()  # whose margin in the reference: forgotten
+    True
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    check_range(0, 0.5, label_smoothing=label_smoothing)
+    policy, reference = difference(policy_logps), difference(ref_logps)
+    margin = beta * _less_same_rank(policy, reference, rows)
+    return logistic(margin, label_smoothing), metrics
+
+
+def aot_unpaired(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothing=0.0):
+    """Alignment by optimal transport, unpaired (Melnyk et al. 2024).
+
+    arxiv.org/abs/2406.05882. Compares the log-ratios of all chosen completions with
+    those of all rejected ones, rank by rank: who was paired with whom is not used.
+    Arguments as in `aot`.
+
+    Returns:
+        loss f32[B], each at the row of the chosen completion; metrics as in `dpo`.
+
+    >>> same = jnp.array([[-5.0, -9.0]])
+    >>> round(float(aot_unpaired(same, same)[0][0]), 4)
+    0.6931
+    """
+    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
+    check_range(0, 0.5, label_smoothing=label_smoothing)
+    margin = beta * _less_same_rank(log_ratio[:, 0], log_ratio[:, 1], rows)
+    return logistic(margin, label_smoothing), metrics
+
+
+def _less_same_rank(a, b, rows):
+    """Each of `a` less the one of `b` that has its rank; 0 outside `rows`."""
+    rows = jnp.ones(a.shape, bool) if rows is None else rows
+    masked.check_shapes(pairs=a, rows=rows)
+    last = jnp.full_like(a, jnp.inf)
+    rank = jnp.argsort(jnp.argsort(jnp.where(rows, a, last)))
+    partner = jnp.sort(jnp.where(rows, b, last))[rank]
+    return masked.clear(a, rows) - masked.clear(partner, rows)
+
+
+def sft(policy_logps, ref_logps, chosen_logps, *, beta=0.1):
+    """Maximum likelihood of the chosen completion's tokens, to be added to another.
+
+    With `dpo` and weights (1, w) it is the regularised objective of RPO (Liu et al.
+    2024, arxiv.org/abs/2405.16436).
+
+    Args:
+        policy_logps, ref_logps: f32[B, 2], nats, sums; only for the metrics.
+        chosen_logps: f32[B, T], nats: log-probs of the chosen completion's tokens.
+        beta: scale of the logged rewards.
+
+    Returns:
+        {"chosen": loss f32[B, T]}, not reduced, over the chosen completion's tokens;
+        metrics as in `dpo`.
+
+    >>> sums = jnp.array([[-3.0, -9.0]])
+    >>> sft(sums, sums, jnp.array([[-1.0, -2.0]]))[0]["chosen"].tolist()
+    [[1.0, 2.0]]
+    """
+    _, metrics = _start(policy_logps, ref_logps, beta)
+    return {"chosen": -chosen_logps}, metrics

@@ -22,21 +22,33 @@ class TokenStats(NamedTuple):
     """What is kept of each token's logits; f32 arrays shaped like the targets.
 
     Attributes:
-        logps: log-probability of the target in nats, at the temperature; the only field
-            that gradients go through.
+        logps: log-probability of the target in nats, at the temperature. Gradients go
+            through this field and `log_z` only, and `entropy` when asked for.
         entropy: of the distribution at the temperature, in nats.
         correct: 1 where no token has a larger logit than the target, else 0.
         logit_mean: mean over the vocabulary of the logits before the temperature.
+        log_z: log of the sum of exponentials of the logits, at the temperature.
+        log_p2: log of the sum of squared probabilities; None unless asked for.
     """
 
     logps: Any
-    entropy: Any
-    correct: Any
-    logit_mean: Any
+    entropy: Any = None
+    correct: Any = None
+    logit_mean: Any = None
+    log_z: Any = None
+    log_p2: Any = None
 
 
 def token_logps(
-    hidden, embedding, targets, *, temperature=1.0, block_size=None, stats=True
+    hidden,
+    embedding,
+    targets,
+    *,
+    temperature=1.0,
+    block_size=None,
+    stats=True,
+    squares=False,
+    entropy_gradient=False,
 ) -> TokenStats:
     """Log-probability of each target token, in blocks of tokens.
 
@@ -53,6 +65,8 @@ def token_logps(
         block_size: tokens per block on one device; None keeps a block's logits within
             `BLOCK_ELEMENTS`.
         stats: False leaves every field but `logps` None.
+        squares: also `log_p2`.
+        entropy_gradient: let gradients through `entropy` (for an entropy bonus).
 
     Returns:
         `TokenStats` of f32[B, T].
@@ -60,11 +74,9 @@ def token_logps(
     Raises:
         UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
     """
-    current = mesh.current()
+    current, kinds = mesh.current(), _Kinds(stats, squares, entropy_gradient)
     if current is None:
-        return _local(
-            hidden, embedding, targets, temperature, block_size, stats, axis=None
-        )
+        return _local(hidden, embedding, targets, temperature, block_size, kinds, None)
     shards = current.shape["data"] * current.shape["fsdp"]
     if targets.shape[0] % shards:
         raise UserError(
@@ -80,7 +92,7 @@ def token_logps(
         embedding = jax.lax.pcast(embedding, "data", to="varying")
         hidden = jax.lax.pcast(hidden, "tensor", to="varying")
         return _local(
-            hidden, embedding, targets, temperature, block_size, stats, axis="tensor"
+            hidden, embedding, targets, temperature, block_size, kinds, axis="tensor"
         )
 
     rows = mesh.spec(("batch",) + (None,) * (targets.ndim - 1))
@@ -91,7 +103,15 @@ def token_logps(
     )(hidden, embedding, targets)
 
 
-def _local(hidden, embedding, targets, temperature, block_size, stats, axis):
+class _Kinds(NamedTuple):
+    """Which fields of `TokenStats` are made, and how."""
+
+    stats: bool
+    squares: bool
+    entropy_gradient: bool
+
+
+def _local(hidden, embedding, targets, temperature, block_size, kinds, axis):
     """One device's rows; `axis` names the mesh axis its vocabulary is split over."""
     vocab, width = embedding.shape
     shape, count = targets.shape, targets.size
@@ -102,7 +122,7 @@ def _local(hidden, embedding, targets, temperature, block_size, stats, axis):
     embedding = embedding.astype(hidden.dtype)
 
     def block(xs):
-        return _block(*xs, embedding, temperature, stats, axis)
+        return _block(*xs, embedding, temperature, kinds, axis)
 
     if blocks == 1:
         out = block((hidden, targets))
@@ -119,7 +139,7 @@ def _local(hidden, embedding, targets, temperature, block_size, stats, axis):
     return jax.tree.map(lambda x: x.reshape(shape), out)
 
 
-def _block(hidden, targets, embedding, temperature, stats, axis):
+def _block(hidden, targets, embedding, temperature, kinds, axis):
     """[N, D], i32[N], [V, D] -> TokenStats of f32[N]."""
     stop = jax.lax.stop_gradient
 
@@ -139,9 +159,10 @@ def _block(hidden, targets, embedding, temperature, stats, axis):
     hit = targets[:, None] == jnp.arange(embedding.shape[0])[None, :]
     target = total(jnp.where(hit, raw, 0.0).sum(axis=-1))
     logps = (target - top) / temperature - lse
-    if not stats:
-        return TokenStats(logps, None, None, None)
-    expected = total(stop(exps * shifted).sum(axis=-1)) * jnp.exp(-stop(lse))
+    if not kinds.stats:
+        return TokenStats(logps)
+    held = (lambda x: x) if kinds.entropy_gradient else stop
+    expected = total(held(exps * shifted).sum(axis=-1)) * jnp.exp(-held(lse))
     # The mean logit is the product with the mean embedding: no pass over the logits.
     shards = 1 if axis is None else jax.lax.axis_size(axis)
     mean = stop(embedding).astype(jnp.float32).sum(axis=0) / (
@@ -149,7 +170,14 @@ def _block(hidden, targets, embedding, temperature, stats, axis):
     )
     return TokenStats(
         logps=logps,
-        entropy=stop(lse) - expected,
+        entropy=held(lse) - expected,
         correct=(stop(target) >= top).astype(jnp.float32),
         logit_mean=total(stop(hidden).astype(jnp.float32) @ mean),
+        log_z=lse + top / temperature,
+        log_p2=_log_p2(exps, lse, total) if kinds.squares else None,
     )
+
+
+def _log_p2(exps, lse, total):
+    exps, lse = map(jax.lax.stop_gradient, (exps, lse))
+    return jnp.log(total(jnp.square(exps).sum(axis=-1))) - 2 * lse

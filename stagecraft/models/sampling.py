@@ -34,7 +34,9 @@ class Sample(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("max_new_tokens", "stop_id", "temperature", "top_k", "top_p"),
+    static_argnames=(
+        *("max_new_tokens", "stop_id", "temperature", "top_k", "top_p", "samples"),
+    ),
 )
 def generate(
     model,
@@ -47,6 +49,7 @@ def generate(
     temperature=1.0,
     top_k=0,
     top_p=1.0,
+    samples=1,
 ) -> Sample:
     """Samples completions; compiled once for each prompt shape and setting.
 
@@ -65,16 +68,20 @@ def generate(
         top_k: draw from the k most likely tokens only; 0 is off.
         top_p: then from the fewest of these that reach this probability (Holtzman et
             al. 2020); 1 is off.
+        samples: G, completions of each prompt, which share its prefill.
 
     Returns:
-        A `Sample`.
+        A `Sample` of B * G rows, the samples of one prompt next to each other.
 
     Raises:
         UserError: a setting is out of its range.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
+    _check(max_new_tokens, temperature, top_k, top_p, samples)
     prompt_mask = prompt_mask.astype(bool)
-    rows, prompt_length = prompt_ids.shape
+    prompt_length = prompt_ids.shape[1]
+    rows = prompt_ids.shape[0] * samples
+    hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, max_new_tokens)
+    prompt_mask = _repeat(prompt_mask, samples, axis=0)
     lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
     slots = jnp.arange(prompt_length + max_new_tokens)
     prompt_slots = jnp.pad(prompt_mask, ((0, 0), (0, max_new_tokens)))
@@ -112,7 +119,6 @@ def generate(
         )
         return step + 1, token, cache, sample
 
-    hidden, cache = _prefill(model, prompt_ids, prompt_mask, max_new_tokens)
     none = jnp.zeros((rows,), bool)
     token, logps, ended = choose(0, hidden, none)
     empty = (rows, max_new_tokens)
@@ -126,21 +132,26 @@ def generate(
     return sample
 
 
-def _check(max_new_tokens, temperature, top_k, top_p):
+def _repeat(x, samples, axis):
+    return x if samples == 1 else jnp.repeat(x, samples, axis=axis)
+
+
+def _check(max_new_tokens, temperature, top_k, top_p, samples):
     for name, value, ok, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0, "0 (off) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1 (off)"),
+        ("samples", samples, samples >= 1, "1 or more"),
     ):
         if not ok:
             raise UserError(f"{name}: expected {expected}, got {value}")
 
 
-def _prefill(model, ids, mask, room):
-    """Runs the prompt; returns the last hidden state [B, 1, D] and the cache.
+def _prefill(model, ids, mask, samples, room):
+    """Runs each prompt once; returns the last hidden state [B G, 1, D] and the cache.
 
-    The cache is keys and values, each [L, B, K, P + room, C].
+    The cache is keys and values, each [L, B G, K, P + room, C].
     """
     segments = mask.astype(jnp.int32)
     angles = model.angles(jnp.cumsum(segments, axis=1) - segments)
@@ -156,8 +167,8 @@ def _prefill(model, ids, mask, room):
         unroll=model.unroll,
     )
     padding = ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x, padding), cache)
-    return model.norm(x[:, -1:]), _place(cache)
+    cache = jax.tree.map(lambda x: jnp.pad(_repeat(x, samples, axis=1), padding), cache)
+    return model.norm(_repeat(x[:, -1:], samples, axis=0)), _place(cache)
 
 
 def _decode(model, token, positions, visible, slot, cache):

@@ -2,17 +2,21 @@
 
 A rater is any function (prompt, answers, rng) -> 0, 1 or None, where answers are two
 (text, ended) and None means that the pair is dropped. The rules of an embedded world
-are one; a verifier of your own is "package.module:function".
+are one; one of your own is "package.module:function"; a reward model is another, whose
+word may be kept as a probability.
 """
 
 import importlib
 import json
+import math
 
 import jax
 import numpy as np
 
 from stagecraft import metrics, workdir, worlds
 from stagecraft.errors import UserError
+from stagecraft.signals.reward import RewardModel
+from stagecraft.signals.selection import shuffled
 
 
 def rater(name, world):
@@ -46,8 +50,8 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
         path: the records file; written whole at the end.
         language: a `models.language.Language`.
         prompts: texts or message lists; taken in turn, in a shuffled order.
-        rate: the rater.
-        config: the stage's config: prompts, batch_size, sampling.
+        rate: the rater, a function or a `RewardModel`.
+        config: the stage's config: prompts, batch_size, sampling, soft_labels.
         key: random key.
         name: for the progress line.
 
@@ -56,10 +60,7 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
     """
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     rng = np.random.default_rng(seed)
-    asked = []
-    while len(asked) < config.prompts:
-        asked += [prompts[i] for i in rng.permutation(len(prompts))]
-    asked = asked[: config.prompts]
+    asked = [prompts[i] for i in shuffled(len(prompts), config.prompts, rng)]
     rows = max(config.batch_size // 2, 1)
     parts = [asked[i : i + rows] for i in range(0, len(asked), rows)]
     progress = metrics.Progress(name, len(parts))
@@ -72,9 +73,10 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
                 seed=seed + number,
                 **dict(config.sampling),
             )
-            for i, prompt in enumerate(part):
-                two = answers[2 * i : 2 * i + 2]
-                better = rate(prompt, two, rng)
+            pairs = [answers[2 * i : 2 * i + 2] for i in range(len(part))]
+            verdicts = _verdicts(rate, part, pairs, rng)
+            for prompt, two, verdict in zip(part, pairs, verdicts, strict=True):
+                better, probability = verdict
                 # The same words twice teach nothing, whether or not they ended.
                 if better is None or two[0][0] == two[1][0]:
                     dropped += 1
@@ -84,6 +86,8 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
                     "chosen": two[better][0],
                     "rejected": two[1 - better][0],
                 }
+                if config.soft_labels:
+                    record["preference"] = probability
                 # An answer that was cut off must not be learned as one that ended.
                 for side, (_, ended) in (
                     ("chosen", two[better]),
@@ -108,3 +112,13 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
         "dropped": dropped,
         "tokens": {"sampled": sampled * limit},
     }
+
+
+def _verdicts(rate, prompts, pairs, rng):
+    """(which answer is better or None, the probability that it is) of each pair."""
+    if not isinstance(rate, RewardModel):
+        return [(rate(p, two, rng), 1.0) for p, two in zip(prompts, pairs, strict=True)]
+    twice = [p for p in prompts for _ in range(2)]
+    found = rate(twice, [answer for two in pairs for answer in two])
+    margins = np.subtract(found[1::2], found[::2])
+    return [(int(m > 0), 1 / (1 + math.exp(-abs(m)))) for m in margins.tolist()]

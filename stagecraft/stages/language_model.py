@@ -3,7 +3,7 @@
 The two differ in their data alone: every token of a document is a target in
 pretraining, the assistant's words (end of turn included) are in fine-tuning.
 
-Not here: dropout (one pass over small data needs none), label smoothing, z-loss.
+Not here: dropout (one pass over small data needs none), label smoothing.
 """
 
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.models import heads
 from stagecraft.models.transformer import Transformer
-from stagecraft.stages import stage
+from stagecraft.stages import objective, stage
 
-OFFERS = ("logps",)
+OFFERS = ("logps", "log_z")
 
 
 def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
@@ -29,42 +29,50 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
 
     Returns:
         a `Stage`; raw and prepared batches are ids i32[B, T], mask bool[B, T],
-        segments i32[B, T], positions i32[B, T].
+        segments i32[B, T], positions i32[B, T], and weight f32[B, T] where sources
+        have weights.
     """
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
-    objective = make_objective(config.objective, dict(config.objective_args))
-    if "start" in parents:
-        init = _init_from(parents["start"], fresh_pieces, optimizer_, shared_mesh)
-    else:
-        init = stage.make_init(
-            lambda key: Transformer(model_config, key), optimizer_, shared_mesh
-        )
+    decay = config.ema_decay
+    goal = make_objective(config)
+
+    def init(key):
+        if "start" not in parents:
+            model = mesh.born(lambda k: Transformer(model_config, k), shared_mesh)(key)
+        else:
+            model = stage.make_copy(parents["start"], shared_mesh)()
+            if fresh_pieces:
+                model = average_rows(model, fresh_pieces)
+        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+
     return stage.Stage(
         init=init,
         prepare=lambda state, raw, key: mesh.put(raw, shared_mesh),
         update=stage.make_update(
-            objective, optimizer_, micro_batches=config.micro_batches
+            goal, optimizer_, micro_batches=config.micro_batches, ema_decay=decay
         ),
-        evaluate=stage.make_evaluate(objective),
+        evaluate=stage.make_evaluate(goal),
         work=lambda raw: {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]},
     )
 
 
-def make_objective(name="next_token", arguments=None):
+def make_objective(config):
     """The objective over a language-model batch, as `stage.make_update` takes it."""
-    loss_fn, _ = stage.loss_function(name, OFFERS, arguments or {})
-    arguments = arguments or {}
+    loss_fn = objective.combine(config, OFFERS, main="tokens")
 
-    def masks(batch):
+    def reductions(batch):
         _, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
-        return {"next_token": mask}
+        weight = batch.get("weight")
+        if weight is not None:  # of the token predicted, one column on
+            weight = jnp.concatenate([weight[:, 1:], jnp.zeros_like(weight[:, :1])], 1)
+        return {"tokens": masked.Reduction.of(mask, weight)}
 
     def terms(model, batch):
         targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
         hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
         stats = heads.token_logps(hidden, model.output_embedding(), targets)
-        loss, metrics = loss_fn(stats.logps, **arguments)
-        metrics = {k: masked.Mean.of(v, mask) for k, v in metrics.items()}
+        loss, metrics = loss_fn.apply({"logps": stats.logps, "log_z": stats.log_z})
+        metrics = objective.measured(metrics, {2: mask})
         metrics |= {
             "mean_token_accuracy": masked.Mean.of(stats.correct, mask),
             "entropy": masked.Mean.of(stats.entropy, mask),
@@ -72,24 +80,9 @@ def make_objective(name="next_token", arguments=None):
                 mask.astype(jnp.float32), batch["segments"] > 0
             ),
         }
-        return {"next_token": loss}, metrics
+        return loss, metrics
 
-    return stage.Objective(masks, terms, {"next_token": 1.0})
-
-
-def _init_from(start, fresh_pieces, optimizer_, shared_mesh):
-    copy = stage.make_copy(start, shared_mesh)
-
-    def init(key):
-        del key
-        model = copy()
-        if fresh_pieces:
-            model = average_rows(model, fresh_pieces)
-        step = mesh.replicate(jnp.zeros((), jnp.int32), shared_mesh)
-        opt_state = mesh.born_optimizer(optimizer_.tx, model, shared_mesh)
-        return stage.State(step, model, opt_state, {})
-
-    return init
+    return stage.Objective(reductions, terms, {})
 
 
 def average_rows(model, pieces):

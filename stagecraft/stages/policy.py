@@ -1,8 +1,8 @@
 """Proximal policy optimization with a critic (PPO): sample, score, then several epochs.
 
 `prepare` samples completions from the current policy and lets the frozen models judge
-them: reward model, reference, and the critic as it stands before the update. `update`
-runs epochs x minibatches, each a real optimizer step on the policy and its critic.
+them: rewards, reference, and the critic as it stands before the update. `update` runs
+epochs x minibatches, each a real optimizer step on the policy and its critic.
 
 Log-probabilities are taken at the sampling temperature everywhere, and those of the
 old policy are recomputed by a full forward pass: the first minibatch then has ratio 1
@@ -10,7 +10,8 @@ to rounding, whatever kernels the sampler used.
 
 Source: Schulman et al. 2017 (arxiv.org/abs/1707.06347); per-token KL in the reward as
 Ziegler et al. 2019 (arxiv.org/abs/1909.08593); details as Huang et al. 2024
-(arxiv.org/abs/2403.17031). Not here: entropy bonus, reward whitening, shared backbone.
+(arxiv.org/abs/2403.17031); the mix with pretraining as Ouyang et al. 2022
+(arxiv.org/abs/2203.02155). Not here: a backbone shared by policy and critic.
 """
 
 import functools
@@ -20,18 +21,19 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.metrics import section
-from stagecraft.models import heads, sampling
-from stagecraft.models.scores import scores
-from stagecraft.stages import stage
+from stagecraft.models import heads
+from stagecraft.models.transformer import ScalarModel
+from stagecraft.stages import objective, rollout, stage
+from stagecraft.stages.rollout import response_logps
 
-OFFERS = ("logps", "old_logps", "advantages")
+OFFERS = (*("logps", "old_logps", "ref_logps", "advantages", "mask", "entropy"),)
 
 # Also logged for the first minibatch alone, where the policy has not moved yet: ratio 1
 # and nothing clipped, or the two sides disagree about what was sampled.
 FIRST = ("val/ratio", "policy/ratio_max", "policy/clipfrac_avg")
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_id):
+def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None):
     """Builds the stage.
 
     Args:
@@ -39,64 +41,72 @@ def make(config, model_config, shared_mesh, parents, *, stop_id):
         model_config: a `ModelConfig`.
         shared_mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer, "reward":
-            ScalarModel, "value": ScalarModel}; the critic starts from `value`.
+            ScalarModel, "value": ScalarModel}; the critic starts from `value`. Without
+            a reward model and `value` it starts from the policy, its head new.
         stop_id: the end-of-turn token.
+        verifiers: a `signals.verifier.Verifiers`, or None.
 
     Returns:
-        a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P].
+        a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
+        i32[B], and ptx_ids and so on [R, T] when pretraining text is mixed in.
     """
     del model_config
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
-    objective = make_objective(
-        config.objective,
-        dict(config.objective_args),
-        value_clip=config.value_clip,
-        value_coef=config.value_coef,
-        temperature=config.sampling.temperature,
+    optimizers = make_optimizers(config)
+    decay = config.ema_decay
+    goal, needs = make_objective(config)
+    reference = parents["reference"]
+    rolls = rollout.make(
+        config, shared_mesh, parents.get("reward"), verifiers, stop_id=stop_id
     )
-    copies = {
-        "policy": stage.make_copy(parents["start"], shared_mesh),
-        "value": stage.make_copy(parents["value"], shared_mesh),
-    }
 
     def init(key):
-        del key
-        model = {name: copy() for name, copy in copies.items()}
-        step, kl_coef = mesh.replicate(
-            (jnp.zeros((), jnp.int32), jnp.asarray(config.kl_coef, jnp.float32)),
+        critic = parents.get("value")
+        if critic is None:
+            born = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)
+            critic = born(key, stage.make_copy(parents["start"], shared_mesh)())
+        else:
+            critic = stage.make_copy(critic, shared_mesh)()
+        policy = stage.make_copy(parents["start"], shared_mesh)()
+        return stage.begin(
+            {"policy": policy, "value": critic},
+            optimizers,
             shared_mesh,
+            ema=decay > 0,
+            kl_coef=config.kl_coef,
         )
-        opt_state = mesh.born_optimizer(optimizer_.tx, model, shared_mesh)
-        return stage.State(step, model, opt_state, {"kl_coef": kl_coef})
 
-    sample = jax.jit(functools.partial(_sample, config=config, stop_id=stop_id))
-    judge = jax.jit(functools.partial(_judge, config=config))
-    frozen = {k: parents[k] for k in ("reference", "reward")}
+    judge = jax.jit(
+        functools.partial(
+            _judge, config=config, names=rolls.names, weights=rolls.weights
+        )
+    )
 
     def prepare(state, raw, key):
-        raw = mesh.put(raw, shared_mesh)
+        index = raw.get("index")
+        raw = mesh.put({k: v for k, v in raw.items() if k != "index"}, shared_mesh)
         sample_key, order_key = jax.random.split(key)
-        # Waiting (nothing is moved to the host) makes the three times tell apart.
+        # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):
             jax.block_until_ready(state.model)
-        with section("sample"):
-            rollout = sample(state.model["policy"], raw, sample_key)
-            jax.block_until_ready(rollout)
+        drawn = rolls.sample(state.model["policy"], raw, sample_key)
         with section("score"):
+            rewards = rolls.score(drawn, index)
             coef = state.extra["kl_coef"]
-            batch = judge(state.model, frozen, rollout, order_key, coef)
-            return jax.block_until_ready(batch)
+            batch = judge(state.model, reference, drawn, rewards, order_key, coef)
+            ptx = {k: v for k, v in raw.items() if k.startswith("ptx_")}
+            return jax.block_until_ready(batch) | ({"ptx": ptx} if ptx else {})
 
     def work(raw):
         rows, prompt = raw["prompt_ids"].shape
         tokens = rows * (prompt + config.sampling.max_new_tokens)
+        mixed = raw["ptx_ids"].size if "ptx_ids" in raw else 0
         # Policy and critic are trained; policy and reference, critic and reward model
         # each read the rollout once before.
         return {
-            "trained": config.epochs * tokens,
+            "trained": config.epochs * (tokens + mixed),
             "scalar_trained": config.epochs * tokens,
             "scored": 2 * tokens,
-            "scalar_scored": 2 * tokens,
+            "scalar_scored": (1 + ("reward" in parents)) * tokens,
             "sampled": tokens,
             "length": prompt + config.sampling.max_new_tokens,
         }
@@ -104,113 +114,101 @@ def make(config, model_config, shared_mesh, parents, *, stop_id):
     return stage.Stage(
         init=init,
         prepare=prepare,
-        update=stage.jit_update(_make_update(config, objective, optimizer_)),
-        evaluate=stage.make_evaluate(objective),
+        update=stage.jit_update(_make_update(config, goal, optimizers, decay)),
+        evaluate=stage.make_evaluate(goal),
         work=work,
     )
 
 
-def _sample(policy, raw, key, *, config, stop_id):
-    """Completions of a batch of prompts, as one row of tokens each.
+def make_optimizers(config):
+    """One optimizer for policy and critic, or {"policy", "value"} when it has its own.
 
-    Returns:
-        ids, segments, positions i32[B, P + N], tokens i32[B, N], mask bool[B, N],
-        behaviour_logps f32[B, N], ended bool[B].
+    One clips the norm of both gradients together, two clip each.
     """
-    got = sampling.generate(
-        policy,
-        raw["prompt_ids"],
-        raw["prompt_mask"],
-        key,
-        stop_id=stop_id,
-        **dict(config.sampling),
-    )
-    seen = jnp.concatenate([raw["prompt_mask"], got.mask], axis=1)
-    return {
-        "ids": jnp.concatenate([raw["prompt_ids"], got.tokens], axis=1),
-        "segments": seen.astype(jnp.int32),
-        "positions": jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen,
-        "tokens": got.tokens,
-        "mask": got.mask,
-        "behaviour_logps": got.logps,
-        "ended": got.ended,
-    }
-
-
-def response_logps(model, batch, temperature):
-    """Log-probabilities of the sampled tokens, at the sampling temperature.
-
-    Args:
-        model: a `Transformer`.
-        batch: ids, segments, positions i32[B, P + N], tokens i32[B, N].
-        temperature: float; that of the rollout.
-
-    Returns:
-        `heads.TokenStats`, each f32[B, N].
-    """
-    new = batch["tokens"].shape[1]
-    hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-    # Token t is predicted from the state before it: one column to the left.
-    before = hidden[:, -new - 1 : -1]
-    return heads.token_logps(
-        before, model.output_embedding(), batch["tokens"], temperature=temperature
-    )
+    policy = optimizer.make(config.optimizer, steps=config.steps)
+    if not config.value_optimizer.name:
+        return policy
+    own = optimizer.make(config.value_optimizer, steps=config.steps)
+    return {"policy": policy, "value": own}
 
 
 def response_values(model, batch):
-    """V(s_t) before each sampled token, f32[B, N]."""
+    """V(s_t) before each sampled token, f32[B, N]; and after the last one, f32[B].
+
+    The second is the value of the state in which a completion was cut off.
+    """
     new = batch["tokens"].shape[1]
     values = model(batch["ids"], batch["positions"], batch["segments"])
-    return values[:, -new - 1 : -1]
+    return values[:, -new - 1 : -1], values[:, -1]
 
 
-def _judge(model, frozen, rollout, key, kl_coef, *, config):
+def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, weights):
     """Everything an update needs that only frozen or not-yet-updated models know."""
-    temperature = config.sampling.temperature
-    mask = rollout["mask"]
-    old = response_logps(model["policy"], rollout, temperature)
-    ref = response_logps(frozen["reference"], rollout, temperature)
-    values = jnp.where(mask, response_values(model["value"], rollout), 0.0)
-    prompt = rollout["ids"].shape[1] - mask.shape[1]
-    raw_scores = scores(
-        frozen["reward"],
-        rollout["ids"],
-        jnp.pad(mask, ((0, 0), (prompt, 0))),
-        rollout["segments"],
-        rollout["positions"],
-    )
+    temperature, placement = config.sampling.temperature, config.score_placement
+    mask, ended = drawn["mask"], drawn["ended"]
+    scores, scored = rollout.total(rewards, weights)
+    old = response_logps(model["policy"], drawn, temperature)
+    ref = response_logps(reference, drawn, temperature)
+    counted = losses.value_mask(mask, placement)
+    values, after = response_values(model["value"], drawn)
+    values = jnp.where(counted, values, 0.0)
+    replace = config.missing_eos_score if config.replace_missing_eos else None
     paid = losses.missing_eos(
-        raw_scores, rollout["ended"], penalty=config.missing_eos_penalty
+        scores, ended, penalty=config.missing_eos_penalty, replace=replace
     )
-    rewards = losses.kl_reward(paid, old.logps, ref.logps, mask, kl_coef=kl_coef)
+    in_reward = config.kl_placement == "reward"
+    paid_tokens = losses.kl_reward(
+        paid,
+        old.logps,
+        ref.logps,
+        mask,
+        kl_coef=kl_coef if in_reward else 0.0,
+        placement=placement,
+        estimator=config.kl_estimator if in_reward else "k1",
+    )
+    if config.whiten_rewards:
+        paid_tokens = losses.whiten(paid_tokens, counted, shift_mean=False)
     advantages, returns = losses.gae(
-        rewards, values, mask, discount=config.discount, lambda_=config.lambda_
+        paid_tokens,
+        values,
+        counted,
+        discount=config.discount,
+        lambda_=config.lambda_,
+        bootstrap=jnp.where(ended, 0.0, after) if config.bootstrap_truncated else None,
     )
     kl = masked.sum(losses.k1(old.logps, ref.logps), mask, axis=-1)  # [B]
-    of = masked.Mean.of
+    # A row that no source could score teaches nothing.
+    mask, counted = mask & scored[:, None], counted & scored[:, None]
+    of, penalty = masked.Mean.of, kl_coef * kl * in_reward
     told = {
         "objective/kl": of(kl),
-        "objective/entropy": of(masked.sum(-old.logps, mask, axis=-1)),
-        "objective/scores": of(raw_scores),
-        "objective/non_score_reward": of(-kl_coef * kl),
-        "objective/rlhf_reward": of(paid - kl_coef * kl),
+        "objective/kl_per_token": of(losses.k1(old.logps, ref.logps), drawn["mask"]),
+        "objective/entropy": of(masked.sum(-old.logps, drawn["mask"], axis=-1)),
+        "objective/scores": of(scores, scored),
+        "objective/non_score_reward": of(-penalty),
+        "objective/rlhf_reward": of(paid - penalty, scored),
         "objective/kl_coef": of(kl_coef),
-        "objective/response_length": of(mask.sum(-1).astype(jnp.float32)),
-        "objective/missing_eos_rate": of(1.0 - rollout["ended"].astype(jnp.float32)),
-        "val/explained_variance": of(losses.explained_variance(values, returns, mask)),
-        "val/rollout_logp_gap": of(
-            jnp.abs(rollout["behaviour_logps"] - old.logps), mask
+        "objective/response_length": of(drawn["mask"].sum(-1).astype(jnp.float32)),
+        "objective/missing_eos_rate": of(1.0 - ended.astype(jnp.float32)),
+        "val/num_eos_tokens": of(ended.sum().astype(jnp.float32)),
+        "val/explained_variance": of(
+            losses.explained_variance(values, returns, counted)
         ),
-    }
-    rows = rollout["tokens"].shape[0]
+        "val/rollout_logp_gap": of(
+            jnp.abs(drawn["behaviour_logps"] - old.logps), drawn["mask"]
+        ),
+    } | rollout.source_metrics(rewards, names)
+    rows = drawn["tokens"].shape[0]
     keys = jax.random.split(key, config.epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+    kept = {k: drawn[k] for k in ("ids", "segments", "positions", "tokens")}
     return {
-        "rollout": {
-            k: rollout[k] for k in ("ids", "segments", "positions", "tokens", "mask")
-        }
+        "rollout": kept
         | {
+            "mask": mask,
+            "value_mask": counted,
             "old_logps": old.logps,
+            "ref_logps": ref.logps,
             "old_values": values,
             "advantages": losses.whiten(advantages, mask),
             "returns": returns,
@@ -221,78 +219,104 @@ def _judge(model, frozen, rollout, key, kl_coef, *, config):
     }
 
 
-def make_objective(
-    name="ppo_policy",
-    arguments=None,
-    *,
-    value_clip=0.2,
-    value_coef=0.1,
-    temperature=1.0,
-):
-    """Clipped policy and value losses over a minibatch of a judged rollout."""
-    loss_fn, takes = stage.loss_function(name, OFFERS, arguments or {})
-    arguments = arguments or {}
+def make_objective(config):
+    """Policy and value losses over a minibatch of a judged rollout."""
+    loss_fn = objective.combine(config, OFFERS, main="policy")
+    temperature = config.sampling.temperature
+    in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 
-    def masks(batch):
-        return {"policy": batch["mask"], "value": batch["mask"]}
+    def reductions(batch):
+        found = {"policy": batch["mask"], "value": batch["value_mask"]}
+        if in_loss:
+            found["kl"] = batch["mask"]
+        if "ptx_ids" in batch:
+            found["ptx"] = _ptx_targets(batch)[1]
+        return {k: masked.Reduction.of(m) for k, m in found.items()}
 
     def terms(model, batch):
         mask = batch["mask"]
-        stats = response_logps(model["policy"], batch, temperature)
-        # Where the mask is false both sides are set alike, so that exp() is 1 there.
-        logps = jnp.where(mask, stats.logps, 0.0)
-        offered = {
-            "logps": logps,
-            "old_logps": jnp.where(mask, batch["old_logps"], 0.0),
-            "advantages": batch["advantages"],
-        }
-        policy, metrics = loss_fn(*(offered[k] for k in takes), **arguments)
-        values = response_values(model["value"], batch)
-        value, value_metrics = losses.ppo_value(
-            values, batch["old_values"], batch["returns"], clip=value_clip
+        stats = response_logps(
+            model["policy"],
+            batch,
+            temperature,
+            entropy_gradient="entropy" in loss_fn.needs,
         )
-        value_metrics = {
-            f"{k}/value" if k in metrics else k: v for k, v in value_metrics.items()
+        # Where the mask is false both sides are set alike, so that exp() is 1 there.
+        offered = {k: masked.clear(batch[k], mask) for k in ("old_logps", "ref_logps")}
+        offered |= {
+            "logps": masked.clear(stats.logps, mask),
+            "advantages": batch["advantages"],
+            "mask": mask,
+            "entropy": stats.entropy,
         }
-        metrics = {
-            k: (masked.Max if k.endswith("_max") else masked.Mean).of(v, mask)
-            for k, v in (metrics | value_metrics).items()
-        }
+        found, metrics = loss_fn.apply(offered)
+        values, _ = response_values(model["value"], batch)
+        found["value"], value_metrics = losses.ppo_value(
+            values, batch["old_values"], batch["returns"], clip=config.value_clip
+        )
+        rows = mask.any(-1)
+        if in_loss:
+            found["kl"], told = losses.kl_in_loss(
+                offered["logps"], offered["ref_logps"], estimator=config.kl_estimator
+            )
+            metrics = metrics | told
+        metrics = objective.measured(metrics, {1: rows, 2: mask})
+        metrics |= objective.measured(value_metrics, {2: batch["value_mask"]})
         metrics |= {
-            "loss/policy_avg": masked.Mean.of(policy, mask),
-            "loss/value_avg": masked.Mean.of(value, mask),
+            "loss/policy_avg": masked.Mean.of(found["policy"], mask),
+            "loss/value_avg": masked.Mean.of(found["value"], batch["value_mask"]),
             "policy/entropy_avg": masked.Mean.of(stats.entropy, mask),
         }
-        return {"policy": policy, "value": value}, metrics
+        if "ptx_ids" in batch:
+            found["ptx"], targets = _ptx(model["policy"], batch)
+            metrics["loss/ptx_avg"] = masked.Mean.of(found["ptx"], targets)
+        return found, metrics
 
-    return stage.Objective(masks, terms, {"policy": 1.0, "value": value_coef})
+    weights = {"value": config.value_coef, "kl": config.kl_coef, "ptx": config.ptx_coef}
+    return stage.Objective(reductions, terms, weights), loss_fn.needs
 
 
-def _make_update(config, objective, optimizer_):
+def _ptx_targets(batch):
+    ids, mask, segments = (batch[f"ptx_{k}"] for k in ("ids", "mask", "segments"))
+    return losses.shift(ids, mask, segments)
+
+
+def _ptx(policy, batch):
+    """Next-token loss on pretraining text, f32[R, T], and its target mask."""
+    targets, mask = _ptx_targets(batch)
+    arrays = (batch[f"ptx_{k}"] for k in ("ids", "positions", "segments"))
+    hidden = policy.hidden(*arrays)
+    stats = heads.token_logps(hidden, policy.output_embedding(), targets, stats=False)
+    return losses.next_token(stats.logps)[0], mask
+
+
+def _make_update(config, goal, optimizers, decay):
+    own = isinstance(optimizers, dict)
     step = stage.make_step(
-        objective,
-        optimizer_,
+        goal,
+        optimizers,
         micro_batches=config.micro_batches,
-        lr_scale={"policy": 1.0, "value": config.value_lr_scale},
+        lr_scale=None if own else {"policy": 1.0, "value": config.value_lr_scale},
     )
 
     def update(state, batch):
         def minibatch(carry, rows):
-            model, opt_state = carry
+            model, opt_state, now = carry
             part = jax.tree.map(lambda x: x[rows], batch["rollout"])
-            part = jax.tree.map(
-                lambda x: mesh.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
-            )
-            now = state._replace(model=model, opt_state=opt_state)
+            part = _placed(part | _chunk(batch, now, config.minibatches))
+            seen = state._replace(model=model, opt_state=opt_state)
             # The schedule counts rollouts: one learning rate for a rollout's updates.
-            model, opt_state, metrics = step(now, part, state.step)
-            return (model, opt_state), metrics
+            model, opt_state, metrics = step(seen, part, state.step)
+            return (model, opt_state, now + 1), metrics
 
-        start = (state.model, state.opt_state)
-        (model, opt_state), metrics = jax.lax.scan(minibatch, start, batch["order"])
+        start = (state.model, state.opt_state, jnp.zeros((), jnp.int32))
+        (model, opt_state, _), metrics = jax.lax.scan(minibatch, start, batch["order"])
         first = jax.tree.map(lambda x: x[0], metrics)
-        metrics = masked.fold(metrics) | batch["metrics"]
-        metrics |= {f"{k}_first": first[k] for k in FIRST}
+        told = masked.fold(metrics) | batch["metrics"]
+        told |= {f"{k}_first": first[k] for k in FIRST if k in first}
+        if "val/ratio" in metrics:  # how much the ratio differs between minibatches
+            ratios = metrics["val/ratio"].total / metrics["val/ratio"].count
+            told["val/ratio_var"] = masked.Mean.of(jnp.var(ratios))
         kl_coef = state.extra["kl_coef"]
         if config.kl_target > 0:
             kl_coef = losses.adaptive(
@@ -302,7 +326,25 @@ def _make_update(config, objective, optimizer_):
                 horizon=config.kl_horizon,
                 batch_size=batch["order"].size // config.epochs,
             )
-        state = stage.State(state.step + 1, model, opt_state, {"kl_coef": kl_coef})
-        return state, masked.results(metrics)
+        state = stage.advance(state, model, opt_state, ema_decay=decay, kl_coef=kl_coef)
+        return state, masked.results(told)
 
     return update
+
+
+def _chunk(batch, now, minibatches):
+    """A minibatch's own rows of pretraining text, the same ones in every epoch."""
+    if "ptx" not in batch:
+        return {}
+    size = batch["ptx"]["ptx_ids"].shape[0] // minibatches
+    at = (now % minibatches) * size
+    return {
+        k: jax.lax.dynamic_slice_in_dim(v, at, size) for k, v in batch["ptx"].items()
+    }
+
+
+def _placed(part):
+    """Rows of a minibatch, spread over the devices again."""
+    return jax.tree.map(
+        lambda x: mesh.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
+    )

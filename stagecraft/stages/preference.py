@@ -1,21 +1,26 @@
-"""Preference optimization from pairs (DPO): no reward model, no sampling.
+"""Preference optimization from pairs (DPO and its kin): no reward model, no sampling.
 
-The frozen reference acts once per batch, in `prepare`; an update sees its
-log-probabilities as data.
+The frozen reference acts in `prepare`; an update sees its log-probabilities as data.
+When the same pairs come round more than once, they are scored once, before the first
+step. A loss that asks for no reference costs no reference pass.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.models import heads
-from stagecraft.stages import stage
+from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
-OFFERS = ("policy_logps", "ref_logps")
+OFFERS = (
+    *("policy_logps", "ref_logps", "lengths", "chosen_logps", "document_logps"),
+    *("preference", "rows"),
+)
 
 
-def make(config, model_config, shared_mesh, parents):
+def make(config, model_config, shared_mesh, parents, *, dataset=None):
     """Builds the stage.
 
     Args:
@@ -23,77 +28,189 @@ def make(config, model_config, shared_mesh, parents):
         model_config: a `ModelConfig`.
         shared_mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer}; often the same tree.
+        dataset: the `Dataset` trained on, or None; when its rows come more than once,
+            their reference log-probabilities are made once.
 
     Returns:
-        a `Stage`; raw batches are ids, mask, segments, positions, each [B, 2, T];
-        `prepare` adds ref_logps f32[B, 2].
+        a `Stage`; raw batches are ids, mask, segments, positions, each [B, 2, T], and
+        perhaps preference f32[B] and index i32[B]; `prepare` adds ref_logps f32[B, 2].
     """
     del model_config
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
-    objective = make_objective(config.objective, dict(config.objective_args))
-    reference = parents["reference"]
-    copy = stage.make_copy(parents["start"], shared_mesh)
-    score = jax.jit(pair_logps)
+    decay = config.ema_decay
+    goal, needs = make_objective(config)
+    score = make_reference_score(config)
+    moving = config.sync_every > 0 and "ref_logps" in needs
+    kept = None
+    if "ref_logps" in needs and not moving and dataset is not None:
+        kept = once(config, dataset, parents["reference"], score, shared_mesh)
 
     def init(key):
         del key
-        model = copy()
-        step = mesh.replicate(jnp.zeros((), jnp.int32), shared_mesh)
-        opt_state = mesh.born_optimizer(optimizer_.tx, model, shared_mesh)
-        return stage.State(step, model, opt_state, {})
+        model = stage.make_copy(parents["start"], shared_mesh)()
+        state = stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        if moving:
+            copy = stage.make_copy(parents["reference"], shared_mesh)()
+            state.extra["reference"] = copy
+        return state
 
     def prepare(state, raw, key):
-        del state, key
+        del key
+        index = raw.get("index")
+        raw = {k: v for k, v in raw.items() if k != "index"}
         batch = mesh.put(raw, shared_mesh)
-        return batch | {"ref_logps": score(reference, batch)[0]}
+        if "ref_logps" not in needs:
+            return batch
+        known = kept(index) if kept is not None else None
+        if known is None:
+            reference = state.extra["reference"] if moving else parents["reference"]
+            known = score(reference, batch)
+        return batch | {"ref_logps": known}
+
+    def sync(state, model, batch):
+        del batch
+        return {"reference": synced(state, model, config)} if moving else {}
+
+    def work(raw):
+        found = {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
+        if kept is not None:  # every row once, spread over the steps
+            rows = raw["ids"].size // len(raw["ids"])
+            found["scored"] = dataset.rows * rows // config.steps
+        elif "ref_logps" in needs:
+            found["scored"] = raw["ids"].size
+        return found
 
     return stage.Stage(
         init=init,
         prepare=prepare,
         update=stage.make_update(
-            objective, optimizer_, micro_batches=config.micro_batches
+            goal,
+            optimizer_,
+            micro_batches=config.micro_batches,
+            ema_decay=decay,
+            carry=sync,
         ),
-        evaluate=stage.make_evaluate(objective),
-        work=lambda raw: {
-            "trained": raw["ids"].size,
-            "scored": raw["ids"].size,
-            "length": raw["ids"].shape[-1],
-        },
+        evaluate=stage.make_evaluate(goal),
+        work=work,
     )
 
 
-def make_objective(name="dpo", arguments=None):
-    """The objective over prepared pairs, as `stage.make_update` takes it."""
-    loss_fn, takes = stage.loss_function(name, OFFERS, arguments or {})
-    arguments = arguments or {}
+def synced(state, model, config):
+    """The reference, mixed with the policy every so many steps.
 
-    def masks(batch):
-        return {"preference": pair_rows(batch["mask"])}
+    TR-DPO (Gorbatovski et al. 2024, arxiv.org/abs/2404.09656), the soft update; with
+    sync_alpha=1 the hard one.
+    """
+    due = (state.step + 1) % config.sync_every == 0
+    alpha = jnp.where(due, config.sync_alpha, 0.0)
+    return jax.tree.map(
+        lambda ref, new: (ref + alpha * (new - ref)).astype(ref.dtype),
+        state.extra["reference"],
+        model,
+    )
+
+
+def once(config, dataset, reference, score, shared_mesh):
+    """Reference log-probabilities of every row, when training sees rows twice.
+
+    Returns:
+        (index) -> f32[B, ...] of those rows, None for rows of other data; or None when
+        scoring batch by batch is less work, or several processes share the rows.
+    """
+    if config.steps * config.batch_size <= dataset.rows or jax.process_count() > 1:
+        return None
+    # In the order of the data and in whole batches: a resumed run makes the same bits.
+    found = []
+
+    def kept(index):
+        if index is None or index.min() < 0 or index.max() >= dataset.rows:
+            return None
+        if not found:
+            rows = [
+                score(reference, mesh.put(_without_index(raw), shared_mesh))
+                for raw in dataset.epoch(config.batch_size)
+            ]
+            found.append(np.concatenate(jax.device_get(rows))[: dataset.rows])
+        return mesh.put(found[0][np.asarray(index)], shared_mesh)
+
+    return kept
+
+
+def _without_index(raw):
+    return {k: v for k, v in raw.items() if k != "index"}
+
+
+def make_reference_score(config):
+    """(model, batch) -> f32[B, 2], summed as the stage's config says; jitted."""
+
+    @jax.jit
+    def score(model, batch):
+        _, stats, mask = pair_logps(model, batch)
+        return summed(stats.logps, mask, config)
+
+    return score
+
+
+def summed(logps, mask, config):
+    """Log-probabilities of completions, f32[B, 2, T] -> f32[B, 2]."""
+    if config.ld_alpha < 1:
+        return losses.length_desensitized(logps, mask, alpha=config.ld_alpha)
+    return losses.sequence_logps(logps, mask)
+
+
+def make_objective(config):
+    """The objective over prepared pairs, and the arrays its losses take."""
+    loss_fn = objective.combine(config, OFFERS, main="rows")
+    weighted = config.weighting == "wpo"
+
+    def reductions(batch):
+        chosen, document = (_targets(batch, k)[:, 0] for k in ("mask", "segments"))
+        places = {"rows": pair_rows(batch["mask"]), "chosen": chosen}
+        places["document"] = document
+        return {k: masked.Reduction.of(m) for k, m in places.items()}
 
     def terms(model, batch):
-        policy_logps, stats, target_mask = pair_logps(model, batch)
-        offered = dict(policy_logps=policy_logps, ref_logps=batch["ref_logps"])
-        loss, metrics = loss_fn(*(offered[k] for k in takes), **arguments)
+        _, stats, mask = pair_logps(model, batch, squares=weighted)
         rows = pair_rows(batch["mask"])
-        metrics = {k: masked.Mean.of(v, rows) for k, v in metrics.items()}
-        chosen, rejected = target_mask[:, 0], target_mask[:, 1]
+        chosen, rejected = mask[:, 0], mask[:, 1]
+        document = _targets(batch, "segments")[:, 0]
+        offered = {
+            "policy_logps": summed(stats.logps, mask, config),
+            "lengths": mask.sum(-1).astype(jnp.float32),
+            "chosen_logps": masked.clear(stats.logps[:, 0], chosen),
+            "document_logps": masked.clear(stats.logps[:, 0], document),
+            "rows": rows,
+        }
+        offered |= {k: batch[k] for k in ("ref_logps", "preference") if k in batch}
+        loss, metrics = loss_fn.apply(offered)
+        if weighted:
+            loss["rows"] *= losses.wpo_weights(stats.logps, stats.log_p2, mask)
+        metrics = objective.measured(metrics, {1: rows, 2: chosen})
         metrics |= {
             "logits/chosen": masked.Mean.of(stats.logit_mean[:, 0], chosen),
             "logits/rejected": masked.Mean.of(stats.logit_mean[:, 1], rejected),
-            "entropy": masked.Mean.of(stats.entropy, target_mask),
+            "entropy": masked.Mean.of(stats.entropy, mask),
             "mean_token_accuracy": masked.Mean.of(stats.correct[:, 0], chosen),
         }
-        return {"preference": loss}, metrics
+        return loss, metrics
 
-    return stage.Objective(masks, terms, {"preference": 1.0})
+    return stage.Objective(reductions, terms, {}), loss_fn.needs
 
 
-def pair_logps(model, batch):
+def _targets(batch, key):
+    """Target mask bool[B, 2, T] of the compared answers, or of all real tokens."""
+    ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
+    _, mask = losses.shift(ids, flatten_pairs(batch[key]) > 0, segments)
+    return mask.reshape(batch["ids"].shape)
+
+
+def pair_logps(model, batch, *, squares=False):
     """Summed log-probabilities of both completions under a model.
 
     Args:
         model: a `Transformer`.
         batch: ids, mask, segments, positions, each [B, 2, T].
+        squares: also make the statistic `log_p2`.
 
     Returns:
         logps f32[B, 2] in nats, the token statistics reshaped to [B, 2, T], and the
@@ -103,6 +220,8 @@ def pair_logps(model, batch):
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     targets, mask = losses.shift(ids, flatten_pairs(batch["mask"]), segments)
     hidden = model.hidden(ids, flatten_pairs(batch["positions"]), segments)
-    stats = heads.token_logps(hidden, model.output_embedding(), targets)
+    stats = heads.token_logps(
+        hidden, model.output_embedding(), targets, squares=squares
+    )
     stats, mask = jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
     return losses.sequence_logps(stats.logps, mask), stats, mask

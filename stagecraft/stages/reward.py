@@ -5,14 +5,18 @@ completion's mask is last true, which is its end-of-turn token: never where padd
 seems to begin.
 """
 
+import jax
 import jax.numpy as jnp
 
 from stagecraft import masked, mesh, optimizer
+from stagecraft.errors import UserError
 from stagecraft.models.scores import scores
 from stagecraft.models.transformer import ScalarModel
-from stagecraft.stages import stage
+from stagecraft.stages import objective, stage
 
-OFFERS = ("rewards",)
+BUCKETS = 5  # of confidence, from 0.5 to 1
+
+OFFERS = ("rewards", "present", "margin", "preference")
 
 
 def make(config, model_config, shared_mesh, parents):
@@ -22,35 +26,39 @@ def make(config, model_config, shared_mesh, parents):
         config: the stage's resolved config.
         model_config: a `ModelConfig`; the body's own when it has a parent.
         shared_mesh: the mesh.
-        parents: {"start": Transformer}, the SFT model.
+        parents: {"start": Transformer}, the SFT model, or a ScalarModel to go on from.
 
     Returns:
-        a `Stage`; batches are ids, mask, segments, positions, each [B, 2, T]: column 0
-        chosen, column 1 rejected.
+        a `Stage`; batches are ids, mask, segments, positions, each [B, K, T], best
+        completion first (K = 2: chosen, rejected), and perhaps margin, preference
+        f32[B].
     """
     del model_config
     start = parents["start"]
-
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
-    objective = make_objective(config.objective, dict(config.objective_args))
-    copy = stage.make_copy(start, shared_mesh)
+    decay = config.ema_decay
+    goal = make_objective(config)
 
     def init(key):
-        # The head is born on its own; the body is a copy of the parent's.
-        model = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)(
-            key, copy()
-        )
-        step = mesh.replicate(jnp.zeros((), jnp.int32), shared_mesh)
-        opt_state = mesh.born_optimizer(optimizer_.tx, model, shared_mesh)
-        return stage.State(step, model, opt_state, {})
+        model = stage.make_copy(start, shared_mesh)()
+        if not isinstance(model, ScalarModel):
+            # The head is born on its own; the body is a copy of the parent's.
+            model = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)(
+                key, model
+            )
+        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+
+    def prepare(state, raw, key):
+        del state, key
+        return mesh.put({k: v for k, v in raw.items() if k != "index"}, shared_mesh)
 
     return stage.Stage(
         init=init,
-        prepare=lambda state, raw, key: mesh.put(raw, shared_mesh),
+        prepare=prepare,
         update=stage.make_update(
-            objective, optimizer_, micro_batches=config.micro_batches
+            goal, optimizer_, micro_batches=config.micro_batches, ema_decay=decay
         ),
-        evaluate=stage.make_evaluate(objective),
+        evaluate=stage.make_evaluate(goal),
         work=lambda raw: {
             "scalar_trained": raw["ids"].size,
             "length": raw["ids"].shape[-1],
@@ -58,48 +66,90 @@ def make(config, model_config, shared_mesh, parents):
     )
 
 
-def make_objective(name="bradley_terry", arguments=None):
+def make_objective(config):
     """The objective over a batch of pairs, as `stage.make_update` takes it."""
-    loss_fn, _ = stage.loss_function(name, OFFERS, arguments or {})
-    arguments = arguments or {}
+    loss_fn = objective.combine(config, OFFERS, main="rows")
 
-    def masks(batch):
-        return {"reward": pair_rows(batch["mask"])}
+    def reductions(batch):
+        return {"rows": masked.Reduction.of(pair_rows(batch["mask"]))}
 
     def terms(model, batch):
-        rewards = pair_scores(model, batch)
-        loss, metrics = loss_fn(rewards, **arguments)
+        rewards, present = pair_scores(model, batch), batch["mask"].any(-1)
+        if rewards.shape[1] > 2 and "present" not in loss_fn.needs:
+            raise UserError(
+                f"objective={config.objective!r}: the records rank up to "
+                f"{rewards.shape[1]} completions of a prompt; it takes pairs: choose "
+                "bradley_terry_ranked"
+            )
+        offered = {"rewards": rewards, "present": present}
+        offered |= {k: batch[k] for k in ("margin", "preference") if k in batch}
+        loss, metrics = loss_fn.apply(offered)
         rows = pair_rows(batch["mask"])
-        both = jnp.broadcast_to(rows[:, None], rewards.shape)
-        metrics = {k: masked.Mean.of(v, rows) for k, v in metrics.items()}
+        metrics = objective.measured(metrics, {1: rows, 2: present})
+        counted = present & rows[:, None]
         metrics |= {
-            "mean_reward": masked.Mean.of(rewards, both),
-            "max_reward": masked.Max.of(rewards, both),
+            "mean_reward": masked.Mean.of(rewards, counted),
+            "max_reward": masked.Max.of(rewards, counted),
+            "min_reward": masked.Min.of(rewards, counted),
         }
-        return {"reward": loss}, metrics
+        lengths = batch["mask"][:, :2].sum(-1)
+        metrics |= calibration(rewards[:, 0] - rewards[:, 1], rows)
+        metrics["length_accuracy"] = masked.Mean.of(longer_wins(lengths), rows)
+        return loss, metrics
 
-    return stage.Objective(masks, terms, {"reward": 1.0})
+    return stage.Objective(reductions, terms, {})
+
+
+def calibration(difference, rows):
+    """How often the model is right by how sure it is, and how far off on average.
+
+    `losses.calibration` says the same of whole arrays; this merges over batches.
+
+    Args:
+        difference: f32[B], the chosen completion's reward less the rejected one's; the
+            model's confidence in its verdict is the sigmoid of its size.
+        rows: bool[B], the pairs that count.
+
+    Returns:
+        {"accuracy/0.5-0.6", ...: Mean, "calibration_error": Gap}.
+    """
+    confidence = jax.nn.sigmoid(jnp.abs(difference))
+    hits = (difference > 0).astype(jnp.float32)
+    place = jnp.clip(((confidence - 0.5) / 0.5 * BUCKETS).astype(int), 0, BUCKETS - 1)
+    inside = (place[:, None] == jnp.arange(BUCKETS)[None, :]) & rows[:, None]
+    told = {}
+    for number in range(BUCKETS):
+        low = 0.5 + 0.5 * number / BUCKETS
+        name = f"accuracy/{low:.1f}-{low + 0.5 / BUCKETS:.1f}"
+        told[name] = masked.Mean.of(hits, inside[:, number])
+    return told | {"calibration_error": masked.Gap.of(confidence, hits, inside)}
+
+
+def longer_wins(lengths):
+    """What preferring the longer completion would have said: i32[B, 2] -> f32[B]."""
+    chosen, rejected = lengths[:, 0], lengths[:, 1]
+    return (chosen > rejected) + 0.5 * (chosen == rejected).astype(jnp.float32)
 
 
 def pair_rows(mask):
-    """Rows whose two completions both hold a token; rows of padding do not count.
+    """Rows whose first two completions both hold a token; padding does not count.
 
     Args:
-        mask: bool[B, 2, T].
+        mask: bool[B, K, T].
 
     Returns:
         bool[B].
     """
-    return mask.any(-1).all(-1)
+    return mask[:, :2].any(-1).all(-1)
 
 
 def pair_scores(model, batch):
-    """Scores of the chosen and the rejected completion, f32[B, 2]."""
+    """Scores of each row's completions, f32[B, K]."""
     flat = {k: flatten_pairs(batch[k]) for k in ("ids", "mask", "segments")}
     flat["positions"] = flatten_pairs(batch["positions"])
-    return scores(model, **flat).reshape(-1, 2)
+    return scores(model, **flat).reshape(batch["ids"].shape[:2])
 
 
 def flatten_pairs(x):
-    """[B, 2, T] as [2 B, T]; the two of a pair stay neighbours (and on one device)."""
+    """[B, K, T] as [K B, T]; those of a row stay neighbours (and on one device)."""
     return x.reshape(-1, x.shape[-1])

@@ -5,16 +5,13 @@ update is always batch -> loss -> gradient, a prepared batch saved to disk repla
 bug, and no frozen tree ever enters a gradient.
 """
 
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer, schema
-from stagecraft.errors import UserError
+from stagecraft import masked, mesh, optimizer
 
 
 class Stage(NamedTuple):
@@ -46,7 +43,8 @@ class State(NamedTuple):
         step: i32[], updates done.
         model: the trained parameters; one module, or a dict of modules.
         opt_state: the optimizer's state, sharded like the parameters.
-        extra: {name: array} for the rest (PPO's KL coefficient).
+        extra: {name: array or tree} for the rest: PPO's KL coefficient, a moving
+            reference, "ema" for the average of the weights.
     """
 
     step: jax.Array
@@ -59,36 +57,49 @@ class Objective(NamedTuple):
     """How a stage's batch and model become terms of one loss.
 
     Attributes:
-        masks: (batch) -> {term: bool array}; which elements of each term count. It
-            depends on the batch alone, so that the denominators of a whole
-            accumulation window are known before its first micro-batch.
+        reductions: (batch) -> {term: masked.Reduction}; how each term is summed and
+            what it is divided by. It depends on the batch alone, so that the
+            denominators of a whole accumulation window are known before its first
+            micro-batch. It may name terms that a loss does not have.
         terms: (model, batch) -> ({term: unreduced loss}, {metric: Mean or Max}).
-        weights: {term: float}.
+        weights: {term: float}; 1 for a term that is not named.
     """
 
-    masks: Callable
+    reductions: Callable
     terms: Callable
     weights: dict
 
 
-def make_init(make_model, optimizer_, shared_mesh, extra=None):
-    """init(key) -> State, every array of it created on the devices that keep it.
+def begin(model, optimizers, shared_mesh, *, ema=False, **extra):
+    """The state before the first step, every array on the devices that keep it.
 
     Args:
-        make_model: (key) -> model; traced, so nothing is built whole anywhere.
-        optimizer_: an `optimizer.Optimizer`.
+        model: the parameters, the state's own; one module or a dict of modules.
+        optimizers: an `optimizer.Optimizer`, or one for each part of the model.
         shared_mesh: the mesh.
-        extra: {name: float} of scalars to carry.
+        ema: whether to carry an average of the weights.
+        **extra: scalars to carry.
     """
+    scalars = {k: jnp.asarray(v, jnp.float32) for k, v in extra.items()}
+    step, carried = mesh.replicate((jnp.zeros((), jnp.int32), scalars), shared_mesh)
+    if isinstance(optimizers, dict):
+        opt_state = {
+            part: mesh.born_optimizer(one.tx, model[part], shared_mesh)
+            for part, one in optimizers.items()
+        }
+    else:
+        opt_state = mesh.born_optimizer(optimizers.tx, model, shared_mesh)
+    if ema:
+        carried["ema"] = make_copy(model, shared_mesh)()
+    return State(step, model, opt_state, carried)
 
-    def init(key):
-        model = mesh.born(make_model, shared_mesh)(key)
-        scalars = {k: jnp.asarray(v, jnp.float32) for k, v in (extra or {}).items()}
-        step, scalars = mesh.replicate((jnp.zeros((), jnp.int32), scalars), shared_mesh)
-        opt_state = mesh.born_optimizer(optimizer_.tx, model, shared_mesh)
-        return State(step, model, opt_state, scalars)
 
-    return init
+def advance(state, model, opt_state, *, ema_decay=0.0, **extra):
+    """The state one step on; `extra` replaces what it names."""
+    carried = state.extra | extra
+    if ema_decay:
+        carried["ema"] = optimizer.ema(state.extra["ema"], model, ema_decay)
+    return State(state.step + 1, model, opt_state, carried)
 
 
 def make_copy(module, shared_mesh):
@@ -102,42 +113,45 @@ def make_copy(module, shared_mesh):
     return lambda: copy(module)
 
 
-def make_step(objective, optimizer_, *, micro_batches=1, lr_scale=None):
+def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
     """One optimizer step from a prepared batch, with gradient accumulation.
 
-    The loss is sum over terms of weight * (sum of losses / sum of mask), the sums being
+    The loss is the sum over terms of weight * (sum of losses / count), the sums being
     those of the whole batch: over every device and every micro-batch. Splitting a batch
     therefore never changes the number.
 
     Args:
         objective: an `Objective`.
-        optimizer_: an `optimizer.Optimizer`.
+        optimizers: an `optimizer.Optimizer`, or {part: Optimizer} for a model that is a
+            dict of parts: each part then has its own clipping and learning rate.
         micro_batches: int; the batch is worked on in so many parts, one after the
             other, to save memory.
-        lr_scale: multiplies the learning rate of some top-level parts of the model.
+        lr_scale: {part: factor} on the learning rate of one optimizer for all parts.
 
     Returns:
         step(state, batch, schedule_step) -> (model, opt_state, metrics).
     """
 
     def step(state, batch, schedule_step):
-        masks = objective.masks(batch)
-        totals = {k: jnp.maximum(m.sum(), 1) for k, m in masks.items()}
+        reductions = objective.reductions(batch)
+        totals = {k: r.total() for k, r in reductions.items()}
+        weights = {k: r.weights for k, r in reductions.items()}
 
-        def loss_fn(model, micro, micro_masks):
+        def loss_fn(model, micro, micro_weights):
             terms, metrics = objective.terms(model, micro)
             loss = 0.0
             for name, values in terms.items():
-                share = masked.sum(values, micro_masks[name]) / totals[name]
-                loss += objective.weights[name] * share
+                part = masked.Reduction(micro_weights[name], micro_weights[name])
+                share = part.sum(values) / totals[name]
+                loss += objective.weights.get(name, 1.0) * share
             return loss, metrics
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if micro_batches == 1:
-            (loss, metrics), grads = grad_fn(state.model, batch, masks)
+            (loss, metrics), grads = grad_fn(state.model, batch, weights)
             grads = mesh.constrain_tree(grads)
         else:
-            split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, masks))
+            split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, weights))
             first = jax.tree.map(lambda x: x[0], split)
             shapes = jax.eval_shape(grad_fn, state.model, *first)
             (_, empty), empty_grads = shapes
@@ -151,13 +165,8 @@ def make_step(objective, optimizer_, *, micro_batches=1, lr_scale=None):
                 return (loss0 + loss, masked.merge(metrics0, metrics), grads), None
 
             (loss, metrics, grads), _ = jax.lax.scan(accumulate, start, split)
-        model, opt_state, norms = optimizer.apply(
-            optimizer_,
-            grads,
-            state.opt_state,
-            state.model,
-            schedule_step,
-            lr_scale=lr_scale,
+        model, opt_state, norms = _apply(
+            optimizers, grads, state, schedule_step, lr_scale
         )
         scalars = {"loss": loss, **norms}
         metrics = metrics | {k: masked.Mean.of(v) for k, v in scalars.items()}
@@ -166,13 +175,40 @@ def make_step(objective, optimizer_, *, micro_batches=1, lr_scale=None):
     return step
 
 
-def make_update(objective, optimizer_, *, micro_batches=1):
-    """update(state, batch) -> (state, metrics): one batch, one optimizer step."""
+def _apply(optimizers, grads, state, step, lr_scale):
+    """One step of one optimizer, or of one for each part of the model."""
+    if not isinstance(optimizers, dict):
+        return optimizer.apply(
+            optimizers, grads, state.opt_state, state.model, step, lr_scale=lr_scale
+        )
+    model, opt_state, norms, squares = {}, {}, {}, 0.0
+    for part, one in optimizers.items():
+        model[part], opt_state[part], told = optimizer.apply(
+            one, grads[part], state.opt_state[part], state.model[part], step
+        )
+        squares += jnp.square(told["grad_norm"])
+        norms |= {f"{k}/{part}": v for k, v in told.items()}
+    first = next(iter(optimizers))
+    norms["learning_rate"] = norms[f"learning_rate/{first}"]
+    return model, opt_state, norms | {"grad_norm": jnp.sqrt(squares)}
+
+
+def make_update(objective, optimizer_, *, micro_batches=1, ema_decay=0.0, carry=None):
+    """update(state, batch) -> (state, metrics): one batch, one optimizer step.
+
+    Args:
+        objective: an `Objective`.
+        optimizer_: an `optimizer.Optimizer`.
+        micro_batches: parts the batch is worked on in.
+        ema_decay: of the average of the weights; 0 keeps none.
+        carry: (state, model, batch) -> {name: value} of State.extra to replace.
+    """
     step = make_step(objective, optimizer_, micro_batches=micro_batches)
 
     def update(state, batch):
         model, opt_state, metrics = step(state, batch, state.step)
-        state = State(state.step + 1, model, opt_state, state.extra)
+        extra = carry(state, model, batch) if carry else {}
+        state = advance(state, model, opt_state, ema_decay=ema_decay, **extra)
         return state, masked.results(metrics)
 
     return jit_update(update)
@@ -199,11 +235,12 @@ def make_evaluate(objective):
 
     @jax.jit
     def evaluate(model, batch):
-        masks = objective.masks(batch)
+        reductions = objective.reductions(batch)
         terms, metrics = objective.terms(model, batch)
         for name, values in terms.items():
             key = "loss" if len(terms) == 1 else f"loss/{name}"
-            metrics = metrics | {key: masked.Mean.of(values, masks[name])}
+            found = masked.Mean.weighted(values, reductions[name])
+            metrics = metrics | {key: found}
         return metrics
 
     return lambda state, batch: evaluate(state.model, batch)
@@ -213,59 +250,9 @@ def _split(x, parts):
     """[B, ...] as [parts, B / parts, ...], each part taking rows from every device.
 
     Rows of a batch lie on devices in contiguous blocks; taking every `parts`-th row
-    keeps each micro-batch spread over all of them without moving data.
+    keeps each micro-batch spread over all of them without moving data. A scalar belongs
+    to every part.
     """
+    if x.ndim == 0:
+        return jnp.broadcast_to(x, (parts,))
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-
-def loss_function(name, offers, arguments=()):
-    """Finds an objective's loss and checks that the stage can feed it.
-
-    Args:
-        name: a name in `stagecraft.losses`, "package.module:function", or a callable.
-        offers: the arrays the stage can pass, by argument name.
-        arguments: names of the keyword arguments it is to get.
-
-    Returns:
-        the function, and the names of the arrays it takes, in order.
-    """
-    function = name
-    if isinstance(name, str) and ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"objective={name!r}: cannot import it ({error}); "
-                "expected 'package.module:function'"
-            ) from error
-    elif isinstance(name, str):
-        function = getattr(losses, name, None)
-        if name not in losses.__all__ or function is None:
-            raise UserError(
-                f"objective={name!r}: no such loss; stagecraft.losses has "
-                f"{', '.join(losses.__all__)}; your own is 'package.module:function'"
-            )
-    parameters = inspect.signature(function).parameters.values()
-    positional = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        and p.default is p.empty
-    ]
-    unknown = [p for p in positional if p not in offers]
-    if unknown:
-        raise UserError(
-            f"objective={_label(name)}: asks for {', '.join(unknown)}; "
-            f"this stage offers {', '.join(offers)}"
-        )
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        keywords = [p.name for p in parameters if p.name not in positional]
-        for key in arguments:
-            if key not in keywords:
-                raise UserError(schema.unknown(f"objective_args.{key}", key, keywords))
-    return function, positional
-
-
-def _label(name):
-    return repr(name) if isinstance(name, str) else getattr(name, "__name__", str(name))

@@ -3,14 +3,18 @@
     <bos> <|user|> question <|assistant|> answer <|end|> <|user|> ...
     <bos> document <eos>
 
-The mask marks targets: in a conversation every assistant turn with its <|end|>, in a
-document everything but bos. Each part is tokenised on its own, so that no piece spans
-the border between what is given and what is learned.
+The mask marks targets: in a conversation every assistant turn with its <|end|> (or the
+last alone; none whose weight is 0), in a document everything but bos. Each part is
+tokenised on its own, so that no piece spans the border between what is given and what
+is learned.
 """
 
 from stagecraft.errors import UserError
 
 ROLES = ("system", "user", "assistant")
+
+# Which assistant turns of a conversation are learned.
+TURNS = ("all", "last")
 
 
 def document(text, tokenizer):
@@ -23,26 +27,33 @@ def document(text, tokenizer):
     return ids, [False] + [True] * (len(ids) - 1)
 
 
-def render(messages, tokenizer):
+def render(messages, tokenizer, *, turns="all"):
     """A whole conversation.
 
     Args:
         messages: [{"role", "content"}]; one with "ended" False was cut off by a length
-            limit and gets no end of turn.
+            limit and gets no end of turn; an assistant's with "weight" 0 is context
+            and not learned.
+        turns: "all" to learn every assistant turn, "last" the last one alone.
 
     Returns:
         ids list[int], mask list[bool]: the assistant's words and its end of turn.
     """
+    last = max(
+        (i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1
+    )
     ids, mask = [tokenizer.bos], [False]
     pieces = {role: getattr(tokenizer, role) for role in ROLES}
-    for message in messages:
+    for number, message in enumerate(messages):
         words = tokenizer.encode(message["content"])
-        learned = message["role"] == "assistant"
+        spoken = message["role"] == "assistant"
+        learned = spoken and message.get("weight", 1) != 0
+        learned = learned and (turns == "all" or number == last)
         ids += [pieces[message["role"]], *words]
         mask += [False] + [learned] * len(words)
-        if learned and message.get("ended", True):  # others end where the next begins
+        if spoken and message.get("ended", True):  # others end where the next begins
             ids.append(tokenizer.end)
-            mask.append(True)
+            mask.append(learned)
     return ids, mask
 
 
@@ -70,7 +81,22 @@ def as_messages(value, role="user"):
             )
         if not isinstance(message["content"], str):
             raise UserError("expected every message's content to be a text")
+        if "weight" in message:
+            _check_weight(message)
     return value
+
+
+def _check_weight(message):
+    weight = message["weight"]
+    if message["role"] != "assistant":
+        raise UserError(
+            f"a message of {message['role']!r} has a weight; only the assistant's are "
+            "learned"
+        )
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UserError(
+            f"a message's weight is {weight!r}, expected 0 (not learned) or 1"
+        )
 
 
 def check_turns(messages, last=ROLES):
@@ -105,6 +131,6 @@ def conversation(record):
     else:
         answer = as_messages(record["completion"], role="assistant")
         messages = as_messages(record["prompt"]) + answer
-    if not any(m["role"] == "assistant" for m in messages):
+    if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise UserError("expected at least one assistant message to learn from")
     return check_turns(messages)

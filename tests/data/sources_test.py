@@ -153,12 +153,70 @@ def test_comparisons_as_text_and_messages(tmp_path):
         {"prompt": "p", "chosen": "c", "rejected": "r"},
         {"prompt": PROMPT, "chosen": ANSWER, "rejected": WORSE},
     )
-    assert sources.comparisons(str(path)) == [(PROMPT, ANSWER, WORSE)] * 2
+    want = sources.Comparison(PROMPT, (ANSWER, WORSE))
+    assert sources.comparisons(str(path)) == [want] * 2
+    assert want.preference is want.margin is None
+
+
+def test_comparisons_with_how_sure_and_by_how_much(tmp_path):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        pair | {"preference": 0.75, "margin": -2},
+        pair | {"preference": 1},
+        pair | {"p_chosen": 0.5},
+    )
+    found = sources.comparisons(str(path))
+    assert [c[2:] for c in found] == [(0.75, -2.0), (1.0, None), (None, None)]
+    assert isinstance(found[1].preference, float)
+    renamed = sources.comparisons(str(path), sources.fields("preference=p_chosen"))
+    assert [c.preference for c in renamed] == [None, None, 0.5]
+
+
+def test_rankings(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "p", "ranked": ["c", WORSE, "x"]},
+        {"prompt": "p", "ranked": ["c", "r"], "ranked_ended": [True, False]},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+    )
+    third = [{"role": "assistant", "content": "x"}]
+    cut = [WORSE[0] | {"ended": False}]
+    assert sources.comparisons(str(path)) == [
+        (PROMPT, (ANSWER, WORSE, third), None, None),
+        (PROMPT, (ANSWER, cut), None, None),
+        (PROMPT, (ANSWER, WORSE), None, None),
+    ]
+
+
+def test_judgements_and_pairs_as_judgements(tmp_path):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    one = {"prompt": "p", "completion": "c"}
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        one | {"label": True},
+        one | {"completion": ANSWER, "label": False, "completion_ended": False},
+        pair | {"rejected_ended": False},
+        pair | {"preference": 0.25},
+    )
+    cut = [ANSWER[0] | {"ended": False}]
+    assert sources.judgements(str(path)) == [
+        [(PROMPT, ANSWER, True)],
+        [(PROMPT, cut, False)],
+        [(PROMPT, ANSWER, True), (PROMPT, [WORSE[0] | {"ended": False}], False)],
+        [(PROMPT, ANSWER, False), (PROMPT, WORSE, True)],
+    ]
+    renamed = sources.fields("label=label+completion=completion")
+    assert sources.judgements(str(path), renamed) == sources.judgements(str(path))
 
 
 def test_prompts_know_where_they_came_from(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": PROMPT})
-    assert sources.prompts(str(path)) == [("p", f"{path}:1"), (PROMPT, f"{path}:2")]
+    records = [{"prompt": "p", "answer": [4, 2]}, {"prompt": PROMPT}]
+    path = jsonl(tmp_path / "a.jsonl", *records)
+    assert sources.prompts(str(path)) == [
+        ("p", f"{path}:1", records[0]),
+        (PROMPT, f"{path}:2", records[1]),
+    ]
 
 
 def test_fields_refuses_what_would_be_ignored():
@@ -171,6 +229,7 @@ def test_fields_refuses_what_would_be_ignored():
 
 
 GOOD = {"prompt": "p", "completion": "c"}
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +246,11 @@ GOOD = {"prompt": "p", "completion": "c"}
         (b'{"prompt": null, "completion": "c"}', "'prompt' is NoneType"),
         (b'{"messages": "p"}', "at least one assistant"),
         (b'{"messages": [{"role": "bot", "content": ""}]}', "'bot'"),
+        (
+            b'{"messages": [{"role": "user", "content": ""},'
+            b' {"role": "assistant", "content": "", "weight": 3}]}',
+            "weight is 3",
+        ),
         (b'{"prompt": "\\ud83d", "completion": "c"}', "surrogate"),
         (b"[" * 200_000, "JSON"),
     ],
@@ -216,6 +280,21 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
         ({"prompt": "p", "chosen": PROMPT + ANSWER, "rejected": "r"}, "message 2"),
         ({"prompt": "p", "chosen": ANSWER + PROMPT, "rejected": "r"}, "last message"),
         ({"prompt": PROMPT + ANSWER, "chosen": "c", "rejected": "r"}, "message 3"),
+        (PAIR | {"preference": 1.5}, "'preference' is 1.5, expected .* from 0 to 1"),
+        (PAIR | {"preference": "0.5"}, "'preference' is '0.5'"),
+        (PAIR | {"preference": True}, "'preference' is True"),
+        (PAIR | {"preference": float("nan")}, "'preference' is nan"),
+        (PAIR | {"margin": None}, "'margin' is None, expected a number"),
+        (PAIR | {"margin": float("inf")}, "'margin' is inf"),
+        (PAIR | {"ranked": ["c", "r"]}, "both 'ranked' and 'chosen'"),
+        (PAIR | {"chosen": [ANSWER[0] | {"weight": 0}]}, "weight 0"),
+        ({"prompt": "p", "ranked": ["c", "r"], "margin": 1}, "'ranked' and 'margin'"),
+        ({"prompt": "p", "ranked": "c"}, "'ranked' is str, expected a list"),
+        ({"prompt": "p", "ranked": ["c"]}, "has 1 answers, expected two or more"),
+        ({"prompt": "p", "ranked": ["c", 3]}, "a text or a list of messages"),
+        ({"prompt": "p", "ranked": ["c", PROMPT]}, "message 2"),
+        ({"prompt": "p", "ranked": ["c", "r"], "ranked_ended": [True]}, "ranked_ended"),
+        ({"prompt": "p", "ranked": ["c", "r"], "ranked_ended": 1}, "'ranked_ended' is"),
     ],
 )
 def test_a_bad_comparison_is_told(tmp_path, record, told):
@@ -223,6 +302,28 @@ def test_a_bad_comparison_is_told(tmp_path, record, told):
     with pytest.raises(UserError, match=told) as error:
         sources.comparisons(str(path))
     assert str(error.value).startswith(f"{path}:1: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "record, told",
+    [
+        ({"prompt": "p", "completion": "c"}, "no key 'label'.*'completion'"),
+        ({"prompt": "p", "completion": "c", "label": 1}, "'label' is int, .*true or"),
+        ({"prompt": "p", "completion": "c", "label": "yes"}, "'label' is str"),
+        ({"prompt": "p", "completion": PROMPT, "label": True}, "message 2"),
+        ({"prompt": "p", "ranked": ["c", "r"]}, "'ranked' does not say"),
+        ({"prompt": "p", "chosen": "c"}, "no key 'rejected'"),
+        ({"prompt": "p", "label": True}, "no key 'completion'"),
+    ],
+)
+def test_a_bad_judgement_is_told(tmp_path, record, told):
+    good = {"prompt": "p", "completion": "c", "label": True}
+    path = jsonl(tmp_path / "a.jsonl", good, record)
+    with pytest.raises(UserError, match=told) as error:
+        sources.judgements(str(path))
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(error.value)
 
 
 def test_a_prompt_must_leave_the_answer_to_the_model(tmp_path):
@@ -273,7 +374,12 @@ def test_a_damaged_gzip_file_is_told(tmp_path):
 def test_records_where_text_is_are_told(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello")
-    for read in (sources.demonstrations, sources.comparisons, sources.prompts):
+    for read in (
+        sources.demonstrations,
+        sources.comparisons,
+        sources.judgements,
+        sources.prompts,
+    ):
         with pytest.raises(UserError, match=r"a\.txt: .* expected \.jsonl"):
             read(str(path))
 
@@ -282,6 +388,6 @@ def test_an_answer_that_was_cut_off_is_marked(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = {"prompt": "a", "chosen": "b", "rejected": "c d", "rejected_ended": False}
     path.write_text(json.dumps(row) + "\n")
-    [(_, chosen, rejected)] = sources.comparisons(str(path))
+    [(_, (chosen, rejected), *_)] = sources.comparisons(str(path))
     assert "ended" not in chosen[0]
     assert rejected == [{"role": "assistant", "content": "c d", "ended": False}]

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 
 from stagecraft import losses
+from stagecraft.losses import advantage
 
 
 def prefixes(lengths, width):
     return np.arange(width)[None] < np.array(lengths)[:, None]
 
 
-def gae_by_loop(rewards, values, mask, discount, lambda_):
+def gae_by_loop(rewards, values, mask, discount, lambda_, after=None):
     advantages = np.zeros(rewards.shape)
     for b, length in enumerate(mask.sum(1)):
         later = 0.0
+        last = 0.0 if after is None else after[b]
         for t in reversed(range(length)):
-            ahead = values[b, t + 1] if t + 1 < length else 0.0
+            ahead = values[b, t + 1] if t + 1 < length else last
             delta = rewards[b, t] + discount * ahead - values[b, t]
             later = advantages[b, t] = delta + discount * lambda_ * later
     return advantages, np.where(mask, advantages + values, 0)
@@ -62,6 +64,62 @@ def test_gae_is_the_loop(run, discount, lambda_):
         assert array.shape == (5, 7) and array.dtype == jnp.float32
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
         assert not np.asarray(array)[~mask].any()
+
+
+def test_gae_of_cut_completions_may_look_ahead(run):
+    rng = np.random.default_rng(7)
+    rewards, values = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    mask = prefixes([7, 3, 1, 0, 6], 7)
+    after = np.array([2.0, 0.0, -1.0, 4.0, 0.5], np.float32)
+    gae = functools.partial(losses.gae, discount=0.9, lambda_=0.7)
+    got = run(lambda *a: gae(*a[:3], bootstrap=a[3]))(
+        *map(jnp.asarray, (rewards, values, mask, after))
+    )
+    want = gae_by_loop(rewards, values, mask, 0.9, 0.7, after)
+    for array, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
+        assert not np.asarray(array)[~mask].any()
+    plain = gae(*map(jnp.asarray, (rewards, values, mask)))
+    same = gae(*map(jnp.asarray, (rewards, values, mask)), bootstrap=jnp.zeros(5))
+    np.testing.assert_array_equal(plain[0], same[0])
+    np.testing.assert_array_equal(plain[1], same[1])
+
+
+def test_gae_bootstrap_by_hand():
+    one = jnp.ones((1, 1))  # paid 1, hoped for 1/4, and 2 more are to come at half
+    advantages, returns = losses.gae(
+        one, 0.25 * one, one > 0, discount=0.5, bootstrap=jnp.array([2.0])
+    )
+    assert advantages.tolist() == [[1.75]] and returns.tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_discounted_returns(run, discount):
+    rng = np.random.default_rng(8)
+    rewards = rng.normal(size=(4, 6)).astype(np.float32)
+    mask = prefixes([6, 2, 0, 1], 6)
+    rewards[1, 3] = np.nan
+    got = run(functools.partial(advantage.discounted_returns, discount=discount))(
+        jnp.asarray(rewards), jnp.asarray(mask)
+    )
+    want = np.zeros((4, 6))
+    for b, length in enumerate(mask.sum(1)):
+        for t in range(length):
+            want[b, t] = sum(
+                discount ** (u - t) * rewards[b, u] for u in range(t, length)
+            )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_discounted_returns_gradient(check_gradient):
+    rng = np.random.default_rng(9)
+    mask, weights = jnp.asarray(prefixes([4, 2], 4)), rng.normal(size=(2, 4))
+
+    def total(rewards):
+        got = advantage.discounted_returns(rewards, mask, discount=0.9)
+        return jnp.sum(got * weights)
+
+    check_gradient(total, rng.normal(size=(2, 4)))
 
 
 def test_gae_defaults():
@@ -109,22 +167,25 @@ def test_gae_gradient(check_gradient):
     mask = jnp.asarray(prefixes([4, 2], 4))
     weights = rng.normal(size=(2, 4))
 
-    def total(rewards, values):
-        advantages, returns = losses.gae(rewards, values, mask, discount=0.9)
+    def total(rewards, values, after):
+        advantages, returns = losses.gae(
+            rewards, values, mask, discount=0.9, bootstrap=after
+        )
         return jnp.sum(advantages * weights + returns * returns)
 
-    check_gradient(total, *rng.normal(size=(2, 2, 4)))
+    check_gradient(total, *rng.normal(size=(2, 2, 4)), rng.normal(size=2))
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_numpy(run, shift_mean):
+def test_whiten_numpy(run, shift_mean, unbiased):
     rng = np.random.default_rng(4)
     x = rng.normal(3, 2, (4, 6)).astype(np.float32)
     mask = rng.random((4, 6)) < 0.6
-    whiten = functools.partial(losses.whiten, shift_mean=shift_mean)
+    whiten = functools.partial(losses.whiten, shift_mean=shift_mean, unbiased=unbiased)
     got = np.asarray(run(whiten)(jnp.asarray(x), jnp.asarray(mask)))
     real = x[mask]
-    want = (real - real.mean()) / np.sqrt(real.var() + 1e-8)
+    want = (real - real.mean()) / np.sqrt(real.var(ddof=int(unbiased)) + 1e-8)
     np.testing.assert_allclose(
         got[mask], want if shift_mean else want + real.mean(), rtol=1e-4, atol=1e-5
     )
@@ -134,12 +195,15 @@ def test_whiten_numpy(run, shift_mean):
 def test_whiten_golden_divides_by_n():
     got = losses.whiten(jnp.array([1.0, 2.0, 3.0]), jnp.ones(3, bool))
     np.testing.assert_allclose(got, [-1.224745, 0, 1.224745], atol=1e-6)
+    got = losses.whiten(jnp.array([1.0, 2.0, 3.0]), jnp.ones(3, bool), unbiased=True)
+    np.testing.assert_allclose(got, [-1, 0, 1], atol=1e-6)
 
 
 def test_whiten_edges():
     dirty = jnp.array([5.0, jnp.nan, jnp.inf])
     one = jnp.array([True, False, False])
     assert losses.whiten(dirty, one).tolist() == [0, 0, 0]
+    assert losses.whiten(dirty, one, unbiased=True).tolist() == [0, 0, 0]
     assert losses.whiten(dirty, one, shift_mean=False).tolist() == [5, 0, 0]
     assert losses.whiten(dirty, jnp.zeros(3, bool)).tolist() == [0, 0, 0]
     assert losses.whiten(jnp.full(3, 7.0), jnp.ones(3, bool)).tolist() == [0, 0, 0]
@@ -178,5 +242,7 @@ def test_shapes_that_differ_are_refused():
     row, rows = jnp.ones((1, 3)), jnp.ones((2, 3))
     with pytest.raises(ValueError, match="values"):
         losses.gae(rows, row, rows > 0)
+    with pytest.raises(ValueError, match="bootstrap"):
+        losses.gae(rows, rows, rows > 0, bootstrap=jnp.ones(3))
     with pytest.raises(ValueError, match="mask"):
         losses.whiten(rows, row > 0)

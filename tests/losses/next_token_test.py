@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stagecraft import losses, masked
+from stagecraft.losses.next_token import dft, z_loss
 
 
 def random_rows(rng, shape):
@@ -81,6 +82,40 @@ def test_next_token_is_minus_logps(run, check_gradient):
     assert metrics == {} and loss.dtype == jnp.float32
     mask = jnp.asarray(np.random.default_rng(3).random((3, 5)) < 0.5)
     check_gradient(lambda x: masked.mean(losses.next_token(x)[0], mask), logps)
+
+
+def test_dft(run):
+    p = np.array([[1.0, 0.5, 0.1], [1e-6, 0.9, 0.3]])
+    logps = jnp.asarray(np.log(p), jnp.float32)
+    loss, metrics = run(dft)(logps)
+    np.testing.assert_allclose(loss, -p * np.log(p), rtol=1e-5, atol=1e-7)
+    assert metrics == {} and loss.dtype == jnp.float32
+    # No gradient through p: the slope is -p itself, not -p (1 + log p).
+    slope = jax.grad(lambda x: jnp.sum(dft(x)[0]))(logps)
+    np.testing.assert_allclose(slope, -p, rtol=1e-5)
+
+
+def test_dft_weighs_every_logit_alike():
+    # What maximum likelihood divides by p, dft takes back: the gradient to the target's
+    # logit is p (1 - p) in place of 1 - p.
+    logits = np.random.default_rng(5).normal(size=6)
+
+    def slope(loss_fn):
+        def total(x):
+            return jnp.sum(loss_fn(jax.nn.log_softmax(x)[None, :1])[0])
+
+        return jax.grad(total)(jnp.asarray(logits, jnp.float32))
+
+    p = np.exp(logits[0]) / np.exp(logits).sum()
+    np.testing.assert_allclose(slope(dft), p * slope(losses.next_token), rtol=1e-5)
+
+
+def test_z_loss(run, check_gradient):
+    log_z = np.random.default_rng(6).normal(size=(3, 4))
+    loss, metrics = run(z_loss)(jnp.asarray(log_z, jnp.float32))
+    np.testing.assert_allclose(loss, log_z**2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["log_z"], log_z, rtol=1e-6)
+    check_gradient(lambda x: jnp.sum(z_loss(x)[0]), log_z)
 
 
 def test_sequence_logps_is_a_sum_not_a_mean(run):

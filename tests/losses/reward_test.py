@@ -1,6 +1,7 @@
-"""The Bradley-Terry loss against numpy, golden numbers and its limits."""
+"""The Bradley-Terry losses against numpy, golden numbers and their limits."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from stagecraft import losses, masked
+from stagecraft.errors import UserError
+from stagecraft.losses import reward
 
 
 def by_numpy(rewards, margin=0.0, centering=0.0):
@@ -92,3 +95,86 @@ def test_wrong_shapes_are_refused():
         losses.bradley_terry(jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="margin"):
         losses.bradley_terry(jnp.ones((3, 2)), margin=jnp.ones((3, 1)))
+
+
+def test_soft_labels(run, check_gradient):
+    rng = np.random.default_rng(2)
+    rewards, p = rng.normal(size=(5, 2)), np.array([0.0, 1.0, 0.5, 0.8, 0.3])
+    soft = by_numpy(rewards) * p + by_numpy(rewards[:, ::-1]) * (1 - p)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (rewards, p)]
+    loss, metrics = run(lambda x, p: losses.bradley_terry(x, preference=p))(*arrays)
+    np.testing.assert_allclose(loss, soft, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], rewards[:, 0] > rewards[:, 1])
+    check_gradient(
+        lambda x, p, m: losses.bradley_terry(x, preference=p, margin=m)[0].sum(),
+        rewards,
+        p,
+        np.full(5, 0.2),
+    )
+
+
+def test_soft_labels_rest_where_the_judge_is_met():
+    # The gradient vanishes where sigmoid(difference) is the judge's probability.
+    rewards, p = jnp.array([[np.log(3.0), 0.0]]), jnp.array([0.75])
+    slope = jax.grad(lambda x: losses.bradley_terry(x, preference=p)[0].sum())
+    np.testing.assert_allclose(slope(rewards), np.zeros((1, 2)), atol=1e-6)
+
+
+def ranked_by_numpy(rewards, present, centering):
+    out = []
+    for row, there in zip(rewards, present, strict=True):
+        pairs = np.array(list(itertools.combinations(row[there], 2))).reshape(-1, 2)
+        out.append(by_numpy(pairs, 0.0, centering).mean() if len(pairs) else 0.0)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.1])
+def test_ranked(run, check_gradient, centering):
+    rng = np.random.default_rng(3)
+    rewards, present = rng.normal(size=(7, 4)), rng.random((7, 4)) < 0.7
+    present[0], present[1], present[2] = True, False, [False, True, False, False]
+    loss_fn = functools.partial(reward.bradley_terry_ranked, centering=centering)
+    wild = jnp.asarray(np.where(present, rewards, np.nan), jnp.float32)
+    loss, metrics = run(loss_fn)(wild, jnp.asarray(present))
+    np.testing.assert_allclose(
+        loss, ranked_by_numpy(rewards, present, centering), rtol=1e-5
+    )
+    check_gradient(lambda x: loss_fn(x, present)[0].sum(), rewards)
+    gradient = jax.grad(lambda x: loss_fn(x, jnp.asarray(present))[0].sum())(wild)
+    assert np.isfinite(gradient).all() and not gradient[~present].any()
+    accuracy, prompts = metrics["accuracy"]
+    np.testing.assert_array_equal(prompts, present.sum(1) > 1)
+    np.testing.assert_array_equal(prompts, metrics["margin"][1])
+    for i in np.flatnonzero(prompts):
+        pairs = np.array(list(itertools.combinations(rewards[i][present[i]], 2)))
+        np.testing.assert_allclose(accuracy[i], (pairs[:, 0] > pairs[:, 1]).mean())
+        np.testing.assert_allclose(
+            metrics["margin"][0][i], (pairs[:, 0] - pairs[:, 1]).mean(), rtol=1e-5
+        )
+
+
+def test_ranked_pair_is_bradley_terry():
+    rewards = jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)), jnp.float32)
+    ranked, _ = reward.bradley_terry_ranked(
+        rewards, jnp.ones((5, 2), bool), centering=0.01
+    )
+    plain, _ = losses.bradley_terry(rewards, centering=0.01)
+    np.testing.assert_allclose(ranked, plain, rtol=1e-6)
+
+
+def test_prompts_weigh_alike_however_many_responses():
+    # Nine responses have 36 pairs, and still the say of one prompt.
+    present = jnp.arange(9)[None] < jnp.array([[9], [2]])
+    loss, _ = reward.bradley_terry_ranked(jnp.zeros((2, 9)), present)
+    np.testing.assert_allclose(loss, np.log(2) * np.ones(2), rtol=1e-6)
+
+
+def test_more_wrong_input_is_refused():
+    with pytest.raises(ValueError, match="preference"):
+        losses.bradley_terry(jnp.ones((3, 2)), preference=jnp.ones((2,)))
+    with pytest.raises(UserError, match="centering"):
+        losses.bradley_terry(jnp.ones((3, 2)), centering=-0.1)
+    with pytest.raises(ValueError, match="present"):
+        reward.bradley_terry_ranked(jnp.ones((3, 2)), jnp.ones((3, 3), bool))
+    with pytest.raises(ValueError, match=r"\[B, K\]"):
+        reward.bradley_terry_ranked(jnp.ones(3), jnp.ones(3, bool))

@@ -6,7 +6,15 @@ import numpy as np
 from stagecraft import defaults, mesh
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from stagecraft.stages import language_model, policy, preference, reward
+from stagecraft.stages import (
+    group,
+    language_model,
+    online,
+    policy,
+    preference,
+    reward,
+    unpaired,
+)
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -79,37 +87,72 @@ def prompts(rows=16, length=8, seed=0):
     )
 
 
+def judged(rows=16, length=16, seed=0):
+    """A batch of single completions, some desirable, prompts of different lengths."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(2, 6, (rows, 1))
+    ends = starts + rng.integers(1, length - 5, (rows, 1))
+    column = np.arange(length)[None]
+    ids = rng.integers(8, 64, (rows, length)) * (column < ends)
+    return dict(
+        ids=ids.astype(np.int32),
+        mask=(column >= starts) & (column < ends),
+        segments=(column < ends).astype(np.int32),
+        positions=np.tile(column.astype(np.int32), (rows, 1)),
+        label=rng.random(rows) < 0.5,
+    )
+
+
 OPTIMIZER = dict(name="sgd", lr=0.1, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
 
 
-def stage(kind, shared_mesh, **changes):
+PARENTS = {
+    "language_model": ("start",),
+    "reward": ("start",),
+    "preference": ("start", "reference"),
+    "unpaired_preference": ("start", "reference"),
+    "online_preference": ("start", "reference", "reward"),
+    "policy": ("start", "reference", "reward", "value"),
+    "group_policy": ("start", "reference", "reward"),
+}
+BUILD = {
+    "language_model": language_model.make,
+    "reward": reward.make,
+    "preference": preference.make,
+    "unpaired_preference": unpaired.make,
+    "online_preference": online.make,
+    "policy": policy.make,
+    "group_policy": group.make,
+}
+BATCH = {
+    "language_model": documents,
+    "reward": pairs,
+    "preference": pairs,
+    "unpaired_preference": judged,
+    "online_preference": prompts,
+    "policy": prompts,
+    "group_policy": prompts,
+}
+# Settings that make every part of a stage act.
+SETTINGS = {
+    "policy": dict(epochs=2, minibatches=2),
+    "group_policy": dict(
+        group_size=2, epochs=2, minibatches=2, kl_coef=0.1, batch_size=16
+    ),
+}
+KINDS = tuple(PARENTS)
+
+
+def stage(kind, shared_mesh, *, verifiers=None, **changes):
     """A stage of one kind, its raw batch, and its config."""
     changes = dict(optimizer=OPTIMIZER, steps=10, batch_size=16) | changes
-    parents = models(shared_mesh)
-    start = parents["policy"]
-    if kind == "language_model":
-        config = defaults.stage(kind, **changes)
-        made = language_model.make(config, CONFIG, shared_mesh, {"start": start})
-        return made, documents(), config
-    if kind == "reward":
-        config = defaults.stage(kind, **changes)
-        made = reward.make(config, CONFIG, shared_mesh, {"start": start})
-        return made, pairs(), config
-    if kind == "preference":
-        config = defaults.stage(kind, **changes)
-        roles = {"start": start, "reference": parents["reference"]}
-        return preference.make(config, CONFIG, shared_mesh, roles), pairs(), config
-    sampling = dict(max_new_tokens=10, temperature=0.7)
-    changes = dict(epochs=2, minibatches=2, sampling=sampling) | changes
-    config = defaults.stage(kind, **changes)
-    roles = {
-        "start": start,
-        "reference": parents["reference"],
-        "reward": parents["reward"],
-        "value": parents["reward"],
-    }
-    made = policy.make(config, CONFIG, shared_mesh, roles, stop_id=STOP)
-    return made, prompts(), config
-
-
-KINDS = ("language_model", "reward", "preference", "policy")
+    samples = kind in ("policy", "group_policy", "online_preference")
+    if samples:
+        changes = dict(sampling=dict(max_new_tokens=10, temperature=0.7)) | changes
+    config = defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
+    known = models(shared_mesh)
+    known |= {"start": known["policy"], "value": known["reward"]}
+    roles = {name: known[name] for name in PARENTS[kind]}
+    extra = dict(stop_id=STOP, verifiers=verifiers) if samples else {}
+    made = BUILD[kind](config, CONFIG, shared_mesh, roles, **extra)
+    return made, BATCH[kind](), config

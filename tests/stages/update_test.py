@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from stagecraft import checkpoint, mesh, tree
-from stagecraft.errors import UserError
 from stagecraft.stages import stage as stages
 from tests.stages import cases
 
@@ -109,28 +108,3 @@ def test_an_empty_mask_gives_zero_not_nan():
         _, metrics = made.update(state, made.prepare(state, raw, None))
     assert float(metrics["loss"]) == 0.0
     assert float(metrics["grad_norm"]) == 0.0
-
-
-def test_objectives_by_name_by_path_and_by_hand():
-    offers = ("policy_logps", "ref_logps")
-    found, takes = stages.loss_function("dpo", offers)
-    assert takes == list(offers)
-    assert stages.loss_function("stagecraft.losses:dpo", offers)[0] is found
-
-    def mine(policy_logps, *, beta=1.0):
-        return policy_logps[:, 0] * beta, {}
-
-    assert stages.loss_function(mine, offers) == (mine, ["policy_logps"])
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("dpoo", "no such loss"),
-        ("nowhere:loss", "cannot import"),
-        (lambda logits: logits, "asks for logits"),
-    ],
-)
-def test_objectives_that_do_not_fit_are_refused(name, says):
-    with pytest.raises(UserError, match=says):
-        stages.loss_function(name, ("policy_logps", "ref_logps"))

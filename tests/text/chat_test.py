@@ -42,6 +42,48 @@ def test_an_answer_that_was_cut_off_gets_no_end():
     assert mask == [False] * 5 + [True] * 2
 
 
+def test_a_turn_of_weight_0_is_context():
+    messages = said("ua", "abc", "ud", "aef", "ug", "ah")
+    messages[1]["weight"], messages[3]["weight"], messages[5]["weight"] = 0, 1, 0
+    ids, mask = chat.render(messages, Letters())
+    assert "".join(ids) == "^UaAbc.UdAef.UgAh."
+    assert "".join(i for i, m in zip(ids, mask, strict=True) if m) == "ef."
+    # The words are the same, whatever is learned of them.
+    assert ids == chat.render(said("ua", "abc", "ud", "aef", "ug", "ah"), Letters())[0]
+
+
+def test_the_last_turn_alone():
+    messages = said("sx", "uab", "acd", "ue", "af")
+    ids, mask = chat.render(messages, Letters(), turns="last")
+    assert "".join(ids) == "^SxUabAcd.UeAf."
+    assert "".join(i for i, m in zip(ids, mask, strict=True) if m) == "f."
+    # It is the assistant's last, also where the user has the last word.
+    ids, mask = chat.render(said("ua", "ab", "uc"), Letters(), turns="last")
+    assert "".join(i for i, m in zip(ids, mask, strict=True) if m) == "b."
+    messages[-1]["weight"] = 0
+    assert not any(chat.render(messages, Letters(), turns="last")[1])
+
+
+@pytest.mark.parametrize(
+    "role, weight, told",
+    [
+        ("a", 2, "weight is 2, expected 0"),
+        ("a", 0.5, "weight is 0.5"),
+        ("a", True, "weight is True"),
+        ("a", None, "weight is None"),
+        ("a", [], "weight is \\[\\]"),
+        ("u", 0, "a message of 'user' has a weight"),
+        ("a", 0, "at least one assistant"),
+    ],
+)
+def test_a_weight_that_means_nothing_is_refused(role, weight, told):
+    messages = said("ua", "ab")
+    messages["ua".index(role)]["weight"] = weight
+    with pytest.raises(UserError, match=told) as error:
+        chat.conversation({"messages": messages})
+    assert "\n" not in str(error.value)
+
+
 def test_generation_prompt_is_the_rendering_up_to_the_answer():
     messages = said("sx", "uab", "acd", "ue", "af")
     prompt = chat.generation_prompt(messages[:-1], Letters())

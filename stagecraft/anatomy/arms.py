@@ -1,0 +1,424 @@
+"""Groups the finished stages of several runs into arms: alike but for the seed.
+
+An arm is a stage with everything that decides its numbers: its settings, those of the
+stages it comes from, the model, the tokenizer, the world; not the seed, the mesh or
+how often it logs. Stages of one run named NAME_seed0, NAME_seed1, ... are one arm too.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from pathlib import Path
+
+from stagecraft import defaults, schema, workdir
+from stagecraft.anatomy import files
+from stagecraft.anatomy.behaviour import SPEAKING
+from stagecraft.errors import UserError
+
+_SEEDED = re.compile(r"(.+)_seed(\d+)")
+# What never decides a number, or is what the seeds of an arm differ in.
+_LEFT_OUT = ("mesh", "every", "seed")
+_SHOWN = 3  # differences named in an arm's label
+_DEFAULT = "default"  # an argument of the objective that the config leaves out
+
+
+@dataclasses.dataclass
+class Sample:
+    """One finished stage of one run: its name there, its seed, {figure: number}."""
+
+    run: Path
+    stage: str
+    seed: tuple  # the run's, and the number in NAME_seedN or None
+    figures: dict
+
+
+@dataclasses.dataclass
+class Arm:
+    """Samples that differ in nothing but their seeds.
+
+    Attributes:
+        label: unique among the arms: the stage, and what sets it apart where the runs
+            hold several versions of that stage.
+        stage, kind: the stage's name without _seedN, and its kind.
+        settings: dotted key -> value of all that decides its numbers.
+        differs: the part of `settings` in which the versions of this stage differ.
+        samples: one a seed.
+    """
+
+    label: str
+    stage: str
+    kind: str
+    settings: dict
+    differs: dict
+    samples: list
+
+    def values(self, figure):
+        """The figure of each sample; None where it was not measured."""
+        return [sample.figures.get(figure) for sample in self.samples]
+
+
+def read(folders, stages=()):
+    """The arms of several runs.
+
+    Args:
+        folders: work directories of finished runs.
+        stages: names of the stages to compare, with or without _seedN; () for all that
+            answer in turns.
+
+    Returns:
+        (runs, arms, notes): the `files.Run`s, the arms in the order of the folders and
+        of the graph, and what a reader must know, one line each.
+
+    Raises:
+        UserError: no run, an unfinished one, one given twice, an unknown stage, or
+            runs whose figures were measured on different things.
+    """
+    if not folders:
+        raise UserError("give the folders of runs: stagecraft compare runs/a runs/b")
+    runs, seen = [], {}
+    for folder in map(Path, folders):
+        first = seen.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            raise UserError(f"{folder}: given twice (as {first}); name each run once")
+        runs.append(_run(folder))
+    _same_measure(runs)
+    chosen = _chosen(runs, stages)
+    arms, repeats = {}, []
+    for run in runs:
+        _check_finished(run, chosen, named=bool(stages))
+        for stage in run.stages:
+            if stage.name in chosen:
+                _add(arms, repeats, run, stage)
+    order = list(dict.fromkeys(arm.stage for arm in arms.values()))
+    arms = sorted(arms.values(), key=lambda arm: order.index(arm.stage))
+    _name(arms)
+    notes = [
+        f"{', '.join(names)} of {', '.join(where)}: "
+        "settings and seed are those of a run before it, so it is counted once"
+        f"{'' if alike else ', though the figures differ'}"
+        for alike, names, where in _gathered(repeats)
+    ]
+    return runs, arms, notes + _warnings(runs, arms)
+
+
+def _gathered(repeats):
+    """[(alike, stages, runs)] of (alike, stage, run): one entry a set of runs."""
+    runs = {}
+    for alike, stage, run in repeats:
+        runs.setdefault((alike, stage), []).append(run)
+    stages = {}
+    for (alike, stage), where in runs.items():
+        stages.setdefault((alike, *where), []).append(stage)
+    return [(alike, names, where) for (alike, *where), names in stages.items()]
+
+
+def _run(folder):
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder}: no run here (no config.json); give folders that `stagecraft "
+            "run` made"
+        )
+    planned = workdir.read_json(folder / "config.json")
+    planned = planned.get("stages") if isinstance(planned, dict) else None
+    if not isinstance(planned, dict) or not planned:
+        raise UserError(f"{folder / 'config.json'}: not the config of a run")
+    run = files.read(folder)
+    run.stages = [stage for stage in run.stages if stage.name in planned]
+    return run
+
+
+def _same_measure(runs):
+    """Refuses runs whose figures were measured on different things."""
+    for group, key in (("world", "name"), ("world", "size"), ("measure", "split")):
+        first = runs[0].config.get(group, {}).get(key)
+        for run in runs[1:]:
+            value = run.config.get(group, {}).get(key)
+            if value != first:
+                raise UserError(
+                    f"{run.folder}: {group}.{key}={value!r}, but {first!r} in "
+                    f"{runs[0].folder}; their figures are of different things and "
+                    "cannot be compared"
+                )
+
+
+def short(name):
+    """A stage's name without its seed.
+
+    >>> short("simpo_seed2"), short("dpo")
+    ('simpo', 'dpo')
+    """
+    found = _SEEDED.fullmatch(name)
+    return found[1] if found else name
+
+
+def _chosen(runs, wanted):
+    """Names of the stages to compare, over all runs."""
+    everything = {s.name: (s, run) for run in runs for s in run.stages}
+    if wanted:
+        known = dict.fromkeys([*everything, *map(short, everything)])
+        for name in wanted:
+            if name not in known:
+                raise UserError(schema.unknown(f"--stages={name}", name, known))
+        chosen = {n for n in everything if {n, short(n)} & set(wanted)}
+        for run in runs:
+            names = [stage.name for stage in run.stages]
+            if not chosen & set(names):
+                raise UserError(
+                    f"{run.folder}: has no stage {' or '.join(wanted)}; it has "
+                    f"{', '.join(names)}"
+                )
+        return chosen
+    trained = {
+        n: run.config["stages"][n]
+        for n, (_, run) in everything.items()
+        if run.config["stages"][n].get("kind") not in defaults.RECORDS
+    }
+    speaking = {n: c for n, c in trained.items() if c.get("kind") in SPEAKING}
+    in_turns = {
+        n
+        for n, c in speaking.items()
+        if c["kind"] != "language_model" or c.get("data", {}).get("format") != "text"
+    }
+    return in_turns or set(speaking) or set(trained)
+
+
+def _check_finished(run, chosen, named):
+    """Refuses an unfinished run; with stages named, only those must be finished."""
+    finished = [s.name for s in run.stages if s.info.get("finished")]
+    missing = [
+        s.name
+        for s in run.stages
+        if s.name not in finished and (s.name in chosen or not named)
+    ]
+    if missing:
+        hint = f"; or compare what is there: --stages={','.join(finished)}"
+        raise UserError(
+            f"{run.folder}: not finished, missing {', '.join(missing)}; give its run "
+            f"command again{hint if finished and not named else ''}"
+        )
+    unmeasured = [
+        s.name
+        for s in run.stages
+        if s.name in chosen and not isinstance(run.summary.get(s.name), dict)
+    ]
+    if unmeasured:
+        raise UserError(
+            f"{run.folder}: summary.json has no figures of {', '.join(unmeasured)}; "
+            "give its run command again to measure them"
+        )
+
+
+def _add(arms, repeats, run, stage):
+    """Puts a stage of a run into its arm, unless it is there already."""
+    settings = _settings(run, stage.name)
+    key = workdir.digest([short(stage.name), settings])
+    arm = arms.setdefault(key, Arm("", short(stage.name), stage.kind, settings, {}, []))
+    numbered = _SEEDED.fullmatch(stage.name)
+    seed = run.config.get("seed"), int(numbered[2]) if numbered else None
+    figures = {k: v for k, v in run.summary[stage.name].items() if files.number(v)}
+    seconds = run.summary.get("seconds", {}).get(stage.name)
+    if files.number(seconds):
+        figures["seconds"] = seconds
+    for other in arm.samples:
+        if other.seed == seed:
+            alike = all(
+                math.isclose(figures[k], other.figures[k], rel_tol=1e-4, abs_tol=1e-6)
+                for k in figures.keys() & other.figures.keys() - {"seconds"}
+            )
+            repeats.append((alike, stage.name, str(run.folder)))
+            return
+    arm.samples.append(Sample(run.folder, stage.name, seed, figures))
+
+
+# -- what decides a stage's numbers ----------------------------------------------------
+
+
+def _settings(run, name):
+    """{dotted key: value} of a stage, all it comes from, and what they share."""
+    found = {}
+    _trace(run.config, name, found)
+    shared = {
+        k: v
+        for k, v in _completed(run.config).items()
+        if k not in ("stages", "measure", *_LEFT_OUT)
+    }
+    elsewhere = _outside(shared.get("tokenizer", {}).get("path", ""))
+    if elsewhere:
+        shared["tokenizer"] = _completed(elsewhere[0])["tokenizer"]
+    own = found.pop(short(name))
+    return dict(_flat("", own)) | dict(_flat("", found)) | dict(_flat("", shared))
+
+
+def _trace(config, name, found):
+    """Adds a stage's settings to `found`, and those of the stages it names."""
+    stages = config["stages"]
+    settings = dict(_completed_stage(stages[name]))
+    label = short(name)
+    found[label] = settings
+    for key in [k for k in settings if k.endswith("_from")]:
+        settings[key] = _renamed(config, settings[key], found, "")
+    data = settings.get("data")
+    if isinstance(data, dict):
+        settings["data"] = {
+            k: _renamed(config, v, found, "stage:") for k, v in data.items()
+        }
+
+
+def _renamed(config, value, found, prefix):
+    """The value with the stages it names traced, and named without their seeds."""
+    if isinstance(value, list):
+        return [_renamed(config, one, found, prefix) for one in value]
+    if not isinstance(value, str):
+        return value
+    parts = []
+    for part in (p.strip() for p in value.split(",")):
+        name, home = part.removeprefix(prefix), config
+        known = part.startswith(prefix) and name in config["stages"]
+        elsewhere = None if known else _outside(part)
+        if elsewhere:
+            # The same file of another run: that run's seed is no difference either.
+            home, name = elsewhere
+            known = name in home["stages"]
+            part = name
+        if known:
+            part = prefix + short(name)
+            if short(name) not in found:
+                _trace(home, name, found)
+        parts.append(part)
+    return ",".join(parts)
+
+
+def _outside(text):
+    """(config, name) of the run a path leads into; the name of a stage, or a file."""
+    if "/" not in text:
+        return None
+    path = Path(text)
+    for root, name in (
+        (path.parent, path.name),  # RUN/STAGE, RUN/tokenizer.model
+        (path.parent.parent, path.parent.name),  # RUN/STAGE/records.jsonl
+    ):
+        if (root / "config.json").exists():
+            config = workdir.read_json(root / "config.json")
+            if name == "world":
+                name = f"world:{path.name}"
+            return (config, name) if config.get("stages") else None
+    return None
+
+
+def _completed(config):
+    """The config with today's defaults in it: an older run may lack newer keys."""
+    given = {k: v for k, v in config.items() if k != "stages"}
+    try:
+        return schema.plain(schema.merge(defaults.experiment(), given))
+    except UserError:
+        return given
+
+
+def _completed_stage(stage):
+    try:
+        return schema.plain(schema.merge(defaults.KINDS[stage["kind"]](), stage))
+    except (UserError, KeyError):
+        return stage  # of another version: its keys are compared as they are
+
+
+def _flat(prefix, value):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _LEFT_OUT:
+                yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, value
+
+
+# -- names -----------------------------------------------------------------------------
+
+
+def _name(arms):
+    """Labels each arm: its stage, and how it differs from the stage's other arms."""
+    taken = set()
+    for arm in arms:
+        rivals = [other for other in arms if other.stage == arm.stage]
+        keys = dict.fromkeys(key for other in rivals for key in other.settings)
+        differing = [
+            key
+            for key in keys
+            if any(_value(one, key) != _value(arm, key) for one in rivals)
+        ]
+        # The objective first: it is what an ablation is most often about.
+        differing.sort(key=lambda key: (not key.startswith("objective"), "." in key))
+        arm.differs = {key: _value(arm, key) for key in differing}
+        label = " ".join([arm.stage, *_told(arm.differs)])
+        numbered = (f"{label} ({n})" for n in itertools.count(2))
+        arm.label = (
+            label
+            if label not in taken
+            else next(one for one in numbered if one not in taken)
+        )
+        taken.add(arm.label)
+
+
+def _value(arm, key):
+    missing = _DEFAULT if key.startswith("objective_args.") else "absent"
+    return arm.settings.get(key, missing)
+
+
+def _told(differs):
+    words = [
+        f"{key.removeprefix('objective_args.')}={_text(value)}"
+        for key, value in differs.items()
+        if value != _DEFAULT
+    ]
+    rest = len(words) - _SHOWN
+    return words[:_SHOWN] + ([f"(and {rest} more)"] if rest > 0 else [])
+
+
+def _text(value):
+    if isinstance(value, list):
+        return "(" + ",".join(map(str, value)) + ")"
+    return "none" if value == "" else str(value)
+
+
+# -- what a reader must know -----------------------------------------------------------
+
+
+def _warnings(runs, arms):
+    notes = []
+    if len({tuple(sorted(_tokenizer(run).items())) for run in runs}) > 1:
+        notes.append(
+            "the runs differ in tokenizer: lengths, entropies and losses are counted "
+            "in different tokens"
+        )
+    if not runs[0].config.get("world", {}).get("name") and len(_heldout(runs)) > 1:
+        notes.append(
+            "the runs' data differ: their eval_ figures are of different held-out rows"
+        )
+    if any(len({s.seed[0] for s in a.samples}) < len(a.samples) for a in arms):
+        notes.append(
+            "seeds of one run share the stages before them, data included: their "
+            "interval holds the chance of the last stage alone"
+        )
+    return notes
+
+
+def _tokenizer(run):
+    found = _completed(run.config).get("tokenizer", {})
+    return {k: str(found.get(k)) for k in ("files", "vocab_size")}
+
+
+def _heldout(runs):
+    """The digests of what the runs evaluate on, as far as lineage.json has them."""
+    found = set()
+    for run in runs:
+        for stage in run.stages:
+            data = run.config["stages"][stage.name].get("data", {})
+            digests = stage.lineage.get("data")
+            spec = data.get("heldout") or (
+                data.get("files") if data.get("heldout_share") else ""
+            )
+            if spec and isinstance(digests, dict):
+                found.add((short(stage.name), spec, digests.get(spec)))
+    by_stage = {}
+    for name, *rest in found:
+        by_stage.setdefault(name, set()).add(tuple(map(str, rest)))
+    return max(by_stage.values(), key=len, default=set())

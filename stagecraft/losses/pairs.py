@@ -1,0 +1,227 @@
+"""What losses over pairs of completions share: scores, logged rewards, checks.
+
+And two ways to change what a pair weighs: by the length that its completions have in
+common, and by how likely the policy itself is to write them.
+"""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from stagecraft import masked
+from stagecraft.errors import UserError
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+_LARGEST = 80.0  # nats: e^80 is still finite in float32
+
+
+def check_positive(**values):
+    """Refuses hyper-parameters that are not above 0; what jit traces passes.
+
+    Args:
+        **values: numbers by the name the message should give them.
+
+    Raises:
+        UserError: naming the first one that is 0, negative or NaN.
+    """
+    for name, value in values.items():
+        if isinstance(value, numbers.Real) and not value > 0:
+            raise UserError(f"{name}={value}: must be above 0")
+
+
+def check_range(low, high, *, closed=False, **values):
+    """Refuses hyper-parameters outside a range; what jit traces passes.
+
+    Args:
+        low: smallest number allowed.
+        high: the first number that is too large.
+        closed: allow `high` itself.
+        **values: numbers by the name the message should give them.
+
+    Raises:
+        UserError: naming the first one outside.
+    """
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real):
+            continue
+        if not (low <= value < high or (closed and value == high)):
+            top = f" and {'at most' if closed else 'below'} {high}"
+            limit = "" if high == math.inf else top
+            raise UserError(f"{name}={value}: must be at least {low}{limit}")
+
+
+def check_pairs(**arrays):
+    """Refuses arrays that are not all [B, 2].
+
+    Args:
+        **arrays: arrays by the name the message should give them.
+
+    Raises:
+        ValueError: naming every array, or the first with its shape.
+    """
+    masked.check_shapes(**arrays)
+    name, array = next(iter(arrays.items()))
+    if jnp.ndim(array) != 2 or jnp.shape(array)[1] != 2:
+        raise ValueError(f"{name} must be [B, 2], got {jnp.shape(array)}")
+
+
+def per_token(sums, lengths):
+    """Averages over completion tokens; an empty completion has average 0.
+
+    Args:
+        sums: f32[...], nats: sums over the tokens of a completion.
+        lengths: f32[...], tokens.
+
+    Returns:
+        f32[...], nats a token.
+    """
+    masked.check_shapes(logps=sums, lengths=lengths)
+    return sums / jnp.maximum(lengths, 1.0).astype(sums.dtype)
+
+
+def difference(pair):
+    """Chosen less rejected: f32[B, 2] -> f32[B]."""
+    return pair[:, 0] - pair[:, 1]
+
+
+def logistic(margin, label_smoothing=0.0):
+    """-log sigmoid of a margin, its labels flipped with a known probability.
+
+    Args:
+        margin: f32[B], by how much the chosen completion is preferred.
+        label_smoothing: the probability of a flip, a number or f32[B].
+
+    Returns:
+        f32[B].
+    """
+    right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def scores(
+    policy_logps,
+    ref_logps,
+    *,
+    f_divergence="reverse_kl",
+    alpha=0.5,
+    reference_free=False,
+):
+    """f'(p/q), what DPO compares when its penalty is an f-divergence from q.
+
+    Wang et al. 2023, arxiv.org/abs/2309.16240, table 1, up to factors. The usual
+    reverse KL has f'(u) = log u: the log-ratio itself. All are 0 where p = q.
+
+    Args:
+        policy_logps: f32[...], nats: log p of a completion.
+        ref_logps: f32[...], log q, the same under the frozen reference policy.
+        f_divergence: "reverse_kl" (log u), "forward_kl" (1 - 1/u), "js"
+            (log(2u/(u + 1))) or "alpha" ((u^(alpha - 1) - 1)/(alpha - 1)).
+        alpha: for "alpha" only; 1 is the reverse, 0 the forward KL (TRL's number; the
+            paper's is 1 - alpha).
+        reference_free: take log q as 0.
+
+    Returns:
+        f32[...]. Exponents end at 80, beyond which the gradient is 0.
+
+    Raises:
+        UserError: for another `f_divergence`.
+
+    >>> scores(jnp.log(2.0), jnp.log(1.0), f_divergence="forward_kl").round(3).item()
+    0.5
+    """
+    masked.check_shapes(policy_logps=policy_logps, ref_logps=ref_logps)
+    log_ratio = policy_logps if reference_free else policy_logps - ref_logps
+    if f_divergence == "js":
+        return math.log(2.0) + jax.nn.log_sigmoid(log_ratio)
+    if f_divergence not in DIVERGENCES:
+        raise UserError(
+            f"f_divergence={f_divergence!r}: must be one of {', '.join(DIVERGENCES)}"
+        )
+    power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": alpha - 1}[f_divergence]
+    if abs(power) < 1e-6:
+        return log_ratio
+    return jnp.expm1(jnp.minimum(power * log_ratio, _LARGEST)) / power
+
+
+def implied_rewards(policy_logps, ref_logps, beta):
+    """The metrics of a pair when beta times the log-ratio is read as a reward.
+
+    Args:
+        policy_logps: f32[B, 2], nats; column 0 is the chosen completion.
+        ref_logps: f32[B, 2], the same under the reference; 0.0 for none.
+        beta: reward a nat.
+
+    Returns:
+        {name: f32[B]}: "rewards/chosen", "rewards/rejected", "rewards/margins",
+        "rewards/accuracies" (a tie counts as wrong), "logps/chosen", "logps/rejected".
+    """
+    return reward_metrics(policy_logps, beta * (policy_logps - ref_logps))
+
+
+def reward_metrics(logps, rewards):
+    """The same metrics from rewards f32[B, 2] of any other kind."""
+    margins = difference(rewards)
+    return {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).astype(jnp.float32),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+
+
+def length_desensitized(logps, mask, *, alpha):
+    """Completion log-probs whose surplus length counts less (LD-DPO).
+
+    Liu et al. 2024, arxiv.org/abs/2409.06411. As many tokens as the shorter completion
+    of the pair has count in full, the rest of the longer one by `alpha`. Score policy
+    and reference alike.
+
+    Args:
+        logps: f32[B, 2, T], nats: log-probs of the tokens.
+        mask: bool[B, 2, T], the tokens of each completion.
+        alpha: weight in [0, 1] of the surplus; 1 is the plain sum.
+
+    Returns:
+        f32[B, 2], nats.
+
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> length_desensitized(-jnp.ones((1, 2, 3)), mask, alpha=0.5).tolist()
+    [[-2.0, -1.0]]
+    """
+    check_range(0, 1, closed=True, alpha=alpha)
+    place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)  # 1 at a completion's first
+    lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)  # [B, 2]
+    shared = jnp.min(lengths, axis=-1)[:, None, None]
+    ones = jnp.ones_like(logps)
+    weights = jnp.where(place <= shared, ones, alpha * ones)
+    return masked.sum(masked.clear(logps, mask) * weights, mask, axis=-1)
+
+
+def wpo_weights(logps, log_p2, mask):
+    """How likely the policy is to write both completions (WPO).
+
+    Zhou et al. 2024, arxiv.org/abs/2406.11827, eq. 2, with the alignment of its section
+    on sampled pairs: each token's probability is compared with the one that a sampled
+    token has on average, so that a policy's own samples weigh about 1.
+
+    Args:
+        logps: f32[B, 2, T], nats: log-probs of the tokens under the policy.
+        log_p2: f32[B, 2, T], log of the sum over the vocabulary of squared
+            probabilities, at the same places.
+        mask: bool[B, 2, T], the tokens of each completion.
+
+    Returns:
+        f32[B], to multiply a loss by; no gradient flows through it.
+
+    >>> certain = jnp.zeros((1, 2, 3))  # one token has all the probability
+    >>> wpo_weights(certain, certain, jnp.ones((1, 2, 3), bool)).tolist()
+    [1.0]
+    """
+    masked.check_shapes(logps=logps, log_p2=log_p2, mask=mask)
+    surprise = masked.clear(logps, mask) - masked.clear(log_p2, mask)
+    means = masked.mean(surprise, mask, axis=-1)  # [B, 2]
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum(means, axis=-1)))

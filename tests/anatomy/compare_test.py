@@ -1,0 +1,438 @@
+"""Runs side by side: arms and their seeds, intervals, noise, the table and the page."""
+
+import html.parser
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stagecraft.anatomy import arms, compare
+from stagecraft.errors import UserError
+
+EVIL = "<script>alert(1)</script>"
+# Two-sided 95% quantiles of Student's t, from any printed table.
+QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
+
+
+def make(folder, stages, seed=0, finished=True, **config):
+    """A run's folder. stages: {name: (settings, figures)}, in the graph's order."""
+    plan = {
+        "seed": seed,
+        "world": {"name": "countries", "size": "full"},
+        "measure": {"split": "test"},
+        "stages": {name: settings for name, (settings, _) in stages.items()},
+    }
+    write(folder / "config.json", plan | config)
+    summary = {name: figures for name, (_, figures) in stages.items()}
+    summary["seconds"] = {name: 10.0 + seed for name in stages}
+    write(folder / "summary.json", summary)
+    for name, (settings, _) in stages.items():
+        info = {k: settings.get(k, "") for k in ("kind", "start_from")}
+        write(folder / name / "stage.json", info | {"finished": finished})
+    return folder
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def tuned(objective="dpo", **more):
+    return dict(kind="preference", start_from="sft", objective=objective) | more
+
+
+def graph(figures, objective="dpo", **more):
+    """pretrain -> sft -> dpo; `figures` are those of the last."""
+    text = dict(kind="language_model", data=dict(format="text"))
+    answers = dict(
+        kind="language_model", start_from="pretrain", data=dict(format="demonstrations")
+    )
+    return {
+        "pretrain": (text, {"cloze_accuracy": 1.0}),
+        "sft": (answers, {"gold_mean": 1.0, "heldout_accuracy": 0.9}),
+        "dpo": (tuned(objective, **more), figures),
+    }
+
+
+def gold(value, rate=0.6, **more):
+    return {"gold_mean": value, "gold_win_rate": rate, "kl": 2.0} | more
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    """dpo and ipo, three seeds each: the gold differs, the win rate does not."""
+    folders = []
+    for objective, level in (("dpo", 1.5), ("ipo", 2.5)):
+        for seed in range(3):
+            figures = gold(level + 0.1 * seed, rate=0.6 + 0.02 * seed)
+            made = graph(figures, objective)
+            folders.append(make(tmp_path / f"{objective}{seed}", made, seed))
+    return folders
+
+
+def by_label(found):
+    return {arm["arm"]: arm for arm in found["arms"]}
+
+
+# -- intervals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freedom", QUANTILES)
+def test_the_interval_is_students(freedom):
+    rng = np.random.default_rng(freedom)
+    values = rng.normal(3.0, 2.0, size=freedom + 1)
+    mean, half = compare.interval(list(values))
+    spread = math.sqrt(sum((v - values.mean()) ** 2 for v in values) / freedom)
+    assert mean == pytest.approx(values.mean())
+    want = QUANTILES[freedom] * spread / math.sqrt(len(values))
+    assert half == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (10, 2)])
+def test_the_difference_is_welchs(sizes):
+    rng = np.random.default_rng(sizes)
+    one, two = rng.normal(0, 1, sizes[0]), rng.normal(1, 5, sizes[1])
+    found, half = compare.difference(one, two)
+    judge = stats.ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
+    assert found - half == pytest.approx(judge.low)
+    assert found + half == pytest.approx(judge.high)
+
+
+def test_without_spread_there_is_no_interval():
+    assert compare.difference([1.0], [2.0, 3.0]) == (-1.5, None)
+    assert compare.difference([1.0, 1.0], [0.5, 0.5]) == (0.5, None)
+    found, half = compare.difference([1.0, 1.0], [0.0, 1.0])  # one side's will do
+    assert found == 0.5 and half == pytest.approx(12.706 * 0.5, rel=1e-3)
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.0, 1.0, size=(4000, 3))
+    held = [abs(m) <= half for m, half in map(compare.interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+# -- arms ------------------------------------------------------------------------------
+
+
+def test_seeds_are_one_arm_and_settings_tell_arms_apart(ablation):
+    found = compare.compare(ablation)
+    told = by_label(found)
+    assert list(told) == ["sft", "dpo objective=dpo", "dpo objective=ipo"]
+    assert found["baseline"] == "dpo objective=dpo"
+    assert [s["seed"] for s in told["dpo objective=ipo"]["samples"]] == [0, 1, 2]
+    figure = told["dpo objective=ipo"]["figures"]["gold_mean"]
+    assert figure["values"] == [2.5, 2.6, 2.7] and figure["n"] == 3
+    assert figure["half"] == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    against = told["dpo objective=ipo"]["against"]
+    assert against["gold_mean"]["difference"] == pytest.approx(1.0)
+    assert against["gold_mean"]["verdict"] == "higher"
+    assert against["gold_win_rate"]["verdict"] == "within noise"
+    assert against["kl"]["verdict"] == "no spread over seeds"
+    # Three runs of ipo repeat the SFT stages of dpo's: they are no new seeds.
+    assert len(told["sft"]["samples"]) == 3
+    [note] = found["notes"]
+    assert note.startswith("sft of ") and "ipo2: settings and seed" in note
+
+
+def test_what_does_not_decide_a_number_makes_no_arm(tmp_path):
+    one = graph(gold(1.0), mesh=dict(data=2), every=dict(log=1))
+    two = graph(gold(2.0), mesh=dict(data=4), every=dict(log=5))
+    found = compare.compare(
+        [
+            make(tmp_path / "a", one, 0, mesh=dict(data=8)),
+            make(tmp_path / "b", two, 1, measure=dict(split="test", prompt="Hi")),
+        ]
+    )
+    assert list(by_label(found)) == ["sft", "dpo"]
+
+
+def test_a_difference_further_up_sets_an_arm_apart(tmp_path):
+    one, two = graph(gold(1.0)), graph(gold(2.0))
+    two["sft"][0]["optimizer"] = dict(lr=0.5)
+    found = compare.compare([make(tmp_path / "a", one), make(tmp_path / "b", two)])
+    labels = list(by_label(found))
+    assert labels[1] == "sft optimizer.lr=0.5"
+    assert labels[3] == "dpo sft.optimizer.lr=0.5"
+
+
+def test_an_older_config_lacks_keys_and_is_the_same_arm(tmp_path):
+    one, two = graph(gold(1.0)), graph(gold(2.0))
+    two["dpo"][0]["reference_from"] = ""  # what the default says
+    runs = [make(tmp_path / "a", one), make(tmp_path / "b", two, seed=1)]
+    assert len(compare.compare(runs)["arms"]) == 2
+
+
+def test_numbered_stages_of_one_run_are_seeds(tmp_path):
+    stages = graph(gold(1.0))
+    for name, level in (("simpo", 1.2), ("hinge", 1.9)):
+        for seed in range(3):
+            figures = gold(level + 0.01 * seed)
+            stages[f"{name}_seed{seed}"] = (tuned(name), figures)
+    found = compare.compare([make(tmp_path / "zoo", stages)], baseline="simpo")
+    told = by_label(found)
+    assert set(told) == {"sft", "dpo", "simpo", "hinge"}
+    assert [s["number"] for s in told["hinge"]["samples"]] == [0, 1, 2]
+    assert told["hinge"]["against"]["gold_mean"]["verdict"] == "higher"
+    assert told["dpo"]["against"]["gold_mean"]["verdict"] == "one seed: no interval"
+    assert any("the chance of the last stage alone" in n for n in found["notes"])
+
+
+def test_rounds_name_their_seeds_and_are_one_arm(tmp_path):
+    stages = graph(gold(1.0))
+    for seed in range(2):
+        pairs = dict(kind="comparisons", start_from=f"first_seed{seed}")
+        data = dict(files=f"stage:pairs_seed{seed}")
+        stages[f"first_seed{seed}"] = (tuned(), gold(1.1))
+        stages[f"pairs_seed{seed}"] = (pairs, {})
+        second = tuned(start_from=f"first_seed{seed}", data=data)
+        stages[f"second_seed{seed}"] = (second, gold(1.2))
+    told = by_label(compare.compare([make(tmp_path / "a", stages)]))
+    assert len(told["second"]["samples"]) == 2
+
+
+def test_a_parent_in_another_run_is_traced_there(tmp_path):
+    runs = []
+    for seed in range(2):
+        base = make(tmp_path / f"base{seed}", graph(gold(1.0)), seed)
+        write(base / "dpo" / "records.jsonl", [])
+        settings = tuned(
+            start_from=str(base / "sft"),
+            data=dict(files=f"{base}/dpo/records.jsonl", heldout=f"{base}/world/x"),
+        )
+        own = {"ipo": (settings, gold(2.0 + seed))}
+        tokenizer = dict(path=str(base / "tokenizer.model"))
+        runs.append(make(tmp_path / f"own{seed}", own, seed, tokenizer=tokenizer))
+    [arm] = compare.compare(runs)["arms"]
+    assert len(arm["samples"]) == 2
+    _, [arm], _ = arms.read(runs)
+    assert arm.settings["start_from"] == "sft"
+    assert arm.settings["data.files"] == "stage:dpo"
+    assert arm.settings["data.heldout"] == "world:x"
+    assert arm.settings["dpo.kind"] == "preference"
+
+
+def test_many_differences_are_cut_and_labels_stay_apart(tmp_path):
+    runs = []
+    for i in range(2):
+        args = {name: 1 for name in "abcd"} | {"last": i}
+        made = graph(gold(1.0), objective_args=args if i else {})
+        runs.append(make(tmp_path / f"r{i}", made))
+    args = {name: 1 for name in "abcd"} | {"last": 7}
+    runs.append(make(tmp_path / "r2", graph(gold(1.0), objective_args=args)))
+    labels = list(by_label(compare.compare(runs, stages=["dpo"])))
+    assert len(set(labels)) == 3
+    assert labels[0] == "dpo"  # the arguments' defaults need no words
+    assert labels[2] == "dpo a=1 b=1 c=1 (and 2 more) (2)"
+
+
+# -- figures ---------------------------------------------------------------------------
+
+
+def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
+    runs = [
+        make(tmp_path / "a", graph(gold(1.0, length=12.0))),
+        make(tmp_path / "b", graph(gold(1.5)), seed=1),
+    ]
+    found = compare.compare(runs)
+    assert by_label(found)["dpo"]["figures"]["length"]["values"] == [12.0, None]
+    assert "dpo: Length is of 1 of its 2 seeds" in found["notes"]
+    compare.show(found)
+    sft = next(line for line in capsys.readouterr().out.splitlines() if "sft" in line)
+    assert "–" in sft
+    page = text_of(compare.write(found, tmp_path / "c.html"))
+    assert "–" in page and "nan" not in page.lower()
+
+
+def test_without_a_world_the_evaluations_are_shown(tmp_path):
+    runs = []
+    for seed in range(2):
+        made = graph({"eval_accuracy": 0.5 + seed / 10, "eval_loss": 0.7 - seed / 10})
+        made["sft"] = (made["sft"][0], {"eval_loss": 1.0})
+        runs.append(make(tmp_path / f"r{seed}", made, seed, world=dict(name="")))
+    found = compare.compare(runs)
+    keys = [column["key"] for column in found["columns"]]
+    assert keys == ["eval_loss", "eval_accuracy", "seconds"]
+    lines = {"data": {"held.jsonl": "aa"}}
+    for run, digest in zip(runs, ("aa", "bb"), strict=True):
+        config = json.loads((run / "config.json").read_text())
+        config["stages"]["dpo"]["data"] = dict(heldout="held.jsonl")
+        write(run / "config.json", config)
+        lines["data"]["held.jsonl"] = digest
+        write(run / "lineage.json", {"stages": {"dpo": lines}})
+    assert any("different held-out rows" in n for n in compare.compare(runs)["notes"])
+
+
+def test_reward_models_can_be_compared_too(tmp_path):
+    made = graph(gold(1.0))
+    made["reward"] = (dict(kind="reward", start_from="sft"), {"pair_accuracy": 0.7})
+    run = make(tmp_path / "a", made)
+    found = compare.compare([run], stages=["reward"])
+    assert [c["key"] for c in found["columns"]] == ["pair_accuracy", "seconds"]
+
+
+def test_new_kinds_speak(tmp_path):
+    made = graph(gold(1.0))
+    for kind in ("unpaired_preference", "group_policy", "online_preference"):
+        made[kind[:5]] = (dict(kind=kind, start_from="sft"), gold(2.0))
+    found = by_label(compare.compare([make(tmp_path / "a", made)]))
+    assert {"unpai", "group", "onlin"} <= set(found)
+
+
+# -- on the terminal and as a page -----------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [200, 80, 40])
+def test_the_table_fits_the_terminal(ablation, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = io.StringIO()
+    compare.show(compare.compare(ablation), out)
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for told in ("2.600 ±0.248", "+1.000 ±0.227 ▲", "0.000 ±0.045 ≈"):
+        assert told in text
+    assert "within noise" in text
+
+
+class _Page(html.parser.HTMLParser):
+    """Checks that tags nest, and keeps tags and text."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> does not nest"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def text_of(path):
+    return " ".join(_Page(path.read_text(encoding="utf-8")).words)
+
+
+def test_the_page_loads_nothing_and_says_what_the_table_says(ablation, tmp_path):
+    path = compare.write(compare.compare(ablation), tmp_path / "out" / "sides.html")
+    text = path.read_text(encoding="utf-8")
+    page = _Page(text)
+    assert not re.search(r"https?://", text)
+    assert "@import" not in text and "url(" not in text
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
+    assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
+    words = " ".join(page.words)
+    for told in ("2.600 ±0.248", "+1.000 (+0.773 to +1.227)", "within noise"):
+        assert told in words
+    numbers = json.loads((tmp_path / "out" / "sides.json").read_text())
+    assert numbers == compare.compare(ablation)
+
+
+def test_what_runs_hold_is_escaped(tmp_path):
+    run = make(tmp_path / "a&b", graph(gold(1.0), objective_args=dict(note=EVIL)))
+    other = make(tmp_path / "<b>", graph(gold(1.0)))
+    text = compare.write(compare.compare([run, other]), tmp_path / "c.html").read_text()
+    assert EVIL not in text and "<b>/" not in text
+    assert "a&amp;b" in text and "&lt;script&gt;" in text
+
+
+def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):
+    first = compare.write(compare.compare(ablation), tmp_path / "c.html").read_bytes()
+    again = compare.write(compare.compare(ablation), tmp_path / "c.html").read_bytes()
+    assert first == again
+
+
+def test_an_interval_wider_than_the_picture_is_cut(tmp_path):
+    runs = [make(tmp_path / f"r{s}", graph(gold(1.0 + s)), s) for s in range(2)]
+    found = compare.compare(runs, stages=["dpo"])
+    column = next(c for c in found["columns"] if c["key"] == "gold_mean")
+    [row] = compare._plot(found, column)["rows"]
+    assert row["cut"] == [True, True] and 0 <= row["left"] < row["right"] <= 100
+
+
+# -- bad input -------------------------------------------------------------------------
+
+
+def refused(says, folders, **options):
+    with pytest.raises(UserError) as caught:
+        compare.compare(folders, **options)
+    line = str(caught.value)
+    assert says in line and "\n" not in line, line
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    refused("give the folders of runs", [])
+    refused("no run here", [tmp_path / "typo"])
+    (tmp_path / "config.json").write_text("{}")
+    refused("not the config of a run", [tmp_path])
+    (tmp_path / "config.json").write_text("{")
+    refused("config.json: not a JSON file", [tmp_path])
+
+
+def test_the_same_folder_twice(tmp_path):
+    run = make(tmp_path / "a", graph(gold(1.0)))
+    refused("given twice", [run, tmp_path / "x" / ".." / "a"])
+
+
+def test_unfinished_runs(tmp_path):
+    run = make(tmp_path / "a", graph(gold(1.0)))
+    (run / "dpo" / "stage.json").unlink()
+    refused("missing dpo; give its run command again; or compare", [run])
+    refused("--stages=pretrain,sft", [run])
+    refused("missing dpo", [run], stages=["dpo"])
+    assert compare.compare([run], stages=["sft"])["arms"][0]["arm"] == "sft"
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["sft"]
+    write(run / "summary.json", summary)
+    refused("summary.json has no figures of sft", [run], stages=["sft"])
+
+
+def test_runs_measured_on_different_things(tmp_path):
+    run = make(tmp_path / "a", graph(gold(1.0)))
+    made = graph(gold(1.0))
+    small = make(tmp_path / "b", made, world=dict(name="countries", size="tiny"))
+    refused("world.size='tiny', but 'full' in", [run, small])
+    none = make(tmp_path / "c", made, world=dict(name="", size="full"))
+    refused("world.name=''", [run, none])
+    split = make(tmp_path / "d", made, measure=dict(split="dev"))
+    refused("measure.split='dev'", [run, split])
+
+
+def test_unknown_names(ablation):
+    refused("did you mean 'dpo'", ablation, stages=["dpoo"])
+    refused("did you mean 'dpo objective=ipo'", ablation, baseline="dpo objective=ipx")
+    refused(
+        "may be any of: dpo objective=dpo; dpo objective=ipo", ablation, baseline="d"
+    )
+    found = compare.compare(ablation, baseline="=ipo")
+    assert found["baseline"] == "dpo objective=ipo"
+
+
+def test_a_run_without_the_stages_asked_for(tmp_path):
+    run = make(tmp_path / "a", graph(gold(1.0)))
+    made = graph(gold(1.0))
+    made["simpo"] = (tuned("simpo"), gold(1.0))
+    other = make(tmp_path / "b", made)
+    refused("has no stage simpo; it has pretrain", [run, other], stages=["simpo"])
+
+
+def test_a_page_that_cannot_be_written(ablation, tmp_path):
+    found = compare.compare(ablation)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, "x.json", tmp_path / "file" / "c.html"):
+        with pytest.raises(UserError, match="--out="):
+            compare.write(found, out)

@@ -1,0 +1,44 @@
+"""A tokenizer, and feeds built from records written on the spot."""
+
+import functools
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from stagecraft import defaults
+from stagecraft.data import feed
+from stagecraft.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    words = ["The capital of France is Paris. What is 12 + 30? It is 42."] * 20
+    return Tokenizer.train(words, 320, tmp_path_factory.mktemp("t") / "t.model")
+
+
+# Kinds whose data config is that of another.
+LIKE = {
+    "unpaired_preference": "preference",
+    "group_policy": "policy",
+    "online_preference": "policy",
+}
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    """(kind, records, **settings) -> the feed of one stage whose file holds them."""
+    return functools.partial(_build, tokenizer, tmp_path)
+
+
+def _build(tokenizer, root, kind, records, *, max_length=64, **settings):
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (root / "data.jsonl").write_text(lines)
+    stage = defaults.stage(LIKE.get(kind, kind))
+    stage.kind = kind
+    stage.batch_size = settings.pop("batch_size", 4)
+    if "max_new_tokens" in settings:
+        stage.sampling.max_new_tokens = settings.pop("max_new_tokens")
+    stage.data.update({"files": str(root / "data.jsonl")} | settings)
+    config = ConfigDict({"seed": 0, "model": {"max_length": max_length}})
+    return feed.build(stage, tokenizer, root, config)

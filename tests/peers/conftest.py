@@ -1,0 +1,39 @@
+"""The peers are there, or the run says so: a missing peer is no passed test."""
+
+import importlib.util
+import logging
+import os
+
+import pytest
+
+# Nothing here may ask the network for anything; set before transformers is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PEERS = ("torch", "transformers", "trl", "datasets", "accelerate")
+
+
+def pytest_configure(config):
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    # Asked for by name, they must run; in any other run they are skipped.
+    if missing and config.getoption("markexpr") == "peers":
+        raise pytest.UsageError(
+            f"the peers are not installed ({', '.join(missing)} missing): run "
+            "`make test-peers`, or `pip install -e .[dev,peers]`"
+        )
+
+
+def pytest_collection_modifyitems(items):
+    """What the peers themselves will change one day is not ours to mend."""
+    for item in items:
+        if item.get_closest_marker("peers"):
+            item.add_marker(pytest.mark.filterwarnings("ignore::FutureWarning"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_peers():
+    """The peers' progress bars and advice would drown a failure."""
+    for name in ("transformers", "trl", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
