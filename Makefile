@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
 	@echo "make test         install what the tests need, run them"
-	@echo "make test-peers   the same numbers against torch and transformers (large download)"
+	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
+	@echo "                  SEED=N draws other cases"
 	@echo "make lint         ruff, as the tests expect it;  make format  puts it right"
 	@echo "make clean        remove .venv and caches (runs/ stays)"
 
@@ -27,8 +28,10 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
+# The last TRL with PPO lies beside the one the extra installs: a process imports either.
 $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -e ".[dev,peers]"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl112 trl==1.12.0
 	@touch $@
 
 quickstart: $(VENV)/.report
@@ -38,7 +41,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not peers" -n 2 --dist loadgroup $(ARGS)
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m peers tests/peers $(ARGS)
+	$(BIN)/python -m pytest -m peers -n 2 --dist loadgroup tests/peers --parity-seed=$(SEED) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

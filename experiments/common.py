@@ -2,6 +2,7 @@
 
 import difflib
 
+from stagecraft import defaults
 from stagecraft.errors import UserError
 
 
@@ -70,14 +71,24 @@ def tiny_model():
 def tiny(config, steps=2):
     """Cuts every stage of an experiment to a few small steps, in place."""
     for stage in config.stages.values():
-        if stage.kind == "comparisons":
+        if stage.kind in defaults.RECORDS:
             stage.prompts, stage.batch_size = 64, 32
             stage.sampling.max_new_tokens = 8
+            if stage.kind == "selection":  # two steps of training write few ends
+                stage.keep, stage.threshold = "above", -1e9
             continue
         stage.steps = steps
         stage.batch_size = 16  # so that minibatches divide over eight devices
         stage.optimizer.warmup_steps = 0
+        stage.optimizer.decay_share = 1.0
         stage.every = dict(log=1, eval=0, save=0, sample=0)
-        if stage.kind == "policy":
+        if "sampling" in stage:
             stage.sampling.max_new_tokens = 8
     return config
+
+
+def unknown(where, name, known):
+    """The one line for a name that an experiment does not know."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{where}={name!r}: unknown; {hint}known: {', '.join(known)}"

@@ -100,6 +100,7 @@ def _base(kind, objective):
     c.objective_weights = ()  # one for each of several losses; () for 1 each
     c.objective_args = ConfigDict()  # keyword arguments of the losses that take them
     c.start_from = ""  # a stage of this experiment, or the folder of a finished one
+    c.seed = 0  # added to the experiment's: another order, other samples
     c.steps = 100
     c.batch_size = 32
     c.micro_batches = 1  # gradient accumulation: parts a batch is worked on in
@@ -150,7 +151,9 @@ def _pairs(kind, objective):
 
 
 def _reward():
-    return _pairs("reward", "bradley_terry")
+    c = _pairs("reward", "bradley_terry")
+    c.data.demonstrations = ""  # whose mean reward is set to 0 after the last step
+    return c
 
 
 def _pair_options(c):
@@ -273,6 +276,7 @@ def _comparisons():
     c = ConfigDict()
     c.kind = "comparisons"
     c.start_from = ""  # whose completions are compared
+    c.seed = 0  # added to the experiment's
     c.rater = "world"  # "world", "reward", or "package.module:function"
     c.reward_from = ""  # the reward stage of rater="reward"
     c.soft_labels = False  # rater="reward": keep the probability, not the choice
@@ -287,6 +291,7 @@ def _comparisons():
 def _selection():
     c = _rewards(ConfigDict(dict(kind="selection")))
     c.start_from = ""  # whose completions are selected from
+    c.seed = 0  # added to the experiment's
     c.samples = 4  # completions of each prompt
     c.keep = "best"  # of each prompt; or "above": all whose reward exceeds
     c.threshold = 0.0

@@ -12,15 +12,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import saved
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.signals import comparisons, verifier
-from stagecraft.stages import (
-    group,
-    language_model,
-    objective,
-    policy,
-    preference,
-    reward,
-    unpaired,
-)
+from stagecraft.stages import group, kinds, objective, policy
 
 # Which other stage a key may name, and what kinds that stage may be of.
 _LANGUAGE = (
@@ -84,8 +76,8 @@ def _check(c):
         summary.check_claim(claim)
     for name, stage in c.stages.items():
         where = f"stages.{name}"
-        for role, kinds in ROLES[stage.kind].items():
-            _check_role(c, name, role, kinds)
+        for role, allowed in ROLES[stage.kind].items():
+            _check_role(c, name, role, allowed)
         if stage.kind in SCORED:
             _check_rewards(where, stage)
         if stage.kind in defaults.RECORDS:
@@ -195,11 +187,19 @@ def _check_training(c, where, stage):
     sizes = mesh_sizes(c, stage)
     shards = mesh.make(**sizes).shape
     across = shards["data"] * shards["fsdp"]
-    if (rows // stage.micro_batches) % across:
-        raise UserError(
-            f"{where}.batch_size={stage.batch_size}: {rows // stage.micro_batches} "
-            f"rows at once do not divide over data * fsdp = {across} devices"
-        )
+    at_once = {f"batch_size={stage.batch_size}": rows // stage.micro_batches}
+    if stage.kind == "group_policy":  # prompts, before each is sampled from often
+        prompts = stage.batch_size * stage.oversample
+        at_once |= {f"oversample={stage.oversample}": prompts}
+    if stage.kind == "policy":
+        parts, ptx = stage.minibatches * stage.micro_batches, stage.data.ptx_rows
+        at_once |= {f"data.ptx_rows={ptx}": ptx // parts}
+    for key, count in at_once.items():
+        if count % across:
+            raise UserError(
+                f"{where}.{key}: {count} rows at once do not divide over data * fsdp = "
+                f"{across} devices"
+            )
     ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model).validate()
     check_mesh(
         ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model), mesh.make(**sizes)
@@ -246,6 +246,11 @@ def _check_group(where, stage):
     schema.choice(f"{where}.scale_rewards", stage.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", stage.aggregation, losses.AGGREGATIONS)
     _check_kl(where, stage, {"reward": ("k1",), "loss": ("k2", "k3")})
+    if stage.kl_bias_correction and stage.kl_estimator != "k3":
+        raise UserError(
+            f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
+            f"{stage.kl_estimator!r}"
+        )
     if not 0 <= stage.overlong_cache <= stage.sampling.max_new_tokens:
         raise UserError(
             f"{where}.overlong_cache={stage.overlong_cache}: expected from 0 (off) to "
@@ -263,15 +268,14 @@ def _check_kl(where, stage, allowed):
             "gradient on the policy's own samples is zero, so it would hold nothing "
             "back; use 'k2' or 'k3' in the loss, or 'k1' in the reward"
         )
-    if stage.kind == "policy" and stage.kl_coef:
+    if stage.kl_coef and (stage.kind == "policy" or stage.kl_placement == "loss"):
         schema.choice(f"{where}.kl_estimator", given, estimators)
 
 
 def _check_objective(where, stage):
+    offers, places = kinds.OFFERS[stage.kind], kinds.PLACES[stage.kind]
     try:
-        found = OBJECTIVES[stage.kind](stage)
-        needs = found[1] if isinstance(found, tuple) else ()
-        loss = objective.combine(stage, OFFERS[stage.kind], main="rows")
+        loss = objective.combine(stage, offers, places)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
     if loss.across_rows and stage.micro_batches > 1:
@@ -280,31 +284,17 @@ def _check_objective(where, stage):
             f"{', '.join(loss.across_rows)} compares all rows of a batch with each "
             "other, so it cannot be split; expected 1"
         )
-    if "kl" in needs and stage.kind == "unpaired_preference" and stage.batch_size < 2:
+    turned = stage.kind == "unpaired_preference" and "kl" in loss.needs
+    if turned and stage.batch_size < 2:
         raise UserError(
             f"{where}.batch_size={stage.batch_size}: {stage.objective} measures each "
             "prompt with another row's completion; expected 2 or more"
         )
-
-
-OBJECTIVES = {
-    "language_model": language_model.make_objective,
-    "reward": reward.make_objective,
-    "preference": preference.make_objective,
-    "unpaired_preference": unpaired.make_objective,
-    "online_preference": preference.make_objective,
-    "policy": policy.make_objective,
-    "group_policy": group.make_objective,
-}
-OFFERS = {
-    "language_model": language_model.OFFERS,
-    "reward": reward.OFFERS,
-    "preference": preference.OFFERS,
-    "unpaired_preference": unpaired.OFFERS,
-    "online_preference": preference.OFFERS,
-    "policy": policy.OFFERS,
-    "group_policy": policy.OFFERS,
-}
+    if "weighting" in stage and stage.weighting and "rows" not in loss.places:
+        raise UserError(
+            f"{where}.weighting={stage.weighting!r}: weighs pairs, but "
+            f"objective={stage.objective!r} has no loss of pairs"
+        )
 
 
 def mesh_sizes(c, stage):

@@ -1,6 +1,7 @@
 """Runs an experiment: its stages in order, or on from where a run stopped."""
 
 import dataclasses
+import functools
 import time
 import zlib
 from pathlib import Path
@@ -26,15 +27,7 @@ from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.signals import comparisons, selection, verifier
 from stagecraft.signals.reward import RewardModel
-from stagecraft.stages import (
-    group,
-    language_model,
-    online,
-    policy,
-    preference,
-    reward,
-    unpaired,
-)
+from stagecraft.stages import kinds, reward
 from stagecraft.text.tokenizer import Tokenizer
 
 
@@ -227,6 +220,8 @@ def _run_stage(current, name, feeds):
     shared_mesh = current.mesh(name)
     key = jax.random.key(config.seed)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    if stage.get("seed"):
+        key = jax.random.fold_in(key, stage.seed)
     with jax.set_mesh(shared_mesh):
         roles = {
             role.removesuffix("_from"): current.load(parent, shared_mesh)
@@ -267,20 +262,14 @@ def _make(current, stage, shared_mesh, roles, data):
         extra["dataset"] = data.dataset
     if stage.kind == "language_model":
         extra["fresh_pieces"] = () if _is_text(stage) else tokenizer.control_ids
-    made = BUILDERS[stage.kind](stage, shape, shared_mesh, roles, **extra)
+    made = kinds.MAKE[stage.kind](stage, shape, shared_mesh, roles, **extra)
     sample = _sampler(current, stage, shared_mesh, data.samples)
-    return made, train.Hooks(data.heldout, sample)
-
-
-BUILDERS = {
-    "language_model": language_model.make,
-    "reward": reward.make,
-    "preference": preference.make,
-    "unpaired_preference": unpaired.make,
-    "online_preference": online.make,
-    "policy": policy.make,
-    "group_policy": group.make,
-}
+    finish = None
+    if data.reference is not None:
+        finish = functools.partial(
+            reward.normalize, reference=data.reference, batch_size=stage.batch_size
+        )
+    return made, train.Hooks(data.heldout, sample, finish)
 
 
 def _sampler(current, stage, shared_mesh, prompts):

@@ -22,10 +22,12 @@ class Hooks(NamedTuple):
     Attributes:
         heldout: a `data.Dataset` for eval_ metrics, or None.
         sample: (model, step) -> [{"prompt", "completion"}], or None.
+        finish: (state) -> (state, {metric: float}) after the last step, or None.
     """
 
     heldout: object = None
     sample: object = None
+    finish: object = None
 
 
 def train(stage, config, data, folder, *, name, key, hooks=None):
@@ -109,6 +111,9 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 with clock("update"):
                     finish(pending)
                     pending = None
+            if last and hooks.finish:
+                state, found = hooks.finish(state)
+                writer.write(step, clock.total(), found)
             if hooks.heldout and (last or (every.eval and step % every.eval == 0)):
                 with clock("eval"):
                     found = evaluate(stage, state, hooks.heldout, config.batch_size)

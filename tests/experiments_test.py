@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from stagecraft import experiment, run
+from stagecraft import experiment, losses, run
 from stagecraft.errors import UserError
 from tests.conftest import ROOT, load_experiment, single_device
 
@@ -14,7 +15,8 @@ NAMES = sorted(
 
 
 def test_all_are_covered():
-    assert NAMES == ["quickstart", "your_text"]  # each is run two steps somewhere
+    # Each is run two steps, here or by the fixture of the tiny run.
+    assert NAMES == ["objectives", "quickstart", "your_text"]
 
 
 def test_the_quickstart_resolves_as_it_is():
@@ -65,6 +67,54 @@ def test_your_text_runs_on_files(tmp_path):
     assert (tmp_path / "run" / "ppo" / "stage.json").exists()
 
 
+def test_every_objective_has_an_arm():
+    """Whatever a stage knows by name can be launched, and every arm resolves."""
+    module = load_experiment("objectives")
+    config = single_device(
+        module.get_config("tiny,name=all+demonstrations+reward_models")
+    )
+    resolved = experiment.resolve(config)
+    assert {*module.NAMES} <= {*resolved.stages}
+    used = {
+        (losses.TABLES[stage.kind][name], stage.kind)
+        for stage in resolved.stages.values()
+        if "objective" in stage
+        for name in stage.objective.split(",")
+    }
+    for kind, table in losses.TABLES.items():
+        if kind in ("policy", "group_policy", "online_preference"):
+            continue  # they share their losses with another kind
+        assert {(f, kind) for f in table.values()} <= used
+    sampled = {f for f, kind in used if kind in ("policy", "group_policy")}
+    assert {*losses.TABLES["policy"].values()} <= sampled
+
+
+def test_arms_of_every_kind_run(tmp_path):
+    arms = "simpo+tr_dpo+kto+bco+ppo_ptx+dapo+rloo+online_dpo+iterative_dpo"
+    arms += "+best_of_n+dpo_soft_labels"
+    config = load_experiment("objectives").get_config(f"tiny,name={arms}")
+    found = run.run(single_device(config), tmp_path / "run")
+    for name in arms.split("+"):
+        assert np.isfinite(found[name]["gold_mean"])
+        assert found[name]["gold_win_rate"] == pytest.approx(0.5, abs=0.3)
+
+
+def test_seeds_of_an_arm_differ_and_start_from_a_finished_run(tiny_run, tmp_path):
+    arg = f"tiny,name=dpo,seeds=2,base={tiny_run}"
+    config = single_device(load_experiment("objectives").get_config(arg))
+    found = run.run(config, tmp_path / "run")
+    one, two = (
+        (tmp_path / "run" / f"dpo_seed{i}" / "metrics.jsonl").read_text().splitlines()
+        for i in range(2)
+    )
+    assert json.loads(one[0])["logps/chosen"] != json.loads(two[0])["logps/chosen"]
+    assert np.isfinite(found["dpo_seed0"]["kl"])  # against the other run's SFT model
+    with pytest.raises(UserError, match="no run here"):
+        load_experiment("objectives").get_config("name=dpo,base=nowhere")
+    with pytest.raises(UserError, match="did you mean 'simpo'"):
+        load_experiment("objectives").get_config("tiny,name=simp")
+
+
 @pytest.mark.parametrize(
     ("arg", "says"),
     [
@@ -91,7 +141,7 @@ def test_arguments_are_checked(arg, says):
         (lambda c: c.stages.ppo.sampling.update(temperature=0.0), "more than 0"),
         (lambda c: c.stages.dpo.update(objective="dop"), "no such loss"),
         (lambda c: c.world.update(name="planets"), "there are countries"),
-        (lambda c: c.stages.sft.optimizer.update(name="adam"), "optimizer.name"),
+        (lambda c: c.stages.sft.optimizer.update(name="adamm"), "optimizer.name"),
         (lambda c: c.stages.dpo.update(objective_args=dict(bta=1.0)), "did you mean"),
     ],
 )

@@ -21,7 +21,7 @@ FLOORS = (
     ("stages",),
     ("train",),
     ("anatomy",),
-    ("experiment",),
+    ("bench", "experiment"),
     ("run",),
     ("cli",),
     ("__main__",),

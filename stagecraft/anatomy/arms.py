@@ -94,23 +94,21 @@ def read(folders, stages=()):
     arms = sorted(arms.values(), key=lambda arm: order.index(arm.stage))
     _name(arms)
     notes = [
-        f"{', '.join(names)} of {', '.join(where)}: "
-        "settings and seed are those of a run before it, so it is counted once"
-        f"{'' if alike else ', though the figures differ'}"
-        for alike, names, where in _gathered(repeats)
+        f"{', '.join(names)} of {', '.join(where)}: {why}, so counted once"
+        for why, names, where in _gathered(repeats)
     ]
     return runs, arms, notes + _warnings(runs, arms)
 
 
 def _gathered(repeats):
-    """[(alike, stages, runs)] of (alike, stage, run): one entry a set of runs."""
+    """[(why, stages, runs)] of (why, stage, run): one entry a set of runs."""
     runs = {}
-    for alike, stage, run in repeats:
-        runs.setdefault((alike, stage), []).append(run)
+    for why, stage, run in repeats:
+        runs.setdefault((why, stage), []).append(run)
     stages = {}
-    for (alike, stage), where in runs.items():
-        stages.setdefault((alike, *where), []).append(stage)
-    return [(alike, names, where) for (alike, *where), names in stages.items()]
+    for (why, stage), where in runs.items():
+        stages.setdefault((why, *where), []).append(stage)
+    return [(why, names, where) for (why, *where), names in stages.items()]
 
 
 def _run(folder):
@@ -221,14 +219,28 @@ def _add(arms, repeats, run, stage):
     if files.number(seconds):
         figures["seconds"] = seconds
     for other in arm.samples:
-        if other.seed == seed:
-            alike = all(
-                math.isclose(figures[k], other.figures[k], rel_tol=1e-4, abs_tol=1e-6)
-                for k in figures.keys() & other.figures.keys() - {"seconds"}
-            )
-            repeats.append((alike, stage.name, str(run.folder)))
+        why = _repeated(seed, figures, other)
+        if why:
+            repeats.append((why, stage.name, str(run.folder)))
             return
     arm.samples.append(Sample(run.folder, stage.name, seed, figures))
+
+
+def _repeated(seed, figures, other):
+    """Why a sample is no other draw than `other`; "" if it is."""
+    measured = (figures.keys() & other.figures.keys()) - {"seconds"}
+    alike = all(
+        math.isclose(figures[k], other.figures[k], rel_tol=1e-4, abs_tol=1e-6)
+        for k in measured
+    )
+    if seed == other.seed:
+        why = "settings and seed are those of a run before it"
+        return why if alike else f"{why}, though the figures differ"
+    same = all(figures[k] == other.figures[k] for k in measured)
+    if seed[0] == other.seed[0] and measured and same:
+        # NAME_seed0 and NAME_seed1 of one run draw alike where nothing is drawn.
+        return f"every figure is that of {other.stage}: nothing here was left to chance"
+    return ""
 
 
 # -- what decides a stage's numbers ----------------------------------------------------

@@ -60,7 +60,7 @@ CHARTS = (
     ("Length", "mean tokens of a sample", ("completions/mean_length", "training")),
 )
 _UNDRAWN = ("epoch", "num_tokens", "episode")
-_MORE = 12  # other metrics drawn a stage
+_MORE = 24  # other metrics drawn a stage
 
 
 def show(value):

@@ -33,6 +33,8 @@ class Feed(NamedTuple):
         prompts: all prompts, of a stage that samples.
         records: their whole records, in the same order: what a verifier looks at. A
             batch's `index` says which rows it holds.
+        reference: a `Dataset` of demonstrations that a reward model is to give 0 on
+            average, or None.
     """
 
     dataset: Dataset | None
@@ -41,10 +43,11 @@ class Feed(NamedTuple):
     samples: list
     prompts: list
     records: list
+    reference: Dataset | None
 
 
 # Keys of a data config that name files.
-SPECS = ("files", "heldout", "replay", "ptx")
+SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
 
 
 def stages_named(data):
@@ -99,6 +102,7 @@ def build(stage, tokenizer, root, config):
     }[stage.kind]
     located = {k: locate(spec, root) for k, spec in specs.items()}
     empty = dict(dataset=None, heldout=None, samples=[], prompts=[], records=[])
+    empty["reference"] = None
     made = empty | make(stage, located, tokenizer, config)
     return Feed(digests=digests, **made)
 
@@ -166,7 +170,9 @@ def _language_model(stage, specs, tokenizer, config):
             (arrays, stage.batch_size - count),
             (packing.pack(replay, arrays["ids"].shape[-1]), count),
         ]
-    dataset = Dataset(parts, seed=config.seed, buckets=data.buckets, report=report)
+    dataset = Dataset(
+        parts, seed=_order(stage, config), buckets=data.buckets, report=report
+    )
     heldout = None
     if held:
         found, _ = _rows([r for r, _ in held], data)
@@ -260,7 +266,26 @@ def _comparisons(stage, specs, tokenizer, config):
                 out[name] = np.array(values, np.float32)
         return out
 
-    return _padded(arrays, fit, fit_held, report, stage, config)
+    made = _padded(arrays, fit, fit_held, report, stage, config)
+    if "demonstrations" in specs:
+        made["reference"] = _reference(specs["demonstrations"], stage, tokenizer)
+    return made
+
+
+def _reference(spec, stage, tokenizer):
+    """Demonstrations as padded rows, their last turn under the mask."""
+    found = [
+        chat.render(m, tokenizer, turns="last") for m in sources.demonstrations(spec)
+    ]
+    fit = [document for document in found if len(document[0]) <= stage.data.length]
+    if not fit:
+        raise UserError(
+            f"data.demonstrations={spec}: all {len(found)} are longer than "
+            f"data.length={stage.data.length} tokens; raise it"
+        )
+    length = _rounded(max(len(ids) for ids, _ in fit))
+    rows = packing.pad(fit, min(length, stage.data.length))
+    return Dataset([(rows, stage.batch_size)], seed=0)
 
 
 def _judgements(stage, specs, tokenizer, config):
@@ -350,7 +375,7 @@ def _prompts(stage, specs, tokenizer, config):
         asked *= stage.oversample
     dataset = Dataset(
         [(arrays, asked)],
-        seed=config.seed,
+        seed=_order(stage, config),
         beside=_pretraining(data, specs, tokenizer, config, report),
         report=report,
     )
@@ -397,7 +422,7 @@ def _padded(arrays, kept, held, report, stage, config):
     length = min(longest(kept), stage.data.length)
     dataset = Dataset(
         [(arrays(kept, length, 0), stage.batch_size)],
-        seed=config.seed,
+        seed=_order(stage, config),
         buckets=stage.data.buckets,
         report=report,
     )
@@ -408,6 +433,11 @@ def _padded(arrays, kept, held, report, stage, config):
         found = arrays(held, length, len(kept))
         heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
     return dict(dataset=dataset, heldout=heldout, samples=[])
+
+
+def _order(stage, config):
+    """The seed of the order of rows: what is held out does not depend on the stage."""
+    return config.seed + stage.seed
 
 
 def _rounded(length):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.metrics import section
 from stagecraft.stages import objective, rollout, stage
-from stagecraft.stages.policy import OFFERS
+from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
 
 ADVANTAGES = ("group", "leave_one_out", "returns", "returns_baseline")
@@ -223,7 +223,7 @@ def _advantages(scores, scored, mask, penalty, config):
 
 def make_objective(config):
     """The policy loss over a minibatch of judged groups."""
-    loss_fn = objective.combine(config, OFFERS, main="policy")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 

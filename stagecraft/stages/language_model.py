@@ -13,7 +13,8 @@ from stagecraft.models import heads
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import objective, stage
 
-OFFERS = ("logps", "log_z")
+OFFERS = {"logps": "B T", "log_z": "B T"}
+PLACES = {"tokens": "B T"}
 
 
 def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
@@ -58,7 +59,7 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
 
 def make_objective(config):
     """The objective over a language-model batch, as `stage.make_update` takes it."""
-    loss_fn = objective.combine(config, OFFERS, main="tokens")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
 
     def reductions(batch):
         _, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])

@@ -26,7 +26,15 @@ from stagecraft.models.transformer import ScalarModel
 from stagecraft.stages import objective, rollout, stage
 from stagecraft.stages.rollout import response_logps
 
-OFFERS = (*("logps", "old_logps", "ref_logps", "advantages", "mask", "entropy"),)
+OFFERS = {
+    "logps": "B T",
+    "old_logps": "B T",
+    "ref_logps": "B T",
+    "advantages": "B T",
+    "mask": "B T bool",
+    "entropy": "B T",
+}
+PLACES = {"policy": "B T"}
 
 # Also logged for the first minibatch alone, where the policy has not moved yet: ratio 1
 # and nothing clipped, or the two sides disagree about what was sampled.
@@ -145,8 +153,10 @@ def response_values(model, batch):
 def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, weights):
     """Everything an update needs that only frozen or not-yet-updated models know."""
     temperature, placement = config.sampling.temperature, config.score_placement
-    mask, ended = drawn["mask"], drawn["ended"]
+    ended = drawn["ended"]
     scores, scored = rollout.total(rewards, weights)
+    # A row that no source could score teaches nothing, nor does it scale the others.
+    mask = drawn["mask"] & scored[:, None]
     old = response_logps(model["policy"], drawn, temperature)
     ref = response_logps(reference, drawn, temperature)
     counted = losses.value_mask(mask, placement)
@@ -176,9 +186,7 @@ def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, wei
         lambda_=config.lambda_,
         bootstrap=jnp.where(ended, 0.0, after) if config.bootstrap_truncated else None,
     )
-    kl = masked.sum(losses.k1(old.logps, ref.logps), mask, axis=-1)  # [B]
-    # A row that no source could score teaches nothing.
-    mask, counted = mask & scored[:, None], counted & scored[:, None]
+    kl = masked.sum(losses.k1(old.logps, ref.logps), drawn["mask"], axis=-1)  # [B]
     of, penalty = masked.Mean.of, kl_coef * kl * in_reward
     told = {
         "objective/kl": of(kl),
@@ -221,7 +229,7 @@ def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, wei
 
 def make_objective(config):
     """Policy and value losses over a minibatch of a judged rollout."""
-    loss_fn = objective.combine(config, OFFERS, main="policy")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 

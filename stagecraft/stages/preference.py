@@ -14,10 +14,16 @@ from stagecraft.models import heads
 from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
-OFFERS = (
-    *("policy_logps", "ref_logps", "lengths", "chosen_logps", "document_logps"),
-    *("preference", "rows"),
-)
+OFFERS = {
+    "policy_logps": "B 2",
+    "ref_logps": "B 2",
+    "lengths": "B 2",
+    "chosen_logps": "B T",
+    "document_logps": "B T",
+    "preference": "B",
+    "rows": "B bool",
+}
+PLACES = {"rows": "B", "chosen": "B T", "document": "B T"}
 
 
 def make(config, model_config, shared_mesh, parents, *, dataset=None):
@@ -160,7 +166,7 @@ def summed(logps, mask, config):
 
 def make_objective(config):
     """The objective over prepared pairs, and the arrays its losses take."""
-    loss_fn = objective.combine(config, OFFERS, main="rows")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
     weighted = config.weighting == "wpo"
 
     def reductions(batch):

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 
 from stagecraft import masked, mesh, optimizer
 from stagecraft.errors import UserError
+from stagecraft.models.language import placed
 from stagecraft.models.scores import scores
 from stagecraft.models.transformer import ScalarModel
 from stagecraft.stages import objective, stage
 
 BUCKETS = 5  # of confidence, from 0.5 to 1
 
-OFFERS = ("rewards", "present", "margin", "preference")
+OFFERS = {"rewards": "B K", "present": "B K bool", "margin": "B", "preference": "B"}
+PLACES = {"rows": "B"}
 
 
 def make(config, model_config, shared_mesh, parents):
@@ -68,7 +70,7 @@ def make(config, model_config, shared_mesh, parents):
 
 def make_objective(config):
     """The objective over a batch of pairs, as `stage.make_update` takes it."""
-    loss_fn = objective.combine(config, OFFERS, main="rows")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
 
     def reductions(batch):
         return {"rows": masked.Reduction.of(pair_rows(batch["mask"]))}
@@ -98,6 +100,35 @@ def make_objective(config):
         return loss, metrics
 
     return stage.Objective(reductions, terms, {})
+
+
+def normalize(state, reference, batch_size):
+    """Shifts the head's bias so that demonstrations have mean reward 0.
+
+    The loss fixes rewards up to a constant; this is how Stiennon et al. 2020
+    (arxiv.org/abs/2009.01325) and Huang et al. 2024 (arxiv.org/abs/2403.17031) fix it.
+
+    Args:
+        state: the state after the last step; its average of the weights is shifted too.
+        reference: a `Dataset` of demonstrations.
+        batch_size: rows at once.
+
+    Returns:
+        the state, {"reference_reward": their mean before the shift}.
+    """
+    for model in (state.extra.get("ema"), state.model):
+        if model is None:
+            continue
+        total = masked.Mean.empty()
+        for raw in reference.epoch(batch_size):
+            total = total.merge(_mean_score(model, placed(raw)[0]))
+        model.bias[...] = model.bias[...] - total.result()
+    return state, {"reference_reward": float(total.result())}
+
+
+@jax.jit
+def _mean_score(model, batch):
+    return masked.Mean.of(scores(model, **batch), batch["mask"].any(-1))
 
 
 def calibration(difference, rows):

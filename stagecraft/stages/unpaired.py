@@ -13,7 +13,16 @@ from stagecraft.models import heads
 from stagecraft.stages import objective, stage
 from stagecraft.stages.preference import once, synced
 
-OFFERS = (*("policy_logps", "ref_logps", "labels", "lengths", "kl", "delta", "rows"),)
+OFFERS = {
+    "policy_logps": "B",
+    "ref_logps": "B",
+    "labels": "B bool",
+    "lengths": "B",
+    "kl": "",
+    "delta": "",
+    "rows": "B bool",
+}
+PLACES = {"rows": "B"}
 
 
 def make(config, model_config, shared_mesh, parents, *, dataset=None):
@@ -107,7 +116,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
 
 def make_objective(config):
     """The objective over judged completions, and the arrays its losses take."""
-    loss_fn = objective.combine(config, OFFERS, main="rows")
+    loss_fn = objective.combine(config, OFFERS, PLACES)
 
     def reductions(batch):
         return {"rows": masked.Reduction.of(batch["mask"].any(-1))}

@@ -182,15 +182,30 @@ def test_numbered_stages_of_one_run_are_seeds(tmp_path):
     assert any("the chance of the last stage alone" in n for n in found["notes"])
 
 
+def test_numbers_that_change_nothing_are_no_seeds(tmp_path):
+    stages = graph(gold(1.0))
+    for seed in range(3):
+        stages[f"simpo_seed{seed}"] = (tuned("simpo"), gold(1.5))
+    found = compare.compare([make(tmp_path / "zoo", stages)])
+    simpo = by_label(found)["simpo"]
+    assert len(simpo["samples"]) == 1
+    assert simpo["figures"]["gold_mean"]["half"] is None
+    [note] = found["notes"]
+    assert "simpo_seed1, simpo_seed2 of" in note and "left to chance" in note
+    # Equal figures of runs with seeds of their own are what they are.
+    runs = [make(tmp_path / f"r{s}", graph(gold(1.0)), s) for s in range(2)]
+    assert len(by_label(compare.compare(runs))["dpo"]["samples"]) == 2
+
+
 def test_rounds_name_their_seeds_and_are_one_arm(tmp_path):
     stages = graph(gold(1.0))
     for seed in range(2):
         pairs = dict(kind="comparisons", start_from=f"first_seed{seed}")
         data = dict(files=f"stage:pairs_seed{seed}")
-        stages[f"first_seed{seed}"] = (tuned(), gold(1.1))
+        stages[f"first_seed{seed}"] = (tuned(), gold(1.1 + seed / 10))
         stages[f"pairs_seed{seed}"] = (pairs, {})
         second = tuned(start_from=f"first_seed{seed}", data=data)
-        stages[f"second_seed{seed}"] = (second, gold(1.2))
+        stages[f"second_seed{seed}"] = (second, gold(1.2 + seed / 10))
     told = by_label(compare.compare([make(tmp_path / "a", stages)]))
     assert len(told["second"]["samples"]) == 2
 

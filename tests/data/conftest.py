@@ -17,14 +17,6 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.train(words, 320, tmp_path_factory.mktemp("t") / "t.model")
 
 
-# Kinds whose data config is that of another.
-LIKE = {
-    "unpaired_preference": "preference",
-    "group_policy": "policy",
-    "online_preference": "policy",
-}
-
-
 @pytest.fixture
 def build(tokenizer, tmp_path):
     """(kind, records, **settings) -> the feed of one stage whose file holds them."""
@@ -34,8 +26,7 @@ def build(tokenizer, tmp_path):
 def _build(tokenizer, root, kind, records, *, max_length=64, **settings):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (root / "data.jsonl").write_text(lines)
-    stage = defaults.stage(LIKE.get(kind, kind))
-    stage.kind = kind
+    stage = defaults.stage(kind)
     stage.batch_size = settings.pop("batch_size", 4)
     if "max_new_tokens" in settings:
         stage.sampling.max_new_tokens = settings.pop("max_new_tokens")

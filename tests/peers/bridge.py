@@ -5,18 +5,16 @@ the losses its own training step returned; the batches then go through one of ou
 stages, and the two series of losses are compared.
 """
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import torch
+import transformers
 
 from stagecraft import defaults, mesh, tree
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
 
 # Tiny matrices: a second thread only waits.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Our batches hold what TRL's collators make of the same tokens, after the shift too."""
+"""Our batches hold what TRL's collators make of the same tokens, also when shifted."""
 
 import numpy as np
 import pytest

@@ -1,11 +1,10 @@
 """KTO beside TRL's KTOTrainer: twenty steps on the same judged completions."""
 
 import pytest
+import trl
 
 from stagecraft.stages import unpaired
 from tests.peers import bridge
-
-trl = pytest.importorskip("trl")
 
 pytestmark = pytest.mark.peers
 

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import torch
 
 from tests.peers import bridge
-from tests.peers.bridge import torch
 
 pytestmark = pytest.mark.peers
 

@@ -6,12 +6,13 @@ The logits themselves are compared in llama_test.py.
 import jax
 import numpy as np
 import pytest
+import torch
+from trl.experimental.utils import get_reward
 
 from stagecraft import tree
 from stagecraft.models.scores import scores
 from stagecraft.stages import language_model
 from tests.peers import bridge
-from tests.peers.bridge import torch
 
 pytestmark = pytest.mark.peers
 
@@ -137,7 +138,6 @@ def test_a_padding_token_that_is_also_the_end_misleads_the_peer_and_not_us(
 
 def test_the_reward_of_a_response_to_a_left_padded_query(scalar, parity_rng):
     """TRL's get_reward looks for padding after the context only: so do masks."""
-    get_reward = pytest.importorskip("trl.experimental.utils").get_reward
     peer, model = scalar
     context, new, count = 7, 9, 6
     ids = np.full((count, context + new), bridge.PAD, np.int64)

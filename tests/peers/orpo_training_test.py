@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from trl.experimental import orpo
 
 from stagecraft.stages import preference
 from tests.peers import bridge
-
-trl_orpo = pytest.importorskip("trl.experimental.orpo")
 
 pytestmark = pytest.mark.peers
 
@@ -50,10 +49,10 @@ def pairs(batch):
 def test_twenty_steps(optimizer, parity_rng, parity_seed, tmp_path):
     c = bridge.CONFIG
     policy = bridge.make_peer(c, parity_seed)
-    trainer = bridge.recording(trl_orpo.ORPOTrainer)(
+    trainer = bridge.recording(orpo.ORPOTrainer)(
         model=bridge.clone(policy),
         args=bridge.arguments(
-            trl_orpo.ORPOConfig, tmp_path, optimizer, rows=ROWS, beta=0.5
+            orpo.ORPOConfig, tmp_path, optimizer, rows=ROWS, beta=0.5
         ),
         train_dataset=bridge.datasets.Dataset.from_list(comparisons(parity_rng)),
         processing_class=bridge.tokenizer(),

@@ -1,4 +1,4 @@
-"""Packed rows are TRL's own, row for row, and their loss is transformers' by document."""
+"""Packed rows are TRL's own, row for row, and their loss is that of each document."""
 
 import jax
 import jax.numpy as jnp

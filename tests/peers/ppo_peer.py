@@ -10,9 +10,10 @@ import dataclasses
 import sys
 
 import numpy as np
+import torch
+import transformers
 
 from tests.peers import bridge
-from tests.peers.bridge import torch, transformers
 
 VERSION = "1.12.0"
 ROWS, PROMPT, NEW, EPOCHS = 16, 8, 12, 4

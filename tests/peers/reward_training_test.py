@@ -1,11 +1,10 @@
 """Reward models beside TRL's RewardTrainer: twenty steps, loss by loss."""
 
 import pytest
+import trl
 
 from stagecraft.stages import reward
 from tests.peers import bridge
-
-trl = pytest.importorskip("trl")
 
 pytestmark = pytest.mark.peers
 

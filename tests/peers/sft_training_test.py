@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+import trl
 
 from stagecraft.stages import language_model
 from tests.peers import bridge
-
-trl = pytest.importorskip("trl")
 
 pytestmark = pytest.mark.peers
 

@@ -1,5 +1,8 @@
 """Tiny models and batches that the tests of all stages share."""
 
+import contextlib
+from unittest import mock
+
 import jax
 import numpy as np
 
@@ -13,6 +16,7 @@ from stagecraft.stages import (
     policy,
     preference,
     reward,
+    rollout,
     unpaired,
 )
 
@@ -143,16 +147,97 @@ SETTINGS = {
 KINDS = tuple(PARENTS)
 
 
-def stage(kind, shared_mesh, *, verifiers=None, **changes):
-    """A stage of one kind, its raw batch, and its config."""
+def stage(kind, shared_mesh, *, verifiers=None, without=(), start=None, **changes):
+    """A stage of one kind, its raw batch, and its config.
+
+    Args:
+        kind: one of `KINDS`.
+        shared_mesh: the mesh.
+        verifiers: for stages that sample.
+        without: roles that nobody plays.
+        start: a model to start from in place of the policy.
+        **changes: to the config.
+    """
     changes = dict(optimizer=OPTIMIZER, steps=10, batch_size=16) | changes
     samples = kind in ("policy", "group_policy", "online_preference")
     if samples:
         changes = dict(sampling=dict(max_new_tokens=10, temperature=0.7)) | changes
     config = defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
     known = models(shared_mesh)
-    known |= {"start": known["policy"], "value": known["reward"]}
-    roles = {name: known[name] for name in PARENTS[kind]}
+    known |= {"start": start or known["policy"], "value": known["reward"]}
+    roles = {name: known[name] for name in PARENTS[kind] if name not in without}
     extra = dict(stop_id=STOP, verifiers=verifiers) if samples else {}
     made = BUILD[kind](config, CONFIG, shared_mesh, roles, **extra)
     return made, BATCH[kind](), config
+
+
+# -- the judge: plain numpy from whole logits ------------------------------------------
+
+logits = jax.jit(lambda model, *arrays: model.logits(*arrays))
+outputs = jax.jit(lambda model, *arrays: model(*arrays))  # of a scalar model
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def arrays(batch):
+    """ids, positions, segments of a batch, its rows in one axis."""
+    found = (np.asarray(batch[k]) for k in ("ids", "positions", "segments"))
+    return [x.reshape(-1, x.shape[-1]) for x in found]
+
+
+def distributions(model, batch):
+    """f64[..., T, V]: log-probabilities of each token, seen from the one before."""
+    found = log_softmax(np.asarray(logits(model, *arrays(batch)), np.float64))
+    found = np.concatenate([np.zeros_like(found[:, :1]), found[:, :-1]], 1)
+    return found.reshape(*batch["ids"].shape, -1)
+
+
+def token_logps(model, batch, temperature=1.0):
+    """f64[..., T]: log p of each token, seen from the one before; 0 in column 0."""
+    ids = arrays(batch)[0]
+    raw = np.asarray(logits(model, *arrays(batch)), np.float64)
+    logps = log_softmax(raw / temperature)[:, :-1]
+    found = np.take_along_axis(logps, ids[:, 1:, None], -1)[..., 0]
+    found = np.concatenate([np.zeros((len(ids), 1)), found], 1)
+    return found.reshape(batch["ids"].shape)
+
+
+def scalars(model, batch):
+    """f64[R, T]: a scalar model's output at every token."""
+    return np.asarray(outputs(model, *arrays(batch)), np.float64)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+@contextlib.contextmanager
+def watched():
+    """What stages made inside sample and how it is scored, as a dict being filled."""
+    seen, real = {}, rollout.make
+
+    def make(*args, **settings):
+        found = real(*args, **settings)
+
+        def sample(*args):
+            drawn = found.sample(*args)
+            seen["drawn"] = host(drawn)
+            return drawn
+
+        def score(*args):
+            rewards = found.score(*args)
+            seen["rewards"] = np.asarray(rewards)
+            return rewards
+
+        return found._replace(sample=sample, score=score)
+
+    with mock.patch.object(rollout, "make", make):
+        yield seen
+
+
+def told(metrics):
+    """{name: float} of an update's metrics."""
+    return {k: float(v) for k, v in metrics.items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import losses, tree
+from stagecraft import defaults, losses, tree
 from stagecraft.stages import preference, reward
 from tests.stages import cases
 
@@ -98,16 +98,16 @@ def test_padding_rows_count_nowhere(pairs):
         k: np.concatenate([v, np.zeros((2, *v.shape[1:]), v.dtype)])
         for k, v in raw.items()
     }
-    objective = preference.make_objective("dpo", dict(beta=0.1))
+    objective, needs = preference.make_objective(defaults.stage("preference"))
+    assert needs == {"policy_logps", "ref_logps", "preference"}
     for batch in (raw, padded):
         batch["ref_logps"] = np.zeros((len(batch["ids"]), 2), np.float32)
 
     def loss(batch):
         batch = jax.tree.map(jnp.asarray, batch)
-        masks = objective.masks(batch)
+        rows = objective.reductions(batch)["rows"]
         values, _ = objective.terms(models["policy"], batch)
-        found = jnp.where(masks["preference"], values["preference"], 0).sum()
-        return float(found / masks["preference"].sum())
+        return float(rows.sum(values["rows"]) / rows.total())
 
     assert loss(raw) == pytest.approx(loss(padded), rel=1e-6)
 

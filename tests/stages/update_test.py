@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, mesh, tree
+from stagecraft import checkpoint, losses, mesh, tree
 from stagecraft.stages import stage as stages
 from tests.stages import cases
 
@@ -49,6 +49,27 @@ def test_sharded_equals_single(kind, sizes, alone):
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_four_micro_batches_equal_one(kind, alone):
     assert_same(alone[kind], once(kind, cases.single(), micro_batches=4))
+
+
+@pytest.mark.parametrize("kind", ["language_model", "preference"])
+def test_rows_split_over_micro_batches_at_random_equal_the_whole(kind, alone):
+    """Rows of very different lengths: a mean of means would come out otherwise."""
+    raw = cases.BATCH[kind]()
+    order = np.random.default_rng(3).permutation(16)
+    raw = {k: v[order] for k, v in raw.items()}
+    shared = cases.single()
+    with jax.set_mesh(shared):
+        made, _, _ = cases.stage(kind, shared, micro_batches=8)
+        state = made.init(jax.random.key(0))
+        before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
+        batch = made.prepare(state, raw, None)
+        if "ref_logps" in batch:
+            assert len(batch["ref_logps"]) == 16
+        state, metrics = made.update(state, batch)
+        change = {
+            k: np.asarray(v) - before[k] for k, v in tree.named(state.model).items()
+        }
+    assert_same(alone[kind], (float(metrics["loss"]), change))
 
 
 def test_micro_batches_on_a_mesh(alone):

@@ -1,0 +1,308 @@
+r"""Any objective from the quickstart's SFT model, on the same pairs or prompts.
+
+    make quickstart                                      # the SFT and reward models
+    stagecraft run --config=experiments/objectives.py:name=simpo,seeds=3 \
+        --workdir=runs/simpo
+    stagecraft run --config=experiments/objectives.py:name=dpo+ipo+kto --workdir=runs/a
+    stagecraft run --config=experiments/objectives.py:name=all --workdir=runs/zoo
+    stagecraft compare runs/zoo
+
+base=DIR names another finished run of the quickstart; base=none trains its SFT and
+reward models within this run, as `tiny` does. Every arm takes the steps, batch and
+learning rate of the quickstart's DPO or PPO, so that arms differ in their objective
+alone; settings of the objective itself are those of its paper where this world bears
+them. seeds=N trains each arm N times, on other samples or in another order.
+
+The measured table is in the README.
+"""
+
+import json
+from pathlib import Path
+
+from experiments import common, quickstart
+from stagecraft import defaults
+from stagecraft.errors import UserError
+
+# Arms over the comparisons: what differs from the quickstart's DPO.
+PAIRS = {
+    "dpo": dict(),
+    "cdpo": dict(objective_args=dict(beta=0.1, label_smoothing=0.1)),
+    "robust": dict(
+        objective="robust", objective_args=dict(beta=0.1, label_smoothing=0.1)
+    ),
+    "dpo_forward_kl": dict(objective_args=dict(f_divergence="forward_kl")),
+    "dpo_js": dict(objective_args=dict(f_divergence="js")),
+    "dpo_alpha": dict(objective_args=dict(f_divergence="alpha", alpha=0.5)),
+    "dpo_reference_free": dict(objective_args=dict(reference_free=True)),
+    "hinge": dict(objective="hinge"),
+    "ipo": dict(objective="ipo"),
+    "ipo_sum": dict(objective="ipo_sum"),
+    "exo_pair": dict(objective="exo_pair"),
+    "nca_pair": dict(objective="nca_pair"),
+    "bco_pair": dict(objective="bco_pair"),
+    "sppo_hard": dict(objective="sppo_hard"),
+    "aot": dict(objective="aot"),
+    "aot_unpaired": dict(objective="aot_unpaired"),
+    "apo_zero": dict(objective="apo_zero"),
+    "apo_down": dict(objective="apo_down"),
+    "discopop": dict(objective="discopop"),
+    "sigmoid_norm": dict(objective="sigmoid_norm", objective_args=dict(beta=2.0)),
+    "sft_on_chosen": dict(objective="sft"),
+    "rpo": dict(objective="sigmoid,sft", objective_weights=(1.0, 0.5)),
+    "mpo": dict(objective="sigmoid,bco_pair,sft", objective_weights=(0.8, 0.2, 1.0)),
+    "ld_dpo": dict(ld_alpha=0.5),
+    "wpo": dict(weighting="wpo"),
+    "tr_dpo": dict(sync_every=16, sync_alpha=0.6),
+    "orpo": dict(objective="orpo"),
+    "cpo": dict(objective="cpo"),
+    "cpo_hinge": dict(objective="cpo_hinge"),
+    "cpo_ipo": dict(objective="cpo_ipo"),
+    "simpo": dict(objective="simpo", objective_args=dict(beta=2.5, gamma=1.375)),
+    "alphapo": dict(
+        objective="alphapo", objective_args=dict(beta=2.5, gamma=0.25, alpha=0.25)
+    ),
+}
+# Arms over single completions: both sides of each pair, judged.
+UNPAIRED = {
+    "kto": dict(objective="kto"),
+    "bco": dict(objective="bco"),
+    "apo_zero_unpaired": dict(objective="apo_zero_unpaired"),
+}
+# Arms over prompts with a critic: what differs from the quickstart's PPO.
+PPO = {
+    "ppo": dict(),
+    "ppo_placement_b": dict(score_placement="B"),
+    "ppo_adaptive_kl": dict(kl_target=3.0, kl_horizon=2000.0),
+    "ppo_k2_in_loss": dict(kl_placement="loss", kl_estimator="k2"),
+    "ppo_k3_in_loss": dict(kl_placement="loss", kl_estimator="k3"),
+    "ppo_dual_clip": dict(objective_args=dict(dual_clip=3.0)),
+    "ppo_no_value_clip": dict(value_clip=0.0),
+    "ppo_whitened_rewards": dict(whiten_rewards=True),
+    "ppo_bootstrap": dict(bootstrap_truncated=True),
+    "ppo_entropy": dict(
+        objective="ppo_policy,entropy_bonus", objective_weights=(1.0, 0.01)
+    ),
+    "ppo_ptx": dict(data=dict(ptx="world:text.jsonl", ptx_rows=16)),
+    "ppo_own_critic_optimizer": dict(
+        value_optimizer=dict(name="adamw", lr=3e-4, warmup_steps=0)
+    ),
+}
+# Arms over prompts without a critic: G samples a prompt are each other's baseline.
+GROUPS = {
+    "grpo": dict(aggregation="grpo", kl_coef=0.04),
+    "bnpo": dict(aggregation="bnpo"),
+    "dapo": dict(
+        objective_args=dict(clip=0.2, clip_high=0.28),
+        mask_truncated=True,
+        overlong_cache=8,
+        oversample=2,
+    ),
+    "dr_grpo": dict(aggregation="dr_grpo", scale_rewards="none"),
+    "gspo": dict(objective="gspo", aggregation="grpo"),
+    "cispo": dict(objective="cispo"),
+    "sapo": dict(objective="sapo"),
+    "rloo": dict(
+        objective="rloo_policy",
+        advantage="leave_one_out",
+        aggregation="grpo",
+        kl_coef=0.05,
+        kl_placement="reward",
+        kl_estimator="k1",
+    ),
+    "reinforce_plus_plus": dict(
+        advantage="returns", kl_coef=0.05, kl_placement="reward", kl_estimator="k1"
+    ),
+    "reinforce_plus_plus_baseline": dict(
+        advantage="returns_baseline", kl_coef=0.05, kl_estimator="k2"
+    ),
+    "reinforce": dict(objective="reinforce", minibatches=1, epochs=1),
+}
+# Arms that sample pairs as they learn.
+ONLINE = {
+    "online_dpo": dict(),
+    "online_ipo": dict(objective="ipo_sum"),
+}
+# Arms that are graphs of their own: see `_graph`.
+GRAPHS = ("best_of_n", "rejection_sampling", "iterative_dpo", "dpo_soft_labels")
+# Arms over demonstrations, from the pretrained model, and over comparisons of a reward
+# model: stages that come before the ones above.
+DEMONSTRATIONS = {
+    "sft": dict(),
+    "sft_dft": dict(objective="dft"),
+    "sft_z_loss": dict(objective="next_token,z_loss", objective_weights=(1.0, 1e-4)),
+    "sft_packed": dict(data=dict(packing="bfd")),
+    "sft_muon": dict(optimizer=dict(name="muon", lr=5e-3)),
+    "sft_lion": dict(optimizer=dict(name="lion", lr=1e-4)),
+    "sft_adafactor": dict(optimizer=dict(name="adafactor", lr=1e-3)),
+    "sft_wsd_ema": dict(optimizer=dict(schedule="wsd"), ema_decay=0.95),
+}
+REWARD = {
+    "reward": dict(),
+    "reward_centered": dict(objective_args=dict(centering=0.01)),
+    "reward_ranked": dict(objective="bradley_terry_ranked"),
+}
+KINDS = {
+    "pairs": PAIRS,
+    "unpaired": UNPAIRED,
+    "critic": PPO,
+    "groups": GROUPS,
+    "online": ONLINE,
+    "graphs": dict.fromkeys(GRAPHS),
+    "demonstrations": DEMONSTRATIONS,
+    "reward_models": REWARD,
+}
+NAMES = tuple(name for arms in KINDS.values() for name in arms)
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(arg, tiny=False, name="dpo", seeds=1, base="")
+    base = arg.base or ("none" if arg.tiny else "runs/quickstart")
+    recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    names = _names(arg.name)
+    c = defaults.experiment()
+    for key in ("world", "tokenizer", "model"):
+        c[key] = recipe[key]
+    if base == "none":
+        for name in ("pretrain", "sft", "comparisons", "reward"):
+            c.stages[name] = recipe.stages[name]
+        places = {k: k for k in c.stages} | {"pairs": "stage:comparisons"}
+    else:
+        places = _finished(c, Path(base))
+    for name in names:
+        for seed in range(arg.seeds):
+            label = name if arg.seeds == 1 else f"{name}_seed{seed}"
+            before = set(c.stages)
+            _add(c, label, name, recipe.stages, places)
+            for added in set(c.stages) - before:
+                c.stages[added].seed = seed
+    return common.tiny(c) if arg.tiny else c
+
+
+def _names(text):
+    """The arms of "dpo+ipo", of a group as in "pairs+groups", or of "all"."""
+    names = []
+    for name in text.split("+"):
+        if name == "all":
+            names += [n for n in NAMES if n not in DEMONSTRATIONS | REWARD]
+        elif name in KINDS:
+            names += KINDS[name]
+        elif name in NAMES:
+            names.append(name)
+        else:
+            raise UserError(common.unknown("name", name, (*NAMES, *KINDS, "all")))
+    return list(dict.fromkeys(names))
+
+
+def _finished(c, base):
+    """Where the models and pairs of a finished quickstart lie; the same world again."""
+    path = base / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"base={base}: no run here (no config.json); run make quickstart first, "
+            "name another with base=DIR, or train all of it here with base=none"
+        )
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    c.seed, c.world.size = stored["seed"], stored["world"]["size"]
+    c.model.update(stored["model"])
+    c.tokenizer.path = str(base / "tokenizer.model")
+    c.tokenizer.vocab_size = stored["tokenizer"]["vocab_size"]
+    places = {n: str(base / n) for n in ("pretrain", "sft", "comparisons", "reward")}
+    return places | {"pairs": str(base / "comparisons" / "records.jsonl")}
+
+
+def _add(c, label, name, recipe, places):
+    """Adds one arm's stages; the one that carries its name comes last."""
+    dpo, ppo = recipe.dpo, recipe.ppo
+    trained = dict(steps=dpo.steps, batch_size=dpo.batch_size, optimizer=dpo.optimizer)
+    pairs = dict(
+        start_from=places["sft"], data=dict(files=places["pairs"], length=64)
+    ) | trained
+    sampled = dict(
+        start_from=places["sft"],
+        reward_from=places["reward"],
+        data=dict(files="world:prompts.jsonl"),
+        sampling=dict(ppo.sampling),
+        optimizer=ppo.optimizer,
+        steps=ppo.steps,
+    )
+    if name in PAIRS:
+        own = dict(objective_args=dict(beta=0.1)) if _takes_beta(name) else {}
+        c.stages[label] = _stage("preference", pairs | own, PAIRS[name])
+    elif name in UNPAIRED:
+        c.stages[label] = _stage("unpaired_preference", pairs, UNPAIRED[name])
+    elif name in PPO:
+        c.stages[label] = _stage("policy", ppo.to_dict() | sampled, PPO[name])
+    elif name in GROUPS:
+        group = 4
+        settings = dict(
+            group_size=group,
+            batch_size=ppo.batch_size // group,
+            epochs=ppo.epochs,
+            minibatches=ppo.minibatches,
+            missing_eos_penalty=1.0,
+        )
+        c.stages[label] = _stage("group_policy", sampled | settings, GROUPS[name])
+    elif name in ONLINE:
+        settings = dict(batch_size=ppo.batch_size // 2, steps=2 * ppo.steps)
+        settings |= dict(objective_args=dict(beta=0.1), optimizer=dpo.optimizer)
+        c.stages[label] = _stage("online_preference", sampled | settings, ONLINE[name])
+    elif name in DEMONSTRATIONS:
+        sft = recipe.sft.to_dict() | dict(start_from=places["pretrain"])
+        c.stages[label] = _stage("language_model", sft, DEMONSTRATIONS[name])
+    elif name in REWARD:
+        reward = recipe.reward.to_dict() | dict(start_from=places["sft"])
+        reward["data"] |= dict(files=places["pairs"])
+        c.stages[label] = _stage("reward", reward, REWARD[name])
+    else:
+        _graph(c, label, name, pairs, recipe, places)
+
+
+def _graph(c, label, name, pairs, recipe, places):
+    """Arms of several stages: sample, judge, then train on what was judged."""
+    asked = dict(
+        reward_from=places["reward"],
+        data=dict(files="world:prompts.jsonl"),
+        sampling=dict(recipe.ppo.sampling),
+    )
+    if name in ("best_of_n", "rejection_sampling"):
+        keep = dict(keep="best") if name == "best_of_n" else dict(keep="above")
+        c.stages[f"{label}_samples"] = defaults.stage(
+            "selection", start_from=places["sft"], prompts=1000, **keep, **asked
+        )
+        tuned = dict(pairs, start_from=places["sft"])
+        tuned["data"] = dict(
+            format="demonstrations",
+            files=f"stage:{label}_samples",
+            length=64,
+            packing="none",
+        )
+        c.stages[label] = defaults.stage("language_model", **tuned)
+        return
+    judged = dict(asked, rater="reward", soft_labels=name == "dpo_soft_labels")
+    rounds, start = (2 if name == "iterative_dpo" else 1), places["sft"]
+    for number in range(rounds):
+        last = number == rounds - 1
+        made = f"{label}_pairs{number + 1}"
+        c.stages[made] = defaults.stage(
+            "comparisons", start_from=start, prompts=2000, **judged
+        )
+        data = dict(files=f"stage:{made}", length=64)
+        name_ = label if last else f"{label}_round{number + 1}"
+        steps = max(pairs["steps"] // rounds, 1)
+        settings = pairs | dict(start_from=start, data=data, steps=steps)
+        c.stages[name_] = defaults.stage("preference", **settings)
+        start = name_
+
+
+def _stage(kind, settings, changes):
+    """A stage from settings with an arm's changes merged into them."""
+    settings = {k: v for k, v in settings.items() if k != "kind"}
+    for key, value in changes.items():
+        old = settings.get(key)
+        merged = hasattr(old, "items") and hasattr(value, "items")
+        settings[key] = {**old, **value} if merged else value
+    return defaults.stage(kind, **settings)
+
+
+def _takes_beta(name):
+    return name not in ("simpo", "alphapo", "sigmoid_norm")

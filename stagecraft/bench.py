@@ -1,0 +1,244 @@
+"""How fast the stages run on this machine: real steps on made-up batches of one shape.
+
+One line of JSON a figure, with the machine, the time of a step and what it amounts to
+in tokens and FLOPs a second. A step is all that training does per step: sampling,
+scoring and reference passes included. Compare figures of one run on an idle machine.
+"""
+
+import json
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from stagecraft import defaults, host, mesh, schema, train
+from stagecraft.anatomy import cost
+from stagecraft.errors import UserError
+from stagecraft.models import sampling
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.saved import describe
+from stagecraft.models.transformer import ScalarModel, Transformer
+from stagecraft.stages import kinds
+
+# The model, unless a flag says otherwise: 5.5M parameters, as a laptop bears them.
+MODEL = dict(
+    vocab_size=4096,
+    width=256,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    ff_width=688,
+    max_length=1024,
+    qk_norm=False,
+)
+STOP = 2  # a token; sampling for time ignores it
+
+
+class Case:
+    """What one figure is measured on.
+
+    Args:
+        kind: a stage's kind.
+        raw: (rng) -> a raw batch.
+        **changes: of the stage's defaults.
+    """
+
+    def __init__(self, kind, raw, **changes):
+        self.kind, self.raw, self.changes = kind, raw, changes
+
+
+def _rows(rows, length, prompt, rng, sides=()):
+    """Rows of one document each; what comes after `prompt` tokens is learned."""
+    shape = (rows, *sides, length)
+    column = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    return dict(
+        ids=rng.integers(5, MODEL["vocab_size"], shape).astype(np.int32),
+        mask=column >= prompt,
+        segments=np.ones(shape, np.int32),
+        positions=column.copy(),
+    )
+
+
+def _packed(rows, length, document, rng):
+    """Rows of several documents of `document` tokens, two thirds of each learned."""
+    batch = _rows(rows, length, 0, rng)
+    column = batch["positions"]
+    return batch | dict(
+        mask=column % document >= document // 3,
+        segments=column // document + 1,
+        positions=column % document,
+    )
+
+
+def _prompts(rows, length, rng):
+    ids = rng.integers(5, MODEL["vocab_size"], (rows, length)).astype(np.int32)
+    return dict(prompt_ids=ids, prompt_mask=np.ones((rows, length), bool))
+
+
+_LONG = dict(max_new_tokens=64)
+CASES = {
+    "pretrain": Case("language_model", lambda rng: _rows(16, 256, 0, rng)),
+    "sft": Case("language_model", lambda rng: _packed(16, 256, 85, rng)),
+    "reward": Case("reward", lambda rng: _rows(8, 225, 60, rng, (2,)), batch_size=8),
+    "dpo": Case("preference", lambda rng: _rows(8, 225, 60, rng, (2,)), batch_size=8),
+    "kto": Case(
+        "unpaired_preference",
+        lambda rng: _rows(16, 225, 60, rng) | {"label": np.arange(16) % 2 == 0},
+        batch_size=16,
+    ),
+    "grpo": Case(
+        "group_policy",
+        lambda rng: _prompts(4, 32, rng),
+        batch_size=4,
+        group_size=4,
+        kl_coef=0.04,
+        sampling=_LONG,
+    ),
+    "online": Case(
+        "online_preference",
+        lambda rng: _prompts(8, 32, rng),
+        batch_size=8,
+        sampling=_LONG,
+    ),
+    "ppo": Case(
+        "policy",
+        lambda rng: _prompts(16, 32, rng),
+        batch_size=16,
+        epochs=4,
+        minibatches=1,
+        sampling=_LONG,
+    ),
+}
+SAMPLES = (1, 16, 64)  # batch sizes of "sample": 32 tokens in, 128 out
+NAMES = (*CASES, "sample")
+
+
+def bench(what, *, steps=8, dtype="float32"):
+    """Measures and prints; see the module's docstring.
+
+    Args:
+        what: names of `NAMES`.
+        steps: timed steps of each, after one that compiles.
+        dtype: of the computation.
+
+    Returns:
+        list of dicts, the lines printed.
+    """
+    for name in what:
+        schema.choice("--what", name, NAMES)
+    if steps < 1:
+        raise UserError(f"--steps={steps}: expected 1 or more")
+    if jax.default_backend() == "cpu":
+        host.keep_memory()
+    shared = mesh.make(data=-1, fsdp=1, tensor=1)
+    found = []
+    with jax.set_mesh(shared):
+        for name in what:
+            made = _samples if name == "sample" else _stage
+            for line in made(name, shared, steps, dtype):
+                line |= _machine()
+                print(json.dumps(line), flush=True)
+                found.append(line)
+    return found
+
+
+def _stage(name, shared, steps, dtype):
+    case = CASES[name]
+    config = defaults.stage(case.kind, steps=1000, **case.changes)
+    model_config = ModelConfig(**MODEL, dtype=dtype)
+    parents = _parents(case.kind, model_config, shared)
+    stops = "sampling" in config
+    extra = dict(stop_id=None) if stops else {}
+    made = kinds.MAKE[case.kind](config, model_config, shared, parents, **extra)
+    raw = case.raw(np.random.default_rng(0))
+    started = time.perf_counter()
+    state = made.init(jax.random.key(0))
+
+    def step(state, number):
+        batch = made.prepare(state, raw, jax.random.key(number))
+        state, told = made.update(state, batch)
+        jax.block_until_ready((state, told))
+        return state
+
+    state = step(state, 0)
+    first = time.perf_counter() - started
+    seconds = []
+    for number in range(1, steps + 1):
+        started = time.perf_counter()
+        state = step(state, number)
+        seconds.append(time.perf_counter() - started)
+    work = dict(made.work(raw))
+    length = work.pop("length")
+    flops = cost.stage_flops(work | {"context": (length + 1) / 2}, MODEL | {"tied": 1})
+    shape = list(raw["ids" if "ids" in raw else "prompt_ids"].shape)
+    tokens = work.get("sampled", 0) or work.get("trained", 0)
+    tokens = tokens or work.get("scalar_trained", 0)
+    yield _line(name, seconds, tokens, flops, first) | {"shape": shape}
+
+
+def _parents(kind, model_config, shared):
+    """Random models in every role; a reference is the start itself, as is usual."""
+    if kind == "language_model":
+        return {}
+
+    def make(key):
+        return {
+            "start": Transformer(model_config, key),
+            "reward": ScalarModel(Transformer(model_config, key), key),
+        }
+
+    found = mesh.born(make, shared)(jax.random.key(0))
+    return found | {"reference": found["start"], "value": found["reward"]}
+
+
+def _samples(name, shared, steps, dtype):
+    model_config = ModelConfig(**MODEL, dtype=dtype)
+    model = mesh.born(lambda key: Transformer(model_config, key), shared)(
+        jax.random.key(0)
+    )
+    info = describe(model)["model"]
+    for rows in SAMPLES:
+        raw = mesh.put(_prompts(rows, 32, np.random.default_rng(0)), shared)
+        seconds, first = [], None
+        for number in range(steps + 1):
+            started = time.perf_counter()
+            got = sampling.generate(
+                model,
+                raw["prompt_ids"],
+                raw["prompt_mask"],
+                jax.random.key(number),
+                max_new_tokens=128,
+                stop_id=None,
+            )
+            jax.block_until_ready(got)
+            seconds.append(time.perf_counter() - started)
+        first = seconds.pop(0)
+        flops = cost.forward_flops(info, rows * 160, 80)
+        line = _line(f"{name}_{rows}", seconds, rows * 128, flops, first)
+        yield line | {"shape": [rows, 32, 128]}
+
+
+def _line(name, seconds, tokens, flops, first):
+    median = statistics.median(seconds)
+    return {
+        "what": name,
+        "step_s": round(median, 5),
+        "fastest_s": round(min(seconds), 5),
+        "first_s": round(first, 2),  # compilation included
+        "tokens_per_s": round(tokens / median, 1),
+        "gflops_per_s": round(flops / median / 1e9, 2),
+        "peak_memory_bytes": train.peak_memory(),
+    }
+
+
+def _machine():
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else "cpu",
+        "devices": jax.device_count(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,245 @@
+"""What an experiment refuses before anything is compiled or written, kind by kind."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from stagecraft import defaults, experiment, run
+from stagecraft.errors import UserError
+
+PARENTS = {
+    "language_model": {},
+    "reward": dict(start_from="base"),
+    "preference": dict(start_from="base"),
+    "unpaired_preference": dict(start_from="base"),
+    "online_preference": dict(start_from="base", verifiers="json:loads"),
+    "policy": dict(start_from="base", verifiers="json:loads"),
+    "group_policy": dict(start_from="base", verifiers="json:loads"),
+    "selection": dict(start_from="base", verifiers="json:loads"),
+    "comparisons": dict(start_from="base"),
+}
+
+
+def graph(kind, devices=1, **changes):
+    """Pretraining and one stage more, on one device."""
+    c = defaults.experiment()
+    c.mesh = dict(data=devices, fsdp=1, tensor=1)
+    c.world.name = "countries"
+    data = dict(data=dict(files="none.jsonl"))
+    c.stages.base = defaults.stage("language_model", **data)
+    data |= {k: changes.pop(k) for k in list(changes) if k == "data"}
+    data["data"]["files"] = "none.jsonl"
+    c.stages.it = defaults.stage(kind, **(PARENTS[kind] | data | changes))
+    return c
+
+
+@pytest.mark.parametrize("kind", defaults.KINDS)
+def test_defaults_of_every_kind_resolve(kind):
+    c = graph(kind, devices=8)
+    found = experiment.resolve(c)
+    assert isinstance(found, ConfigDict) and found.stages.it.kind == kind
+
+
+def mean(policy_logps):
+    return policy_logps.mean(), {}
+
+
+OBJECTIVES = [
+    ("preference", dict(objective="simpoo"), "objective='simpoo': no .* 'simpo'"),
+    ("group_policy", dict(objective="grpoo"), "objective='grpoo': .* mean 'grpo'"),
+    ("unpaired_preference", dict(objective="dpo"), "of kind preference or online_pref"),
+    (
+        "preference",
+        dict(objective="sigmoid,sft", objective_weights=(1.0,)),
+        r"objective_weights=\(1.0,\): 1 weights for the 2 losses .* give one each",
+    ),
+    ("preference", dict(objective_args=dict(bta=1.0)), "args.bta: .* mean 'beta'"),
+    ("preference", dict(objective=mean), "0 axes at rows; expected .* not reduced"),
+    ("reward", dict(objective_args=dict(centering=-1.0)), "centering=-1.0: must be at"),
+    (
+        "unpaired_preference",
+        dict(objective_args=dict(beta=-0.1)),
+        "objective_args.beta=-0.1: must be above 0",
+    ),
+    (
+        "preference",
+        dict(objective="exo_pair", objective_args=dict(label_smoothing=0.0)),
+        "objective_args.label_smoothing=0.0: must be above 0",
+    ),
+    (
+        "preference",
+        dict(objective="robust", objective_args=dict(label_smoothing=0.5)),
+        "objective_args.label_smoothing=0.5: must be at least 0 and below 0.5",
+    ),
+    *(
+        (
+            kind,
+            dict(objective="cispo", objective_args=dict(clip_high=0.28)),
+            "objective_args.clip_high=0.28: CISPO cuts the ratio at clip_high itself",
+        )
+        for kind in ("policy", "group_policy")
+    ),
+    (
+        "policy",
+        dict(objective_args=dict(dual_clip=1.0)),
+        "objective_args.dual_clip=1.0: expected more than 1",
+    ),
+    (
+        "preference",
+        dict(objective="dpo,aot", micro_batches=2),
+        "micro_batches=2: aot compares all rows .* cannot be split; expected 1",
+    ),
+    (
+        "preference",
+        dict(objective="sft", weighting="wpo"),
+        "weighting='wpo': weighs pairs, but objective='sft' has no loss of pairs",
+    ),
+    (
+        "unpaired_preference",
+        dict(batch_size=1),
+        "batch_size=1: kto measures each prompt with another row's completion",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "says"), OBJECTIVES)
+def test_objectives(kind, changes, says):
+    with pytest.raises(UserError, match=says) as error:
+        experiment.resolve(graph(kind, **changes))
+    line = str(error.value)
+    assert line.startswith("stages.it.") and "\n" not in line
+
+
+@pytest.mark.parametrize("beta", [0.0, -1, float("nan")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("preference", n) for n in ("dpo", "ipo", "orpo", "cpo", "simpo", "sft")),
+        ("online_preference", "hinge"),
+        ("unpaired_preference", "bco"),
+    ],
+)
+def test_beta_is_above_0(kind, name, beta):
+    with pytest.raises(UserError, match=f"stages.it.objective_args.beta={beta}: must"):
+        experiment.resolve(graph(kind, objective=name, objective_args=dict(beta=beta)))
+
+
+def test_binary_classifier_optimization_may_have_one_row():
+    experiment.resolve(graph("unpaired_preference", objective="bco", batch_size=1))
+
+
+SETTINGS = [
+    *(
+        (
+            "group_policy",
+            dict(group_size=1, advantage=advantage),
+            f"group_size=1: advantage='{advantage}' compares .* expected 2 or more",
+        )
+        for advantage in ("group", "leave_one_out", "returns_baseline")
+    ),
+    ("group_policy", dict(advantage="grup"), "advantage='grup': .* mean 'group'"),
+    ("group_policy", dict(scale_rewards="grp"), "scale_rewards='grp': expected one"),
+    ("group_policy", dict(aggregation="drgrpo"), "aggregation='drgrpo': .*'dr_grpo'"),
+    ("group_policy", dict(oversample=0), "oversample=0: expected more than 0"),
+    (
+        "group_policy",
+        dict(overlong_cache=33),
+        "overlong_cache=33: expected from 0 .* to sampling.max_new",
+    ),
+    *(
+        (
+            kind,
+            dict(kl_coef=0.1, kl_placement="loss", kl_estimator="k1"),
+            "kl_estimator='k1' with kl_placement='loss': .* gradient .* is zero",
+        )
+        for kind in ("policy", "group_policy")
+    ),
+    *(
+        (
+            kind,
+            dict(kl_coef=0.1, kl_placement="loss", kl_estimator="k4"),
+            "kl_estimator='k4': expected one of 'k2', 'k3'",
+        )
+        for kind in ("policy", "group_policy")
+    ),
+    ("policy", dict(kl_estimator="k2"), "kl_estimator='k2': expected .* 'k1', 'k3'"),
+    ("policy", dict(kl_placement="lss"), "kl_placement='lss': .* mean 'loss'"),
+    ("policy", dict(kl_coef=-0.1), "kl_coef=-0.1: expected 0 or more"),
+    (
+        "group_policy",
+        dict(kl_coef=0.1, kl_estimator="k2", kl_bias_correction=True),
+        "kl_bias_correction=True: is for kl_estimator='k3', got 'k2'",
+    ),
+    ("policy", dict(score_placement="C"), "score_placement='C': expected .* 'A', 'B'"),
+    ("policy", dict(value_optimizer=dict(name="adamm")), "optimizer.name must be"),
+    (
+        "policy",
+        dict(data=dict(ptx="none.txt", ptx_rows=6), minibatches=2, micro_batches=2),
+        "ptx_rows=6: expected, together with data.ptx, a multiple of .* = 4",
+    ),
+    ("policy", dict(data=dict(ptx="none.txt")), "ptx_rows=0: expected, together with"),
+    ("policy", dict(data=dict(ptx_rows=4)), "ptx_rows=4: expected, together with"),
+    ("preference", dict(weighting="wpoo"), "weighting='wpoo': .* mean 'wpo'"),
+    ("preference", dict(ld_alpha=1.5), "ld_alpha=1.5: expected from 0 to 1"),
+    ("preference", dict(sync_every=-1), "sync_every=-1: expected 0 or more"),
+    ("preference", dict(sync_alpha=0.0), "sync_alpha=0.0: expected above 0, up to 1"),
+    ("policy", dict(verifiers=""), "reward_from: is empty, and so is verifiers"),
+    ("policy", dict(verifiers="json:lods"), "verifiers='json:lods': cannot import it"),
+    ("group_policy", dict(verifiers="json"), "verifiers=.json.: .*(no colon in it)"),
+    (
+        "online_preference",
+        dict(reward_weights=(1.0, 2.0)),
+        r"reward_weights=\(1.0, 2.0\): expected one for each of the 1 rewards",
+    ),
+    ("selection", dict(keep="bst"), "keep='bst': .* mean 'best'"),
+    ("selection", dict(samples=0), "samples=0: expected more than 0"),
+    ("comparisons", dict(soft_labels=True), "soft_labels=True: needs rater='reward'"),
+    ("comparisons", dict(rater="reward"), "rater='reward' and reward_from go together"),
+    ("online_preference", dict(sampling=dict(temperature=0.0)), "expected more than 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "says"), SETTINGS)
+def test_settings(kind, changes, says):
+    with pytest.raises(UserError, match=says) as error:
+        experiment.resolve(graph(kind, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_single_sample_is_enough_for_returns():
+    experiment.resolve(graph("group_policy", group_size=1, advantage="returns"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        (
+            "group_policy",
+            dict(batch_size=4, group_size=8),
+            "oversample=1: 4 rows at once do not divide over data . fsdp = 8 devices",
+        ),
+        (
+            "policy",
+            dict(data=dict(ptx="none.txt", ptx_rows=12)),
+            "data.ptx_rows=12: 12 rows at once do not divide over",
+        ),
+        ("preference", dict(batch_size=12), "batch_size=12: 12 rows at once do not"),
+        ("policy", dict(minibatches=16), "batch_size=64: 4 rows at once do not divide"),
+    ],
+)
+def test_rows_that_do_not_divide_over_the_devices(kind, changes, says):
+    with pytest.raises(UserError, match=f"stages.it.{says}"):
+        experiment.resolve(graph(kind, devices=8, **changes))
+
+
+def test_nothing_is_compiled_or_written(tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event)
+    )
+    folder = tmp_path / "run"
+    c = graph("preference", objective_args=dict(beta=0.0))
+    with pytest.raises(UserError, match="must be above 0"):
+        run.run(c, folder)
+    assert not folder.exists()
+    assert not [e for e in compiled if "backend_compile" in e]
