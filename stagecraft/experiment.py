@@ -167,8 +167,14 @@ def _check_training(c, where, stage):
         )
     if stage.kind in ("policy", "group_policy"):
         rows = _check_epochs(where, stage, rows)
+    parts = stage.micro_batches
     if stage.kind == "policy":
         _check_policy(where, stage)
+        parts *= stage.minibatches
+    if not 0 <= stage.ema_decay < 1:
+        raise UserError(
+            f"{where}.ema_decay={stage.ema_decay}: expected from 0 (off) to below 1"
+        )
     if "ld_alpha" in stage:
         schema.choice(f"{where}.weighting", stage.weighting, ("", "wpo"))
         if not 0 <= stage.ld_alpha <= 1:
@@ -200,6 +206,12 @@ def _check_training(c, where, stage):
                 f"{where}.{key}: {count} rows at once do not divide over data * fsdp = "
                 f"{across} devices"
             )
+    if stage.kind == "policy" and stage.data.ptx_rows % (parts * across):
+        raise UserError(
+            f"{where}.data.ptx_rows={stage.data.ptx_rows}: expected a multiple of "
+            f"minibatches * micro_batches * devices along data and fsdp = "
+            f"{parts * across}"
+        )
     ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model).validate()
     check_mesh(
         ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model), mesh.make(**sizes)
@@ -224,13 +236,10 @@ def _check_policy(where, stage):
     _check_kl(where, stage, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
     schema.choice(f"{where}.score_placement", stage.score_placement, ("A", "B"))
     policy.make_optimizers(stage)
-    parts = stage.minibatches * stage.micro_batches
-    if bool(stage.data.ptx) != bool(stage.data.ptx_rows) or (
-        stage.data.ptx_rows % parts
-    ):
+    if bool(stage.data.ptx) != bool(stage.data.ptx_rows):
         raise UserError(
-            f"{where}.data.ptx_rows={stage.data.ptx_rows}: expected, together with "
-            f"data.ptx, a multiple of minibatches * micro_batches = {parts}"
+            f"{where}.data.ptx_rows={stage.data.ptx_rows} with data.ptx="
+            f"{stage.data.ptx!r}: set both to mix pretraining text in, or neither"
         )
 
 

@@ -125,7 +125,7 @@ def test_narrow_values_are_reduced_in_float32(dtype):
 def test_masks_that_do_not_fit_are_refused():
     x = jnp.ones((2, 3))
     reductions = [function for function, _ in REDUCTIONS.values()]
-    for function in [*reductions, masked.Mean.of, masked.Max.of]:
+    for function in [*reductions, masked.Mean.of, masked.Max.of, masked.Min.of]:
         with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
             function(x, jnp.ones((2, 1), bool))
         with pytest.raises(TypeError, match="boolean"):
@@ -141,7 +141,10 @@ def test_clear_and_count():
 
 
 def reduce_(x, mask):
-    return {"mean": masked.Mean.of(x, mask), "top": {"max": masked.Max.of(x, mask)}}
+    return {
+        "mean": masked.Mean.of(x, mask),
+        "top": {"max": masked.Max.of(x, mask), "min": masked.Min.of(x, mask)},
+    }
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (4, 2, 1)])
@@ -163,9 +166,11 @@ def test_micro_batches_add_up_to_the_whole(shape):
         got = masked.results(got)
         assert got["mean"].shape == got["top"]["max"].shape == ()
         np.testing.assert_allclose(got["mean"], whole["mean"], rtol=1e-6)
-        np.testing.assert_array_equal(got["top"]["max"], whole["top"]["max"])
+        for name in ("max", "min"):
+            np.testing.assert_array_equal(got["top"][name], whole["top"][name])
     np.testing.assert_allclose(whole["mean"], x[mask].mean(), rtol=1e-5)
     assert float(whole["top"]["max"]) == x[mask].max()
+    assert float(whole["top"]["min"]) == x[mask].min()
     each = [p[m].mean() if m.any() else 0 for p, m in zip(x, mask, strict=True)]
     assert abs(float(whole["mean"]) - np.mean(each)) > 1e-3  # the usual mistake
 
@@ -178,11 +183,12 @@ def test_devices_add_up_to_the_whole():
     got = jax.jit(lambda *a: masked.results(reduce_(*a)))(*spread)
     np.testing.assert_allclose(got["mean"], x[mask].mean(), rtol=1e-5)
     assert float(got["top"]["max"]) == x[mask].max()
+    assert float(got["top"]["min"]) == x[mask].min()
 
 
 def test_reductions_of_nothing_are_zero_and_change_nothing():
     x, nothing = jnp.array([jnp.nan, 2.0]), jnp.zeros(2, bool)
-    for kind in (masked.Mean, masked.Max):
+    for kind in (masked.Mean, masked.Max, masked.Min):
         empty = kind.of(x, nothing)
         assert float(empty.result()) == float(kind.empty().result()) == 0
         some = kind.of(jnp.array([-3.0]), jnp.array([True]))
@@ -201,3 +207,82 @@ def test_nan_under_true_is_shown():
     x, mask = jnp.array([jnp.nan, 2.0]), jnp.ones(2, bool)
     assert np.isnan(masked.Mean.of(x, mask).result())
     assert np.isnan(masked.Max.of(x, mask).result())
+
+
+# -- reductions with weights, and the calibration error --------------------------------
+
+
+def test_a_reduction_of_a_mask_is_the_masked_mean():
+    x, mask = sample()
+    dirty = np.where(mask, x, np.nan)
+    found = masked.Reduction.of(mask)
+    got = found.sum(jnp.asarray(dirty)) / found.total()
+    np.testing.assert_allclose(got, x[mask].mean(), rtol=1e-5)
+    mean = masked.Mean.weighted(jnp.asarray(dirty), found)
+    np.testing.assert_allclose(mean.result(), x[mask].mean(), rtol=1e-5)
+
+
+def test_weighted_elements_count_by_their_weight():
+    x, mask = sample()
+    weights = np.random.default_rng(2).random(x.shape).astype(np.float32)
+    weights[0, 1] = 0  # elements of weight 0 may be anything
+    dirty = np.where(mask & (weights > 0), x, np.inf)
+    found = masked.Reduction.of(jnp.asarray(mask), jnp.asarray(weights))
+    got = float(found.sum(jnp.asarray(dirty)) / found.total())
+    own = mask & (weights > 0)
+    assert got == pytest.approx(np.average(x[own], weights=weights[own]), rel=1e-5)
+
+
+def test_a_divisor_of_its_own():
+    """Two completions of a limit of ten tokens: the sum over twenty."""
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    found = masked.Reduction(mask.astype(jnp.float32), jnp.full(2, 10.0))
+    assert float(found.total()) == 20
+    values = jnp.array([[1.0, 2.0, jnp.nan], [4.0, jnp.nan, jnp.nan]])
+    assert float(masked.Mean.weighted(values, found).result()) == pytest.approx(7 / 20)
+
+
+def test_a_reduction_of_nothing_is_zero_over_one():
+    found = masked.Reduction.of(jnp.zeros(3, bool))
+    values = jnp.full(3, jnp.nan)
+    assert float(found.sum(values)) == 0 and float(found.total()) == 1
+    gradient = jax.grad(lambda x: found.sum(x) / found.total())(values)
+    assert not gradient.any()
+    with pytest.raises(ValueError, match="one shape"):
+        found.sum(jnp.zeros((3, 1)))
+
+
+def test_parts_of_a_window_add_up_with_the_divisor_of_the_whole():
+    x, mask = sample((4, 3, 5))
+    whole = masked.Reduction.of(mask)
+    parts = [masked.Reduction.of(m).sum(v) for v, m in zip(x, mask, strict=True)]
+    np.testing.assert_allclose(np.sum(parts) / whole.total(), x[mask].mean(), rtol=1e-5)
+
+
+def gap(confidence, hits, place, buckets=4):
+    inside = jnp.asarray(place)[:, None] == jnp.arange(buckets)
+    return masked.Gap.of(
+        jnp.asarray(confidence, jnp.float32), jnp.asarray(hits, jnp.float32), inside
+    )
+
+
+def test_the_calibration_error_merges_bucket_by_bucket():
+    rng = np.random.default_rng(3)
+    confidence, hits = rng.random(40), rng.random(40) < 0.6
+    place = rng.integers(0, 5, 40)  # 4 is no bucket: rows that do not count
+    error = (
+        sum(abs((confidence - hits)[place == b].sum()) for b in range(4))
+        / (place < 4).sum()
+    )
+    got = gap(confidence, hits, place)
+    assert float(got.result()) == pytest.approx(error, rel=1e-5)
+    halves = [gap(confidence[h], hits[h], place[h]) for h in (np.s_[:13], np.s_[13:])]
+    merged = masked.merge(*halves)
+    assert float(merged.result()) == pytest.approx(error, rel=1e-5)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *halves)
+    assert float(masked.fold(stacked).result()) == pytest.approx(error, rel=1e-5)
+    mean = np.mean([float(h.result()) for h in halves])
+    assert abs(mean - error) > 1e-3  # a mean of errors is another number
+    empty = masked.empty_like({"gap": got})["gap"]
+    assert float(empty.result()) == 0
+    np.testing.assert_array_equal(masked.merge(empty, got).result(), got.result())

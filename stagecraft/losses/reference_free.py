@@ -215,10 +215,10 @@ def _likelihood(logps):
 def _log1mexp(x):
     """log(1 - e^x) for x < 0, accurate near 0 and far below.
 
-    Where the other branch counts, -1 stands in: an infinite slope there would make the
-    gradient NaN.
+    Near 0, where e^x rounds to 1, the second branch gets -1 in place of x: an infinite
+    slope would make the gradient NaN although the branch is not taken.
     """
-    near, stand_in = x > -math.log(2.0), -jnp.ones_like(x)
-    close = jnp.log(-jnp.expm1(jnp.where(near, x, stand_in)))
-    far = jnp.log1p(-jnp.exp(jnp.where(near, stand_in, x)))
+    near = x > -math.log(2.0)
+    close = jnp.log(-jnp.expm1(x))
+    far = jnp.log1p(-jnp.exp(jnp.where(near, -jnp.ones_like(x), x)))
     return jnp.where(near, close, far)

@@ -265,11 +265,11 @@ def test_value_by_hand():
 
 @pytest.mark.parametrize("off", [None, 0, 0.0])
 def test_value_without_clip(run, off):
-    values, returns = jnp.array([[3.0, -1.0]]), jnp.array([[1.0, 1.0]])
+    values, returns = jnp.array([[3.0, 0.5]]), jnp.array([[1.0, 1.0]])
     loss, metrics = run(functools.partial(losses.ppo_value, clip=off))(
         values, jnp.zeros((1, 2)), returns
     )
-    np.testing.assert_allclose(loss, [[2.0, 2.0]])
+    np.testing.assert_allclose(loss, [[2.0, 0.125]])  # clipped: 2 and 1/2
     assert not metrics["val/clipfrac_avg"].any()
 
 

@@ -105,6 +105,10 @@ def test_soft_labels(run, check_gradient):
     loss, metrics = run(lambda x, p: losses.bradley_terry(x, preference=p))(*arrays)
     np.testing.assert_allclose(loss, soft, rtol=1e-5)
     np.testing.assert_array_equal(metrics["accuracy"], rewards[:, 0] > rewards[:, 1])
+    # With a margin, whichever wins is to win by it.
+    loss, _ = losses.bradley_terry(arrays[0], preference=arrays[1], margin=0.7)
+    first, second = by_numpy(rewards, 0.7), by_numpy(rewards[:, ::-1], 0.7)
+    np.testing.assert_allclose(loss, first * p + second * (1 - p), rtol=1e-5)
     check_gradient(
         lambda x, p, m: losses.bradley_terry(x, preference=p, margin=m)[0].sum(),
         rewards,

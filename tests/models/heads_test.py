@@ -32,7 +32,19 @@ def numpy_stats(hidden, embedding, targets, temperature=1.0):
         entropy=-(np.exp(logps) * logps).sum(-1),
         correct=(raw.argmax(-1) == targets).astype(np.float32),
         logit_mean=raw.mean(-1),
+        log_z=np.log(np.exp(logits).sum(-1)),
+        log_p2=np.log(np.exp(2 * logps).sum(-1)),
     )
+
+
+def assert_stats(stats, expected, **tolerance):
+    """The fields that were made are those of numpy."""
+    made = [k for k in stats._fields if getattr(stats, k) is not None]
+    assert made[:5] == [*heads.TokenStats._fields[:5]]
+    for name in made:
+        got, want = getattr(stats, name), getattr(expected, name)
+        assert got.shape == want.shape and got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, err_msg=name, **tolerance)
 
 
 def plain_gradient(hidden, embedding, targets, temperature, weights):
@@ -60,9 +72,8 @@ def test_values_and_gradients_equal_plain_numpy(block_size, temperature):
     args = arrays()
     step = weighted(WEIGHTS, block_size=block_size, temperature=temperature)
     (_, stats), gradients = step(*args)
-    for got, expected in zip(stats, numpy_stats(*args, temperature), strict=True):
-        assert got.shape == (B, T) and got.dtype == jnp.float32
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert stats.log_p2 is None
+    assert_stats(stats, numpy_stats(*args, temperature), rtol=1e-6, atol=1e-5)
     for got, expected in zip(
         gradients, plain_gradient(*args, temperature, WEIGHTS), strict=True
     ):
@@ -82,11 +93,12 @@ def test_every_mesh_equals_plain_numpy(shape, block_size):
             ),
             mesh.put(args[2], made),
         )
-        step = weighted(WEIGHTS, block_size=block_size, temperature=0.7)
+        step = weighted(WEIGHTS, block_size=block_size, temperature=0.7, squares=True)
         (_, stats), gradients = step(*placed)
-    for got, expected in zip(stats, numpy_stats(*args, 0.7), strict=True):
+    assert stats.log_p2 is not None
+    assert_stats(stats, numpy_stats(*args, 0.7), rtol=1e-6, atol=1e-5)
+    for got in stats:
         assert got.sharding.is_equivalent_to(mesh.batch_sharding(made, 2), 2)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
     for got, expected in zip(
         gradients, plain_gradient(*args, 0.7, WEIGHTS), strict=True
     ):
@@ -97,7 +109,7 @@ def test_huge_logits_stay_finite():
     hidden, embedding, targets = arrays()
     step = weighted(WEIGHTS, block_size=7)
     (_, stats), gradients = step(hidden * 1e3, embedding, targets)
-    for array in (*stats, *gradients):
+    for array in (*jax.tree.leaves(stats), *gradients):
         assert np.isfinite(array).all()
     assert (np.asarray(stats.logps) <= 0).all()
 
@@ -106,11 +118,84 @@ def test_only_log_probabilities_carry_gradients():
     hidden, embedding, targets = arrays()
 
     def others(hidden, embedding):
-        stats = heads.token_logps(hidden, embedding, targets, block_size=7)
-        return (stats.entropy + stats.correct + stats.logit_mean).sum()
+        stats = heads.token_logps(
+            hidden, embedding, targets, block_size=7, squares=True
+        )
+        return (stats.entropy + stats.correct + stats.logit_mean + stats.log_p2).sum()
 
     for gradient in jax.grad(others, (0, 1))(hidden, embedding):
         assert not gradient.any()
+
+
+def field_gradient(name, args, temperature=1.0, **settings):
+    """Gradient of the weighted sum of one field, by hidden states and embedding."""
+
+    @jax.jit
+    def total(hidden, embedding):
+        stats = heads.token_logps(
+            *(hidden, embedding, args[2]), temperature=temperature, **settings
+        )
+        return (getattr(stats, name) * WEIGHTS).sum()
+
+    return jax.grad(total, (0, 1))(*args[:2])
+
+
+def by_differences(name, args, temperature=1.0, step=1e-5):
+    """The same in float64, one number at a time."""
+
+    def total(hidden, embedding):
+        stats = numpy_stats(hidden, embedding, args[2], temperature)
+        return (getattr(stats, name) * WEIGHTS).sum()
+
+    found = []
+    for place in range(2):
+        own = args[place].astype(np.float64)
+        gradient = np.zeros_like(own)
+        for at in np.ndindex(own.shape):
+            moved = []
+            for sign in (1, -1):
+                changed = own.copy()
+                changed[at] += sign * step
+                inputs = [changed if p == place else args[p] for p in range(2)]
+                moved.append(total(*inputs))
+            gradient[at] = (moved[0] - moved[1]) / (2 * step)
+        found.append(gradient)
+    return found
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("log_z", {}), ("entropy", {"entropy_gradient": True}), ("logps", {})],
+)
+def test_gradients_by_differences(name, settings, shape):
+    """Of the normaliser for the z-loss, of the entropy for its bonus."""
+    args = arrays()
+    want = by_differences(name, args, 0.7)
+    if shape is None:
+        got = field_gradient(name, args, 0.7, block_size=7, **settings)
+    else:
+        made = mesh.make(*shape)
+        with jax.set_mesh(made):
+            table = jax.NamedSharding(made, mesh.spec(("vocab", "embed")))
+            placed = (
+                mesh.put(args[0], made),
+                jax.device_put(args[1], table),
+                mesh.put(args[2], made),
+            )
+            got = field_gradient(name, placed, 0.7, block_size=2, **settings)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_an_entropy_gradient_leaves_the_numbers_alone():
+    args = arrays()
+    plain, told = (
+        heads.token_logps(*args, temperature=0.7, entropy_gradient=g)
+        for g in (False, True)
+    )
+    for one, other in zip(plain[:5], told[:5], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_without_stats():
@@ -118,7 +203,7 @@ def test_without_stats():
     for block_size in (None, 7):
         stats = heads.token_logps(*args, block_size=block_size, stats=False)
         np.testing.assert_allclose(stats.logps, numpy_stats(*args).logps, atol=1e-5)
-        assert stats[1:] == (None, None, None)
+        assert stats[1:] == (None,) * 5
 
 
 def test_logits_are_float32_from_bfloat16():

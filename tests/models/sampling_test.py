@@ -235,6 +235,54 @@ def test_randomness_is_keyed_by_key_step_and_row():
     assert len({tuple(row) for row in rows.tolist()}) == B
 
 
+@pytest.mark.parametrize(
+    "settings", [{"stop_id": 3}, {"stop_id": None, "top_k": 5}], ids=str
+)
+def test_samples_of_one_prompt_are_the_prompt_repeated(settings):
+    """They share its prefill and nothing else; neighbours belong to one prompt."""
+    ids, mask = prompts(RAGGED[:4])
+    settings = {"max_new_tokens": N, "temperature": 1.5} | settings
+    shared = sampling.generate(model(), ids, mask, KEY, samples=3, **settings)
+    rows = np.repeat(ids, 3, axis=0), np.repeat(mask, 3, axis=0)
+    alone = sampling.generate(model(), *rows, KEY, **settings)
+    assert shared.tokens.shape == (12, N)
+    for name in ("tokens", "mask", "ended"):
+        np.testing.assert_array_equal(getattr(shared, name), getattr(alone, name))
+    np.testing.assert_allclose(shared.logps, alone.logps, atol=1e-5)
+    for group in np.asarray(shared.tokens).reshape(4, 3, N):
+        assert len({tuple(row) for row in group.tolist()}) == 3
+
+
+def test_the_prompts_run_once_however_many_samples(monkeypatch):
+    """The rows that the prefill's layers see are those of the prompts."""
+    seen = []
+    attention = sampling.attention_lib.attention
+
+    def watched(query, *rest):
+        seen.append(query.shape[0])
+        return attention(query, *rest)
+
+    monkeypatch.setattr(sampling.attention_lib, "attention", watched)
+    settings = dict(max_new_tokens=2, stop_id=None, samples=5)
+    generate_ = functools.partial(sampling.generate.__wrapped__, **settings)
+    shapes = jax.eval_shape(generate_, model(), *prompts(RAGGED), KEY)
+    assert set(seen) == {B} and shapes.tokens.shape == (5 * B, 2)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_samples_on_a_mesh(shape):
+    settings = {"max_new_tokens": N, "stop_id": 3, "temperature": 1.5, "samples": 2}
+    expected = generate(RAGGED, **settings)
+    made = mesh.make(*shape)
+    with jax.set_mesh(made):
+        placed = jax.device_put(model(), mesh.shardings(model(), made))
+        sample = sampling.generate(
+            placed, *mesh.put(prompts(RAGGED), made), KEY, **settings
+        )
+    np.testing.assert_array_equal(sample.tokens, expected.tokens)
+    np.testing.assert_array_equal(sample.ended, expected.ended)
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_the_mesh_does_not_matter(shape):
     settings = {"max_new_tokens": N, "stop_id": 3, "temperature": 1.5}
@@ -253,7 +301,10 @@ def test_the_mesh_does_not_matter(shape):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}],
+    [
+        *({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}),
+        *({"top_p": 0.0}, {"samples": 0}),
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused(settings):

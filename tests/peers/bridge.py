@@ -38,7 +38,9 @@ CONFIG = ModelConfig(
 )
 
 SGD = dict(name="sgd", lr=0.1, weight_decay=0.0)
-ADAMW = dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
+# With the usual eps of 1e-8, gradients that are nothing but rounding errors would still
+# become whole steps, in opposite directions on the two sides.
+ADAMW = dict(name="adamw", lr=1e-3, b1=0.9, b2=0.99, eps=1e-5, weight_decay=0.1)
 STEPS = 20
 BATCHES = 5  # different ones; the steps go over them four times, and it shows
 

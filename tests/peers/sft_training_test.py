@@ -75,6 +75,20 @@ def test_padded_completions(optimizer, parity_rng, parity_seed, tmp_path):
     check(trainer, model, batches, optimizer, trainer.losses, batch_size=ROWS)
 
 
+def test_adamw_with_its_usual_epsilon(parity_rng, parity_seed, tmp_path):
+    """The losses; where a gradient is all rounding error, a weight may go astray."""
+    optimizer = dict(bridge.ADAMW, eps=1e-8)
+    data = completions(parity_rng, ROWS * bridge.BATCHES)
+    trainer, model = theirs(data, parity_seed, tmp_path, optimizer, max_length=None)
+    batches = [padded(batch) for batch in trainer.batches]
+    config = bridge.config("language_model", optimizer, batch_size=ROWS)
+    losses, _, _ = bridge.train(
+        lambda mesh: language_model.make(config, bridge.CONFIG, mesh, {"start": model}),
+        batches,
+    )
+    bridge.assert_losses(losses, trainer.losses)
+
+
 def test_accumulated_over_micro_batches_of_unequal_length(
     parity_rng, parity_seed, tmp_path
 ):

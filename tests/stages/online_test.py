@@ -15,9 +15,9 @@ WORDS = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
 
 def short(prompts, completions):
-    """Pays 1 for fewer than six words: many ties; one word cannot be judged."""
-    sizes = [len(c.split()) for c in completions]
-    return [None if n == 1 else float(n < 6) for n in sizes]
+    """Pays 1 for fewer than six words: many ties; some first words are not judged."""
+    words = [c.split() for c in completions]
+    return [float(len(w) < 6) if w and int(w[0]) < 56 else None for w in words]
 
 
 @pytest.fixture(scope="module")

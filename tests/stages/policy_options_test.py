@@ -1,5 +1,6 @@
-"""PPO's options against numpy: placement B, bootstrap, own critic optimizer, ptx, KL."""
+"""PPO's options against numpy: placement B, bootstrap, two optimizers, ptx, KL."""
 
+import functools
 import types
 
 import jax
@@ -223,7 +224,7 @@ def test_pretraining_rows_are_shared_out_to_the_minibatches():
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_a_kl_in_the_loss_is_no_longer_in_the_reward(run, estimator):
+def test_a_kl_in_the_loss(run, estimator):
     config = defaults.stage(
         "policy",
         kl_placement="loss",
@@ -245,22 +246,29 @@ def test_a_kl_in_the_loss_is_no_longer_in_the_reward(run, estimator):
     assert got == pytest.approx(expected, rel=1e-3)
     assert float(metrics["kl"].result()) == pytest.approx(expected, rel=1e-3)
 
-    rewards = run.rewards.astype(np.float32)
+
+def test_what_is_paid_then_is_the_score_alone(run):
+    """Placement A, no bootstrap: the return of the last token is what it is paid."""
+    config = defaults.stage(
+        "policy",
+        kl_placement="loss",
+        kl_coef=0.1,
+        sampling=dict(max_new_tokens=NEW, temperature=TAU),
+    )
+    judge = functools.partial(
+        policy._judge, config=config, names=("reward_model", "odd"), weights=(1.0, 0.0)
+    )
+    models, drawn = run.models, run.drawn
+    parts = {"policy": models["policy"], "value": models["reward"]}
     with jax.set_mesh(cases.single()):
-        judged = policy._judge(
-            *(parts, models["reference"], run.drawn, rewards, jax.random.key(0), 0.1),
-            config=config,
-            names=("reward_model", "odd"),
-            weights=(1.0, 0.0),
+        judged = jax.jit(judge)(
+            *(parts, models["reference"], drawn, run.rewards.astype(np.float32)),
+            *(jax.random.key(0), 0.1),
         )
     told = cases.told({k: v.result() for k, v in judged["metrics"].items()})
     assert told["objective/non_score_reward"] == 0
-    # Discount and lambda near 1 apart, what is paid is the score alone.
-    whole = judged["rollout"]
     scored = np.isfinite(run.rewards).all(1)
-    paid = np.where(scored, run.rewards[:, 0], 0) - 1.0 * ~run.drawn["ended"]
-    last = run.drawn["mask"].sum(1) - 1
-    for row in np.flatnonzero(scored)[:5]:
-        values, t = whole["old_values"][row], last[row]
-        expected = paid[row] - values[t] + values[t]
-        assert float(whole["returns"][row, t]) == pytest.approx(expected, abs=1e-4)
+    paid = run.rewards[:, 0] - 1.0 * ~drawn["ended"]
+    last = drawn["mask"].sum(1) - 1
+    returns = np.asarray(judged["rollout"]["returns"])[np.arange(16), last]
+    np.testing.assert_allclose(returns[scored], paid[scored], atol=1e-4)

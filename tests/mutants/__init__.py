@@ -1,0 +1,12 @@
+"""The mistakes that `tests/mutations.py` makes, by where they are made."""
+
+from tests.mutants import inputs, objectives, sampled, steps
+
+MUTANTS = objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + inputs.MUTANTS
+
+# Mistakes of the rule book's list that cannot be made here.
+NOT_APPLICABLE = {
+    "dropout on in the reference": (
+        "no layer has dropout, so there is nothing to leave on"
+    ),
+}

@@ -1,0 +1,282 @@
+"""Mistakes below and around the stages: text, data, model, sampler, optimizer."""
+
+from tests.mutants.mutant import in_file
+
+_CHAT = in_file(
+    "stagecraft/text/chat.py",
+    "tests/text/chat_test.py",
+    (
+        "EOS dropped",
+        "            ids.append(tokenizer.end)\n            mask.append(learned)\n",
+        "            pass\n",
+    ),
+    (
+        "EOS not learned",
+        "            mask.append(learned)\n",
+        "            mask.append(False)\n",
+    ),
+    (
+        "documents without an end",
+        "tokenizer.encode(text), tokenizer.eos]",
+        "tokenizer.encode(text)]",
+    ),
+    (
+        "BOS doubled",
+        "ids, mask = [tokenizer.bos], [False]",
+        "ids, mask = [tokenizer.bos] * 2, [False] * 2",
+    ),
+    (
+        "BOS before a prompt's answer",
+        "tokenizer)[0], tokenizer.assistant]",
+        "tokenizer)[0], tokenizer.assistant, tokenizer.bos]",
+    ),
+    ("every turn is learned", '(turns == "all" or number == last)', "True"),
+    ("turns of weight 0 are learned", 'message.get("weight", 1) != 0', "True"),
+    (
+        "the user's turns are learned",
+        'message["role"] == "assistant"\n        learned',
+        'message["role"] != "system"\n        learned',
+    ),
+    ("an answer that was cut off ends", 'message.get("ended", True)', "True"),
+)
+
+_TOKENIZER = in_file(
+    "stagecraft/text/tokenizer.py",
+    "tests/text/tokenizer_test.py",
+    (
+        "pad is eos",
+        'self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")',
+        'self.pad, self.bos, self.eos = piece("</s>"), piece("<s>"), piece("</s>")',
+    ),
+)
+
+_PACKING = in_file(
+    "stagecraft/data/packing.py",
+    "tests/data/packing_test.py",
+    (
+        "packing takes the shortest first",
+        "key=lambda piece: -len(piece[0])",
+        "key=lambda piece: len(piece[0])",
+    ),
+    ("packing takes the emptiest row", "room = rooms[at]\n", "room = rooms[-1]\n"),
+    (
+        "bfd keeps the overflow",
+        'cut = _pieces if strategy == "bfd_split" else _starts',
+        "cut = _pieces",
+    ),
+    ("wrapped loses the last row", "    if row:\n        rows.append(row)\n", ""),
+    (
+        "positions do not restart",
+        "stream - np.repeat(np.cumsum(sizes) - sizes, sizes)",
+        "np.broadcast_to(np.arange(length), real.shape)[real]",
+    ),
+    (
+        "one segment a row",
+        "np.repeat(numbers + 1, sizes)",
+        "np.repeat(0 * numbers + 1, sizes)",
+    ),
+    (
+        "prompts padded on the right",
+        "ids[i, length - len(row) :] = row\n"
+        "        mask[i, length - len(row) :] = True",
+        "ids[i, : len(row)] = row\n        mask[i, : len(row)] = True",
+    ),
+)
+
+_FEED = in_file(
+    "stagecraft/data/feed.py",
+    "tests/data/comparisons_test.py tests/data/feed_test.py",
+    (
+        "feed swaps chosen and rejected",
+        "out = packing.pad_answers([documents for _, documents in rows], length)",
+        "out = packing.pad_answers([documents[::-1] for _, documents in rows], length)",
+    ),
+    (
+        "earlier turns are compared",
+        'tokenizer, turns="last")\n                for answer',
+        'tokenizer, turns="all")\n                for answer',
+    ),
+    (
+        "held-out rows have training indices",
+        "found = arrays(held, length, len(kept))",
+        "found = arrays(held, length, 0)",
+    ),
+    (
+        "pairs too long are cut",
+        "return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]",
+        "return [(c, r) for c, r in both]",
+    ),
+    (
+        "labels inverted",
+        "np.array([label for label, _ in rows], bool)",
+        "np.array([not label for label, _ in rows], bool)",
+    ),
+    ("oversampling forgotten", "asked *= stage.oversample", "asked *= 1"),
+)
+
+_PIPELINE = in_file(
+    "stagecraft/data/pipeline.py",
+    "tests/data/pipeline_test.py",
+    ("padding rows have index 0", 'FILL = {"index": -1}', 'FILL = {"index": 0}'),
+    ("rows in the order of the file", ".shuffle().repeat()", ".repeat()"),
+)
+
+_SOURCES = in_file(
+    "stagecraft/data/sources.py",
+    "tests/data/sources_test.py",
+    (
+        "soft labels do not turn a judgement",
+        "(first, not first)",
+        "(True, False)",
+    ),
+)
+
+_COMPARISONS = in_file(
+    "stagecraft/signals/comparisons.py",
+    "tests/signals tests/run_test.py",
+    (
+        "the rater's word turned round",
+        '"chosen": two[better][0]',
+        '"chosen": two[1 - better][0]',
+    ),
+    (
+        "soft labels of the worse one",
+        "(int(m > 0), 1 / (1 + math.exp(-abs(m))))",
+        "(int(m > 0), 1 / (1 + math.exp(abs(m))))",
+    ),
+)
+
+_SELECTION = in_file(
+    "stagecraft/signals/selection.py",
+    "tests/signals",
+    ("the worst of n", "return [max(fit, key=scored", "return [min(fit, key=scored"),
+    ("answers that were cut off are kept", "if answers[r][1] and math", "if math"),
+)
+
+_VERIFIER = in_file(
+    "stagecraft/signals/verifier.py",
+    "tests/signals",
+    (
+        "a verifier's NaN is a 0",
+        "return value if math.isfinite(value) else math.nan",
+        "return value if math.isfinite(value) else 0.0",
+    ),
+    ("verifiers see the end token", "row[:-1] if end else row", "row"),
+)
+
+_MODEL = in_file(
+    "stagecraft/models/attention.py",
+    "tests/models/transformer_test.py",
+    (
+        "attention across documents",
+        "visible = (segments[:, :, None] == segments[:, None, :]) & (",
+        "visible = (segments[:, :, None] > 0) & (",
+    ),
+    (
+        "attention sees what comes",
+        "index[:, None] >= index[None, :]",
+        "index[:, None] >= index[None, :] - 1",
+    ),
+)
+
+_SCORES = in_file(
+    "stagecraft/models/scores.py",
+    "tests/stages/pairs_test.py tests/models/language_test.py",
+    (
+        "score read one token early",
+        "last = length - 1 - jnp.argmax",
+        "last = length - 2 - jnp.argmax",
+    ),
+    (
+        "score read in the last column",
+        "jnp.where(mask.any(-1), last, 0)",
+        "jnp.full_like(last, length - 1)",
+    ),
+)
+
+_HEADS = in_file(
+    "stagecraft/models/heads.py",
+    "tests/models/heads_test.py",
+    ("log-normaliser less its maximum", "log_z=lse + top / temperature", "log_z=lse"),
+    (
+        "entropy without the maximum",
+        "entropy=held(lse) - expected",
+        "entropy=-expected",
+    ),
+)
+
+_SAMPLING = in_file(
+    "stagecraft/models/sampling.py",
+    "tests/models/sampling_test.py",
+    (
+        "the stop token is masked out",
+        "mask=write(sample.mask, step, live)",
+        "mask=write(sample.mask, step, live & ~ended)",
+    ),
+    (
+        "temperature multiplies",
+        "logits = logits if greedy else logits / temperature",
+        "logits = logits if greedy else logits * temperature",
+    ),
+    ("stops at the wrong token", "drawn == stop_id", "drawn == stop_id + 1"),
+)
+
+_RUN = in_file(
+    "stagecraft/run.py",
+    "tests/mutation_gaps_test.py tests/run_test.py",
+    (
+        "missing EOS on the document's end",
+        'extra["stop_id"] = tokenizer.end',
+        'extra["stop_id"] = tokenizer.eos',
+    ),
+)
+
+_MASKED = in_file(
+    "stagecraft/masked.py",
+    "tests/masked_test.py",
+    (
+        "means count padding",
+        "return total / jnp.maximum(count(mask, axis), 1.0)",
+        "return total / jnp.maximum(count(mask == mask, axis), 1.0)",
+    ),
+    (
+        "merged means of means",
+        "return Mean(self.total + other.total, self.count + other.count)",
+        "return Mean((self.result() + other.result()) / 2, jnp.ones_like(self.count))",
+    ),
+    (
+        "NaN times zero",
+        "return jnp.where(mask, x, jnp.zeros_like(x))",
+        "return x * mask.astype(x.dtype)",
+    ),
+)
+
+_OPTIMIZER = in_file(
+    "stagecraft/optimizer.py",
+    "tests/optimizer_test.py",
+    ("norms and biases decay", "mask=decayed)", "mask=None)"),
+    (
+        "EMA decay swapped",
+        "optax.incremental_update(params, average, 1.0 - decay)",
+        "optax.incremental_update(params, average, decay)",
+    ),
+    ("ascends", "-rate * x).astype", "rate * x).astype"),
+    ("parts at one learning rate", "(-rate * factor * x)", "(-rate * x)"),
+    ("warm-up starts at 0", "ramp = (step + 1).astype", "ramp = step.astype"),
+)
+
+_TRAIN = in_file(
+    "stagecraft/train.py",
+    "tests/stages/preference_test.py tests/run_test.py",
+    (
+        "the average is never deployed",
+        'state.extra.get("ema", state.model)',
+        "state.model",
+    ),
+)
+
+MUTANTS = (
+    *(_CHAT + _TOKENIZER + _PACKING + _FEED + _PIPELINE + _SOURCES + _COMPARISONS),
+    *(_SELECTION + _VERIFIER + _MODEL + _SCORES + _HEADS + _SAMPLING + _RUN),
+    *(_MASKED + _OPTIMIZER + _TRAIN),
+)

@@ -1,0 +1,265 @@
+"""Mistakes in the losses of tokens, scores, pairs and single completions."""
+
+from tests.mutants.mutant import in_file
+
+_TOKENS = in_file(
+    "stagecraft/losses/next_token.py",
+    "tests/losses/next_token_test.py",
+    (
+        "mask off by one",
+        "_drop_first(mask) & (segments == ahead)",
+        "mask & (segments == ahead)",
+    ),
+    (
+        "predicts across documents",
+        "& (segments == ahead) & (ahead > 0)",
+        "& (ahead > 0)",
+    ),
+    ("completions averaged, not summed", "return masked.sum(", "return masked.mean("),
+    (
+        "dft without stop-gradient",
+        "-jax.lax.stop_gradient(jnp.exp(logps)) * logps",
+        "-jnp.exp(logps) * logps",
+    ),
+    ("z-loss not squared", "return jnp.square(log_z),", "return jnp.abs(log_z),"),
+)
+
+_REWARD = in_file(
+    "stagecraft/losses/reward.py",
+    "tests/losses/reward_test.py",
+    (
+        "reward: chosen and rejected swapped",
+        "difference = rewards[:, 0] - rewards[:, 1]",
+        "difference = rewards[:, 1] - rewards[:, 0]",
+    ),
+    ("reward: margin added", "(difference - margin)", "(difference + margin)"),
+    (
+        "reward: soft labels swapped",
+        "loss = preference * loss + (1 - preference) * other",
+        "loss = (1 - preference) * loss + preference * other",
+    ),
+    (
+        "reward: margin of one side only",
+        "(-difference - margin)",
+        "(-difference + margin)",
+    ),
+    (
+        "centering of the difference",
+        "jnp.square(rewards[:, 0] + rewards[:, 1])",
+        "jnp.square(rewards[:, 0] - rewards[:, 1])",
+    ),
+    (
+        "reward: a tie counts as right",
+        "(difference > 0).astype",
+        "(difference >= 0).astype",
+    ),
+    (
+        "K-way: pairs not averaged",
+        "return mean(loss), {",
+        "return masked.sum(loss, pairs, axis=(1, 2)), {",
+    ),
+    ("K-way: each with itself", "bool), k=1)", "bool), k=0)"),
+)
+
+_PAIRS = in_file(
+    "stagecraft/losses/pairs.py",
+    "tests/losses/preference_test.py tests/losses/pairs_test.py",
+    (
+        "pairs: chosen and rejected swapped",
+        "return pair[:, 0] - pair[:, 1]",
+        "return pair[:, 1] - pair[:, 0]",
+    ),
+    (
+        "pairs: not divided by the length",
+        "return sums / jnp.maximum(lengths, 1.0).astype(sums.dtype)",
+        "return sums",
+    ),
+    (
+        "label smoothing one-sided",
+        "return -(1 - label_smoothing) * right - label_smoothing * wrong",
+        "return -(1 - label_smoothing) * right",
+    ),
+    (
+        "reference-free keeps the reference",
+        "policy_logps if reference_free else policy_logps - ref_logps",
+        "policy_logps - ref_logps",
+    ),
+    ("forward KL upside down", '"forward_kl": -1.0', '"forward_kl": 1.0'),
+    ("alpha divergence of 1 - alpha", '"alpha": alpha - 1}', '"alpha": -alpha}'),
+    (
+        "js of the reversed ratio",
+        "jax.nn.log_sigmoid(log_ratio)",
+        "-jax.nn.log_sigmoid(-log_ratio)",
+    ),
+    (
+        "implied reward without beta",
+        "beta * (policy_logps - ref_logps)",
+        "policy_logps - ref_logps",
+    ),
+    ("pairs: a tie counts as right", "(margins > 0)", "(margins >= 0)"),
+    ("LD-DPO one token short", "place <= shared", "place < shared"),
+    (
+        "LD-DPO by the longer one",
+        "shared = jnp.min(lengths",
+        "shared = jnp.max(lengths",
+    ),
+    (
+        "WPO weight has a gradient",
+        "return jax.lax.stop_gradient(jnp.exp(jnp.sum(means, axis=-1)))",
+        "return jnp.exp(jnp.sum(means, axis=-1))",
+    ),
+    ("WPO of sums", "means = masked.mean(surprise", "means = masked.sum(surprise"),
+)
+
+_REFERENCE = in_file(
+    "stagecraft/losses/preference.py",
+    "tests/losses/preference_test.py",
+    (
+        "dpo: soft labels swapped",
+        "flipped = 1 - right",
+        "flipped = right",
+        "tests/losses/preference_test.py -k soft",
+    ),
+    (
+        "dpo: label smoothing ignored",
+        "flipped = label_smoothing\n",
+        "flipped = 0.0\n",
+    ),
+    (
+        "ipo of sums",
+        "average = per_token(scores(policy_logps, ref_logps, **kind), lengths)\n"
+        "    return jnp.square(",
+        "average = scores(policy_logps, ref_logps, **kind)\n    return jnp.square(",
+    ),
+    (
+        "ipo target 1 / beta",
+        "jnp.square(difference(average) - 1 / (2 * beta))",
+        "jnp.square(difference(average) - 1 / beta)",
+    ),
+    (
+        "ipo_sum per token",
+        "        jnp.ones_like(policy_logps),\n",
+        "        2 * jnp.ones_like(policy_logps),\n",
+    ),
+    (
+        "sigmoid_norm of sums",
+        "average = per_token(scores(policy_logps, ref_logps, **kind), lengths)\n"
+        "    return logistic(",
+        "average = scores(policy_logps, ref_logps, **kind)\n    return logistic(",
+    ),
+    (
+        "robust not normalised",
+        "return clean / (1 - 2 * label_smoothing), metrics",
+        "return clean, metrics",
+    ),
+    ("hinge without a bend", "jax.nn.relu(1 - margin), metrics", "1 - margin, metrics"),
+    (
+        "exo with labels swapped",
+        "jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong",
+        "jax.nn.sigmoid(-margin) * right + jax.nn.sigmoid(margin) * wrong",
+    ),
+    (
+        "discopop blends the other way",
+        "jax.nn.sigmoid(-margin / tau) * logistic(margin)",
+        "jax.nn.sigmoid(margin / tau) * logistic(margin)",
+    ),
+    (
+        "nca weighs the reference's side whole",
+        "+ 0.5 * (logistic(-chosen)",
+        "+ (logistic(-chosen)",
+    ),
+    (
+        "bco_pair pushes both up",
+        "+ logistic(-beta * log_ratio[:, 1]), metrics",
+        "+ logistic(beta * log_ratio[:, 1]), metrics",
+    ),
+    ("sppo target 1 / beta", "target = 1 / (2 * beta)", "target = 1 / beta"),
+    (
+        "apo_zero pulls the chosen down",
+        "jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)",
+        "jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected)",
+    ),
+    (
+        "apo_down without the chosen",
+        "jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin)",
+        "jax.nn.sigmoid(-margin)",
+    ),
+    (
+        "aot does not sort",
+        "partner = jnp.sort(jnp.where(rows, b, last))[rank]",
+        "partner = jnp.where(rows, b, last)",
+    ),
+    ("aot sorts padding in", "jnp.where(rows, a, last)", "a"),
+    (
+        "sft over the document",
+        'return {"chosen": -chosen_logps}, metrics',
+        'return {"document": -chosen_logps}, metrics',
+    ),
+)
+
+_REFERENCE_FREE = in_file(
+    "stagecraft/losses/reference_free.py",
+    "tests/losses/reference_free_test.py",
+    ("orpo: sign of log1mexp", "log_p - _log1mexp(log_p)", "log_p + _log1mexp(log_p)"),
+    (
+        "orpo of sums",
+        "averages = per_token(policy_logps, lengths)\n    log_p",
+        "averages = policy_logps\n    log_p",
+    ),
+    ("orpo without beta", '{"rows": -beta * ratio,', '{"rows": -ratio,'),
+    (
+        "orpo learns the chosen alone",
+        '"document": -document_logps}',
+        '"chosen": -document_logps}',
+    ),
+    (
+        "cpo: alpha ignored",
+        '"chosen": -alpha * chosen_logps}',
+        '"chosen": -chosen_logps}',
+    ),
+    (
+        "cpo_ipo of sums",
+        "_start(per_token(policy_logps, lengths), beta)\n    loss = jnp.square",
+        "_start(policy_logps, beta)\n    loss = jnp.square",
+    ),
+    (
+        "simpo: gamma times beta",
+        "logistic(beta * margin - gamma,",
+        "logistic(beta * (margin - gamma),",
+    ),
+    (
+        "alphapo bends the other way",
+        "-jnp.expm1(-alpha * averages) / alpha",
+        "jnp.expm1(alpha * averages) / alpha",
+    ),
+)
+
+_UNPAIRED = in_file(
+    "stagecraft/losses/unpaired.py",
+    "tests/losses/unpaired_test.py",
+    (
+        "kto: labels swapped",
+        "jax.nn.sigmoid(jnp.where(labels, -gain, gain))",
+        "jax.nn.sigmoid(jnp.where(labels, gain, -gain))",
+    ),
+    (
+        "kto: weights swapped",
+        "jnp.where(labels, desirable_weight * one, undesirable_weight * one)",
+        "jnp.where(labels, undesirable_weight * one, desirable_weight * one)",
+    ),
+    ("kto: gradient through z", "kl = jax.lax.stop_gradient(kl)\n", "kl = 1.0 * kl\n"),
+    ("kto: z added", "beta * (log_ratio - kl)", "beta * (log_ratio + kl)"),
+    ("bco: delta added", "beta * log_ratio - delta", "beta * log_ratio + delta"),
+    (
+        "bco: gradient through delta",
+        "delta = jax.lax.stop_gradient(delta)\n",
+        "delta = 1.0 * delta\n",
+    ),
+    (
+        "unpaired: padding is counted",
+        "chosen, rejected = labels & rows, ~labels & rows",
+        "chosen, rejected = labels, ~labels",
+    ),
+)
+
+MUTANTS = _TOKENS + _REWARD + _PAIRS + _REFERENCE + _REFERENCE_FREE + _UNPAIRED
