@@ -254,6 +254,7 @@ def _policy():
     c.lambda_ = 0.95
     c.bootstrap_truncated = False  # go on with the critic's value where one was cut off
     c.whiten_rewards = False
+    c.unbiased_whitening = False  # divide variances by n - 1, as TRL, rather than n
     c.value_clip = 0.2  # 0 for none
     c.value_coef = 0.1
     c.value_lr_scale = 1.0  # the critic's learning rate / the policy's

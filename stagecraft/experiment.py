@@ -293,6 +293,13 @@ def _check_objective(where, stage):
             f"{', '.join(loss.across_rows)} compares all rows of a batch with each "
             "other, so it cannot be split; expected 1"
         )
+    whole = [n for n in str(stage.objective).split(",") if n in losses.BY_SEQUENCE]
+    if whole and stage.get("aggregation") != "grpo":
+        raise UserError(
+            f"{where}.objective={stage.objective!r}: {whole[0]} has one loss a "
+            "completion, so it needs a group_policy stage with aggregation='grpo', the "
+            "mean over completions"
+        )
     turned = stage.kind == "unpaired_preference" and "kl" in loss.needs
     if turned and stage.batch_size < 2:
         raise UserError(

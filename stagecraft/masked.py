@@ -291,7 +291,31 @@ class Gap(NamedTuple):
         return gap / _divisor(jnp.sum(self.count))
 
 
-PARTIAL = (Mean, Max, Min, Gap)  # what merges over parts of a batch
+class Difference(NamedTuple):
+    """One mean less another, of different places: two groups of rows compared.
+
+    Attributes:
+        first, second: `Mean`.
+    """
+
+    first: Mean
+    second: Mean
+
+    def merge(self, other):
+        """The difference over both sets of places."""
+        pairs = zip(self, other, strict=True)
+        return Difference(*(a.merge(b) for a, b in pairs))
+
+    def fold(self):
+        """Merges along a leading axis."""
+        return Difference(*(x.fold() for x in self))
+
+    def result(self):
+        """f32 scalar; a mean of nothing counts as 0."""
+        return self.first.result() - self.second.result()
+
+
+PARTIAL = (Mean, Max, Min, Gap, Difference)  # what merges over parts of a batch
 
 
 def _each(function, *trees):
@@ -309,6 +333,8 @@ def empty_like(tree):
 def _nothing(x):
     if isinstance(x, Gap):
         return Gap(*(jnp.zeros(v.shape, jnp.float32) for v in x))
+    if isinstance(x, Difference):
+        return Difference(Mean.empty(), Mean.empty())
     return type(x).empty()
 
 

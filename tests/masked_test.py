@@ -286,3 +286,23 @@ def test_the_calibration_error_merges_bucket_by_bucket():
     empty = masked.empty_like({"gap": got})["gap"]
     assert float(empty.result()) == 0
     np.testing.assert_array_equal(masked.merge(empty, got).result(), got.result())
+
+
+def test_a_difference_of_means_merges_to_that_of_the_whole():
+    x, mask = sample((4, 3, 5))
+    other = ~mask
+
+    def difference(x, mask, other):
+        means = masked.Mean.of(x, mask), masked.Mean.of(x, other)
+        return {"margin": masked.Difference(*means)}
+
+    expected = x[mask].mean() - x[other].mean()
+    whole = masked.results(difference(x, mask, other))
+    np.testing.assert_allclose(whole["margin"], expected, rtol=1e-5)
+    parts = [difference(*part) for part in zip(x, mask, other, strict=True)]
+    merged = masked.empty_like(parts[0])
+    for part in parts:
+        merged = masked.merge(merged, part)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    for got in (merged, masked.fold(stacked)):
+        np.testing.assert_allclose(masked.results(got)["margin"], expected, rtol=1e-5)

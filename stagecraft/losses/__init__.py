@@ -170,10 +170,13 @@ TABLES = {
 }
 # Those that compare the rows of a batch with each other, so that it cannot be split.
 ACROSS_ROWS = ("aot", "aot_unpaired")
+# Those with one loss a sequence, spread over its tokens: right as a mean of sequences.
+BY_SEQUENCE = ("gspo", "rloo_policy")
 
 __all__ = [
     "ACROSS_ROWS",
     "AGGREGATIONS",
+    "BY_SEQUENCE",
     "TABLES",
     "adaptive",
     "aggregate",

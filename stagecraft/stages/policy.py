@@ -177,7 +177,9 @@ def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, wei
         estimator=config.kl_estimator if in_reward else "k1",
     )
     if config.whiten_rewards:
-        paid_tokens = losses.whiten(paid_tokens, counted, shift_mean=False)
+        paid_tokens = losses.whiten(
+            paid_tokens, counted, shift_mean=False, unbiased=config.unbiased_whitening
+        )
     advantages, returns = losses.gae(
         paid_tokens,
         values,
@@ -218,7 +220,9 @@ def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, wei
             "old_logps": old.logps,
             "ref_logps": ref.logps,
             "old_values": values,
-            "advantages": losses.whiten(advantages, mask),
+            "advantages": losses.whiten(
+                advantages, mask, unbiased=config.unbiased_whitening
+            ),
             "returns": returns,
         },
         "order": order.reshape(config.epochs * config.minibatches, -1),

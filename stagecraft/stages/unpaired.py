@@ -43,6 +43,8 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal, needs = make_objective(config)
+    if "delta" in needs:  # a mean of log-ratios
+        needs |= {"ref_logps"}
     beta = float(config.objective_args.get("beta", 0.1))
     score = jax.jit(lambda model, batch: row_logps(model, batch)[0])
     distance = jax.jit(_distance)
@@ -138,6 +140,9 @@ def make_objective(config):
             metrics[f"logits/{side}"] = masked.Mean.of(
                 stats.logit_mean, mask & who[:, None]
             )
+        means = [metrics.get(f"rewards/{side}") for side in sides]
+        if all(isinstance(m, masked.Mean) for m in means):
+            metrics["rewards/margins"] = masked.Difference(*means)
         metrics["entropy"] = masked.Mean.of(stats.entropy, mask)
         return loss, metrics
 

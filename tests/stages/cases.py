@@ -141,7 +141,8 @@ BATCH = {
 SETTINGS = {
     "policy": dict(epochs=2, minibatches=2),
     "group_policy": dict(
-        group_size=2, epochs=2, minibatches=2, kl_coef=0.1, batch_size=16
+        **dict(group_size=2, batch_size=8, oversample=2, overlong_cache=4),
+        **dict(epochs=2, minibatches=2, kl_coef=0.1),
     ),
 }
 KINDS = tuple(PARENTS)

@@ -13,7 +13,7 @@ from stagecraft.stages import group
 from tests.stages import cases
 
 TAU, NEW, G = 0.7, 10, 4
-SETTINGS = dict(batch_size=8, group_size=G, epochs=2, minibatches=2)
+SETTINGS = dict(batch_size=8, group_size=G, oversample=1, overlong_cache=0, kl_coef=0.0)
 WORDS = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
 

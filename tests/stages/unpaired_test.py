@@ -115,6 +115,8 @@ def test_kto_against_numpy(kto):
         expected = rewards[who].mean()
         assert metrics[f"rewards/{name}"] == pytest.approx(expected, abs=1e-4)
         assert metrics[f"logps/{name}"] == pytest.approx(policy[who].mean(), rel=1e-4)
+    margin = rewards[label & real].mean() - rewards[~label & real].mean()
+    assert metrics["rewards/margins"] == pytest.approx(margin, abs=1e-4)
 
 
 def test_the_reference_point_is_clamped_and_counts_only_real_rows(kto):
@@ -222,3 +224,16 @@ def test_padding_rows_change_nothing(kto):
     for name in ("rewards/chosen", "logits/rejected", "entropy", "kl"):
         assert float(found[name]) == pytest.approx(metrics[name], abs=1e-4)
     del held, models
+
+
+def test_ones_own_loss_may_ask_for_the_running_mean_alone():
+    def mine(policy_logps, labels, delta):
+        return jnp.where(labels, -1.0, 1.0) * (policy_logps - delta), {}
+
+    shared = cases.single()
+    with jax.set_mesh(shared):
+        made, raw, _ = cases.stage("unpaired_preference", shared, objective=mine)
+        batch = made.prepare(made.init(jax.random.key(0)), raw, None)
+        models = cases.models(shared)
+    ratio = sums(models["policy"], raw) - sums(models["reference"], raw)
+    assert float(batch["delta"]) == pytest.approx(0.1 * ratio.mean(), abs=1e-4)

@@ -12,10 +12,11 @@ from stagecraft.stages import stage as stages
 from tests.stages import cases
 
 
-def once(kind, shared_mesh, **changes):
+def once(kind, shared_mesh, beside=None, **changes):
     """Loss and the change of every parameter, after one step of plain SGD."""
     with jax.set_mesh(shared_mesh):
         made, raw, _ = cases.stage(kind, shared_mesh, **changes)
+        raw |= beside or {}
         state = made.init(jax.random.key(0))
         before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
         batch = made.prepare(state, raw, jax.random.key(1))
@@ -60,6 +61,22 @@ def test_sharded_equals_single(kind, sizes, alone):
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_four_micro_batches_equal_one(kind, alone):
     assert_same(alone[kind], once(kind, cases.single(), micro_batches=4))
+
+
+def test_pretraining_rows_and_two_optimizers_on_a_mesh():
+    """Text of its own rows beside the rollout's, in micro-batches, against one go."""
+    text = {f"ptx_{k}": v for k, v in cases.documents().items()}
+    changes = dict(
+        score_placement="B",
+        bootstrap_truncated=True,
+        value_optimizer=cases.OPTIMIZER | dict(lr=0.05),
+    )
+    one = once("policy", cases.single(), text, **changes)
+    other = once("policy", mesh.make(2, 2, 2), text, micro_batches=2, **changes)
+    assert_same(one, other)
+    assert float(one[2]["loss/ptx_avg"]) == pytest.approx(
+        float(other[2]["loss/ptx_avg"]), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["language_model", "preference"])
