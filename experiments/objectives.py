@@ -11,7 +11,8 @@ base=DIR names another finished run of the quickstart; base=none trains its SFT 
 reward models within this run, as `tiny` does. Every arm takes the steps, batch and
 learning rate of the quickstart's DPO or PPO, so that arms differ in their objective
 alone; settings of the objective itself are those of its paper where this world bears
-them. seeds=N trains each arm N times, on other samples or in another order.
+them. seeds=N trains each arm N times, on other samples or in another order; share=0.5
+takes half the steps.
 
 The measured table is in the README.
 """
@@ -155,9 +156,11 @@ NAMES = tuple(name for arms in KINDS.values() for name in arms)
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(arg, tiny=False, name="dpo", seeds=1, base="")
+    arg = common.parse_arg(arg, tiny=False, name="dpo", seeds=1, base="", share=1.0)
     base = arg.base or ("none" if arg.tiny else "runs/quickstart")
     recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    for stage in (recipe.stages.dpo, recipe.stages.ppo):
+        stage.steps = max(round(stage.steps * arg.share), 1)
     names = _names(arg.name)
     c = defaults.experiment()
     for key in ("world", "tokenizer", "model"):

@@ -197,9 +197,6 @@ def _check_training(c, where, stage):
     if stage.kind == "group_policy":  # prompts, before each is sampled from often
         prompts = stage.batch_size * stage.oversample
         at_once |= {f"oversample={stage.oversample}": prompts}
-    if stage.kind == "policy":
-        parts, ptx = stage.minibatches * stage.micro_batches, stage.data.ptx_rows
-        at_once |= {f"data.ptx_rows={ptx}": ptx // parts}
     for key, count in at_once.items():
         if count % across:
             raise UserError(
@@ -293,7 +290,8 @@ def _check_objective(where, stage):
             f"{', '.join(loss.across_rows)} compares all rows of a batch with each "
             "other, so it cannot be split; expected 1"
         )
-    whole = [n for n in str(stage.objective).split(",") if n in losses.BY_SEQUENCE]
+    names = map(str.strip, str(stage.objective).split(","))
+    whole = [name for name in names if name in losses.BY_SEQUENCE]
     if whole and stage.get("aggregation") != "grpo":
         raise UserError(
             f"{where}.objective={stage.objective!r}: {whole[0]} has one loss a "

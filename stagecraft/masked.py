@@ -291,31 +291,40 @@ class Gap(NamedTuple):
         return gap / _divisor(jnp.sum(self.count))
 
 
-class Difference(NamedTuple):
-    """One mean less another, of different places: two groups of rows compared.
+class Sum(NamedTuple):
+    """A weighted sum of means of different places, each exact over merged parts.
 
     Attributes:
-        first, second: `Mean`.
+        totals, counts: f32[N]: of each mean, its total times its weight.
+
+    >>> one, two = Mean.of(jnp.array([1.0, 3.0])), Mean.of(jnp.array([5.0]))
+    >>> float(Sum.of([one, two], [1.0, -1.0]).result())
+    -3.0
     """
 
-    first: Mean
-    second: Mean
+    totals: jax.Array
+    counts: jax.Array
+
+    @classmethod
+    def of(cls, means, weights):
+        """From `Mean`s and their weights."""
+        totals = [w * m.total for m, w in zip(means, weights, strict=True)]
+        return cls(jnp.stack(totals), jnp.stack([m.count for m in means]))
 
     def merge(self, other):
-        """The difference over both sets of places."""
-        pairs = zip(self, other, strict=True)
-        return Difference(*(a.merge(b) for a, b in pairs))
+        """The sum over both sets of places."""
+        return Sum(self.totals + other.totals, self.counts + other.counts)
 
     def fold(self):
         """Merges along a leading axis."""
-        return Difference(*(x.fold() for x in self))
+        return Sum(*(jnp.sum(x, axis=0) for x in self))
 
     def result(self):
         """f32 scalar; a mean of nothing counts as 0."""
-        return self.first.result() - self.second.result()
+        return jnp.sum(self.totals / _divisor(self.counts))
 
 
-PARTIAL = (Mean, Max, Min, Gap, Difference)  # what merges over parts of a batch
+PARTIAL = (Mean, Max, Min, Gap, Sum)  # what merges over parts of a batch
 
 
 def _each(function, *trees):
@@ -331,10 +340,8 @@ def empty_like(tree):
 
 
 def _nothing(x):
-    if isinstance(x, Gap):
-        return Gap(*(jnp.zeros(v.shape, jnp.float32) for v in x))
-    if isinstance(x, Difference):
-        return Difference(Mean.empty(), Mean.empty())
+    if isinstance(x, (Gap, Sum)):
+        return type(x)(*(jnp.zeros(v.shape, jnp.float32) for v in x))
     return type(x).empty()
 
 

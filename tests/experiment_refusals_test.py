@@ -94,6 +94,16 @@ OBJECTIVES = [
         dict(objective="sft", weighting="wpo"),
         "weighting='wpo': weighs pairs, but objective='sft' has no loss of pairs",
     ),
+    *(
+        (
+            kind,
+            dict(objective=f"entropy_bonus, {name}"),
+            f"objective='entropy_bonus, {name}': {name} has one loss a completion, .*"
+            "aggregation='grpo'",
+        )
+        for kind in ("policy", "group_policy")
+        for name in ("gspo", "rloo_policy")
+    ),
     (
         "unpaired_preference",
         dict(batch_size=1),
@@ -175,11 +185,16 @@ SETTINGS = [
     (
         "policy",
         dict(data=dict(ptx="none.txt", ptx_rows=6), minibatches=2, micro_batches=2),
-        "ptx_rows=6: expected, together with data.ptx, a multiple of .* = 4",
+        "ptx_rows=6: expected a multiple of minibatches . micro_batches .* = 4",
     ),
-    ("policy", dict(data=dict(ptx="none.txt")), "ptx_rows=0: expected, together with"),
-    ("policy", dict(data=dict(ptx_rows=4)), "ptx_rows=4: expected, together with"),
+    (
+        "policy",
+        dict(data=dict(ptx="none.txt")),
+        "ptx_rows=0 with data.ptx='none.txt': set both",
+    ),
+    ("policy", dict(data=dict(ptx_rows=4)), "ptx_rows=4 with data.ptx='': set both"),
     ("preference", dict(weighting="wpoo"), "weighting='wpoo': .* mean 'wpo'"),
+    ("reward", dict(ema_decay=1.0), r"ema_decay=1.0: expected from 0 \(off\) to below"),
     ("preference", dict(ld_alpha=1.5), "ld_alpha=1.5: expected from 0 to 1"),
     ("preference", dict(sync_every=-1), "sync_every=-1: expected 0 or more"),
     ("preference", dict(sync_alpha=0.0), "sync_alpha=0.0: expected above 0, up to 1"),
@@ -206,6 +221,11 @@ def test_settings(kind, changes, says):
     assert "\n" not in str(error.value)
 
 
+def test_losses_of_sequences_are_means_of_sequences():
+    settings = dict(objective="gspo", aggregation="grpo")
+    experiment.resolve(graph("group_policy", **settings))
+
+
 def test_a_single_sample_is_enough_for_returns():
     experiment.resolve(graph("group_policy", group_size=1, advantage="returns"))
 
@@ -221,7 +241,7 @@ def test_a_single_sample_is_enough_for_returns():
         (
             "policy",
             dict(data=dict(ptx="none.txt", ptx_rows=12)),
-            "data.ptx_rows=12: 12 rows at once do not divide over",
+            "data.ptx_rows=12: expected a multiple of .* = 8",
         ),
         ("preference", dict(batch_size=12), "batch_size=12: 12 rows at once do not"),
         ("policy", dict(minibatches=16), "batch_size=64: 4 rows at once do not divide"),

@@ -1,5 +1,6 @@
 """What only a mutant showed to be untested; see `tests/mutations.py`."""
 
+import json
 import types
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, run
+from stagecraft.data import feed
 from stagecraft.stages import kinds, rollout
+from stagecraft.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("kind", ["policy", "group_policy", "online_preference"])
@@ -31,3 +34,21 @@ def test_a_row_that_one_source_could_not_score_is_not_scored():
     found, scored = jax.jit(lambda r: rollout.total(r, (1.0, 10.0)))(rewards)
     assert scored.tolist() == [True, False, False]
     np.testing.assert_array_equal(found, [21.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("group_policy", 6), ("policy", 2), ("online_preference", 2)]
+)
+def test_only_groups_are_sampled_in_excess(kind, rows, tmp_path):
+    words = ["What is the capital of France? Paris."] * 20
+    tokenizer = Tokenizer.train(words, 300, tmp_path / "tokenizer.model")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(9))
+    )
+    config = defaults.experiment()
+    stage = defaults.stage(kind, batch_size=2)
+    stage.data.files = str(tmp_path / "prompts.jsonl")
+    if kind == "group_policy":
+        stage.oversample = 3
+    made = feed.build(stage, tokenizer, tmp_path, config)
+    assert made.dataset.batch_at(0)["prompt_ids"].shape[0] == rows

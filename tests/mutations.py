@@ -5,7 +5,8 @@
 Each mutant is one replaced piece of text in a copy of the sources. The tests named with
 it run first, until one fails; if all pass, the wider set runs. The table says which
 test killed which mutant; the exit status is 1 when one survives without a reason.
---only takes patterns ("kto_*"). Not collected by pytest: it runs pytest.
+--only takes patterns of names or files ("kto*", "*/group.py"). Not collected by pytest:
+it runs pytest.
 """
 
 import argparse
@@ -226,7 +227,9 @@ def run(mutants, jobs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="*", help="names or patterns, with commas")
+    parser.add_argument(
+        "--only", default="*", help="names, files or patterns of them, with commas"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
     parser.add_argument("--list", action="store_true", help="only name them")
     options = parser.parse_args(argv)
@@ -235,7 +238,11 @@ def main(argv=None):
         print("\n".join(wrong), file=sys.stderr)
         return 2
     patterns = options.only.split(",")
-    mutants = [m for m in MUTANTS if any(fnmatch.fnmatch(m.name, p) for p in patterns)]
+    mutants = [
+        m
+        for m in MUTANTS
+        if any(fnmatch.fnmatch(n, p) for p in patterns for n in (m.name, m.file))
+    ]
     if not mutants:
         print(f"--only={options.only}: no mutant of this name", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ they are measured on entities and prompts that no stage trained on; without one 
 the last eval_ metrics of each stage.
 """
 
+import difflib
 import operator
 import re
 import time
@@ -324,7 +325,8 @@ def judge(found, claims):
 
     Returns:
         {key: {"must", "short", "holds"}}, `short` with numbers in place of keys; a
-        claim about a stage that was not run is left out.
+        claim about a stage that was not run is left out, one about a figure that no
+        stage has does not hold, and `short` says which it is.
 
     >>> judge({"a": {"x": 2.0}, "b": {"x": 1.0}}, ["a.x > b.x + 0.5"])
     {'a.x': {'must': '> b.x + 0.5', 'short': '> 1.5', 'holds': True}}
@@ -334,6 +336,9 @@ def judge(found, claims):
         key, sign, *value = claim.split()
         left, right = _lookup(found, key), _value(found, value)
         if left is None or right is None:
+            missing = _unknown(found, [key, *value])
+            if missing:
+                out[key] = {"must": claim, "short": missing, "holds": False}
             continue
         must = f"{_SHOWN.get(sign, sign)} {' '.join(value)}"
         short = f"{_SHOWN.get(sign, sign)} {right:.3g}"
@@ -344,6 +349,17 @@ def judge(found, claims):
             holds = holds and out[key]["holds"]
         out[key] = {"must": must, "short": short, "holds": holds}
     return out
+
+
+def _unknown(found, words):
+    """What a claim about a stage that ran names and nobody measured, in a line."""
+    for word in words:
+        stage, _, figure = word.partition(".")
+        if stage in found and figure and _lookup(found, word) is None:
+            near = difflib.get_close_matches(figure, found[stage], n=1)
+            hint = f"; did you mean {stage}.{near[0]}?" if near else ""
+            return f"no figure {word}{hint}"
+    return ""
 
 
 def _value(found, words):
@@ -385,7 +401,9 @@ def show(found):
         for key, bound in bounds.items():
             value = _lookup(found, key)
             mark = "holds" if bound["holds"] else "[red]DOES NOT HOLD[/red]"
-            table.add_row(key, f"{value:.3f}", bound["must"], mark)
+            must = bound["must"] if value is not None else bound["short"]
+            shown = "–" if value is None else f"{value:.3f}"
+            table.add_row(key, shown, must, mark)
         console.print(table)
     rest = Table(title="figures by stage", title_justify="left")
     rest.add_column("stage", no_wrap=True)

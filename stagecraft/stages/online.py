@@ -117,7 +117,7 @@ def _rank(drawn, rewards, *, config, names, weights):
     }
     of, ended = masked.Mean.of, drawn["ended"].astype(jnp.float32)
     told = {
-        "objective/scores": of(scores, scored),
+        "objective/scores": of(paid.reshape(-1), scored),
         "objective/scores_margin": of(jnp.abs(paid[:, 0] - paid[:, 1]), both),
         "val/contain_eos_token": of(ended),
     }

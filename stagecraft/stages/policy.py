@@ -194,7 +194,7 @@ def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, wei
         "objective/kl": of(kl),
         "objective/kl_per_token": of(losses.k1(old.logps, ref.logps), drawn["mask"]),
         "objective/entropy": of(masked.sum(-old.logps, drawn["mask"], axis=-1)),
-        "objective/scores": of(scores, scored),
+        "objective/scores": of(paid, scored),
         "objective/non_score_reward": of(-penalty),
         "objective/rlhf_reward": of(paid - penalty, scored),
         "objective/kl_coef": of(kl_coef),

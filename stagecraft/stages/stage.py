@@ -237,11 +237,14 @@ def make_evaluate(objective):
     def evaluate(model, batch):
         reductions = objective.reductions(batch)
         terms, metrics = objective.terms(model, batch)
-        for name, values in terms.items():
-            key = "loss" if len(terms) == 1 else f"loss/{name}"
-            found = masked.Mean.weighted(values, reductions[name])
-            metrics = metrics | {key: found}
-        return metrics
+        means = {
+            name: masked.Mean.weighted(values, reductions[name])
+            for name, values in terms.items()
+        }
+        weights = [objective.weights.get(name, 1.0) for name in means]
+        if len(means) > 1:
+            metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
+        return metrics | {"loss": masked.Sum.of([*means.values()], weights)}
 
     return lambda state, batch: evaluate(state.model, batch)
 

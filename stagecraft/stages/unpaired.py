@@ -142,7 +142,7 @@ def make_objective(config):
             )
         means = [metrics.get(f"rewards/{side}") for side in sides]
         if all(isinstance(m, masked.Mean) for m in means):
-            metrics["rewards/margins"] = masked.Difference(*means)
+            metrics["rewards/margins"] = masked.Sum.of(means, [1.0, -1.0])
         metrics["entropy"] = masked.Mean.of(stats.entropy, mask)
         return loss, metrics
 
@@ -158,10 +158,10 @@ def row_logps(model, batch):
 
 
 def rotated(batch):
-    """Each prompt with the completion of the next row, the last with the first's.
+    """Each prompt with the completion of the row before, the first with the last's.
 
-    Rows of padding at the end of a batch take no part: the last real row takes the
-    first row's completion.
+    Rows of padding at the end of a batch take no part: the first row takes the last
+    real row's completion.
 
     Args:
         batch: ids, segments i32[B, T], mask bool[B, T]: a prompt, then a completion
@@ -177,7 +177,7 @@ def rotated(batch):
     size = mask.sum(axis=1)[:, None]
     real = mask.any(axis=1)
     count = jnp.maximum(real.sum(), 1)
-    other = jnp.where(real, (jnp.arange(rows) + 1) % count, jnp.arange(rows))
+    other = jnp.where(real, (jnp.arange(rows) - 1) % count, jnp.arange(rows))
     source = column - prompt + prompt[other]
     taken = jnp.take_along_axis(ids[other], jnp.clip(source, 0, length - 1), axis=1)
     answer = (column >= prompt) & (column < prompt + size[other])

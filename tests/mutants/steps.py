@@ -9,13 +9,13 @@ _STAGE = in_file(
         "mean of each micro-batch",
         "share = part.sum(values) / totals[name]",
         "share = part.sum(values) / part.total() / micro_batches",
-        "tests/stages/update_test.py -k micro",
+        "tests/stages/update_test.py -k random",
     ),
     (
         "only the last micro-batch's gradient",
         "jax.tree.map(jnp.add, grads0, grads)",
         "jax.tree.map(lambda old, new: new, grads0, grads)",
-        "tests/stages/update_test.py -k micro",
+        "tests/stages/update_test.py -k random",
     ),
     (
         "terms without their weights",
@@ -171,7 +171,7 @@ _UNPAIRED = in_file(
     "tests/stages/unpaired_test.py",
     (
         "kto rotates by nothing",
-        "(jnp.arange(rows) + 1) % count",
+        "(jnp.arange(rows) - 1) % count",
         "jnp.arange(rows) % count",
         "tests/stages/unpaired_test.py -k 'rotated or kto'",
     ),
@@ -282,13 +282,21 @@ _POLICY = in_file(
     ),
     (
         "advantages not whitened",
-        '"advantages": losses.whiten(advantages, mask)',
-        '"advantages": advantages',
+        '"advantages": losses.whiten(\n'
+        "                advantages, mask, unbiased=config.unbiased_whitening\n"
+        "            ),",
+        '"advantages": advantages,',
+    ),
+    (
+        "whitening never unbiased",
+        "advantages, mask, unbiased=config.unbiased_whitening",
+        "advantages, mask",
+        "tests/stages/policy_options_test.py",
     ),
     (
         "rewards whitened with their mean gone",
-        "counted, shift_mean=False)",
-        "counted)",
+        "paid_tokens, counted, shift_mean=False,",
+        "paid_tokens, counted,",
         "tests/stages/policy_options_test.py",
     ),
     (

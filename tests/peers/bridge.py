@@ -92,10 +92,14 @@ def make_peer(c, seed=0, *, scalar=False, bias=False, std=0.15, pads=True):
             elif not name.endswith("bias"):
                 weight.normal_(0, std)
         if not pads:
-            # A channel that is high after every word, and against which PAD points.
-            peer.model.embed_tokens.weight[:, 0] = 4.0
-            peer.model.embed_tokens.weight[PAD, 0] = -40.0
-            peer.model.embed_tokens.weight[END, 0] = 4.15
+            # A channel that is 1 after every word, and against which PAD points.
+            peer.model.norm.weight[0] = 1.0
+            peer.model.embed_tokens.weight[:, 0] = 1.0
+            peer.model.embed_tokens.weight[PAD, 0] = -16.0
+            peer.model.embed_tokens.weight[END, 0] = 2.0
+            for layer in peer.model.layers:
+                layer.self_attn.o_proj.weight[0] = 0.0
+                layer.mlp.down_proj.weight[0] = 0.0
     return peer
 
 

@@ -181,9 +181,7 @@ def test_every_loss_type(loss_type, parity_rng, parity_seed, tmp_path):
     check(theirs, ours(theirs, [(loss_type, 1.0, hyper)], beta=beta))
 
 
-def test_label_smoothing_of_sigmoid_is_ours_alone(
-    parity_rng, parity_seed, tmp_path
-):
+def test_label_smoothing_of_sigmoid_is_ours_alone(parity_rng, parity_seed, tmp_path):
     """TRL's "sigmoid" takes no notice of label smoothing; ours does, as cDPO."""
     theirs = Theirs(
         parity_rng, parity_seed, tmp_path, loss_type=["sigmoid"], label_smoothing=0.3

@@ -64,7 +64,7 @@ def test_the_better_of_two_is_chosen_and_the_first_of_equals(ranked):
     found = metrics["objective/scores_margin"]
     assert found == pytest.approx(margins.mean(), abs=1e-6)
     found = metrics["objective/scores"]
-    assert found == pytest.approx(rewards[scored].mean(), abs=1e-6)
+    assert found == pytest.approx(paid[scored].mean(), abs=1e-6)
     assert metrics["rewards/unscored"] == pytest.approx(1 - scored.mean(), abs=1e-6)
     share = drawn["ended"].mean()
     assert metrics["val/contain_eos_token"] == pytest.approx(share)

@@ -49,6 +49,7 @@ def run():
             score_placement="B",
             bootstrap_truncated=True,
             whiten_rewards=True,
+            unbiased_whitening=True,
             replace_missing_eos=True,
             missing_eos_score=-2.0,
             missing_eos_penalty=7.0,  # replaced, not lowered
@@ -105,7 +106,7 @@ def test_the_batch_under_placement_b_is_what_numpy_says(run):
         rewards[row, slot] += paid[row]
         counted[row, : slot + 1] = True
     own = rewards[counted]
-    spread = np.sqrt(own.var() + 1e-8)
+    spread = np.sqrt(own.var(ddof=1) + 1e-8)
     rewards = np.where(counted, (rewards - own.mean()) / spread + own.mean(), 0)
 
     values = np.where(counted, outputs[:, P - 1 : -1], 0)
@@ -126,7 +127,7 @@ def test_the_batch_under_placement_b_is_what_numpy_says(run):
     np.testing.assert_allclose(kept["old_values"][counted], values[counted], atol=1e-4)
     np.testing.assert_allclose(kept["returns"][counted], returns[counted], atol=1e-3)
     own = advantages[kept_mask]
-    whitened = (advantages - own.mean()) / np.sqrt(own.var() + 1e-8)
+    whitened = (advantages - own.mean()) / np.sqrt(own.var(ddof=1) + 1e-8)
     np.testing.assert_allclose(
         kept["advantages"], np.where(kept_mask, whitened, 0), atol=1e-3
     )
@@ -134,7 +135,7 @@ def test_the_batch_under_placement_b_is_what_numpy_says(run):
     told = run.metrics
     kl = np.where(mask, policy_ - ref, 0).sum(1)
     assert told["objective/kl"] == pytest.approx(kl.mean(), abs=1e-3)
-    assert told["objective/scores"] == pytest.approx(scores[scored].mean(), abs=1e-4)
+    assert told["objective/scores"] == pytest.approx(paid[scored].mean(), abs=1e-4)
     assert told["rewards/unscored"] == pytest.approx(1 - scored.mean())
     assert told["objective/missing_eos_rate"] == pytest.approx(1 - ended.mean())
     assert told["val/num_eos_tokens"] == ended.sum()

@@ -25,21 +25,6 @@ def rollout():
     return held, raw, config, state, {k: float(v) for k, v in metrics.items()}
 
 
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def token_logps(model, batch, temperature):
-    """log p(token) of the response, from whole logits, in numpy."""
-    args = (batch["ids"], batch["positions"], batch["segments"])
-    logits = np.asarray(jax.jit(lambda m: m.logits(*args))(model), np.float64)
-    logps = log_softmax(logits / temperature)
-    new = batch["tokens"].shape[1]
-    before = logps[:, -new - 1 : -1]
-    return np.take_along_axis(before, batch["tokens"][..., None], -1)[..., 0]
-
-
 def test_the_batch_is_what_numpy_says(rollout):
     batch, raw, config, _, metrics = rollout
     found, models = batch["rollout"], cases.models(cases.single())
@@ -59,12 +44,11 @@ def test_the_batch_is_what_numpy_says(rollout):
         np.where(seen, found["positions"], 0), np.where(seen, seen.cumsum(1) - 1, 0)
     )
 
-    old = token_logps(models["policy"], found, TEMPERATURE)
-    ref = token_logps(models["reference"], found, TEMPERATURE)
+    old = cases.token_logps(models["policy"], found, TEMPERATURE)[:, -new:]
+    ref = cases.token_logps(models["reference"], found, TEMPERATURE)[:, -new:]
     np.testing.assert_allclose(found["old_logps"][mask], old[mask], atol=2e-5)
 
-    args = (found["ids"], found["positions"], found["segments"])
-    outputs = np.asarray(jax.jit(lambda m: m(*args))(models["reward"]), np.float64)
+    outputs = cases.scalars(models["reward"], found)
     values = outputs[:, prompt - 1 : -1]
     np.testing.assert_allclose(found["old_values"][mask], values[mask], atol=2e-5)
 
@@ -89,7 +73,7 @@ def test_the_batch_is_what_numpy_says(rollout):
 
     kl = np.where(mask, old - ref, 0).sum(1)
     assert metrics["objective/kl"] == pytest.approx(kl.mean(), abs=1e-4)
-    assert metrics["objective/scores"] == pytest.approx(scores.mean(), abs=1e-4)
+    assert metrics["objective/scores"] == pytest.approx(paid.mean(), abs=1e-4)
     assert metrics["objective/missing_eos_rate"] == pytest.approx(1 - ended.mean())
     spread = 1 - (returns - values)[mask].var() / returns[mask].var()
     assert metrics["val/explained_variance"] == pytest.approx(spread, abs=1e-3)
