@@ -217,9 +217,10 @@ def _add(c, label, name, recipe, places):
     """Adds one arm's stages; the one that carries its name comes last."""
     dpo, ppo = recipe.dpo, recipe.ppo
     trained = dict(steps=dpo.steps, batch_size=dpo.batch_size, optimizer=dpo.optimizer)
-    pairs = dict(
-        start_from=places["sft"], data=dict(files=places["pairs"], length=64)
-    ) | trained
+    pairs = (
+        dict(start_from=places["sft"], data=dict(files=places["pairs"], length=64))
+        | trained
+    )
     sampled = dict(
         start_from=places["sft"],
         reward_from=places["reward"],

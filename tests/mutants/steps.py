@@ -64,13 +64,13 @@ _LANGUAGE = in_file(
         "z-loss of the log-probabilities",
         '"log_z": stats.log_z',
         '"log_z": stats.logps',
-        "tests/stages/every_objective_test.py -k language",
+        "tests/mutation_gaps_test.py -k tokens",
     ),
     (
         "weights of the token before",
         "weight = jnp.concatenate([weight[:, 1:], jnp.zeros_like(weight[:, :1])], 1)",
         "weight = 1.0 * weight",
-        "tests/data/feed_test.py -k weigh",
+        "tests/mutation_gaps_test.py -k tokens",
     ),
 )
 
@@ -87,6 +87,12 @@ _REWARD = in_file(
         "reward stage swaps the sides",
         'return scores(model, **flat).reshape(batch["ids"].shape[:2])',
         'return scores(model, **flat).reshape(batch["ids"].shape[:2])[:, ::-1]',
+    ),
+    (
+        "demonstrations get twice their mean",
+        "model.bias[...] - total.result()",
+        "model.bias[...] + total.result()",
+        "tests/stages/reward_test.py -k demonstrations",
     ),
     (
         "certainty of the verdict ignored",
@@ -314,7 +320,7 @@ _POLICY = in_file(
         "KL in the loss and in the reward",
         "kl_coef=kl_coef if in_reward else 0.0,",
         "kl_coef=kl_coef,",
-        "tests/stages/policy_options_test.py -k kl_in_the_loss",
+        "tests/stages/policy_options_test.py -k paid",
     ),
     (
         "critic learns under the policy's mask",
@@ -344,7 +350,7 @@ _POLICY = in_file(
         "minibatches start from the same weights",
         "return (model, opt_state, now + 1), metrics",
         "return (carry[0], opt_state, now + 1), metrics",
-        "tests/stages/policy_test.py -k optimizer_step",
+        "tests/stages/policy_test.py",
     ),
     (
         "the first rows of pretraining text only",
@@ -362,7 +368,7 @@ _POLICY = in_file(
         "critic at the policy's learning rate",
         '"value": config.value_lr_scale}',
         '"value": 1.0}',
-        "tests/stages/policy_options_test.py -k learning_rates",
+        "tests/mutation_gaps_test.py -k critic",
     ),
     (
         "rows nobody could score teach",
@@ -428,7 +434,7 @@ _GROUP = in_file(
         "no gradient where the policy sampled itself",
         'old = batch.get("old_logps", jax.lax.stop_gradient(logps))',
         'old = batch.get("old_logps", logps)',
-        "tests/stages/group_test.py -k one_step",
+        "tests/mutation_gaps_test.py -k gradient",
     ),
     (
         "minibatches ignored (group)",
