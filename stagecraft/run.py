@@ -313,9 +313,9 @@ def _write_records(current, name, roles, data, key):
     if "reward" in roles:
         scorer = RewardModel(roles["reward"], current.tokenizer)
     if stage.kind == "comparisons":
-        rate = comparisons.rater(stage.rater, current.config.world.name)
+        rate = scorer or comparisons.rater(stage.rater, current.config.world.name)
         result = comparisons.write(
-            path, language, data.prompts, scorer or rate, stage, key, name=name
+            path, language, data.prompts, rate, stage, key, name=name
         )
     else:
         found = verifier.find(stage.verifiers)
