@@ -261,7 +261,10 @@ def _make(current, stage, shared_mesh, roles, data):
     if stage.kind in ("preference", "unpaired_preference"):
         extra["dataset"] = data.dataset
     if stage.kind == "language_model":
-        extra["fresh_pieces"] = () if _is_text(stage) else tokenizer.control_ids
+        # Only bare text leaves the chat pieces unseen; who has talked knows them.
+        unseen = stage.start_from and not current.chat_format(stage.start_from)
+        talks = not _is_text(stage)
+        extra["fresh_pieces"] = tokenizer.control_ids if unseen and talks else ()
     made = kinds.MAKE[stage.kind](stage, shape, shared_mesh, roles, **extra)
     sample = _sampler(current, stage, shared_mesh, data.samples)
     finish = None

@@ -115,6 +115,25 @@ def test_seeds_of_an_arm_differ_and_start_from_a_finished_run(tiny_run, tmp_path
         load_experiment("objectives").get_config("tiny,name=simp")
 
 
+def test_chat_pieces_start_afresh_once(tiny_run, tmp_path):
+    """After bare text they do; after demonstrations what was learned of them stays."""
+    arg = f"tiny,name=sft+rejection_sampling,base={tiny_run}"
+    config = single_device(load_experiment("objectives").get_config(arg))
+    for name in ("sft", "rejection_sampling"):
+        config.stages[name].optimizer.lr = 0.0
+    run.run(config, tmp_path / "run")
+    current, parents = run.open_run(tmp_path / "run"), run.open_run(tiny_run)
+
+    def embedding(where, name):
+        return np.asarray(where.load(name).embed[...])
+
+    pieces = list(current.tokenizer.control_ids)
+    before, after = embedding(parents, "pretrain"), embedding(current, "sft")
+    assert (before != after).any(1).nonzero()[0].tolist() == sorted(pieces)
+    before, after = embedding(parents, "sft"), embedding(current, "rejection_sampling")
+    np.testing.assert_array_equal(before, after)
+
+
 @pytest.mark.parametrize(
     ("arg", "says"),
     [
