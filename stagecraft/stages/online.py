@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optimizer
 from stagecraft.metrics import section
 from stagecraft.stages import rollout, stage
 from stagecraft.stages.preference import make_objective, make_reference_score
@@ -56,8 +56,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
     )
 
     def prepare(state, raw, key):
-        index = raw.get("index")
-        raw = mesh.put({k: v for k, v in raw.items() if k != "index"}, shared_mesh)
+        raw, index = stage.placed(raw, shared_mesh)
         with section("update"):
             jax.block_until_ready(state.model)
         drawn = rolls.sample(state.model, raw, key)

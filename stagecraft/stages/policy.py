@@ -90,8 +90,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
     )
 
     def prepare(state, raw, key):
-        index = raw.get("index")
-        raw = mesh.put({k: v for k, v in raw.items() if k != "index"}, shared_mesh)
+        raw, index = stage.placed(raw, shared_mesh)
         sample_key, order_key = jax.random.split(key)
         # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):

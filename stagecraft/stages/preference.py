@@ -62,9 +62,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
 
     def prepare(state, raw, key):
         del key
-        index = raw.get("index")
-        raw = {k: v for k, v in raw.items() if k != "index"}
-        batch = mesh.put(raw, shared_mesh)
+        batch, index = stage.placed(raw, shared_mesh)
         if "ref_logps" not in needs:
             return batch
         known = kept(index) if kept is not None else None
@@ -133,17 +131,13 @@ def once(config, dataset, reference, score, shared_mesh):
             return None
         if not found:
             rows = [
-                score(reference, mesh.put(_without_index(raw), shared_mesh))
+                score(reference, stage.placed(raw, shared_mesh)[0])
                 for raw in dataset.epoch(config.batch_size)
             ]
             found.append(np.concatenate(jax.device_get(rows))[: dataset.rows])
         return mesh.put(found[0][np.asarray(index)], shared_mesh)
 
     return kept
-
-
-def _without_index(raw):
-    return {k: v for k, v in raw.items() if k != "index"}
 
 
 def make_reference_score(config):

@@ -52,7 +52,7 @@ def make(config, model_config, shared_mesh, parents):
 
     def prepare(state, raw, key):
         del state, key
-        return mesh.put({k: v for k, v in raw.items() if k != "index"}, shared_mesh)
+        return stage.placed(raw, shared_mesh)[0]
 
     return stage.Stage(
         init=init,

@@ -102,6 +102,20 @@ def advance(state, model, opt_state, *, ema_decay=0.0, **extra):
     return State(state.step + 1, model, opt_state, carried)
 
 
+def placed(raw, shared_mesh):
+    """A raw batch on the mesh, and the numbers of its rows, which stay on the host.
+
+    Args:
+        raw: {name: array}, rows first, perhaps with "index" i32[B].
+        shared_mesh: the mesh.
+
+    Returns:
+        {name: array} without "index"; the index, or None.
+    """
+    rest = {k: v for k, v in raw.items() if k != "index"}
+    return mesh.put(rest, shared_mesh), raw.get("index")
+
+
 def make_copy(module, shared_mesh):
     """() -> a fresh copy of a parent's parameters, sharded alike.
 

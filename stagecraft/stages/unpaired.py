@@ -65,9 +65,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
 
     def prepare(state, raw, key):
         del key
-        index = raw.get("index")
-        raw = {k: v for k, v in raw.items() if k != "index"}
-        batch = mesh.put(raw, shared_mesh)
+        batch, index = stage.placed(raw, shared_mesh)
         reference = state.extra["reference"] if moving else parents["reference"]
         known = kept(index) if kept is not None else None
         if known is not None:
