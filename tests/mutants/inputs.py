@@ -258,7 +258,7 @@ _MASKED = in_file(
 
 _OPTIMIZER = in_file(
     "stagecraft/optimizer.py",
-    "tests/optimizer_test.py",
+    "tests/optimizer",
     ("norms and biases decay", "mask=decayed)", "mask=None)"),
     (
         "EMA decay swapped",
