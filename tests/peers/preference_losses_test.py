@@ -60,8 +60,8 @@ class Theirs:
         ]
         trainer = trl.DPOTrainer(
             # Not far apart, or e^-ratio would be all there is to a loss.
-            model=bridge.make_peer(bridge.CONFIG, seed, std=0.08),
-            ref_model=bridge.make_peer(bridge.CONFIG, seed + 1, std=0.08),
+            model=bridge.make_peer(bridge.CONFIG, seed, std=0.05),
+            ref_model=bridge.make_peer(bridge.CONFIG, seed + 1, std=0.05),
             args=bridge.arguments(trl.DPOConfig, folder, rows=ROWS, **settings),
             train_dataset=bridge.datasets.Dataset.from_list(data),
             processing_class=bridge.tokenizer(),
