@@ -346,7 +346,7 @@ def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
         ("a.txt", b" \n\n"),
         ("a.jsonl", b""),
         ("a.jsonl", b"\n \n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_told(tmp_path, name, data):
