@@ -6,11 +6,29 @@ from stagecraft.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "full", "dots", "names")
+NORMS = ("rms", "layer")
+PLACES = ("pre", "post", "both")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+POSITIONS = ("rope", "learned", "none")
+# How rotary wavelengths stretch beyond the length trained on, and what each is told.
+ROPE_SCALING = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_length"),
+    "llama3": ("factor", "low_frequency", "high_frequency", "original_length"),
+    "yarn": (
+        *("factor", "original_length", "beta_fast", "beta_slow"),
+        *("attention_factor", "truncate"),
+    ),
+    "longrope": (
+        *("short_factors", "long_factors", "original_length", "attention_factor"),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer of the Llama and Qwen families.
+    """A decoder-only Transformer; what sets the model families apart are its fields.
 
     Attributes:
         vocab_size: V, number of token ids.
@@ -19,12 +37,41 @@ class ModelConfig:
         heads: H, number of query heads.
         kv_heads: K, number of key/value heads; each serves H / K query heads.
         head_dim: C, channels per head; even, since rotations act on pairs.
-        ff_width: F, hidden width of the SwiGLU feed-forward.
+        ff_width: F, hidden width of the feed-forward.
         max_length: longest sequence in tokens; the data is cut to it.
         tied: one matrix for input and output embedding.
-        qk_norm: RMSNorm on each head's queries and keys, before the rotation.
+        embed_scale: multiplies input embeddings (Gemma: D^0.5).
+        norm: "rms" (RMSNorm), or "layer" (LayerNorm, with a bias).
+        norm_offset: added to a norm's scale (Gemma: 1, with scales near 0).
+        norm_place: of a block's norms: "pre" (what enters attention and feed-forward),
+            "post" (what leaves them, OLMo 2) or "both" (Gemma 2 and 3).
+        norm_eps: added to the mean square in every norm.
+        qk_norm: RMSNorm on queries and keys, before the rotation.
+        qk_norm_over: "head" (each head's C channels) or "projection" (all heads at
+            once, OLMo 2).
+        qkv_bias, out_bias, ff_bias: biases of the projections.
+        attention_scale: multiplies the scores; 0 for C^-0.5.
+        attention_softcap: c in c tanh(scores / c); 0 for none.
+        logit_softcap: the same of the logits.
+        window: tokens a sliding layer sees, itself included; 0 for no sliding layers.
+        sliding: which layers slide, repeated from the first on; () for all where
+            window > 0.
+        positions: "rope", "learned" (one row a position, GPT-2) or "none".
+        rotates: which layers rotate, repeated from the first on; () for all.
         rope_theta: base of the rotary wavelengths.
-        norm_eps: added to the mean square in every RMSNorm.
+        rope_theta_sliding: of sliding layers; 0 for the same, and without scaling
+            otherwise (Gemma 3).
+        rope_share: of the C channels that rotate, the first ones.
+        rope_scaling: a name of `ROPE_SCALING`.
+        rope_arguments: its numbers, in the order of `ROPE_SCALING`.
+        gated: activation(x W_gate) * x W_up; otherwise activation(x W_up).
+        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        experts: E, feed-forwards to choose from in a sparse layer; 0 for dense.
+        experts_per_token: how many work on a token.
+        expert_width: F of each expert.
+        experts_renormalize: the chosen experts' weights add up to 1.
+        sparse: which layers have experts, repeated from the first on; () for all.
+        balance_coef: weight of the load-balancing loss (Fedus et al. 2021, eq. 4).
         init_std: standard deviation of initial weights.
         dtype: compute dtype; parameters are always float32.
         remat: what the backward pass finds stored of each block. "none" recomputes
@@ -41,9 +88,36 @@ class ModelConfig:
     ff_width: int = 352
     max_length: int = 128
     tied: bool = True
-    qk_norm: bool = True
-    rope_theta: float = 1e4
+    embed_scale: float = 1.0
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    norm_place: str = "pre"
     norm_eps: float = 1e-5
+    qk_norm: bool = True
+    qk_norm_over: str = "head"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ff_bias: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    window: int = 0
+    sliding: tuple = ()
+    positions: str = "rope"
+    rotates: tuple = ()
+    rope_theta: float = 1e4
+    rope_theta_sliding: float = 0.0
+    rope_share: float = 1.0
+    rope_scaling: str = "none"
+    rope_arguments: tuple = ()
+    gated: bool = True
+    activation: str = "silu"
+    experts: int = 0
+    experts_per_token: int = 2
+    expert_width: int = 0
+    experts_renormalize: bool = True
+    sparse: tuple = ()
+    balance_coef: float = 0.0
     init_std: float = 0.02
     dtype: str = "float32"
     remat: str = "none"
