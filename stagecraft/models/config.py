@@ -74,6 +74,8 @@ class ModelConfig:
         balance_coef: weight of the load-balancing loss (Fedus et al. 2021, eq. 4).
         init_std: standard deviation of initial weights.
         dtype: compute dtype; parameters are always float32.
+        family: the Hugging Face family it came from and leaves as; "" for the first
+            that has all it asks for.
         remat: what the backward pass finds stored of each block. "none" recomputes
             nothing; "full" stores block inputs only; "dots" also matmul outputs;
             "names" also queries, keys, values and the attention output.
@@ -121,6 +123,7 @@ class ModelConfig:
     init_std: float = 0.02
     dtype: str = "float32"
     remat: str = "none"
+    family: str = ""
 
     def validate(self) -> "ModelConfig":
         """Returns itself.
