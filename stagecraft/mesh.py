@@ -35,6 +35,8 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
+    "positions": None,
+    "experts": None,
 }
 
 

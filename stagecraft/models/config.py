@@ -1,6 +1,7 @@
 """The numbers that make a decoder, checked before anything is built."""
 
 import dataclasses
+from typing import NamedTuple
 
 from stagecraft.errors import UserError
 
@@ -10,6 +11,8 @@ NORMS = ("rms", "layer")
 PLACES = ("pre", "post", "both")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 POSITIONS = ("rope", "learned", "none")
+QK_NORM_OVER = ("head", "projection")
+KERNELS = ("auto", "xla", "blockwise", "cudnn", "splash")
 # How rotary wavelengths stretch beyond the length trained on, and what each is told.
 ROPE_SCALING = {
     "none": (),
@@ -24,6 +27,20 @@ ROPE_SCALING = {
         *("short_factors", "long_factors", "original_length", "attention_factor"),
     ),
 }
+
+
+class Kind(NamedTuple):
+    """What one layer does differently from its neighbours.
+
+    Attributes:
+        window: tokens it sees, itself included; 0 for all before it.
+        rotates: whether queries and keys turn with their positions.
+        sparse: whether its feed-forward is a choice of experts.
+    """
+
+    window: int
+    rotates: bool
+    sparse: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +96,10 @@ class ModelConfig:
         remat: what the backward pass finds stored of each block. "none" recomputes
             nothing; "full" stores block inputs only; "dots" also matmul outputs;
             "names" also queries, keys, values and the attention output.
+        attention: the kernel of whole sequences; "auto" takes the fastest one that
+            does what is asked (see `stagecraft.models.attention`).
+        strict_kernels: a kernel asked for by name that cannot be had is an error, and
+            not a fall-back that is printed.
     """
 
     vocab_size: int
@@ -123,6 +144,37 @@ class ModelConfig:
     init_std: float = 0.02
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
+    strict_kernels: bool = False
+
+    def __post_init__(self):
+        # Read back from JSON, tuples are lists; a static field must be hashable.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is tuple:
+                object.__setattr__(self, field.name, _tuple(value))
+
+    @property
+    def kinds(self) -> tuple:
+        """A `Kind` for each layer, from the first on."""
+        return tuple(
+            Kind(
+                window=self.window if _at(self.sliding, layer) else 0,
+                rotates=self.positions == "rope" and _at(self.rotates, layer),
+                sparse=self.experts > 0 and _at(self.sparse, layer),
+            )
+            for layer in range(self.layers)
+        )
+
+    @property
+    def rotary_channels(self) -> int:
+        """How many of a head's channels rotate, from the first on."""
+        return int(self.head_dim * self.rope_share)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the attention scores."""
+        return self.attention_scale or self.head_dim**-0.5
     family: str = ""
 
     def validate(self) -> "ModelConfig":
@@ -135,18 +187,31 @@ class ModelConfig:
             *("vocab_size", "width", "layers", "heads", "kv_heads"),
             *("head_dim", "ff_width", "max_length"),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(
-                    f"model.{name}: expected a positive integer, got {value!r}"
-                )
-        for name in ("rope_theta", "norm_eps", "init_std"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("window", "experts", "expert_width"):
+            _whole(name, getattr(self, name), 0)
+        for name in ("rope_theta", "norm_eps", "init_std", "embed_scale"):
             value = getattr(self, name)
             if not value > 0:
                 raise UserError(
                     f"model.{name}: expected a positive number, got {value!r}"
                 )
-        for name, allowed in (("dtype", DTYPES), ("remat", REMAT)):
+        for name in (
+            *("attention_scale", "attention_softcap", "logit_softcap"),
+            *("rope_theta_sliding", "balance_coef"),
+        ):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise UserError(
+                    f"model.{name}: expected 0 (off) or a positive number, got "
+                    f"{value!r}"
+                )
+        for name, allowed in (
+            *(("dtype", DTYPES), ("remat", REMAT), ("norm", NORMS)),
+            *(("norm_place", PLACES), ("activation", ACTIVATIONS)),
+            *(("positions", POSITIONS), ("rope_scaling", tuple(ROPE_SCALING))),
+            *(("qk_norm_over", QK_NORM_OVER), ("attention", KERNELS)),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(
@@ -157,11 +222,98 @@ class ModelConfig:
                 f"model.kv_heads: must divide model.heads = {self.heads}, "
                 f"got {self.kv_heads}"
             )
-        if self.head_dim % 2:
+        for name, needed in (
+            ("sliding", ("window", self.window > 0)),
+            ("rotates", ("positions", self.positions == "rope")),
+            ("sparse", ("experts", self.experts > 0)),
+        ):
+            pattern, (key, there) = getattr(self, name), needed
+            if any(value not in (0, 1) for value in pattern):
+                raise UserError(
+                    f"model.{name}: expected True or False for each layer of the "
+                    f"pattern, got {pattern!r}"
+                )
+            if pattern and not there:
+                raise UserError(
+                    f"model.{name}: a pattern of layers needs model.{key}, which is "
+                    f"{getattr(self, key)!r}"
+                )
+        if self.positions == "rope":
+            self._validate_rope()
+        elif self.rope_scaling != "none":
             raise UserError(
-                f"model.head_dim: must be even (rotary pairs), got {self.head_dim}"
+                f"model.rope_scaling: {self.rope_scaling!r} needs model.positions = "
+                f"'rope', got {self.positions!r}"
+            )
+        if self.experts:
+            self._validate_experts()
+        elif self.balance_coef:
+            raise UserError(
+                f"model.balance_coef: {self.balance_coef!r} has nothing to balance, "
+                "since model.experts is 0"
             )
         return self
+
+    def _validate_rope(self):
+        if not 0 < self.rope_share <= 1:
+            raise UserError(
+                f"model.rope_share: expected more than 0 and at most 1, got "
+                f"{self.rope_share!r}"
+            )
+        if self.rotary_channels % 2 or not self.rotary_channels:
+            share = "" if self.rope_share == 1 else f" * rope_share {self.rope_share}"
+            raise UserError(
+                f"model.head_dim: must be even (rotary pairs), got {self.head_dim}"
+                f"{share}"
+            )
+        names, values = ROPE_SCALING[self.rope_scaling], self.rope_arguments
+        if len(names) != len(values):
+            raise UserError(
+                f"model.rope_arguments: {self.rope_scaling!r} takes "
+                f"({', '.join(names)}), got {values!r}"
+            )
+        for name, value in zip(names, values, strict=True):
+            if name in ("short_factors", "long_factors"):
+                pairs = self.rotary_channels // 2
+                if not isinstance(value, tuple) or len(value) != pairs:
+                    raise UserError(
+                        f"model.rope_arguments: {name} are {pairs} numbers, one for "
+                        f"each pair of channels, got {value!r}"
+                    )
+            elif name != "truncate" and not value > 0:
+                raise UserError(
+                    f"model.rope_arguments: {name} is a positive number, got {value!r}"
+                )
+
+    def _validate_experts(self):
+        _whole("experts_per_token", self.experts_per_token, 1)
+        _whole("expert_width", self.expert_width, 1)
+        if self.experts_per_token > self.experts:
+            raise UserError(
+                f"model.experts_per_token: at most model.experts = {self.experts}, "
+                f"got {self.experts_per_token}"
+            )
+        if not self.gated or self.ff_bias:
+            name = "ff_bias" if self.gated else "gated"
+            raise UserError(
+                f"model.{name}: experts are gated and have no biases, got "
+                f"{getattr(self, name)!r} with model.experts = {self.experts}"
+            )
+
+
+def _tuple(value):
+    return tuple(map(_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _at(pattern, layer):
+    """A pattern's word on one layer; an empty one says yes."""
+    return bool(pattern[layer % len(pattern)]) if pattern else True
+
+
+def _whole(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a positive integer" if least else "a whole number, 0 or more"
+        raise UserError(f"model.{name}: expected {expected}, got {value!r}")
 
 
 def check_mesh(config: ModelConfig, mesh) -> None:
@@ -174,8 +326,10 @@ def check_mesh(config: ModelConfig, mesh) -> None:
     Raises:
         UserError: names the key, its value and the mesh axis.
     """
+    sparse = any(kind.sparse for kind in config.kinds)
+    tensor = ("heads", "kv_heads", "ff_width", "vocab_size")
     for axis, names in (
-        ("tensor", ("heads", "kv_heads", "ff_width", "vocab_size")),
+        ("tensor", (*tensor, "expert_width") if sparse else tensor),
         ("fsdp", ("width",)),
     ):
         for name in names:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from stagecraft import mesh
 from stagecraft.errors import UserError
+from stagecraft.models import linear
 
 # Logits of one block, in elements: 16 MiB in float32.
 BLOCK_ELEMENTS = 2**22
@@ -45,6 +46,7 @@ def token_logps(
     targets,
     *,
     temperature=1.0,
+    softcap=0.0,
     block_size=None,
     stats=True,
     squares=False,
@@ -62,6 +64,7 @@ def token_logps(
         embedding: f32[V, D] output embedding.
         targets: i32[B, T] token whose log-probability is wanted at each position.
         temperature: divides the logits.
+        softcap: c in c tanh(logits / c), before the temperature; 0 for none.
         block_size: tokens per block on one device; None keeps a block's logits within
             `BLOCK_ELEMENTS`.
         stats: False leaves every field but `logps` None.
@@ -74,7 +77,7 @@ def token_logps(
     Raises:
         UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
     """
-    current, kinds = mesh.current(), _Kinds(stats, squares, entropy_gradient)
+    current, kinds = mesh.current(), _Kinds(softcap, stats, squares, entropy_gradient)
     if current is None:
         return _local(hidden, embedding, targets, temperature, block_size, kinds, None)
     shards = current.shape["data"] * current.shape["fsdp"]
@@ -106,6 +109,7 @@ def token_logps(
 class _Kinds(NamedTuple):
     """Which fields of `TokenStats` are made, and how."""
 
+    softcap: float
     stats: bool
     squares: bool
     entropy_gradient: bool
@@ -147,6 +151,7 @@ def _block(hidden, targets, embedding, temperature, kinds, axis):
         return x if axis is None else jax.lax.psum(x, axis)
 
     raw = jnp.einsum("nd,vd->nv", hidden, embedding, preferred_element_type=jnp.float32)
+    raw = linear.softcap(raw, kinds.softcap)
     top = stop(raw).max(axis=-1)
     if axis is not None:
         top = jax.lax.pmax(top, axis)
@@ -163,16 +168,17 @@ def _block(hidden, targets, embedding, temperature, kinds, axis):
         return TokenStats(logps)
     held = (lambda x: x) if kinds.entropy_gradient else stop
     expected = total(held(exps * shifted).sum(axis=-1)) * jnp.exp(-held(lse))
-    # The mean logit is the product with the mean embedding: no pass over the logits.
-    shards = 1 if axis is None else jax.lax.axis_size(axis)
-    mean = stop(embedding).astype(jnp.float32).sum(axis=0) / (
-        embedding.shape[0] * shards
-    )
+    vocab = embedding.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
+    if kinds.softcap:
+        mean = stop(raw).sum(axis=-1) / vocab
+    else:  # the product with the mean embedding: no pass over the logits
+        mean = stop(embedding).astype(jnp.float32).sum(axis=0) / vocab
+        mean = stop(hidden).astype(jnp.float32) @ mean
     return TokenStats(
         logps=logps,
         entropy=held(lse) - expected,
         correct=(stop(target) >= top).astype(jnp.float32),
-        logit_mean=total(stop(hidden).astype(jnp.float32) @ mean),
+        logit_mean=total(mean),
         log_z=lse + top / temperature,
         log_p2=_log_p2(exps, lse, total) if kinds.squares else None,
     )

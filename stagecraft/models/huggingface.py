@@ -27,6 +27,7 @@ from stagecraft import mesh as mesh_lib
 from stagecraft import tree
 from stagecraft.errors import UserError
 from stagecraft.models import families, places, saved, tensors
+from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel
 
 # What a stage's start_from and the like begin with when they name a folder.
@@ -89,7 +90,7 @@ def info(folder):
 
 def config(folder):
     """The `ModelConfig` of a folder."""
-    return saved.config_of(info(folder))
+    return ModelConfig(**info(folder)["model"])
 
 
 def digest(folder):
@@ -134,7 +135,7 @@ def load(folder, shared_mesh, *, module=None, **changes):
     abstract = saved.abstract(told, shared_mesh)
     shapes = tree.named(abstract)
     weights = {k: v for k, v in shapes.items() if k != "bias"}
-    model = saved.config_of(told)
+    model = ModelConfig(**told["model"])
     family = families.FAMILIES[model.family]
     placed = places.places(family, model, weights)
     found = _checked(folder, family, model, placed, shapes)

@@ -12,7 +12,7 @@ import numpy as np
 
 from stagecraft import losses, mesh
 from stagecraft.errors import UserError
-from stagecraft.models import heads, sampling
+from stagecraft.models import sampling
 from stagecraft.text.chat import generation_prompt
 
 # Lengths are rounded up to a multiple of this, to bound the number of compilations.
@@ -31,9 +31,7 @@ def _generate(model, ids, mask, key, **settings):
 def _logps(model, batch, temperature=1.0):
     targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-    stats = heads.token_logps(
-        hidden, model.output_embedding(), targets, temperature=temperature
-    )
+    stats = model.token_logps(hidden, targets, temperature=temperature)
     return losses.sequence_logps(stats.logps, mask)
 
 

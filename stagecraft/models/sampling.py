@@ -153,19 +153,25 @@ def _prefill(model, ids, mask, samples, room):
 
     The cache is keys and values, each [L, B G, K, P + room, C].
     """
+    c = model.config
     segments = mask.astype(jnp.int32)
-    angles = model.angles(jnp.cumsum(segments, axis=1) - segments)
+    positions = jnp.cumsum(segments, axis=1) - segments
+    angles = model.angles(positions, segments)
 
-    def attend(query, key, value):
-        attended = attention_lib.attention(query, key, value, segments)
-        return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
+    def step(x, layer, kind):
+        def attend(query, key, value):
+            attended = attention_lib.attention(
+                *(query, key, value, segments),
+                window=kind.window,
+                softcap=c.attention_softcap,
+                scale=c.scale,
+            )
+            return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-    x, cache = jax.lax.scan(
-        lambda x, layer: layer(x, angles, attend),
-        model.lookup(ids),
-        model.layers,
-        unroll=model.unroll,
-    )
+        return layer(x, angles[kind], attend)
+
+    x = model.lookup(ids, positions)
+    x, cache = model.through(step, x, unroll=model.unroll)
     padding = ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(_repeat(x, samples, axis=1), padding), cache)
     return model.norm(_repeat(x[:, -1:], samples, axis=0)), _place(cache)
@@ -177,11 +183,14 @@ def _decode(model, token, positions, visible, slot, cache):
     The stacked cache is carried through the layers, not split over them: a carried
     array is updated in place, where a scanned one is copied for every token.
     """
-    angles = model.angles(positions)
+    c = model.config
+    angles = model.angles(positions, None)
+    slots = jnp.arange(visible.shape[1])
 
-    def body(carry, xs):
+    def step(carry, layer, kind, index):
         x, cache = carry
-        layer, index = xs
+        # Slots lie as far apart as the positions they hold, also behind padding.
+        near = visible & (slot - slots < kind.window) if kind.window else visible
 
         def attend(query, key, value):
             new = jax.tree.map(
@@ -195,15 +204,16 @@ def _decode(model, token, positions, visible, slot, cache):
                 lambda stack: jax.lax.dynamic_index_in_dim(stack, index, 0, False), new
             )
             attended = attention_lib.cached_attention(
-                query, keys, values, visible[:, None, :]
+                *(query, keys, values, near[:, None, :]),
+                softcap=c.attention_softcap,
+                scale=c.scale,
             )
             return attended, new
 
-        return layer(x, angles, attend), None
+        return layer(x, angles[kind], attend), None
 
-    layers = (model.layers, jnp.arange(model.config.layers))
-    carry = (model.lookup(token[:, None]), cache)
-    (x, cache), _ = jax.lax.scan(body, carry, layers)
+    carry = (model.lookup(token[:, None], positions), cache)
+    (x, cache), _ = model.through(step, carry, indexed=True)
     return model.norm(x), _place(cache)
 
 
@@ -215,10 +225,7 @@ def _place(cache):
 
 def _last_logits(model, hidden):
     """[B, 1, D] -> f32[B, V], each row's vocabulary whole on one device."""
-    embedding = model.output_embedding().astype(hidden.dtype)
-    logits = jnp.einsum(
-        "bd,vd->bv", hidden[:, 0], embedding, preferred_element_type=jnp.float32
-    )
+    logits = model.project_out(hidden[:, 0])
     return mesh.constrain(logits, "batch", None)
 
 

@@ -24,15 +24,6 @@ def describe(module):
     return {"module": kind, "model": dataclasses.asdict(body.config)}
 
 
-def config_of(info):
-    """The `ModelConfig` in {"module", "model"}; JSON's lists are tuples again."""
-    return ModelConfig(**{k: _tuples(v) for k, v in info["model"].items()})
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
 def abstract(info, shared_mesh):
     """The module as shapes with shardings: nothing is allocated.
 
@@ -40,7 +31,7 @@ def abstract(info, shared_mesh):
         info: {"module", "model"}, from `describe`.
         shared_mesh: where it is to live.
     """
-    config = config_of(info)
+    config = ModelConfig(**info["model"])
     check_mesh(config, shared_mesh)
     make = MODULES[info["module"]]
     shapes = jax.eval_shape(lambda key: make(config, key), jax.random.key(0))

@@ -6,8 +6,6 @@ Configs and other settings are static fields. Parameters are float32 and cast to
 compute dtype where they are used; norms, softmax and logits are float32.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stagecraft import mesh
 from stagecraft.models import attention as attention_lib
+from stagecraft.models import heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
 
 # Names of the activations that `remat="names"` keeps.
@@ -24,103 +23,131 @@ SAVED = ("query", "key", "value", "attended")
 # copies of a loop, a visible part of a small model's step.
 UNROLL = 8
 
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang, Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float, axis: str | None):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
-
-    def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
-        return y.astype(x.dtype)
+# Every product with a weight goes through here, but those of experts.
+_project = linear.project
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions (Ainslie et al. 2023)."""
+    """Grouped-query attention (Ainslie et al. 2023)."""
 
     def __init__(self, config: ModelConfig, key):
         c = config
         keys = jax.random.split(key, 4)
         out_std = c.init_std / (2 * c.layers) ** 0.5
-        kv_shape = (c.width, c.kv_heads, c.head_dim)
-        self.query = _normal(
-            keys[0],
-            (c.width, c.heads, c.head_dim),
-            c.init_std,
-            ("embed", "heads", None),
-        )
-        self.key = _normal(keys[1], kv_shape, c.init_std, ("embed", "kv_heads", None))
-        self.value = _normal(keys[2], kv_shape, c.init_std, ("embed", "kv_heads", None))
-        self.out = _normal(
-            keys[3],
-            (c.heads, c.head_dim, c.width),
-            out_std,
-            ("heads", None, "embed"),
-        )
-        self.query_norm = RMSNorm(c.head_dim, c.norm_eps, None) if c.qk_norm else None
-        self.key_norm = RMSNorm(c.head_dim, c.norm_eps, None) if c.qk_norm else None
+        heads, kv_heads = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
+        axes, kv_axes = ("heads", None), ("kv_heads", None)
+        normal, zeros = linear.normal, linear.zeros
+        self.query = normal(keys[0], (c.width, *heads), c.init_std, ("embed", *axes))
+        kv = (c.width, *kv_heads)
+        self.key = normal(keys[1], kv, c.init_std, ("embed", *kv_axes))
+        self.value = normal(keys[2], kv, c.init_std, ("embed", *kv_axes))
+        self.out = normal(keys[3], (*heads, c.width), out_std, (*axes, "embed"))
+        self.query_bias = zeros(heads, axes) if c.qkv_bias else None
+        self.key_bias = zeros(kv_heads, kv_axes) if c.qkv_bias else None
+        self.value_bias = zeros(kv_heads, kv_axes) if c.qkv_bias else None
+        self.out_bias = zeros((c.width,), ("embed",)) if c.out_bias else None
+        self.query_norm = _head_norm(c, c.heads, "heads") if c.qk_norm else None
+        self.key_norm = _head_norm(c, c.kv_heads, "kv_heads") if c.qk_norm else None
 
     def __call__(self, x, angles, attend):
-        query = _project(x, self.query)
-        key = _project(x, self.key)
-        value = _project(x, self.value)
+        query = _project(x, self.query, self.query_bias)
+        key = _project(x, self.key, self.key_bias)
+        value = _project(x, self.value, self.value_bias)
         if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = checkpoint_name(attention_lib.rotate(query, angles), "query")
-        key = checkpoint_name(attention_lib.rotate(key, angles), "key")
+            query = _norm_heads(self.query_norm, query)
+            key = _norm_heads(self.key_norm, key)
+        if angles is not None:
+            query, key = rope.rotate(query, angles), rope.rotate(key, angles)
+        query = checkpoint_name(query, "query")
+        key = checkpoint_name(key, "key")
         value = checkpoint_name(value, "value")
         attended, extra = attend(query, key, value)
         attended = checkpoint_name(attended, "attended")
-        return _project(attended, self.out, contracted=2), extra
+        return _project(attended, self.out, self.out_bias, contracted=2), extra
+
+
+def _head_norm(config, heads, axis):
+    """Over each head's channels, or over all heads at once."""
+    c = config
+    if c.qk_norm_over == "head":
+        return norms.RMSNorm(c.head_dim, c.norm_eps, None, c.norm_offset)
+    return norms.RMSNorm(heads * c.head_dim, c.norm_eps, axis, c.norm_offset)
+
+
+def _norm_heads(norm, x):
+    """[B, T, H, C] normalised as the size of the norm's scale says."""
+    if norm.scale.shape[-1] == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020)."""
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020), and what is near it."""
 
     def __init__(self, config: ModelConfig, key):
         c = config
         keys = jax.random.split(key, 3)
         down_std = c.init_std / (2 * c.layers) ** 0.5
-        wide = (c.width, c.ff_width)
-        self.gate = _normal(keys[0], wide, c.init_std, ("embed", "ff"))
-        self.up = _normal(keys[1], wide, c.init_std, ("embed", "ff"))
-        self.down = _normal(keys[2], wide[::-1], down_std, ("ff", "embed"))
+        wide, axes = (c.width, c.ff_width), ("embed", "ff")
+        normal, zeros = linear.normal, linear.zeros
+        self.activation = c.activation
+        self.gate = normal(keys[0], wide, c.init_std, axes) if c.gated else None
+        self.up = normal(keys[1], wide, c.init_std, axes)
+        self.down = normal(keys[2], wide[::-1], down_std, axes[::-1])
+        bias, gate_bias = c.ff_bias, c.ff_bias and c.gated
+        self.gate_bias = zeros((c.ff_width,), ("ff",)) if gate_bias else None
+        self.up_bias = zeros((c.ff_width,), ("ff",)) if bias else None
+        self.down_bias = zeros((c.width,), ("embed",)) if bias else None
 
     def __call__(self, x):
-        gated = jax.nn.silu(_project(x, self.gate)) * _project(x, self.up)
-        return _project(gated, self.down)
+        activate = linear.ACTIVATIONS[self.activation]
+        if self.gate is None:
+            inner = activate(_project(x, self.up, self.up_bias))
+        else:
+            gate = activate(_project(x, self.gate, self.gate_bias))
+            inner = gate * _project(x, self.up, self.up_bias)
+        return _project(inner, self.down, self.down_bias)
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each normalised first and added."""
+    """One layer: attention, then feed-forward, each added to the residual stream.
+
+    Norms stand before each of the two, after each, or both.
+    """
 
     def __init__(self, config: ModelConfig, key):
         attention_key, ff_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.width, config.norm_eps, "embed")
+        before = config.norm_place in ("pre", "both")
+        after = config.norm_place in ("post", "both")
+        self.attention_norm = norms.make(config) if before else None
         self.attention = Attention(config, attention_key)
-        self.ff_norm = RMSNorm(config.width, config.norm_eps, "embed")
+        self.attention_post_norm = norms.make(config) if after else None
+        self.ff_norm = norms.make(config) if before else None
         self.ff = FeedForward(config, ff_key)
+        self.ff_post_norm = norms.make(config) if after else None
 
     def __call__(self, x, angles, attend):
         """Runs the layer.
 
         Args:
             x: [B, T, D] residual stream.
-            angles: from `attention.rope`.
+            angles: from `rope.angles`; None where nothing rotates.
             attend: (query, key, value) -> (attended, extra); the way tokens see each
                 other, the only part in which training and decoding differ.
 
         Returns:
             ([B, T, D], extra).
         """
-        attended, extra = self.attention(self.attention_norm(x), angles, attend)
-        x = x + attended
-        x = x + self.ff(self.ff_norm(x))
+        y = _maybe(self.attention_norm, x)
+        attended, extra = self.attention(y, angles, attend)
+        x = x + _maybe(self.attention_post_norm, attended)
+        y = self.ff(_maybe(self.ff_norm, x))
+        x = x + _maybe(self.ff_post_norm, y)
         return mesh.constrain(x, "batch", None, None), extra
+
+
+def _maybe(norm, x):
+    return x if norm is None else norm(x)
 
 
 class Transformer(nnx.Module):
@@ -135,16 +162,20 @@ class Transformer(nnx.Module):
         c = config.validate()
         embed_key, layers_key, unembed_key = jax.random.split(key, 3)
         self.config = c
-        table = (c.vocab_size, c.width)
-        self.embed = _normal(embed_key, table, c.init_std, ("vocab", "embed"))
+        table, axes = (c.vocab_size, c.width), ("vocab", "embed")
+        self.embed = linear.normal(embed_key, table, c.init_std, axes)
+        rows, row_axes = (c.max_length, c.width), ("positions", "embed")
+        self.positions = (
+            linear.normal(jax.random.fold_in(embed_key, 1), rows, c.init_std, row_axes)
+            if c.positions == "learned"
+            else None
+        )
         self.layers = jax.vmap(lambda k: Block(c, k))(
             jax.random.split(layers_key, c.layers)
         )
-        self.norm = RMSNorm(c.width, c.norm_eps, "embed")
+        self.norm = norms.make(c)
         self.unembed = (
-            None
-            if c.tied
-            else _normal(unembed_key, table, c.init_std, ("vocab", "embed"))
+            None if c.tied else linear.normal(unembed_key, table, c.init_std, axes)
         )
 
     def hidden(self, ids, positions, segments):
@@ -160,44 +191,109 @@ class Transformer(nnx.Module):
             [B, T, D] in the compute dtype, after the final norm.
         """
 
-        def attend(query, key, value):
-            return attention_lib.attention(query, key, value, segments), None
+        c = self.config
+        angles = self.angles(positions, segments)
 
-        angles = self.angles(positions)
-        body = _remat(
-            lambda x, layer: layer(x, angles, attend),
-            self.config.remat,
-        )
-        x, _ = jax.lax.scan(body, self.lookup(ids), self.layers, unroll=self.unroll)
+        def step(x, layer, kind):
+            def attend(query, key, value):
+                attended = attention_lib.attention(
+                    *(query, key, value, segments),
+                    window=kind.window,
+                    softcap=c.attention_softcap,
+                    scale=c.scale,
+                )
+                return attended, None
+
+            return layer(x, angles[kind], attend)
+
+        x = self.lookup(ids, positions)
+        x, _ = self.through(step, x, unroll=self.unroll, remat=c.remat)
         return self.norm(x)
+
+    def through(self, step, carry, *, unroll=1, remat="none", indexed=False):
+        """Carries something through the layers, from the first to the last.
+
+        Args:
+            step: (carry, layer, kind) -> (carry, out), `kind` a static `Kind`; with
+                `indexed` a fourth argument is the layer's number, a scalar array.
+            carry: any tree of arrays.
+            unroll: layers that one turn of the loop runs, where all are of one kind.
+            remat: see `ModelConfig`.
+            indexed: whether step is told the layer's number.
+
+        Returns:
+            carry; the outs, stacked over layers.
+        """
+        return layers.scan(
+            lambda kind: _remat(lambda c, xs: step(c, *xs[:1], kind, *xs[1:]), remat),
+            carry,
+            self.layers,
+            self.config.kinds,
+            unroll=unroll,
+            indexed=indexed,
+        )
 
     def output_embedding(self):
         """f32[V, D]: the rows whose products with hidden states are the logits."""
         return (self.embed if self.unembed is None else self.unembed)[...]
 
+    def token_logps(self, hidden, targets, **options):
+        """`heads.token_logps` of this model's logits."""
+        return heads.token_logps(
+            hidden,
+            self.output_embedding(),
+            targets,
+            softcap=self.config.logit_softcap,
+            **options,
+        )
+
+    def project_out(self, hidden):
+        """Logits of hidden states: [..., D] -> f32[..., V]."""
+        embedding = self.output_embedding().astype(hidden.dtype)
+        logits = jnp.einsum(
+            "...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32
+        )
+        return linear.softcap(logits, self.config.logit_softcap)
+
     def logits(self, ids, positions, segments):
         """f32[B, T, V], all at once: for tests and short sequences only.
 
-        Training goes through `heads.token_logps`, which never builds this array.
+        Training goes through `token_logps`, which never builds this array.
         """
-        hidden = self.hidden(ids, positions, segments)
-        embedding = self.output_embedding().astype(hidden.dtype)
-        return jnp.einsum(
-            "btd,vd->btv", hidden, embedding, preferred_element_type=jnp.float32
-        )
+        return self.project_out(self.hidden(ids, positions, segments))
 
-    def lookup(self, ids):
-        """Input embeddings: i32[B, T] -> [B, T, D] in the compute dtype."""
+    def lookup(self, ids, positions):
+        """Input embeddings: 2 x i32[B, T] -> [B, T, D] in the compute dtype.
+
+        A learned position beyond the table is that of its last row: the data is cut to
+        `max_length`, so that only padding can lie there.
+        """
         # Gathered over `fsdp` first: a table split in both dimensions has no cheap
         # row lookup.
         table = self.embed[...].astype(self.config.dtype)
         table = mesh.constrain(table, "vocab", None)
-        return mesh.constrain(table[ids], "batch", None, None)
+        x = table[ids]
+        if self.config.embed_scale != 1:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        if self.positions is not None:
+            table = self.positions[...].astype(self.config.dtype)
+            table = mesh.constrain(table, None, None)
+            x = x + jnp.take(table, positions, axis=0, mode="clip")
+        return mesh.constrain(x, "batch", None, None)
 
-    def angles(self, positions):
-        """Rotary angles of i32[B, T] positions."""
-        c = self.config
-        return attention_lib.rope(positions, c.head_dim, c.rope_theta)
+    def angles(self, positions, segments):
+        """{kind: rotary angles, or None} for the kinds of this model's layers.
+
+        Args: as of `rope.angles`.
+        """
+        made = {}  # the same arrays for kinds that rotate alike
+        out = {}
+        for kind in self.config.kinds:
+            own = kind.window > 0 and self.config.rope_theta_sliding > 0
+            if kind.rotates and own not in made:
+                made[own] = rope.angles(self.config, positions, segments, sliding=own)
+            out[kind] = made[own] if kind.rotates else None
+        return out
 
     @property
     def unroll(self) -> int:
@@ -216,30 +312,13 @@ class ScalarModel(nnx.Module):
     def __init__(self, body: Transformer, key):
         width = body.config.width
         self.body = body
-        self.head = _normal(key, (width,), (width + 1) ** -0.5, ("embed",))
-        self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
+        self.head = linear.normal(key, (width,), (width + 1) ** -0.5, ("embed",))
+        self.bias = linear.zeros((), ())
 
     def __call__(self, ids, positions, segments):
         """f32[B, T]; arguments as in `Transformer.hidden`."""
         hidden = self.body.hidden(ids, positions, segments).astype(jnp.float32)
         return hidden @ self.head[...] + self.bias[...]
-
-
-def _normal(key, shape, std, axes):
-    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
-
-
-def _project(x, weight, contracted: int = 1):
-    """Contracts the last dimensions of x with the first ones of a weight.
-
-    Both are flattened to matrices: the gradient of the weight is then a plain matmul.
-    With [B, T, D] kept, XLA on a CPU transposes whole activations for it.
-    """
-    weight = weight[...].astype(x.dtype)
-    rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
-    size = math.prod(weight.shape[:contracted])
-    out = x.reshape(-1, size) @ weight.reshape(size, -1)
-    return out.reshape(rows + columns)
 
 
 def _remat(body, policy: str):

@@ -9,7 +9,6 @@ Not here: dropout (one pass over small data needs none), label smoothing.
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
-from stagecraft.models import heads
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import objective, stage
 
@@ -71,7 +70,7 @@ def make_objective(config):
     def terms(model, batch):
         targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
         hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-        stats = heads.token_logps(hidden, model.output_embedding(), targets)
+        stats = model.token_logps(hidden, targets)
         loss, metrics = loss_fn.apply({"logps": stats.logps, "log_z": stats.log_z})
         metrics = objective.measured(metrics, {2: mask})
         metrics |= {

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.metrics import section
-from stagecraft.models import heads
 from stagecraft.models.transformer import ScalarModel
 from stagecraft.stages import objective, rollout, stage
 from stagecraft.stages.rollout import response_logps
@@ -297,7 +296,7 @@ def _ptx(policy, batch):
     targets, mask = _ptx_targets(batch)
     arrays = (batch[f"ptx_{k}"] for k in ("ids", "positions", "segments"))
     hidden = policy.hidden(*arrays)
-    stats = heads.token_logps(hidden, policy.output_embedding(), targets, stats=False)
+    stats = policy.token_logps(hidden, targets, stats=False)
     return losses.next_token(stats.logps)[0], mask
 
 

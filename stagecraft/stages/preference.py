@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from stagecraft import losses, masked, mesh, optimizer
-from stagecraft.models import heads
 from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
@@ -220,8 +219,6 @@ def pair_logps(model, batch, *, squares=False):
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     targets, mask = losses.shift(ids, flatten_pairs(batch["mask"]), segments)
     hidden = model.hidden(ids, flatten_pairs(batch["positions"]), segments)
-    stats = heads.token_logps(
-        hidden, model.output_embedding(), targets, squares=squares
-    )
+    stats = model.token_logps(hidden, targets, squares=squares)
     stats, mask = jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
     return losses.sequence_logps(stats.logps, mask), stats, mask

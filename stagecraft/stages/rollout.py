@@ -14,7 +14,7 @@ import numpy as np
 from stagecraft import masked, mesh
 from stagecraft.errors import UserError
 from stagecraft.metrics import section
-from stagecraft.models import heads, sampling
+from stagecraft.models import sampling
 from stagecraft.models.scores import scores
 
 REWARD_MODEL = "reward_model"  # its name among the rewards
@@ -179,10 +179,6 @@ def response_logps(model, batch, temperature, **settings):
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     # Token t is predicted from the state before it: one column to the left.
     before = hidden[:, -new - 1 : -1]
-    return heads.token_logps(
-        before,
-        model.output_embedding(),
-        batch["tokens"],
-        temperature=temperature,
-        **settings,
+    return model.token_logps(
+        before, batch["tokens"], temperature=temperature, **settings
     )

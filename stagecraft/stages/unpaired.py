@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
-from stagecraft.models import heads
 from stagecraft.stages import objective, stage
 from stagecraft.stages.preference import once, synced
 
@@ -151,7 +150,7 @@ def row_logps(model, batch):
     """Summed log-probabilities of completions, f32[B], their token statistics, mask."""
     targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-    stats = heads.token_logps(hidden, model.output_embedding(), targets)
+    stats = model.token_logps(hidden, targets)
     return losses.sequence_logps(stats.logps, mask), stats, mask
 
 

@@ -258,9 +258,9 @@ def test_the_prompts_run_once_however_many_samples(monkeypatch):
     seen = []
     attention = sampling.attention_lib.attention
 
-    def watched(query, *rest):
+    def watched(query, *rest, **options):
         seen.append(query.shape[0])
-        return attention(query, *rest)
+        return attention(query, *rest, **options)
 
     monkeypatch.setattr(sampling.attention_lib, "attention", watched)
     settings = dict(max_new_tokens=2, stop_id=None, samples=5)

@@ -339,7 +339,7 @@ def test_greedy_generation(both, parity_rng):
     np.testing.assert_array_equal(np.asarray(got.tokens), expected)
 
 
-STOPS = {"stop_id": -1}
+STOPS = {"stop_id": None}
 
 
 # Reward models
