@@ -146,6 +146,7 @@ class ModelConfig:
     remat: str = "none"
     attention: str = "auto"
     strict_kernels: bool = False
+    family: str = ""
 
     def __post_init__(self):
         # Read back from JSON, tuples are lists; a static field must be hashable.
@@ -175,7 +176,6 @@ class ModelConfig:
     def scale(self) -> float:
         """What multiplies the attention scores."""
         return self.attention_scale or self.head_dim**-0.5
-    family: str = ""
 
     def validate(self) -> "ModelConfig":
         """Returns itself.

@@ -201,10 +201,7 @@ GEMMA = (
     t.implied(
         norm_place="both", norm_offset=1.0, embed_scale=lambda c: c["width"] ** 0.5
     ),
-    t.optional(
-        attention_softcap="attn_logit_softcapping",
-        logit_softcap="final_logit_softcapping",
-    ),
+    t.optional(logit_softcap="final_logit_softcapping"),
     t.refused("use_bidirectional_attention", "attention to later tokens"),
 )
 GEMMA_DEFAULTS = DEFAULTS | {
@@ -223,7 +220,11 @@ GEMMA2 = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    (*GEMMA, PLAIN, t.window(lambda hf, i: i % 2 == 0), t.rope()),
+    (
+        *(*GEMMA, PLAIN, t.rope()),
+        t.optional(attention_softcap="attn_logit_softcapping"),
+        t.window(lambda hf, i: i % 2 == 0, idle=4096),
+    ),
     TOP,
     BOTH_NORMS | ATTENTION | MLP,
 )
@@ -240,7 +241,8 @@ GEMMA3 = Family(
     },
     (
         *(*GEMMA, QK_NORM, t.rope_by_type()),
-        t.window(lambda hf, i: (i + 1) % hf["sliding_window_pattern"] != 0),
+        # Its attn_logit_softcapping is a key that transformers reads and does not use.
+        t.window(lambda hf, i: (i + 1) % hf["sliding_window_pattern"] != 0, idle=4096),
     ),
     TOP,
     BOTH_NORMS | ATTENTION | MLP,

@@ -35,6 +35,7 @@ PREFIX = "hf:"
 # Their names of what we can write, and the format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_SIZE = 5 * 10**9
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Our reward models have a bias, theirs have not: config.json carries it.
 BIAS = "stagecraft_reward_bias"
 # Tensors of theirs that are no weights, or no weights of the text's decoder.
@@ -293,7 +294,8 @@ def save(
         dtype: of the weights in the folder.
         shard_size: bytes of weights in a file, at most.
         overwrite: replace a folder that is there.
-        ids: {"bos_token_id", "eos_token_id", "pad_token_id"} for config.json.
+        ids: of `IDS`, for config.json; null without, since readers would take a
+            family's own for them.
         extra: (folder) -> None, writes further files: the tokenizer's.
 
     Returns:
@@ -314,7 +316,7 @@ def save(
     family = families.matching(body.config)
     with _whole(folder) as temporary:
         _write_weights(module, family, body.config, temporary, dtype, shard_size)
-        _write_configs(module, family, body.config, temporary, dtype, ids or {})
+        _write_configs(module, family, body.config, temporary, dtype, ids)
         if extra is not None:
             extra(temporary)
     return family
@@ -423,6 +425,7 @@ def _writer(axes, sizes, leading, sharding, dtype):
 
 
 def _write_configs(module, family, config, folder, dtype, ids):
+    ids = dict.fromkeys(IDS) | (ids or {})
     scalar = isinstance(module, ScalarModel)
     kind = "ForSequenceClassification" if scalar else "ForCausalLM"
     out = {"architectures": [family.classes[scalar] + kind]}

@@ -197,7 +197,7 @@ def shortest(values):
     )
 
 
-def window(slides=None, *, switch=False, types=True):
+def window(slides=None, *, switch=False, types=True, idle=None):
     """Sliding windows.
 
     Args:
@@ -205,6 +205,7 @@ def window(slides=None, *, switch=False, types=True):
             for all.
         switch: nothing slides unless `use_sliding_window` is set.
         types: whether `layer_types` is heeded, and written.
+        idle: the size to write where no layer slides, if there must be one.
     """
 
     def read(hf, c):
@@ -231,7 +232,7 @@ def window(slides=None, *, switch=False, types=True):
         found = per_layer(c.sliding or (True,), c.layers)
         if not c.window:
             found = (False,) * c.layers
-        out = {"sliding_window": c.window or None}
+        out = {"sliding_window": c.window or idle}
         if switch:
             out["use_sliding_window"] = bool(c.window)
             # Older readers: the first so many do not slide, all others do.
