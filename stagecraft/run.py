@@ -254,7 +254,7 @@ def _make(current, stage, shared_mesh, roles, data):
         shape = getattr(roles["start"], "config", shape)
     extra = {}
     if stage.kind in ("policy", "group_policy", "online_preference"):
-        extra["stop_id"] = tokenizer.end
+        extra["stop_ids"] = tokenizer.stops
         found = verifier.find(stage.verifiers)
         if found:
             extra["verifiers"] = verifier.Verifiers(found, data.records, tokenizer)

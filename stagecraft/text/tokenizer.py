@@ -42,6 +42,7 @@ class Tokenizer:
         piece = self._processor.piece_to_id
         self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")
         self.system, self.user, self.assistant, self.end = map(piece, CHAT_PIECES)
+        self.stops = (self.end,)
         self.vocab_size = self._processor.get_piece_size()
         self._space = [piece(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
