@@ -20,7 +20,9 @@ def experiment():
     c.world.name = ""  # an embedded world to write into WORKDIR/world, e.g. "countries"
     c.world.size = "full"  # "full" or "tiny"
     c.tokenizer = ConfigDict()
-    c.tokenizer.path = ""  # a .model file to use; "" trains one on the files below
+    # A SentencePiece .model, a Hugging Face folder or tokenizer.json, or "bytes"; ""
+    # trains one on the files below.
+    c.tokenizer.path = ""
     c.tokenizer.files = ""  # text files to train it on
     c.tokenizer.vocab_size = 1024
     c.model = model()

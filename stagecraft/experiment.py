@@ -56,7 +56,11 @@ def resolve(config, *, check=True):
         raise UserError("stages: this experiment has none; add c.stages.NAME = ...")
     for name, stage in config["stages"].items():
         where = f"stages.{name}"
-        if not name.replace("_", "").isalnum() or name in ("world", "runs"):
+        if not name.replace("_", "").isalnum() or name in (
+            "world",
+            "runs",
+            "tokenizer",
+        ):
             raise UserError(f"{where}: expected a name of letters, digits and _")
         if not hasattr(stage, "items") or "kind" not in stage:
             raise UserError(f"{where}: needs kind=, one of {', '.join(defaults.KINDS)}")
