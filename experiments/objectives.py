@@ -207,7 +207,7 @@ def _finished(c, base):
     stored = json.loads(path.read_text(encoding="utf-8"))
     c.seed, c.world.size = stored["seed"], stored["world"]["size"]
     c.model.update(stored["model"])
-    c.tokenizer.path = str(base / "tokenizer.model")
+    c.tokenizer.path = str(base / "tokenizer")
     c.tokenizer.vocab_size = stored["tokenizer"]["vocab_size"]
     places = {n: str(base / n) for n in ("pretrain", "sft", "comparisons", "reward")}
     return places | {"pairs": str(base / "comparisons" / "records.jsonl")}

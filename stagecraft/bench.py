@@ -151,7 +151,7 @@ def _stage(name, shared, steps, dtype):
     model_config = ModelConfig(**MODEL, dtype=dtype)
     parents = _parents(case.kind, model_config, shared)
     stops = "sampling" in config
-    extra = dict(stop_id=None) if stops else {}
+    extra = dict(stop_ids=()) if stops else {}
     made = kinds.MAKE[case.kind](config, model_config, shared, parents, **extra)
     raw = case.raw(np.random.default_rng(0))
     started = time.perf_counter()
@@ -211,7 +211,7 @@ def _samples(name, shared, steps, dtype):
                 raw["prompt_mask"],
                 jax.random.key(number),
                 max_new_tokens=128,
-                stop_id=None,
+                stop_ids=(),
             )
             jax.block_until_ready(got)
             seconds.append(time.perf_counter() - started)

@@ -22,13 +22,16 @@ from stagecraft import (
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import saved
+from stagecraft.models import huggingface, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.signals import comparisons, selection, verifier
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, reward
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text import tokenizer as tokenizers
+
+
+TOKENIZER = "tokenizer"  # its folder in a work directory
 
 
 @dataclasses.dataclass
@@ -37,7 +40,7 @@ class Run:
 
     root: Path
     config: ConfigDict
-    tokenizer: Tokenizer | None = None
+    tokenizer: object = None  # see `text.tokenizer`; None before it is made
     ran: list = dataclasses.field(default_factory=list)  # stages this process ran
 
     @property
@@ -46,7 +49,10 @@ class Run:
         return experiment.order(self.config)
 
     def folder(self, name):
-        """WORKDIR/STAGE for a stage of this run, else a path as it is."""
+        """WORKDIR/STAGE for a stage of this run, else a path as it is.
+
+        "hf:FOLDER" leads to no stage: see `load` and `chat_format`.
+        """
         return self.root / name if name in self.config.stages else Path(name)
 
     def finished(self, name):
@@ -63,11 +69,21 @@ class Run:
         return mesh.make(**sizes)
 
     def load(self, name, shared_mesh=None):
-        """The parameters of a finished stage."""
+        """The parameters of a finished stage, or of "hf:FOLDER"."""
+        folder = huggingface.folder_of(name)
+        if folder is not None:
+            model = self.config.model
+            how = {k: model[k] for k in ("dtype", "remat") if k in model}
+            return huggingface.load(folder, shared_mesh or self.mesh(), **how)
         return saved.load(self.folder(name), shared_mesh or self.mesh())
 
     def chat_format(self, name):
-        """Whether a stage speaks in chat turns (all but those trained on bare text)."""
+        """Whether a stage speaks in chat turns (all but those trained on bare text).
+
+        "hf:FOLDER" does where its tokenizer brings a chat template.
+        """
+        if huggingface.folder_of(name) is not None:
+            return self.tokenizer.template is not None
         return saved.info(self.folder(name))["format"] != "text"
 
 
@@ -82,8 +98,8 @@ def open_run(root):
             f"--workdir={root}"
         )
     config = experiment.resolve(stored, check=False)
-    path = root / "tokenizer.model"
-    return Run(root, config, Tokenizer.load(path) if path.exists() else None)
+    folder = root / TOKENIZER
+    return Run(root, config, tokenizers.load(folder) if folder.exists() else None)
 
 
 def run(config, root, only=()):
@@ -123,7 +139,7 @@ def run(config, root, only=()):
                 _run_stage(current, name, feeds)
                 current.ran.append(name)
     else:
-        current.tokenizer = Tokenizer.load(root / "tokenizer.model")
+        current.tokenizer = tokenizers.load(root / TOKENIZER)
     with jax.set_mesh(current.mesh()):
         return summary.conclude(current, changed=bool(todo), started=started)
 
@@ -165,21 +181,40 @@ def _write_world(config, root):
 
 
 def _tokenizer(config, root):
-    path = root / "tokenizer.model"
-    if path.exists():
-        return Tokenizer.load(path)
-    if config.tokenizer.path:
-        source = Path(config.tokenizer.path)
-        if not source.exists():
-            raise UserError(f"tokenizer.path={source}: no such file")
-        found = Tokenizer.load(source)
-        workdir.write_bytes(path, source.read_bytes())
-    elif not config.tokenizer.files:
-        raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
-    else:
+    """The run's own, kept in WORKDIR/tokenizer once it is read or trained."""
+    folder, given = root / TOKENIZER, config.tokenizer.path
+    if folder.exists():
+        return tokenizers.load(folder)
+    if given:
+        try:
+            found = tokenizers.load(given)
+        except UserError as error:
+            raise UserError(f"tokenizer.path: {error}") from None
+    elif config.tokenizer.files:
         texts = feed.texts(config.tokenizer.files, root)
-        found = Tokenizer.train(texts, config.tokenizer.vocab_size, path)
+        path = folder / tokenizers.FILE
+        return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
+    elif experiment.outside(config):
+        # With a model comes the tokenizer it was trained with.
+        first = experiment.outside(config)[0]
+        source = huggingface.folder_of(first) or Path(first).parent / TOKENIZER
+        found = tokenizers.load(source)
+    else:
+        raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
+    tokenizers.keep(found, folder)
     return found
+
+
+def _check_vocabulary(roles, tokenizer):
+    """Refuses a model with fewer rows in its embedding than the tokenizer has ids."""
+    for role, model in roles.items():
+        rows = getattr(model, "body", model).config.vocab_size
+        if rows < tokenizer.vocab_size:
+            raise UserError(
+                f"{role}_from: its model embeds {rows} ids, but the tokenizer has "
+                f"{tokenizer.vocab_size}; use the tokenizer it was trained with "
+                "(tokenizer.path)"
+            )
 
 
 def _feeds(current, names):
@@ -252,9 +287,10 @@ def _make(current, stage, shared_mesh, roles, data):
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **current.config.model)
     if roles:
         shape = getattr(roles["start"], "config", shape)
+    _check_vocabulary(roles, tokenizer)
     extra = {}
     if stage.kind in ("policy", "group_policy", "online_preference"):
-        extra["stop_id"] = tokenizer.end
+        extra["stop_ids"] = tokenizer.stops
         found = verifier.find(stage.verifiers)
         if found:
             extra["verifiers"] = verifier.Verifiers(found, data.records, tokenizer)
@@ -346,7 +382,10 @@ def _lineage(current, name, data, lineage):
     }
     for role, parent in experiment.parents(config, name).items():
         known = lineage["stages"].get(parent)
-        if known is None:
+        folder = huggingface.folder_of(parent)
+        if folder is not None:
+            known = {"id": huggingface.digest(folder)}
+        elif known is None:
             path = Path(parent)
             other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
             known = other["stages"].get(path.name, {"id": ""})

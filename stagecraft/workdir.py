@@ -3,7 +3,7 @@
 WORKDIR/config.json          the resolved config
 WORKDIR/lineage.json         what each stage started from: digests of config, data
                              and parents
-WORKDIR/tokenizer.model
+WORKDIR/tokenizer/           its files as they came
 WORKDIR/world/               what the embedded world wrote
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
                              TensorBoard events; records.jsonl of a comparisons stage

@@ -19,7 +19,7 @@ from tests.stages import cases
 def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypatch):
     given = {}
     monkeypatch.setitem(kinds.MAKE, kind, lambda *_, **extra: given.update(extra))
-    tokenizer = types.SimpleNamespace(end=7, eos=3, vocab_size=512)
+    tokenizer = types.SimpleNamespace(stops=(7, 5), eos=3, vocab_size=512)
     config = defaults.experiment()
     config.stages.sampled = defaults.stage(kind)
     current = run.Run(None, config, tokenizer)
@@ -27,7 +27,7 @@ def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypat
         samples=[], records=[], dataset=None, heldout=None, reference=None
     )
     run._make(current, config.stages.sampled, current.mesh(), {}, data)
-    assert given["stop_id"] == tokenizer.end
+    assert given["stop_ids"] == tokenizer.stops
 
 
 def test_a_row_that_one_source_could_not_score_is_not_scored():

@@ -307,7 +307,7 @@ def _outside(text):
         return None
     path = Path(text)
     for root, name in (
-        (path.parent, path.name),  # RUN/STAGE, RUN/tokenizer.model
+        (path.parent, path.name),  # RUN/STAGE, RUN/tokenizer
         (path.parent.parent, path.parent.name),  # RUN/STAGE/records.jsonl
     ):
         if (root / "config.json").exists():

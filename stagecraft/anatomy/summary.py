@@ -195,15 +195,18 @@ def talk(ids, logps):
 def _sample(language, prompts, seed):
     """One answer a prompt at temperature 1: ids, texts, log-probabilities."""
     rows = [language.encode(p, chat_format=True) for p in prompts]
-    stop = language.tokenizer.end
+    stops = language.stop_ids(chat_format=True)
     got = language.sample_ids(
-        rows, seed=seed, max_new_tokens=34, temperature=1.0, stop_id=stop
+        rows, seed=seed, max_new_tokens=34, temperature=1.0, stop_ids=stops
     )
     return {
         "prompts": rows,
         # The stop token is part of what was said, and of its probability.
-        "ids": [ids + [stop] * ended for ids, ended, _ in got],
-        "answers": [(language.tokenizer.decode(ids), ended) for ids, ended, _ in got],
+        "ids": [ids for ids, _, _ in got],
+        "answers": [
+            (language.tokenizer.decode(ids[:-1] if ended else ids), ended)
+            for ids, ended, _ in got
+        ],
         "logps": [logp for _, _, logp in got],
     }
 

@@ -92,6 +92,8 @@ class ModelConfig:
             of kind language_model; in micro-batches, each one's own balance counts.
         init_std: standard deviation of initial weights.
         dtype: compute dtype; parameters are always float32.
+        family: the Hugging Face family it came from and leaves as; "" for the first
+            that has all it asks for.
         remat: what the backward pass finds stored of each block. "none" recomputes
             nothing; "full" stores block inputs only; "dots" also matmul outputs;
             "names" also queries, keys, values and the attention output.
@@ -145,6 +147,7 @@ class ModelConfig:
     remat: str = "none"
     attention: str = "auto"
     strict_kernels: bool = False
+    family: str = ""
 
     def __post_init__(self):
         # Read back from JSON, tuples are lists; a static field must be hashable.

@@ -21,7 +21,7 @@ ROUND = 16
 
 @functools.partial(
     jax.jit,
-    static_argnames=("max_new_tokens", "stop_id", "temperature", "top_k", "top_p"),
+    static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_k", "top_p"),
 )
 def _generate(model, ids, mask, key, **settings):
     return sampling.generate(model, ids, mask, key, **settings)
@@ -56,6 +56,13 @@ class Language:
             messages = [{"role": "user", "content": prompt}]
         return generation_prompt(messages, self.tokenizer)
 
+    def stop_ids(self, *, chat_format):
+        """Tokens that end what is written: a turn, or a text."""
+        tokenizer = self.tokenizer
+        if chat_format:
+            return tokenizer.stops
+        return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.stops)))
+
     def complete(
         self,
         prompts,
@@ -86,13 +93,16 @@ class Language:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop_id=self.tokenizer.end if chat else self.tokenizer.eos,
+            stop_ids=self.stop_ids(chat_format=chat),
         )
         sampled = self.sample_ids(rows, seed=seed, **settings)
-        return [(self.tokenizer.decode(ids), ended) for ids, ended, _ in sampled]
+        return [
+            (self.tokenizer.decode(ids[:-1] if ended else ids), ended)
+            for ids, ended, _ in sampled
+        ]
 
     def sample_ids(self, rows, *, seed=0, **settings):
-        """Completions as ids: list of (ids up to the stop token, ended, logps)."""
+        """Completions as ids: list of (ids through the stop token, ended, logps)."""
         if not rows:
             return []
         length = _rounded(max(map(len, rows)))
@@ -120,8 +130,6 @@ class Language:
             for i in range(len(part)):
                 keep = seen[i]
                 written = [int(t) for t in tokens[i][keep]]
-                if ended[i]:
-                    written = written[:-1]
                 out.append((written, bool(ended[i]), float(logps[i][keep].sum())))
         return out
 

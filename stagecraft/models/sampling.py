@@ -23,7 +23,7 @@ class Sample(NamedTuple):
         mask: bool[B, N], True through the stop token.
         logps: f32[B, N] log-probability of each token in nats, under the whole
             distribution at the temperature (before top-k and top-p); 0 after the end.
-        ended: bool[B], True where the stop token came within N tokens.
+        ended: bool[B], True where a stop token came within N tokens.
     """
 
     tokens: Any
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("max_new_tokens", "stop_id", "temperature", "top_k", "top_p", "samples"),
+        *("max_new_tokens", "stop_ids", "temperature", "top_k", "top_p", "samples"),
     ),
 )
 def generate(
@@ -45,7 +45,7 @@ def generate(
     key,
     *,
     max_new_tokens,
-    stop_id,
+    stop_ids,
     temperature=1.0,
     top_k=0,
     top_p=1.0,
@@ -62,7 +62,7 @@ def generate(
         prompt_mask: bool[B, P], True on real tokens.
         key: a random key.
         max_new_tokens: N.
-        stop_id: the token that ends a row, kept in it; None ends no row early.
+        stop_ids: tuple of the tokens that end a row, kept in it; () ends none early.
         temperature: divides the logits; 0 takes the most likely token, and log-probs
             are then at temperature 1.
         top_k: draw from the k most likely tokens only; 0 is off.
@@ -93,8 +93,8 @@ def generate(
         )
         drawn = jnp.where(ended, 0, drawn)
         logps = jnp.where(ended, 0.0, logps)
-        now = jnp.zeros_like(ended) if stop_id is None else drawn == stop_id
-        return drawn, logps, ended | now
+        now = drawn[:, None] == jnp.array(stop_ids, jnp.int32)
+        return drawn, logps, ended | now.any(axis=1)
 
     def write(out, step, column):
         return jax.lax.dynamic_update_slice_in_dim(out, column[:, None], step, axis=1)

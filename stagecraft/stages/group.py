@@ -24,7 +24,7 @@ from stagecraft.stages.rollout import response_logps
 ADVANTAGES = ("group", "leave_one_out", "returns", "returns_baseline")
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None):
+def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
@@ -33,7 +33,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
         shared_mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
             ScalarModel.
-        stop_id: the end-of-turn token.
+        stop_ids: the tokens that end a turn.
         verifiers: a `signals.verifier.Verifiers`, or None.
 
     Returns:
@@ -48,7 +48,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
     reference = parents["reference"]
     rolls = rollout.make(
         *(config, shared_mesh, parents.get("reward"), verifiers),
-        stop_id=stop_id,
+        stop_ids=stop_ids,
         samples=config.group_size,
     )
 

@@ -16,7 +16,7 @@ from stagecraft.stages import rollout, stage
 from stagecraft.stages.preference import make_objective, make_reference_score
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None):
+def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
@@ -25,7 +25,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
         shared_mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
             ScalarModel.
-        stop_id: the end-of-turn token.
+        stop_ids: the tokens that end a turn.
         verifiers: a `signals.verifier.Verifiers`, or None.
 
     Returns:
@@ -40,7 +40,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
     reference = parents["reference"]
     rolls = rollout.make(
         *(config, shared_mesh, parents.get("reward"), verifiers),
-        stop_id=stop_id,
+        stop_ids=stop_ids,
         samples=2,
     )
 

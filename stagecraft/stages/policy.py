@@ -40,7 +40,7 @@ PLACES = {"policy": "B T"}
 FIRST = ("val/ratio", "policy/ratio_max", "policy/clipfrac_avg")
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None):
+def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
@@ -50,7 +50,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
         parents: {"start": Transformer, "reference": Transformer, "reward":
             ScalarModel, "value": ScalarModel}; the critic starts from `value`. Without
             a reward model and `value` it starts from the policy, its head new.
-        stop_id: the end-of-turn token.
+        stop_ids: the tokens that end a turn.
         verifiers: a `signals.verifier.Verifiers`, or None.
 
     Returns:
@@ -63,7 +63,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_id, verifiers=None)
     goal, needs = make_objective(config)
     reference = parents["reference"]
     rolls = rollout.make(
-        config, shared_mesh, parents.get("reward"), verifiers, stop_id=stop_id
+        config, shared_mesh, parents.get("reward"), verifiers, stop_ids=stop_ids
     )
 
     def init(key):

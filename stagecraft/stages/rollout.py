@@ -41,7 +41,7 @@ class Rollout(NamedTuple):
     weights: tuple
 
 
-def make(config, shared_mesh, reward_model, verifiers, *, stop_id, samples=1):
+def make(config, shared_mesh, reward_model, verifiers, *, stop_ids, samples=1):
     """Builds the sampling and scoring of a stage.
 
     Args:
@@ -49,7 +49,7 @@ def make(config, shared_mesh, reward_model, verifiers, *, stop_id, samples=1):
         shared_mesh: the mesh.
         reward_model: a `ScalarModel`, or None.
         verifiers: a `signals.verifier.Verifiers`, or None.
-        stop_id: the token that ends a completion.
+        stop_ids: the tokens that end a completion.
         samples: completions of each prompt.
     """
     names = (REWARD_MODEL,) * (reward_model is not None)
@@ -61,7 +61,7 @@ def make(config, shared_mesh, reward_model, verifiers, *, stop_id, samples=1):
             f"rewards ({', '.join(names) or 'none: set reward_from or verifiers'})"
         )
     draw = jax.jit(
-        functools.partial(_sample, config=config, stop_id=stop_id, samples=samples)
+        functools.partial(_sample, config=config, stop_ids=stop_ids, samples=samples)
     )
     judge = jax.jit(_model_score)
 
@@ -84,13 +84,13 @@ def make(config, shared_mesh, reward_model, verifiers, *, stop_id, samples=1):
     return Rollout(sample, score, names, weights)
 
 
-def _sample(policy, raw, key, *, config, stop_id, samples):
+def _sample(policy, raw, key, *, config, stop_ids, samples):
     got = sampling.generate(
         policy,
         raw["prompt_ids"],
         raw["prompt_mask"],
         key,
-        stop_id=stop_id,
+        stop_ids=stop_ids,
         samples=samples,
         **dict(config.sampling),
     )

@@ -7,11 +7,19 @@ The mask marks targets: in a conversation every assistant turn with its <|end|> 
 last alone; none whose weight is 0), in a document everything but bos. Each part is
 tokenised on its own, so that no piece spans the border between what is given and what
 is learned.
+
+A tokenizer that brings a chat template writes conversations its own way instead. The
+whole text is tokenised at once, as transformers does, and a token is a target where it
+holds a character of an assistant's turn; see `template`.
 """
+
+import json
 
 from stagecraft.errors import UserError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+# Those that a tokenizer without a template has pieces for.
+PIECES = ("system", "user", "assistant")
 
 # Which assistant turns of a conversation are learned.
 TURNS = ("all", "last")
@@ -23,28 +31,72 @@ def document(text, tokenizer):
     Returns:
         ids list[int], mask list[bool]: all but bos are targets.
     """
-    ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-    return ids, [False] + [True] * (len(ids) - 1)
+    ids = [*beginning(tokenizer), *tokenizer.encode(text), tokenizer.eos]
+    mask = [True] * len(ids)
+    mask[: len(beginning(tokenizer))] = [False] * len(beginning(tokenizer))
+    return ids, mask
 
 
-def render(messages, tokenizer, *, turns="all"):
+def beginning(tokenizer):
+    """What stands before a text: bos, or nothing for tokenizers that put none."""
+    return [] if tokenizer.bos is None else [tokenizer.bos]
+
+
+def render(messages, tokenizer, *, turns="all", tools=None):
     """A whole conversation.
 
     Args:
         messages: [{"role", "content"}]; one with "ended" False was cut off by a length
             limit and gets no end of turn; an assistant's with "weight" 0 is context
-            and not learned.
+            and not learned. With a template also "tool_calls" and role "tool".
         turns: "all" to learn every assistant turn, "last" the last one alone.
+        tools: JSON schemas of the tools a template may offer, or None.
 
     Returns:
         ids list[int], mask list[bool]: the assistant's words and its end of turn.
     """
+    template = tokenizer.template
+    if template is None:
+        return _pieces(messages, tokenizer, turns, tools)
+
+    def write(messages, tools):
+        return template.conversation(messages, tools, turns=turns)
+
+    ids, places, spans = tokenizer.encode_turns(messages, tools, write)
+    return ids, _touched(places, spans)
+
+
+def generation_prompt(messages, tokenizer, *, tools=None):
+    """Ids of a conversation up to the point where the assistant is to speak."""
+    template = tokenizer.template
+    if template is None:
+        return [*_pieces(messages, tokenizer, "all", tools)[0], tokenizer.assistant]
+
+    def write(messages, tools):
+        return template.prompt(messages, tools), []
+
+    return tokenizer.encode_turns(messages, tools, write)[0]
+
+
+def _pieces(messages, tokenizer, turns, tools):
+    if tokenizer.end is None:
+        raise UserError(
+            "this tokenizer has no chat template and no pieces for turns, so it is for "
+            "plain text; train one with tokenizer.files, or bring one with a template"
+        )
+    if tools:
+        raise UserError("tools need a tokenizer with a chat template that offers them")
     last = max(
         (i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1
     )
     ids, mask = [tokenizer.bos], [False]
-    pieces = {role: getattr(tokenizer, role) for role in ROLES}
+    pieces = {role: getattr(tokenizer, role) for role in PIECES}
     for number, message in enumerate(messages):
+        if message["role"] not in pieces or message.get("tool_calls"):
+            raise UserError(
+                f"message {number + 1} is of a tool or calls one; that needs a "
+                "tokenizer with a chat template that writes such turns"
+            )
         words = tokenizer.encode(message["content"])
         spoken = message["role"] == "assistant"
         learned = spoken and message.get("weight", 1) != 0
@@ -57,9 +109,39 @@ def render(messages, tokenizer, *, turns="all"):
     return ids, mask
 
 
-def generation_prompt(messages, tokenizer):
-    """Ids of a conversation up to the point where the assistant is to speak."""
-    return [*render(messages, tokenizer)[0], tokenizer.assistant]
+def _touched(places, spans):
+    """Which tokens hold a character of a span.
+
+    Args:
+        places: (start, end) of each token in characters, in order.
+        spans: (start, end), in order.
+
+    >>> _touched([(0, 2), (2, 4), (3, 4), (4, 4), (4, 6)], [(3, 4)])
+    [False, True, True, False, False]
+    """
+    mask, number = [], 0
+    for start, end in places:
+        while number < len(spans) and spans[number][1] <= start:
+            number += 1
+        inside = number < len(spans) and max(start, spans[number][0]) < min(
+            end, spans[number][1]
+        )
+        mask.append(inside)
+    return mask
+
+
+def as_tools(value):
+    """Tools as a list of JSON schemas, from a list or its JSON; None for none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            value = 0
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
+        raise UserError("expected tools to be a list of JSON schemas")
+    return value
 
 
 def as_messages(value, role="user"):
@@ -73,17 +155,40 @@ def as_messages(value, role="user"):
     if not isinstance(value, list) or not value:
         raise UserError("expected a text or a list of messages")
     for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, dict) or "role" not in message:
             raise UserError('expected messages like {"role": "user", "content": "..."}')
         if message["role"] not in ROLES:
             raise UserError(
                 f"role {message['role']!r}: expected one of {', '.join(ROLES)}"
             )
-        if not isinstance(message["content"], str):
+        calls = message.get("tool_calls")
+        if calls is not None:
+            _check_calls(message, calls)
+        if "content" not in message and not calls:
+            raise UserError('expected messages like {"role": "user", "content": "..."}')
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and calls):
             raise UserError("expected every message's content to be a text")
         if "weight" in message:
             _check_weight(message)
     return value
+
+
+def _check_calls(message, calls):
+    if message["role"] != "assistant":
+        raise UserError(
+            f"a message of {message['role']!r} has tool_calls; only the assistant calls "
+            "tools"
+        )
+    fit = isinstance(calls, list) and all(
+        isinstance(call, dict) and "name" in (call.get("function") or call)
+        for call in calls
+    )
+    if not fit:
+        raise UserError(
+            'expected tool_calls like [{"type": "function", "function": {"name": '
+            '"...", "arguments": {...}}}]'
+        )
 
 
 def _check_weight(message):
@@ -104,7 +209,7 @@ def check_turns(messages, last=ROLES):
 
     Args:
         messages: a whole conversation: perhaps a system message, then a user's and an
-            assistant's in turn.
+            assistant's in turn; tools may answer an assistant, who then goes on.
         last: roles it may end with.
     """
     allowed = ("system", "user")
@@ -115,7 +220,12 @@ def check_turns(messages, last=ROLES):
                 f"{' or '.join(map(repr, allowed))}: a system message may come first, "
                 "then user and assistant take turns"
             )
-        allowed = ("assistant",) if message["role"] == "user" else ("user",)
+        allowed = {
+            "system": ("user",),
+            "user": ("assistant",),
+            "assistant": ("user", "tool"),
+            "tool": ("assistant", "tool"),
+        }[message["role"]]
     if messages[-1]["role"] not in last:
         raise UserError(
             f"the last message is of {messages[-1]['role']!r}, expected "

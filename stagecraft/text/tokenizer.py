@@ -1,13 +1,25 @@
-"""A SentencePiece tokenizer whose control pieces no text can forge.
+"""Tokenizers: SentencePiece here, Hugging Face's and bytes in files of their own.
 
-pad, bos, eos and the chat pieces are control symbols: they have ids but no spelling, so
-that a user's "<|end|>" is ordinary text. Bytes outside the vocabulary fall back to byte
-pieces, so that every string survives encode and decode.
+Every one has
+
+    encode(text) -> ids, without bos or eos and without control ids
+    decode(ids) -> text, in which control ids are silent
+    pad, bos (None where none is put), eos; pad differs from both
+    stops: ids that end an assistant's turn
+    control_ids: other ids that plain text never holds
+    vocab_size; digest: a hash of all that decides ids; files: {name: bytes}
+    template: a chat `Template`; where it is None, turns begin with the ids system,
+        user, assistant and an answer ends with the id end (None: it cannot chat)
+
+The SentencePiece model we train has control symbols for these, which have ids but no
+spelling, so that a user's "<|end|>" is ordinary text. Bytes outside the vocabulary fall
+back to byte pieces, so that every string survives encode and decode.
 """
 
 import hashlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +27,8 @@ import sentencepiece as spm
 
 from stagecraft import workdir
 from stagecraft.errors import UserError
+from stagecraft.text import bytes_
+from stagecraft.text import huggingface as hf
 
 CHAT_PIECES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -29,29 +43,110 @@ ENOUGH = 2_000_000
 LINE = 1000
 
 
-class Tokenizer:
-    """Text to ids and back.
+# The file's name in a folder.
+FILE = "tokenizer.model"
+
+
+def load(path):
+    """Reads a tokenizer.
 
     Args:
-        model: the bytes of a SentencePiece model.
+        path: a SentencePiece .model, a Hugging Face folder or tokenizer.json, the
+            folder of one that was kept, or the word "bytes".
+    """
+    if str(path) == "bytes":
+        return bytes_.Bytes()
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such tokenizer file or folder")
+    if path.name == hf.MAIN:  # what lies beside it belongs to it
+        path = path.parent
+    if path.is_file():
+        return (hf.HuggingFace if path.suffix == ".json" else Tokenizer).load(path)
+    if (path / hf.MAIN).is_file():
+        return hf.HuggingFace.load(path)
+    if (path / FILE).is_file():
+        return Tokenizer.load(path / FILE)
+    if (path / bytes_.FILE).is_file():
+        return bytes_.Bytes()
+    raise UserError(f"{path}: no tokenizer here ({hf.MAIN} or {FILE})")
+
+
+def keep(tokenizer, folder):
+    """Writes a tokenizer's files as they came, all or none; `load(folder)` reads them.
+
+    Args:
+        tokenizer: one of any kind.
+        folder: where they go; must not be there yet.
+    """
+    folder = Path(folder)
+    half = folder.with_name(f".{folder.name}")
+    shutil.rmtree(half, ignore_errors=True)
+    for name, data in tokenizer.files.items():
+        workdir.write_bytes(half / name, data)
+    half.rename(folder)
+
+
+class Tokenizer:
+    """A SentencePiece model, ours or another's.
+
+    One of ours writes back every text and has pieces for turns. Another's is for plain
+    text, with the normalisation it was trained with.
+
+    Args:
+        model: the bytes of the model.
+        where: what to call it in messages.
     """
 
-    def __init__(self, model):
-        self._processor = spm.SentencePieceProcessor(model_proto=model)
-        self.digest = hashlib.sha256(model).hexdigest()
-        piece = self._processor.piece_to_id
-        self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")
-        self.system, self.user, self.assistant, self.end = map(piece, CHAT_PIECES)
-        self.vocab_size = self._processor.get_piece_size()
-        self._space = [piece(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+    template = None
 
-    @property
-    def control_ids(self):
-        """Ids of the chat pieces, which plain text never holds."""
-        return (self.system, self.user, self.assistant, self.end)
+    def __init__(self, model, where="tokenizer"):
+        self._processor = processor = spm.SentencePieceProcessor(model_proto=model)
+        self.digest = hashlib.sha256(model).hexdigest()
+        self.files = {FILE: model}
+        self.vocab_size = processor.get_piece_size()
+        self._space = []
+        self._own = self._has_pieces()
+        piece = processor.piece_to_id
+        if self._own:
+            self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")
+            self.system, self.user, self.assistant, self.end = map(piece, CHAT_PIECES)
+            self.stops = (self.end,)
+            self.control_ids = (self.system, self.user, self.assistant, self.end)
+            self._space = [piece(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        else:
+            self._others(where)
+
+    def _has_pieces(self):
+        # A piece that is missing has the id of <unk>, which is no control piece.
+        ids = [self._processor.piece_to_id(p) for p in ("<pad>", "<s>", "</s>")]
+        ids += map(self._processor.piece_to_id, CHAT_PIECES)
+        return all(map(self._processor.is_control, ids)) and len(set(ids)) == len(ids)
+
+    def _others(self, where):
+        """What a model without our pieces says of itself."""
+        processor = self._processor
+        self.eos = processor.eos_id()
+        if self.eos < 0:
+            raise UserError(f"{where}: has no piece that ends a text (eos)")
+        self.bos = processor.bos_id() if processor.bos_id() >= 0 else None
+        # Masks say what is real, so that any id but these will do as padding.
+        candidates = (processor.pad_id(), processor.unk_id(), *range(self.vocab_size))
+        taken = (-1, self.bos, self.eos)
+        self.pad = next(i for i in candidates if i not in taken)
+        self.system = self.user = self.assistant = self.end = None
+        self.stops = (self.eos,)
+        self.control_ids = tuple(
+            i
+            for i in range(self.vocab_size)
+            if processor.is_control(i) and i not in (self.bos, self.eos, self.pad)
+        )
 
     def encode(self, text):
-        """Ids of a text, without bos or eos: `decode` gives the same text back."""
+        """Ids of a text, without bos or eos."""
+        if not self._own:
+            return self._processor.encode(text)
+        # `decode` gives the same text back, also where it holds this character.
         first, *rest = text.split(SPACE)
         ids = self._processor.encode(first)
         for part in rest:
@@ -64,22 +159,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Reads a .model file with all the pieces this project needs."""
+        """Reads a .model file."""
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
         try:
-            found = cls(path.read_bytes())
+            found = cls(path.read_bytes(), path)
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
-        # A piece that is missing has the id of <unk>, which is no control piece.
-        ids = (found.pad, found.bos, found.eos, *found.control_ids)
-        if not all(map(found._processor.is_control, ids)) or len(set(ids)) < len(ids):
-            raise UserError(
-                f"{path}: needs distinct control pieces <pad>, <s>, </s>, "
-                f"{', '.join(CHAT_PIECES)}; train one with tokenizer.files"
-            )
-        if found.decode(found.encode(PROBE)) != PROBE:
+        if found._own and found.decode(found.encode(PROBE)) != PROBE:
             raise UserError(
                 f"{path}: does not give text back as it was (needs byte fallback and "
                 "no normalisation); train one with tokenizer.files"

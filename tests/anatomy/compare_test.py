@@ -220,7 +220,7 @@ def test_a_parent_in_another_run_is_traced_there(tmp_path):
             data=dict(files=f"{base}/dpo/records.jsonl", heldout=f"{base}/world/x"),
         )
         own = {"ipo": (settings, gold(2.0 + seed))}
-        tokenizer = dict(path=str(base / "tokenizer.model"))
+        tokenizer = dict(path=str(base / "tokenizer"))
         runs.append(make(tmp_path / f"own{seed}", own, seed, tokenizer=tokenizer))
     [arm] = compare.compare(runs)["arms"]
     assert len(arm["samples"]) == 2

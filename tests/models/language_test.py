@@ -61,9 +61,9 @@ def test_sampled_log_probabilities_agree_with_scoring(parts):
     language = Language(model, tokenizer, batch_size=4)
     rows = [language.encode("the cat", chat_format=True)] * 4
     got = language.sample_ids(
-        rows, seed=3, max_new_tokens=6, temperature=1.0, stop_id=tokenizer.end
+        rows, seed=3, max_new_tokens=6, temperature=1.0, stop_ids=tokenizer.stops
     )
-    said = [ids + [tokenizer.end] * ended for ids, ended, _ in got]
+    said = [ids for ids, _, _ in got]
     again = language.logprob_ids(list(zip(rows, said, strict=True)))
     np.testing.assert_allclose([logp for _, _, logp in got], again, atol=1e-4)
 

@@ -45,7 +45,7 @@ FULL, RAGGED = [P] * B, [6, 1, 4, 2, 6, 3, 5, 1]
 
 
 def generate(lengths, **settings):
-    settings = {"max_new_tokens": N, "stop_id": None} | settings
+    settings = {"max_new_tokens": N, "stop_ids": ()} | settings
     return sampling.generate(model(), *prompts(lengths), KEY, **settings)
 
 
@@ -89,7 +89,7 @@ def test_padding_does_not_matter():
     ids, mask = prompts(RAGGED)
     changed = np.where(mask, ids, (ids + 1) % CONFIG.vocab_size)
     a, b = (
-        sampling.generate(model(), x, mask, KEY, max_new_tokens=N, stop_id=None)
+        sampling.generate(model(), x, mask, KEY, max_new_tokens=N, stop_ids=())
         for x in (ids, changed)
     )
     np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -107,14 +107,15 @@ def test_log_probabilities_are_those_of_the_full_pass(settings):
     np.testing.assert_allclose(sample.logps, expected, atol=1e-5)
 
 
-def test_rows_stop_at_the_stop_token():
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_stop_at_the_first_of_the_stop_tokens(count):
     endless = generate(RAGGED, temperature=1.5)
     tokens = np.asarray(endless.tokens)
-    stop = int(np.bincount(tokens.ravel()).argmax())
-    sample = generate(RAGGED, temperature=1.5, stop_id=stop)
-    lengths = set()
+    stops = tuple(np.bincount(tokens.ravel()).argsort()[::-1][:count].tolist())
+    sample = generate(RAGGED, temperature=1.5, stop_ids=stops)
+    lengths, met = set(), set()
     for row in range(B):
-        where = np.flatnonzero(tokens[row] == stop)
+        where = np.flatnonzero(np.isin(tokens[row], stops))
         length = where[0] + 1 if len(where) else N
         lengths.add(int(length))
         assert sample.mask[row].tolist() == [True] * length + [False] * (N - length)
@@ -125,7 +126,9 @@ def test_rows_stop_at_the_stop_token():
         )
         assert not sample.logps[row, length:].any()
         assert bool(sample.ended[row]) == bool(len(where))
+        met |= {int(tokens[row, length - 1])} & set(stops)
     assert len(lengths) > 2  # rows really ended at different steps
+    assert len(met) == count  # and every stop token ended some
 
 
 def count_steps(monkeypatch, **settings):
@@ -147,7 +150,7 @@ def count_steps(monkeypatch, **settings):
 def test_the_loop_stops_when_all_rows_have(monkeypatch):
     tokens = np.asarray(generate(FULL, temperature=1.5).tokens)
     steps, sample = count_steps(
-        monkeypatch, max_new_tokens=64, stop_id=int(tokens[0, 0]), temperature=1.5
+        monkeypatch, max_new_tokens=64, stop_ids=(int(tokens[0, 0]),), temperature=1.5
     )
     assert sample.ended.all()
     longest = int(sample.mask.sum(axis=1).max())
@@ -157,7 +160,7 @@ def test_the_loop_stops_when_all_rows_have(monkeypatch):
 
 def test_one_new_token(monkeypatch):
     steps, sample = count_steps(
-        monkeypatch, max_new_tokens=1, stop_id=None, temperature=0.0
+        monkeypatch, max_new_tokens=1, stop_ids=(), temperature=0.0
     )
     assert steps == 0
     np.testing.assert_array_equal(
@@ -225,7 +228,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 def test_randomness_is_keyed_by_key_step_and_row():
     sample = generate(FULL, temperature=1.5)
     ids, mask = prompts(FULL)
-    settings = {"max_new_tokens": N, "stop_id": None, "temperature": 1.5}
+    settings = {"max_new_tokens": N, "stop_ids": (), "temperature": 1.5}
     fewer = sampling.generate(model(), ids[:3], mask[:3], KEY, **settings)
     np.testing.assert_array_equal(fewer.tokens, sample.tokens[:3])
     other = sampling.generate(model(), ids, mask, jax.random.key(12), **settings)
@@ -236,7 +239,7 @@ def test_randomness_is_keyed_by_key_step_and_row():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"stop_id": 3}, {"stop_id": None, "top_k": 5}], ids=str
+    "settings", [{"stop_ids": (3,)}, {"stop_ids": (), "top_k": 5}], ids=str
 )
 def test_samples_of_one_prompt_are_the_prompt_repeated(settings):
     """They share its prefill and nothing else; neighbours belong to one prompt."""
@@ -263,7 +266,7 @@ def test_the_prompts_run_once_however_many_samples(monkeypatch):
         return attention(query, *rest, **options)
 
     monkeypatch.setattr(sampling.attention_lib, "attention", watched)
-    settings = dict(max_new_tokens=2, stop_id=None, samples=5)
+    settings = dict(max_new_tokens=2, stop_ids=(), samples=5)
     generate_ = functools.partial(sampling.generate.__wrapped__, **settings)
     shapes = jax.eval_shape(generate_, model(), *prompts(RAGGED), KEY)
     assert set(seen) == {B} and shapes.tokens.shape == (5 * B, 2)
@@ -271,7 +274,7 @@ def test_the_prompts_run_once_however_many_samples(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_samples_on_a_mesh(shape):
-    settings = {"max_new_tokens": N, "stop_id": 3, "temperature": 1.5, "samples": 2}
+    settings = {"max_new_tokens": N, "stop_ids": (3,), "temperature": 1.5, "samples": 2}
     expected = generate(RAGGED, **settings)
     made = mesh.make(*shape)
     with jax.set_mesh(made):
@@ -285,7 +288,7 @@ def test_samples_on_a_mesh(shape):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_the_mesh_does_not_matter(shape):
-    settings = {"max_new_tokens": N, "stop_id": 3, "temperature": 1.5}
+    settings = {"max_new_tokens": N, "stop_ids": (3,), "temperature": 1.5}
     expected = generate(RAGGED, **settings)
     made = mesh.make(*shape)
     with jax.set_mesh(made):

@@ -223,7 +223,12 @@ _SAMPLING = in_file(
         "logits = logits if greedy else logits / temperature",
         "logits = logits if greedy else logits * temperature",
     ),
-    ("stops at the wrong token", "drawn == stop_id", "drawn == stop_id + 1"),
+    (
+        "stops at the wrong token",
+        "jnp.array(stop_ids, jnp",
+        "1 + jnp.array(stop_ids, jnp",
+    ),
+    ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
 )
 
 _RUN = in_file(
@@ -231,8 +236,8 @@ _RUN = in_file(
     "tests/mutation_gaps_test.py tests/run_test.py",
     (
         "missing EOS on the document's end",
-        'extra["stop_id"] = tokenizer.end',
-        'extra["stop_id"] = tokenizer.eos',
+        'extra["stop_ids"] = tokenizer.stops',
+        'extra["stop_ids"] = (tokenizer.eos,)',
     ),
 )
 

@@ -167,7 +167,7 @@ def test_twenty_steps(
     found = []
 
     def made(mesh):
-        built = group.make(config, C, mesh, parents, stop_id=bridge.END)
+        built = group.make(config, C, mesh, parents, stop_ids=(bridge.END,))
 
         def prepare(state, raw, key):
             batch = built.prepare(state, raw, key)

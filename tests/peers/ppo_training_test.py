@@ -114,7 +114,7 @@ def ours(theirs, optimizer, seed):
         return real(*args, **kwargs)._replace(sample=sample)
 
     def make(mesh):
-        built = policy.make(config, C, mesh, parents, stop_id=bridge.END)
+        built = policy.make(config, C, mesh, parents, stop_ids=(bridge.END,))
 
         def prepare(state, raw, key):
             batch = built.prepare(state, raw, key)

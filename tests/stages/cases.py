@@ -167,7 +167,7 @@ def stage(kind, shared_mesh, *, verifiers=None, without=(), start=None, **change
     known = models(shared_mesh)
     known |= {"start": start or known["policy"], "value": known["reward"]}
     roles = {name: known[name] for name in PARENTS[kind] if name not in without}
-    extra = dict(stop_id=STOP, verifiers=verifiers) if samples else {}
+    extra = dict(stop_ids=(STOP,), verifiers=verifiers) if samples else {}
     made = BUILD[kind](config, CONFIG, shared_mesh, roles, **extra)
     return made, BATCH[kind](), config
 

@@ -1,0 +1,469 @@
+"""Hugging Face folders: models read from them and written as them.
+
+Both stream: one tensor of the folder at a time is on its way between the disk and the
+sharded arrays, each device its own slice of it, so that the host never holds the model.
+`families.py` says what is called how.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stagecraft import mesh as mesh_lib
+from stagecraft import tree
+from stagecraft.errors import UserError
+from stagecraft.models import families, places, saved, tensors
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import ScalarModel
+
+# What a stage's start_from and the like begin with when they name a folder.
+PREFIX = "hf:"
+# Their names of what we can write, and the format's.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SHARD_SIZE = 5 * 10**9
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Our reward models have a bias, theirs have not: config.json carries it.
+BIAS = "stagecraft_reward_bias"
+# Tensors of theirs that are no weights, or no weights of the text's decoder.
+IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
+    r"|^(model\.)?(vision_tower|multi_modal_projector)\."
+)
+
+
+# Reading
+
+
+def folder_of(name):
+    """The folder of "hf:FOLDER"; None for any other text."""
+    if str(name).startswith(PREFIX):
+        return Path(str(name).removeprefix(PREFIX))
+    return None
+
+
+def read_json(folder, name):
+    """A JSON file of the folder, or a UserError that names it."""
+    path = Path(folder) / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def info(folder):
+    """What `saved.info` says of a stage, of a folder: its module and model.
+
+    Returns:
+        {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
+    """
+    hf = read_json(folder, "config.json")
+    with _named(folder):
+        config = families.read_config(hf)
+    scalar = any(
+        "ForSequenceClassification" in a for a in hf.get("architectures") or ()
+    )
+    if scalar:  # such a folder has no output embedding, whatever it says of it
+        config = dataclasses.replace(config, tied=True)
+    return {
+        "module": "scalar" if scalar else "transformer",
+        "model": dataclasses.asdict(config.validate()),
+    }
+
+
+def config(folder):
+    """The `ModelConfig` of a folder."""
+    return ModelConfig(**info(folder)["model"])
+
+
+def digest(folder):
+    """SHA-256 of the folder's config and weights, as a lineage tells it."""
+    hasher = hashlib.sha256()
+    paths = [Path(folder) / "config.json", *tensors.files(Path(folder))]
+    for path in paths:
+        hasher.update(path.name.encode())
+        with open(path, "rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
+
+
+class Plan(NamedTuple):
+    """What is to be read: `abstract` the module as shapes, `places` the list of
+    `Place`, `tensors` {key: Tensor}."""
+
+    abstract: Any
+    places: list
+    tensors: dict
+
+
+def examine(folder, shared_mesh, *, module=None, **changes):
+    """Looks at a folder's config and headers: all is there, and of the right shape.
+
+    Args and errors as of `load`, of whose work it is the first part.
+    """
+    folder = Path(folder)
+    told = info(folder)
+    if module not in (None, told["module"]):
+        needs = {
+            "transformer": "...ForCausalLM",
+            "scalar": "...ForSequenceClassification",
+        }
+        raise UserError(
+            f"{folder}: config.json: architectures: expected a {needs[module]}, this "
+            f"is a {needs[told['module']]}"
+        )
+    told["model"] |= changes
+    abstract = saved.abstract(told, shared_mesh)
+    shapes = tree.named(abstract)
+    weights = {k: v for k, v in shapes.items() if k != "bias"}
+    model = ModelConfig(**told["model"])
+    family = families.FAMILIES[model.family]
+    placed = places.places(family, model, weights)
+    return Plan(abstract, placed, _checked(folder, family, placed, shapes))
+
+
+def load(folder, shared_mesh, *, module=None, **changes):
+    """Reads a model, each device its own part.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        shared_mesh: where to put the parameters, which are float32 whatever the
+            folder's dtype.
+        module: "transformer" or "scalar", where only one will do.
+        **changes: fields of `ModelConfig` that are the run's: dtype, remat.
+
+    Returns:
+        a `Transformer`, or a `ScalarModel` from a ...ForSequenceClassification.
+
+    Raises:
+        UserError: the folder is not whole, or not what its config.json says.
+    """
+    plan = examine(folder, shared_mesh, module=module, **changes)
+    abstract = plan.abstract
+    empty = mesh_lib.born(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
+        shared_mesh,
+    )
+    arrays = tree.named(empty())
+    names = list(arrays)
+    for place in plan.places:
+        # Taken out, so that the array is written in place and not copied.
+        stack = arrays.pop(place.ours)
+        arrays[place.ours] = _fill(stack, plan.tensors[place.key], place)
+    if "bias" in arrays:
+        bias = read_json(folder, "config.json").get(BIAS, 0.0)
+        arrays["bias"] = jax.device_put(jnp.float32(bias), arrays["bias"].sharding)
+    leaves = [arrays[name] for name in names]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+@contextlib.contextmanager
+def _named(folder):
+    """Puts the folder before what is said of its config.json."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from None
+
+
+def _checked(folder, family, placed, shapes):
+    """{key: Tensor} of the folder, all there and of the right shape."""
+    found = tensors.read_folder(folder)
+    found = _plain_names(found, family)
+    wanted = {place.key: place for place in placed}
+    if "unembed" not in shapes:
+        found.pop("lm_head.weight", None)  # some write tied embeddings twice
+    for key in wanted:
+        if key not in found:
+            raise UserError(
+                f"{folder}: lacks {key}, which its config.json calls for"
+                + _nearest(key, found.keys() - wanted.keys(), "there is")
+            )
+    for key in found:
+        if key not in wanted:
+            raise UserError(
+                f"{folder}: holds {key}, which no {family.name} of its config.json has"
+                + _nearest(key, wanted, "it has")
+            )
+    for key, place in wanted.items():
+        expected = place.axes.shape(_sizes(place, shapes))
+        if found[key].shape != expected:
+            raise UserError(
+                f"{folder}: {key} has shape {list(found[key].shape)}; its config.json "
+                f"calls for {list(expected)}"
+            )
+    return found
+
+
+def _plain_names(found, family):
+    """Their names as transformers writes them for a model of text with a head."""
+    out = {}
+    for name, tensor in found.items():
+        for inner in ("model.language_model.", "language_model.model."):
+            if name.startswith(inner):
+                name = "model." + name.removeprefix(inner)
+        name = name.removeprefix("language_model.")
+        if not IGNORED.search(name):
+            out[name] = tensor
+    root = family.top["embed"][0].partition(".")[0] + "."
+    if any(name.startswith(root) for name in out):
+        return out
+    heads = ("lm_head.", "score.")
+    return {n if n.startswith(heads) else root + n: x for n, x in out.items()}
+
+
+def _nearest(name, names, verb):
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; the nearest {verb} is {near[0]}" if near else ""
+
+
+def _sizes(place, shapes):
+    """{letter: size} of a place, from our array's shape."""
+    shape = shapes[place.ours].shape[len(place.index) :]
+    return dict(zip(place.axes.ours, shape, strict=True))
+
+
+def _fill(stack, tensor, place):
+    """Our array with one tensor of theirs in its place."""
+    sizes = _sizes(place, {place.ours: stack})
+    program, sharding = _reader(
+        place.axes, tuple(sizes.items()), len(place.index), stack.sharding
+    )
+    mapped = tensor.open()
+    mapped = mapped[place.axes.region(mapped.shape)]
+    if mapped.dtype == np.float64:
+        mapped = mapped.astype(np.float32)
+    theirs = jax.make_array_from_callback(
+        mapped.shape, sharding, lambda index: np.ascontiguousarray(mapped[index])
+    )
+    stack, finite = program(stack, theirs, np.asarray(place.index, np.int32))
+    if not finite:
+        raise UserError(
+            f"{tensor.path}: {place.key} holds values that are not finite (NaN or "
+            "infinity); a model cannot start from it"
+        )
+    return stack
+
+
+@functools.lru_cache(maxsize=256)
+def _reader(axes, sizes, leading, sharding):
+    """(stack, theirs, index) -> (stack, finite), and the sharding of theirs."""
+    sizes, spec = dict(sizes), _padded(sharding.spec, leading + len(axes.ours))
+    ours = dict(zip(axes.ours, spec[leading:], strict=True))
+    theirs = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
+    split = [x for _, _, letters in axes.theirs for x in letters]
+    order = [split.index(x) for x in axes.ours]
+
+    def place(stack, array, index):
+        finite = jnp.isfinite(array).all()
+        array = array.reshape(axes.shape(sizes, split=True)).transpose(order)
+        array = array.astype(stack.dtype).reshape((1,) * leading + array.shape)
+        start = [*index] + [0] * len(order)
+        return jax.lax.dynamic_update_slice(stack, array, start), finite
+
+    outputs = (sharding, NamedSharding(sharding.mesh, P()))
+    program = jax.jit(place, donate_argnums=0, out_shardings=outputs)
+    return program, NamedSharding(sharding.mesh, theirs)
+
+
+def _padded(spec, length):
+    return (*spec, *(None,) * (length - len(spec)))
+
+
+# Writing
+
+
+def save(
+    module,
+    folder,
+    *,
+    dtype="float32",
+    shard_size=SHARD_SIZE,
+    overwrite=False,
+    ids=None,
+    generation=None,
+    extra=None,
+):
+    """Writes a folder that transformers and vLLM open, whole or not at all.
+
+    It is written beside its place and renamed into it; what was there stays whole until
+    then.
+
+    Args:
+        module: a `Transformer`, or a `ScalarModel`: it leaves as a
+            ...ForSequenceClassification with one label. Their head has no bias: ours
+            goes to config.json, and comes back from there.
+        folder: where to; must not hold anything, unless `overwrite`.
+        dtype: of the weights in the folder.
+        shard_size: bytes of weights in a file, at most.
+        overwrite: replace a folder that is there.
+        ids: of `IDS`, for config.json; null without, since readers would take a
+            family's own for them.
+        generation: for generation_config.json, where `extra` does not write one;
+            `ids` without.
+        extra: (folder) -> None, writes further files: the tokenizer's.
+
+    Returns:
+        the `families.Family` it was written as.
+    """
+    folder = Path(folder).absolute()
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(
+            f"{folder}: is there already and not empty; choose another --to, or add "
+            "--overwrite to replace it"
+        )
+    scalar = isinstance(module, ScalarModel)
+    body = module.body if scalar else module
+    family = families.matching(body.config)
+    with _whole(folder) as temporary:
+        _write_weights(module, family, body.config, temporary, dtype, shard_size)
+        _write_configs(module, family, body.config, temporary, dtype, ids)
+        if not scalar:
+            _write_json(temporary / "generation_config.json", generation or ids or {})
+        if extra is not None:
+            extra(temporary)
+    return family
+
+
+@contextlib.contextmanager
+def _whole(folder):
+    """A temporary folder that takes the place of `folder` when the block ends well."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{folder.name}.partial-"
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+        temporary.chmod(0o755)
+        yield temporary
+        old = temporary.with_name(temporary.name + "-old")
+        if folder.exists() and any(folder.iterdir()):
+            folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(folder)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); nothing was changed "
+                "there: make room, or choose another --to"
+            ) from error
+        raise
+
+
+def _write_weights(module, family, config, folder, dtype, shard_size):
+    arrays = tree.named(module)
+    arrays.pop("bias", None)
+    if isinstance(module, ScalarModel):
+        arrays.pop("body/unembed", None)
+    pieces = {}
+    for place in places.places(family, config, arrays):
+        pieces.setdefault(place.key, []).append(place)
+    shapes = {
+        key: found[0].axes.shape(_sizes(found[0], arrays))
+        for key, found in pieces.items()
+    }
+
+    def make(key):
+        parts = [
+            (place, _take(arrays[place.ours], place, dtype)) for place in pieces[key]
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
+        whole = np.empty(shapes[key], parts[0][1].dtype)
+        for place, part in parts:
+            whole[place.axes.region(whole.shape)] = part
+        return whole
+
+    if jax.process_index() == 0:
+        tensors.write_folder(
+            folder, shapes, make, dtype=DTYPES[dtype], shard_size=shard_size
+        )
+    else:  # every process has a part in gathering each tensor
+        for key in shapes:
+            make(key)
+
+
+def _take(stack, place, dtype):
+    """One tensor of theirs, or its part, out of our array."""
+    sizes = _sizes(place, {place.ours: stack})
+    program = _writer(
+        place.axes, tuple(sizes.items()), len(place.index), stack.sharding, dtype
+    )
+    array, finite = program(stack, np.asarray(place.index, np.int32))
+    if not finite:
+        raise UserError(
+            f"{place.key}: holds values that {dtype} cannot (NaN, infinity or beyond "
+            "its range); "
+            + ("use --dtype=bfloat16" if dtype == "float16" else "the model is broken")
+        )
+    return np.asarray(array)
+
+
+@functools.lru_cache(maxsize=256)
+def _writer(axes, sizes, leading, sharding, dtype):
+    """(stack, index) -> (theirs, finite), gathered to every device."""
+    sizes = dict(sizes)
+    split = [x for _, _, letters in axes.theirs for x in letters]
+    order = [axes.ours.index(x) for x in split]
+    shape = [math.prod(sizes[x] for x in letters) for _, _, letters in axes.theirs]
+
+    def take(stack, index):
+        start = [*index] + [0] * len(order)
+        size = (1,) * leading + stack.shape[leading:]
+        array = jax.lax.dynamic_slice(stack, start, size).reshape(size[leading:])
+        array = array.transpose(order).reshape(shape).astype(dtype)
+        return array, jnp.isfinite(array).all()
+
+    everywhere = None
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, P())
+    return jax.jit(take, out_shardings=everywhere)
+
+
+def _write_configs(module, family, config, folder, dtype, ids):
+    ids = dict.fromkeys(IDS) | (ids or {})
+    scalar = isinstance(module, ScalarModel)
+    kind = "ForSequenceClassification" if scalar else "ForCausalLM"
+    out = {"architectures": [family.classes[scalar] + kind]}
+    out |= families.write_config(family, config)
+    out |= {"dtype": dtype, "torch_dtype": dtype} | ids
+    if scalar:
+        out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        bias = float(module.bias[...])
+        out |= {BIAS: bias} if bias else {}
+    _write_json(folder / "config.json", out)
+
+
+def _write_json(path, value):
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

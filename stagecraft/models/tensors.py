@@ -1,0 +1,209 @@
+"""Folders of safetensors files: read tensor by tensor, written as a stream.
+
+The format is 8 bytes of header length, a JSON header of names, dtypes, shapes and
+offsets, and the bytes (https://github.com/huggingface/safetensors). It is read here and
+not by its library so that a tensor's pages leave memory with the tensor, and written
+here because the library wants all tensors at once.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from stagecraft.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Read only to be measured: what they hold is no weight of ours.
+OTHER = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U32": 4}
+OTHER |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U64": 8}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# The library's own limit: beyond it a header is damage.
+LONGEST_HEADER = 100_000_000
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        path: the file.
+        dtype: the format's name of it, such as "BF16".
+        shape: tuple of ints.
+        start: offset of its first byte in the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple
+    start: int
+
+    def open(self):
+        """The tensor as a memory map: pages are read when they are looked at."""
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"{self.path}: holds weights as {self.dtype}; expected one of "
+                f"{', '.join(DTYPES)} (quantised weights are not read)"
+            )
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, DTYPES[self.dtype])
+        return np.memmap(
+            self.path, DTYPES[self.dtype], "r", offset=self.start, shape=self.shape
+        )
+
+
+def read_folder(folder):
+    """The tensors of a folder: {name: Tensor}, nothing of them read but headers.
+
+    Raises:
+        UserError: a shard is missing, cut short or damaged; only pickles are there.
+    """
+    folder = Path(folder)
+    found = {}
+    for path in files(folder):
+        found |= read_header(path)
+    index = folder / INDEX
+    if index.exists():
+        for name, file in _weight_map(index).items():
+            if name not in found:
+                raise UserError(
+                    f"{folder / file}: lacks {name}, which {INDEX} says it holds"
+                )
+    return found
+
+
+def read_header(path):
+    """{name: Tensor} of one file, its offsets checked against its size."""
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise UserError(
+                f"{path}: damaged: says its header is {length} bytes long, the file "
+                f"has {size}; fetch it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            return {
+                k: _tensor(path, k, v, 8 + length, size) for k, v in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: damaged: its header is not that of a safetensors file; "
+                "fetch it again"
+            ) from error
+
+
+def _tensor(path, name, entry, offset, size):
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    item = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER.get(dtype)
+    if item is not None and stop - start != math.prod(shape) * item:
+        raise UserError(
+            f"{path}: damaged: {name} has {stop - start} bytes, {list(shape)} of "
+            f"{dtype} need {math.prod(shape) * item}; fetch it again"
+        )
+    if not 0 <= start <= stop <= size - offset:
+        raise UserError(
+            f"{path}: cut short: {name} ends at byte {offset + stop}, the file at "
+            f"{size}; fetch it again"
+        )
+    return Tensor(path, dtype, shape, offset + start)
+
+
+def files(folder):
+    """The safetensors files of a folder: those of its index, where it has one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / INDEX).exists():
+        names = sorted(set(_weight_map(folder / INDEX).values()))
+        for name in names:
+            if not (folder / name).exists():
+                raise UserError(
+                    f"{folder / name}: is missing; {INDEX} names {len(names)} files: "
+                    "fetch the rest"
+                )
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        raise UserError(
+            f"{folder}: holds its weights as pickles only ({sorted(pickles)[0]}), "
+            "which can run any code when opened; convert them to safetensors first"
+        )
+    raise UserError(f"{folder}: holds no *.safetensors file")
+
+
+def _weight_map(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not an index of safetensors files (no weight_map); fetch it again"
+        ) from error
+
+
+def write_folder(folder, shapes, make, *, dtype, shard_size):
+    """Writes tensors into one file, or into several with an index.
+
+    Args:
+        folder: an existing folder.
+        shapes: {name: shape}, in the order to write.
+        make: (name) -> array of that shape and dtype, called once for each in order;
+            one at a time is held.
+        dtype: a name of `DTYPES`.
+        shard_size: bytes of tensors in a file, at most, unless one is larger.
+    """
+    item = DTYPES[dtype].itemsize
+    shards, filled = [[]], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * item
+        if shards[-1] and filled + size > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files_ = [SINGLE]
+    if len(shards) > 1:
+        count = len(shards)
+        files_ = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for file, names in zip(files_, shards, strict=True):
+        _write_file(folder / file, {n: shapes[n] for n in names}, make, dtype)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * item
+        where = {n: f for f, names in zip(files_, shards, strict=True) for n in names}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+
+
+def _write_file(path, shapes, make, dtype):
+    item, start = DTYPES[dtype].itemsize, 0
+    header = {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape) * item
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[start, stop])
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin where vector loads like it
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(make(name), DTYPES[dtype])
+            assert array.shape == tuple(shape), (name, array.shape, shape)
+            file.write(array.reshape(-1).view(np.uint8).data)

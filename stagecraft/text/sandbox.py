@@ -1,0 +1,235 @@
+"""Chat templates run in a process of their own: jinja's sandbox, in bounds that hold.
+
+A template comes with a model from the internet and is a program. Its sandbox keeps it
+from Python's insides, but not from a loop without end or a text without bounds, and a
+thread that runs one cannot be stopped. So a child process renders, which the system
+itself ends when a request takes too long or too much memory. It is started once for a
+template and answers line by line.
+
+This file is also that child's program; it needs jinja2 and nothing of this package.
+"""
+
+import atexit
+import datetime
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+SECONDS = 10  # a request may take: thousands of times what one needs
+MEMORY = 2 << 30  # bytes of address space a child may have
+LARGEST = 20_000_000  # characters a request may write
+
+
+class Failed(Exception):
+    """A template that could not be rendered; the message says why, in one line.
+
+    Attributes:
+        always: whether other messages would not help.
+    """
+
+    def __init__(self, message, always):
+        super().__init__(message)
+        self.always = always
+
+
+class Sandbox:
+    """Renders the templates it was made with.
+
+    Args:
+        sources: {name: jinja text}.
+
+    Raises:
+        Failed: one of them is no template.
+    """
+
+    def __init__(self, sources):
+        self._sources, self._child, self._owner = sources, None, None
+        self.has_blocks = self._ask({"sources": sources})["has_blocks"]
+
+    def render(self, requests):
+        """Texts of several renderings, all at one moment in time.
+
+        Args:
+            requests: list of {"name", "variables", "opening", "closing"}: which
+                template, its variables, and what to write around what stands in its
+                {% generation %} blocks.
+
+        Raises:
+            Failed: a template refused, broke its bounds or is wrong.
+        """
+        return self._ask({"requests": requests})["texts"]
+
+    def _ask(self, question):
+        if self._child is None or self._owner != os.getpid():
+            self._start()
+        try:
+            self._child.stdin.write(json.dumps(question) + "\n")
+            self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.close()
+            raise Failed(
+                f"took more than {SECONDS} s or {MEMORY >> 30} GB and was stopped; is "
+                "there a loop without end in it?",
+                always=True,
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"], answer["always"])
+        return answer
+
+    def _start(self):
+        # A process forked from the one that started a child needs one of its own.
+        self._owner = os.getpid()
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+        )
+        atexit.register(self.close)
+        if "has_blocks" in self.__dict__:
+            self._ask({"sources": self._sources})
+
+    def close(self):
+        """Ends the child; the next rendering starts another."""
+        atexit.unregister(self.close)
+        if self._child is not None and self._owner == os.getpid():
+            self._child.kill()
+            self._child.stdin.close()
+            self._child.stdout.close()
+            self._child.wait()
+        self._child = None
+
+    def __del__(self):
+        self.close()
+
+
+# -- the child -------------------------------------------------------------------------
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}: what the assistant itself says.
+
+    The marks go into the text, so that they are where the text is, also when a macro or
+    a {% set %} block carries it elsewhere.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        nodes = jinja2.nodes
+        opening, closing = (
+            nodes.Output([nodes.EnvironmentAttribute(name)]).set_lineno(line)
+            for name in ("opening", "closing")
+        )
+        return [opening, nodes.Scope(body).set_lineno(line), closing]
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """What templates are written for: transformers' environment."""
+
+    opening = closing = ""
+
+    def __init__(self):
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
+        self.now = datetime.datetime.now()
+        self.filters["tojson"] = _to_json
+        self.globals["raise_exception"] = _refuse
+        self.globals["strftime_now"] = lambda form: self.now.strftime(form)
+
+    def unsafe_undefined(self, obj, attribute):
+        # By default it would be an empty text until it is used.
+        raise jinja2.sandbox.SecurityError(
+            f"reaches for {attribute!r} of a {type(obj).__name__}"
+        )
+
+
+class _Refused(Exception):
+    """What a template says no with."""
+
+
+def _refuse(message):
+    raise _Refused(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _answer(environment, templates, question):
+    if "sources" in question:
+        has_blocks = {}
+        for name, source in question["sources"].items():
+            tree = environment.parse(source)
+            marks = tree.find_all(jinja2.nodes.EnvironmentAttribute)
+            has_blocks[name] = any(mark.name == "opening" for mark in marks)
+            templates[name] = environment.from_string(source)
+        return {"has_blocks": has_blocks}
+    environment.now = datetime.datetime.now()
+    texts = []
+    for request in question["requests"]:
+        environment.opening = request["opening"]
+        environment.closing = request["closing"]
+        parts, size = [], 0
+        for part in templates[request["name"]].generate(**request["variables"]):
+            size += len(part)
+            if size > LARGEST:
+                raise MemoryError(f"it wrote more than {LARGEST} characters")
+            parts.append(part)
+        texts.append("".join(parts))
+    return {"texts": texts}
+
+
+def _serve():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    environment, templates = _Environment(), {}
+    for line in sys.stdin:
+        # Unless it is taken back, the alarm ends this process, whatever it is doing.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            answer = _answer(environment, templates, json.loads(line))
+        except _Refused as error:
+            answer = {"error": f"refuses: {error}", "always": False}
+        except jinja2.sandbox.SecurityError as error:
+            answer = {"error": f"is not safe: it {error}", "always": True}
+        except jinja2.TemplateSyntaxError as error:
+            answer = {"error": f"line {error.lineno}: {error.message}", "always": True}
+        except MemoryError as error:
+            told = f"needs too much memory ({error or 'it ran out'})"
+            answer = {"error": told, "always": True}
+        except Exception as error:  # somebody else's program
+            told = f"failed ({type(error).__name__}: {error})"
+            answer = {"error": told, "always": False}
+        if "error" in answer:
+            answer["error"] = " ".join(answer["error"].split())[:500]
+        text = json.dumps(answer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
