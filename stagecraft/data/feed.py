@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stagecraft import defaults, schema
-from stagecraft.data import packing, sources
+from stagecraft.data import files, packing, sources
 from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
 from stagecraft.text import chat
@@ -86,8 +86,7 @@ def build(stage, tokenizer, root, config):
     data = stage.data
     specs = {k: data[k] for k in SPECS if data.get(k)}
     digests = {
-        spec: sources.digest(sources.expand(locate(spec, root)))
-        for spec in specs.values()
+        spec: files.digest(files.expand(locate(spec, root))) for spec in specs.values()
     }
     make = {
         "language_model": _language_model,
@@ -121,8 +120,10 @@ def _language_model(stage, specs, tokenizer, config):
         if data.format == "text":
             found = sources.texts(spec, mapping)
             return [(chat.document(text, tokenizer), text) for text in found]
-        found = sources.demonstrations(spec, mapping)
-        return [(chat.render(m, tokenizer, turns=data.turns), m) for m in found]
+        return [
+            (_rendered(one.messages, tokenizer, one.tools, turns=data.turns), one)
+            for one in sources.demonstrations(spec, mapping)
+        ]
 
     if data.weights:
         rows = [
@@ -215,8 +216,16 @@ def _opening(source):
     """What to watch the model on: a question, or the first words of a document."""
     if isinstance(source, str):
         return " ".join(source.split()[:4])
-    last = next(i for i, m in enumerate(source) if m["role"] == "assistant")
-    return source[:last]
+    messages = source.messages
+    last = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    return messages[:last]
+
+
+def _rendered(messages, tokenizer, tools, **settings):
+    """Ids and mask of a conversation; only templates that know tools are given any."""
+    if tools:
+        settings["tools"] = tools
+    return chat.render(messages, tokenizer, **settings)
 
 
 # -- comparisons and prompts -----------------------------------------------------------
@@ -235,7 +244,7 @@ def _comparisons(stage, specs, tokenizer, config):
         rows = [
             tuple(
                 # Only the last turn is what was compared; earlier answers are context.
-                chat.render([*one.prompt, *answer], tokenizer, turns="last")
+                _rendered([*one.prompt, *answer], tokenizer, one.tools, turns="last")
                 for answer in one.answers
             )
             for one in comparisons
@@ -275,7 +284,8 @@ def _comparisons(stage, specs, tokenizer, config):
 def _reference(spec, stage, tokenizer):
     """Demonstrations as padded rows, their last turn under the mask."""
     found = [
-        chat.render(m, tokenizer, turns="last") for m in sources.demonstrations(spec)
+        _rendered(one.messages, tokenizer, one.tools, turns="last")
+        for one in sources.demonstrations(spec)
     ]
     fit = [document for document in found if len(document[0]) <= stage.data.length]
     if not fit:
@@ -298,7 +308,10 @@ def _judgements(stage, specs, tokenizer, config):
 
     def fitting(groups):
         rows = [
-            (j.label, chat.render([*j.prompt, *j.completion], tokenizer, turns="last"))
+            (
+                j.label,
+                _rendered([*j.prompt, *j.completion], tokenizer, j.tools, turns="last"),
+            )
             for group in groups
             for j in group
         ]
@@ -352,7 +365,9 @@ def _prompts(stage, specs, tokenizer, config):
     limit = min(data.prompt_length or room, room)
     rows = []
     for one in found:
-        ids = chat.generation_prompt(chat.as_messages(one.prompt), tokenizer)
+        known = {"tools": one.tools} if one.tools else {}
+        messages = chat.as_messages(one.prompt)
+        ids = chat.generation_prompt(messages, tokenizer, **known)
         if len(ids) > limit:
             raise UserError(
                 f"{one.where}: a prompt of {len(ids)} tokens, but there is room for "
