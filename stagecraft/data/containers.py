@@ -214,6 +214,8 @@ def _array_record(path):
     try:
         reader = module.ArrayRecordReader(str(path))
         total = reader.num_records()
+        if not total:  # one that was cut off has no footer, and so no records
+            raise ValueError("holds no records")
         for start in range(0, total, _ROWS):
             found = reader.read(start, min(start + _ROWS, total))
             for number, data in enumerate(found, start + 1):

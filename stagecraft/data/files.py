@@ -206,7 +206,8 @@ def _expand_local(part):
         found = []
         for match in map(Path, matches):
             whole = match.is_dir() and (_saved(match) or shards.is_folder(match))
-            found += _folder(match) if whole else [match]
+            if match.name not in METADATA:
+                found += _folder(match) if whole else [match]
         return found
     raise UserError(f"{part}: no such file, folder or glob; check the path")
 
