@@ -7,6 +7,7 @@ Documents that carry a weight give one array more: weight f32.
 
 import bisect
 import collections
+import hashlib
 import itertools
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import numpy as np
 
 # Ways to put several documents in a row, by TRL's names.
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
+# Rows are cut to a multiple of this when data.buckets does not say otherwise.
+ROUND = 8
 
 
 def pack(documents, length, *, strategy="bfd_split"):
@@ -114,12 +117,12 @@ class Rows:
         made: a `Plan` over them.
         length: T.
         weights: f32[documents] of their losses, or None.
-        digest: SHA-256 of the documents.
+        prefix: of the arrays' names.
     """
 
-    def __init__(self, documents, made, length, *, weights=None, digest=""):
+    def __init__(self, documents, made, length, *, weights=None, prefix=""):
         self.documents, self.plan, self.length = documents, made, length
-        self.weights, self.digest = weights, digest
+        self.weights, self.prefix = weights, prefix
 
     def __len__(self):
         return len(self.plan.ends) - 1
@@ -142,7 +145,17 @@ class Rows:
             pieces = [
                 (*one, w) for one, w in zip(pieces, weights[numbers], strict=True)
             ]
-        return _arrays(pieces, counts, self.length, weighted=weights is not None)
+        found = _arrays(pieces, counts, self.length, weighted=weights is not None)
+        return {self.prefix + name: value for name, value in found.items()}
+
+    @property
+    def digest(self):
+        """SHA-256 of the documents and of where they go."""
+        total = hashlib.sha256(f"{self.documents.digest} {self.length}".encode())
+        for array in (*self.plan, self.weights):
+            if array is not None:
+                total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()
 
 
 def pad(documents, length):
@@ -150,6 +163,11 @@ def pad(documents, length):
     pieces = [_slice(document, 0, length) for document in documents]
     counts = np.ones(len(pieces), np.int64)
     return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
+
+
+def rounded(length):
+    """The next multiple of `ROUND`."""
+    return -(-length // ROUND) * ROUND
 
 
 def pad_answers(rows, length):

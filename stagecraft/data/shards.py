@@ -93,6 +93,17 @@ class Shards:
         every = [np.diff(self._shard(i)[1]) for i in range(len(self._ends))]
         return np.concatenate(every)
 
+    def begins_with(self, token):
+        """Whether each document's first id is this one, bool[N]."""
+        found = []
+        for number in range(len(self._ends)):
+            ids, offsets = self._shard(number)
+            some = np.flatnonzero(np.diff(offsets))
+            first = np.zeros(len(offsets) - 1, bool)
+            first[some] = ids[offsets[some]] == token
+            found.append(first)
+        return np.concatenate(found)
+
     def column(self, name):
         """One value for each document: numbers, or texts as an array of objects."""
         columns = self.manifest["columns"]
