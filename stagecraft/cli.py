@@ -7,6 +7,7 @@ the traceback. Anything else that escapes is a bug of ours and is shown whole.
 
 import difflib
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -302,14 +303,24 @@ def _no_more(rest):
         raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
 
 
+class _Said(logging.Handler):
+    """Messages as plain lines, on whatever the error stream is at the time."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stderr)
+
+
 def _quiet():
     """Libraries speak up only about what goes wrong."""
-    import logging
-
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
+    # What the library itself says (which form a file has), one plain line each.
+    said = logging.getLogger("stagecraft")
+    said.setLevel(logging.INFO)
+    if not said.handlers:
+        said.addHandler(_Said())
 
 
 # -- help ------------------------------------------------------------------------------

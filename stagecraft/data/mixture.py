@@ -16,6 +16,8 @@ from stagecraft.errors import UserError
 
 # Rows of a block: shares are kept to within half a row of it.
 BLOCK = 2**16
+# Sources of up to so many rows are shuffled an epoch at a time.
+_SMALL = 2**17
 SHARE_BY = ("tokens", "examples")
 
 
@@ -25,6 +27,32 @@ class _Segment(NamedTuple):
     start: int
     quotas: np.ndarray  # i64[S], rows of each source in a block
     before: np.ndarray  # i64[S], rows of each source before `start`
+
+
+class _Order:
+    """Numbers below `size` in epochs, each shuffled anew.
+
+    Grain finds the number at any place without making the others, but for small sizes
+    it takes a millisecond: there a whole epoch is made at once.
+    """
+
+    def __init__(self, size, seed):
+        self.size, self.seed = size, seed
+        self._made = -1, None  # an epoch and its permutation
+        self._large = None
+        if size > _SMALL:
+            self._large = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, place):
+        if self._large is not None:
+            return self._large[place]
+        epoch, at = divmod(place, self.size)
+        made, found = self._made
+        if made != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            found = rng.permutation(self.size)
+            self._made = epoch, found
+        return int(found[at])
 
 
 class Mixture:
@@ -45,10 +73,9 @@ class Mixture:
             for cap, rows in zip(caps, self.members, strict=True)
         ]
         self._orders = [
-            grain.MapDataset.range(len(rows)).seed(seed + i).shuffle().repeat()
-            for i, rows in enumerate(self.members)
+            _Order(len(rows), seed + i) for i, rows in enumerate(self.members)
         ]
-        self._blocks = {}
+        self._open = None, None, None  # the block last looked into
         self.end = None  # the place where every source is used up
         self._segments = []
         self._lay_out(phases)
@@ -63,7 +90,7 @@ class Mixture:
         return self._before(number, place)
 
     def __getstate__(self):
-        return self.__dict__ | {"_blocks": {}}
+        return self.__dict__ | {"_open": (None, None, None)}
 
     def _row(self, place):
         if self.end is not None and place >= self.end:
@@ -93,22 +120,20 @@ class Mixture:
 
     def _block(self, number, block):
         """Sources of a block's rows, and how many of the same came before in it."""
-        if (number, block) not in self._blocks:
-            if len(self._blocks) > 4:  # steps go forward: old blocks are done with
-                self._blocks.pop(next(iter(self._blocks)))
-            quotas = self._segments[number].quotas
-            # Each source evenly spaced, from an offset by chance.
-            shift = np.random.default_rng([self.seed, number, block]).random(
-                len(quotas)
-            )
-            places = [
-                (np.arange(n) + u) / n for n, u in zip(quotas, shift, strict=True) if n
-            ]
-            order = np.argsort(np.concatenate(places), kind="stable")
-            sources = np.repeat(np.arange(len(quotas)), quotas)[order]
-            ranks = np.concatenate([np.arange(n) for n in quotas])[order]
-            self._blocks[number, block] = sources, ranks
-        return self._blocks[number, block]
+        key, sources, ranks = self._open
+        if key == (number, block):
+            return sources, ranks
+        quotas = self._segments[number].quotas
+        # Each source evenly spaced, from an offset by chance.
+        shift = np.random.default_rng([self.seed, number, block]).random(len(quotas))
+        places = [
+            (np.arange(n) + u) / n for n, u in zip(quotas, shift, strict=True) if n
+        ]
+        order = np.argsort(np.concatenate(places), kind="stable")
+        sources = np.repeat(np.arange(len(quotas)), quotas)[order]
+        ranks = np.concatenate([np.arange(n) for n in quotas])[order]
+        self._open = (number, block), sources, ranks
+        return sources, ranks
 
     def _lay_out(self, phases):
         """Segments of the phases, each cut where a source reaches its limit."""

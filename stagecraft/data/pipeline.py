@@ -10,6 +10,7 @@ import hashlib
 
 import grain
 import numpy as np
+from absl import flags
 
 from stagecraft.errors import UserError
 
@@ -201,6 +202,8 @@ class Batches:
         if not self.dataset.workers:
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
             return iter(made.to_iter_dataset(read))
+        if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own there
+            flags.FLAGS.mark_as_parsed()
         # Each worker makes its own steps, one after the other.
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(
