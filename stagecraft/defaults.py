@@ -165,6 +165,14 @@ def _language_model():
             buckets=(),  # row lengths to pad to with packing="none"
             turns="all",  # learn every turn of the assistant, or the "last" alone
             weights=(),  # of the loss, one for each comma-separated part of `files`
+            # What part of the stream each part of `files` has, by "tokens" or
+            # "examples"; () goes through all of them in epochs.
+            shares=(),
+            share_by="tokens",
+            curriculum="",  # shares by step: "0: .9, .1; 1000: .5, .5"
+            epochs=(),  # how often each part may be seen at most; 0 for no limit
+            cache="",  # folder of tokenised text; "" is WORKDIR/cache
+            workers=0,  # processes that put batches together; 0 for a thread
         )
     )
     return c
@@ -181,6 +189,7 @@ def _pairs(kind, objective):
             heldout_share=0.0,
             length=128,
             buckets=(),
+            workers=0,
         )
     )
     return c
@@ -221,6 +230,7 @@ def _prompts():
             files="",
             fields="",
             prompt_length=0,  # tokens; 0 for all there is room for
+            workers=0,
         )
     )
 
@@ -278,6 +288,8 @@ def _policy():
             ptx="",  # text whose loss is added to the policy's (PPO-ptx)
             ptx_rows=0,  # of a batch, beside the prompts
             ptx_length=64,
+            cache="",
+            workers=0,
         )
     )
     c.reference_from = ""  # "": the parent

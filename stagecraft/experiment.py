@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
 from stagecraft.anatomy import summary
-from stagecraft.data import feed
+from stagecraft.data import feed, language
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, saved
 from stagecraft.models.config import ModelConfig, check_mesh
@@ -37,6 +37,8 @@ ROLES = {
 FALLBACK = {"reference_from": "start_from", "value_from": "reward_from"}
 # Every kind but one needs a parent; what else a kind needs is checked with the rest.
 WITHOUT_PARENT = ("language_model",)
+# Keys that change no number of a run, so that it may be resumed with others.
+LEFT_OUT = ("mesh", "every", "cache", "workers")
 # Kinds whose completions are scored, by a reward model or by verifiers.
 SCORED = ("policy", "group_policy", "online_preference", "selection")
 
@@ -126,7 +128,17 @@ def _check(c):
         schema.positive(f"{where}.batch_size", stage.batch_size)
         if not stage.data.files:
             raise UserError(f"{where}.data.files: is empty; name the files to read")
+        _check_data(where, stage)
     order(c)
+
+
+def _check_data(where, stage):
+    schema.positive(f"{where}.data.workers", stage.data.workers, zero=True)
+    if stage.kind == "language_model":
+        try:
+            language.check(stage.data)
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
 
 
 def _check_role(c, name, role, kinds):
@@ -408,7 +420,10 @@ def order(c, only=()):
 
 
 def identity(plain):
-    """The part of a plain config that decides the numbers: not mesh, not every."""
+    """The part of a plain config that decides the numbers: not mesh, not every.
+
+    Nor where tokens are kept and who puts batches together.
+    """
     if not isinstance(plain, dict):
         return plain
-    return {k: identity(v) for k, v in plain.items() if k not in ("mesh", "every")}
+    return {k: identity(v) for k, v in plain.items() if k not in LEFT_OUT}

@@ -151,7 +151,11 @@ def evaluate(stage, state, heldout, batch_size):
     """Metrics over every row of a held-out set, each once: {"eval_" + name: float}."""
     total = None
     key = jax.random.key(0)
-    for raw in heldout.epoch(batch_size):
+    for raw in heldout.epoch(
+        batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
         found = stage.evaluate(state, stage.prepare(state, raw, key))
         total = found if total is None else masked.merge(total, found)
     return {f"eval_{k}": float(v) for k, v in masked.results(total).items()}

@@ -5,7 +5,6 @@ A files spec names user's files, or "world:NAME" (what the embedded world wrote)
 """
 
 import itertools
-import logging
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from stagecraft import defaults, schema
-from stagecraft.data import packing, sources
+from stagecraft.data import files, language, packing, pipeline, sources
 from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
 from stagecraft.text import chat
-
-# Rows are cut to a multiple of this when data.buckets does not say otherwise.
-ROUND = 8
 
 
 class Feed(NamedTuple):
@@ -86,11 +82,10 @@ def build(stage, tokenizer, root, config):
     data = stage.data
     specs = {k: data[k] for k in SPECS if data.get(k)}
     digests = {
-        spec: sources.digest(sources.expand(locate(spec, root)))
-        for spec in specs.values()
+        spec: files.digest(files.expand(locate(spec, root))) for spec in specs.values()
     }
     make = {
-        "language_model": _language_model,
+        "language_model": language.build,
         "reward": _comparisons,
         "preference": _comparisons,
         "unpaired_preference": _judgements,
@@ -103,129 +98,18 @@ def build(stage, tokenizer, root, config):
     located = {k: locate(spec, root) for k, spec in specs.items()}
     empty = dict(dataset=None, heldout=None, samples=[], prompts=[], records=[])
     empty["reference"] = None
-    made = empty | make(stage, located, tokenizer, config)
+    cache = Path(data.get("cache") or Path(root) / "cache")
+    made = empty | make(stage, located, tokenizer, config, cache)
     return Feed(digests=digests, **made)
-
-
-# -- text and demonstrations -----------------------------------------------------------
-
-
-def _language_model(stage, specs, tokenizer, config):
-    data, mapping = stage.data, sources.fields(stage.data.fields)
-    schema.choice("data.format", data.format, ("text", "demonstrations"))
-    schema.choice("data.packing", data.packing, ("", *packing.STRATEGIES, "none"))
-    schema.choice("data.turns", data.turns, chat.TURNS)
-
-    def read(spec):
-        """(ids and mask, what they were made of) of every record."""
-        if data.format == "text":
-            found = sources.texts(spec, mapping)
-            return [(chat.document(text, tokenizer), text) for text in found]
-        found = sources.demonstrations(spec, mapping)
-        return [(chat.render(m, tokenizer, turns=data.turns), m) for m in found]
-
-    if data.weights:
-        rows = [
-            ((*document, weight), source)
-            for spec, weight in _weighed(specs["files"], data.weights)
-            for document, source in read(spec)
-        ]
-    else:
-        rows = read(specs["files"])
-    kept, held = _hold_out(rows, data.heldout_share, config.seed)
-    # Weights are for learning: what is held out counts as it comes.
-    held = [((ids, mask), source) for (ids, mask, *_), source in held]
-    if "heldout" in specs:
-        held += read(specs["heldout"])
-    report = {"documents": len(kept), "tokens": sum(len(r[0][0]) for r in kept)}
-    arrays, report["dropped"] = _rows([r for r, _ in kept], data)
-    targets = arrays["mask"] & (arrays["segments"] > 0)
-    if data.weights:
-        targets &= arrays["weight"] > 0
-    real = int((arrays["segments"] > 0).sum())
-    if not targets.any():
-        raise UserError(
-            f"data.files={data.files}: no token is left to learn from in rows of "
-            f"length={data.length} (mask all zeros); are the answers empty, or the "
-            "prompts longer than data.length?"
-        )
-    report["supervised_share"] = float(targets.sum() / real)
-    report["fill"] = real / arrays["ids"].size
-    asked = sum(1 for r, _ in kept for learned in r[1] if not learned)
-    if data.format != "text" and asked <= 3 * len(kept):
-        # Nothing but bos and the two turn pieces is given: there are no prompts.
-        logging.warning("data.files=%s: every token is supervised", data.files)
-    parts = [(arrays, stage.batch_size)]
-    if "replay" in specs:
-        count = round(stage.batch_size * data.replay_share)
-        if not 0 < count < stage.batch_size:
-            raise UserError(
-                f"data.replay_share={data.replay_share}: that is {count} of the "
-                f"{stage.batch_size} rows of a batch; expected some and not all"
-            )
-        replay = [chat.document(t, tokenizer) for t in sources.texts(specs["replay"])]
-        if data.weights:
-            replay = [(*document, 1.0) for document in replay]
-        parts = [
-            (arrays, stage.batch_size - count),
-            (packing.pack(replay, arrays["ids"].shape[-1]), count),
-        ]
-    dataset = Dataset(
-        parts, seed=_order(stage, config), buckets=data.buckets, report=report
-    )
-    heldout = None
-    if held:
-        found, _ = _rows([r for r, _ in held], data)
-        heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
-    samples = [_opening(source) for _, source in kept[:4]]
-    return dict(dataset=dataset, heldout=heldout, samples=samples)
-
-
-def _weighed(spec, weights):
-    """[(one part of a files spec, its weight)]."""
-    parts = [part for part in spec.split(",") if part.strip()]
-    fit = [
-        isinstance(w, (int, float)) and not isinstance(w, bool) and 0 <= w < math.inf
-        for w in weights
-    ]
-    if len(weights) != len(parts) or not all(fit) or not any(weights):
-        raise UserError(
-            f"data.weights={tuple(weights)}: expected a number of 0 or more for each "
-            f"of the {len(parts)} parts of data.files, not all 0"
-        )
-    return list(zip(parts, map(float, weights), strict=True))
-
-
-def _rows(documents, data):
-    """Arrays of packed or padded rows, and how many documents had nothing to learn."""
-    # Text goes on in the next row; a conversation's later part would be an answer to
-    # nothing, but its start is worth learning: unless asked otherwise, its end is cut.
-    strategy = data.packing or ("bfd_split" if data.format == "text" else "bfd")
-    if data.format != "text" and strategy in ("bfd", "none"):
-        documents = [(i[: data.length], m[: data.length], *w) for i, m, *w in documents]
-    kept = [document for document in documents if any(document[1])]
-    dropped = len(documents) - len(kept)
-    if strategy == "none":
-        longest = max((len(document[0]) for document in kept), default=1)
-        return packing.pad(kept, min(_rounded(longest), data.length)), dropped
-    return packing.pack(kept, data.length, strategy=strategy), dropped
-
-
-def _opening(source):
-    """What to watch the model on: a question, or the first words of a document."""
-    if isinstance(source, str):
-        return " ".join(source.split()[:4])
-    last = next(i for i, m in enumerate(source) if m["role"] == "assistant")
-    return source[:last]
 
 
 # -- comparisons and prompts -----------------------------------------------------------
 
 
-def _comparisons(stage, specs, tokenizer, config):
+def _comparisons(stage, specs, tokenizer, config, cache):
     data, mapping = stage.data, sources.fields(stage.data.fields)
     found = sources.comparisons(specs["files"], mapping)
-    kept, held = _hold_out(found, data.heldout_share, config.seed)
+    kept, held = pipeline.hold_out(found, data.heldout_share, config.seed)
     if "heldout" in specs:
         held += sources.comparisons(specs["heldout"], mapping)
     if stage.kind == "preference":  # every two of a ranking are a pair
@@ -235,7 +119,9 @@ def _comparisons(stage, specs, tokenizer, config):
         rows = [
             tuple(
                 # Only the last turn is what was compared; earlier answers are context.
-                chat.render([*one.prompt, *answer], tokenizer, turns="last")
+                language.rendered(
+                    [*one.prompt, *answer], tokenizer, one.tools, turns="last"
+                )
                 for answer in one.answers
             )
             for one in comparisons
@@ -275,7 +161,8 @@ def _comparisons(stage, specs, tokenizer, config):
 def _reference(spec, stage, tokenizer):
     """Demonstrations as padded rows, their last turn under the mask."""
     found = [
-        chat.render(m, tokenizer, turns="last") for m in sources.demonstrations(spec)
+        language.rendered(one.messages, tokenizer, one.tools, turns="last")
+        for one in sources.demonstrations(spec)
     ]
     fit = [document for document in found if len(document[0]) <= stage.data.length]
     if not fit:
@@ -283,22 +170,27 @@ def _reference(spec, stage, tokenizer):
             f"data.demonstrations={spec}: all {len(found)} are longer than "
             f"data.length={stage.data.length} tokens; raise it"
         )
-    length = _rounded(max(len(ids) for ids, _ in fit))
+    length = packing.rounded(max(len(ids) for ids, _ in fit))
     rows = packing.pad(fit, min(length, stage.data.length))
     return Dataset([(rows, stage.batch_size)], seed=0)
 
 
-def _judgements(stage, specs, tokenizer, config):
+def _judgements(stage, specs, tokenizer, config, cache):
     data, mapping = stage.data, sources.fields(stage.data.fields)
     # The two answers of a pair stay on one side of the split.
     found = sources.judgements(specs["files"], mapping)
-    kept, held = _hold_out(found, data.heldout_share, config.seed)
+    kept, held = pipeline.hold_out(found, data.heldout_share, config.seed)
     if "heldout" in specs:
         held += sources.judgements(specs["heldout"], mapping)
 
     def fitting(groups):
         rows = [
-            (j.label, chat.render([*j.prompt, *j.completion], tokenizer, turns="last"))
+            (
+                j.label,
+                language.rendered(
+                    [*j.prompt, *j.completion], tokenizer, j.tools, turns="last"
+                ),
+            )
             for group in groups
             for j in group
         ]
@@ -345,14 +237,16 @@ def _pairs_in(comparisons):
     return sum(math.comb(len(one.answers), 2) for one in comparisons)
 
 
-def _prompts(stage, specs, tokenizer, config):
+def _prompts(stage, specs, tokenizer, config, cache):
     data, mapping = stage.data, sources.fields(stage.data.fields)
     found = sources.prompts(specs["files"], mapping)
     room = config.model.max_length - stage.sampling.max_new_tokens
     limit = min(data.prompt_length or room, room)
     rows = []
     for one in found:
-        ids = chat.generation_prompt(chat.as_messages(one.prompt), tokenizer)
+        known = {"tools": one.tools} if one.tools else {}
+        messages = chat.as_messages(one.prompt)
+        ids = chat.generation_prompt(messages, tokenizer, **known)
         if len(ids) > limit:
             raise UserError(
                 f"{one.where}: a prompt of {len(ids)} tokens, but there is room for "
@@ -367,7 +261,7 @@ def _prompts(stage, specs, tokenizer, config):
     )
     if stage.kind in defaults.RECORDS:
         return made
-    arrays = packing.pad_prompts(rows, min(_rounded(max(map(len, rows))), limit))
+    arrays = packing.pad_prompts(rows, min(packing.rounded(max(map(len, rows))), limit))
     arrays["index"] = np.arange(len(rows), dtype=np.int32)
     report = {"prompts": len(rows)}
     asked = stage.batch_size
@@ -375,14 +269,15 @@ def _prompts(stage, specs, tokenizer, config):
         asked *= stage.oversample
     dataset = Dataset(
         [(arrays, asked)],
-        seed=_order(stage, config),
-        beside=_pretraining(data, specs, tokenizer, config, report),
+        seed=pipeline.order_seed(stage, config),
+        workers=data.workers,
+        beside=_pretraining(data, specs, tokenizer, config, cache, report),
         report=report,
     )
     return made | dict(dataset=dataset, samples=made["prompts"][:4])
 
 
-def _pretraining(data, specs, tokenizer, config, report):
+def _pretraining(data, specs, tokenizer, config, cache, report):
     """Rows of text to go with the prompts of a batch (PPO-ptx), if any are wanted."""
     rows = data.get("ptx_rows")
     if bool(rows) != ("ptx" in specs):
@@ -399,10 +294,10 @@ def _pretraining(data, specs, tokenizer, config, report):
             f"data.ptx_length={data.ptx_length}: longer than the context, "
             f"model.max_length={config.model.max_length}"
         )
-    documents = [chat.document(t, tokenizer) for t in sources.texts(specs["ptx"])]
-    packed = packing.pack(documents, data.ptx_length)
-    report["ptx_rows"] = len(packed["ids"])
-    return [({f"ptx_{name}": value for name, value in packed.items()}, rows)]
+    documents = language.stored([specs["ptx"]], {}, tokenizer, cache)
+    packed = language.text_rows(documents, data.ptx_length, prefix="ptx_")
+    report["ptx_rows"] = len(packed)
+    return [(packed, rows)]
 
 
 def _padded(arrays, kept, held, report, stage, config):
@@ -417,13 +312,14 @@ def _padded(arrays, kept, held, report, stage, config):
     """
 
     def longest(rows):
-        return _rounded(max(len(ids) for _, row in rows for ids, _ in row))
+        return packing.rounded(max(len(ids) for _, row in rows for ids, _ in row))
 
     length = min(longest(kept), stage.data.length)
     dataset = Dataset(
         [(arrays(kept, length, 0), stage.batch_size)],
-        seed=_order(stage, config),
+        seed=pipeline.order_seed(stage, config),
         buckets=stage.data.buckets,
+        workers=stage.data.workers,
         report=report,
     )
     heldout = None
@@ -433,26 +329,3 @@ def _padded(arrays, kept, held, report, stage, config):
         found = arrays(held, length, len(kept))
         heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
     return dict(dataset=dataset, heldout=heldout, samples=[])
-
-
-def _order(stage, config):
-    """The seed of the order of rows: what is held out does not depend on the stage."""
-    return config.seed + stage.seed
-
-
-def _rounded(length):
-    return -(-length // ROUND) * ROUND
-
-
-def _hold_out(rows, share, seed):
-    """Splits rows by chance: (kept, held out), a function of the seed."""
-    count = round(len(rows) * share)
-    if share and (count == 0 or count == len(rows)):
-        raise UserError(
-            f"data.heldout_share={share}: of {len(rows)} rows this keeps "
-            f"{count} back; choose a share that leaves some on both sides"
-        )
-    order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    held = set(order[:count].tolist())
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [rows[i] for i in sorted(held)]

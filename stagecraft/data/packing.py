@@ -7,12 +7,16 @@ Documents that carry a weight give one array more: weight f32.
 
 import bisect
 import collections
+import hashlib
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
 # Ways to put several documents in a row, by TRL's names.
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
+# Rows are cut to a multiple of this when data.buckets does not say otherwise.
+ROUND = 8
 
 
 def pack(documents, length, *, strategy="bfd_split"):
@@ -40,20 +44,130 @@ def pack(documents, length, *, strategy="bfd_split"):
     >>> pack([([5, 6, 7], [0, 1, 1]), ([8], [1])], 2)["ids"].tolist()
     [[5, 6], [7, 8]]
     """
-    if strategy not in STRATEGIES:
+    made = plan([len(document[0]) for document in documents], length, strategy)
+    pieces = [
+        _slice(documents[number], start, start + size)
+        for number, start, size in zip(*made[:3], strict=True)
+    ]
+    counts = np.diff(made.ends)
+    return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
+
+
+class Plan(NamedTuple):
+    """Which piece of which document goes where, known from lengths alone.
+
+    Attributes:
+        documents: i64[P], the document a piece is of, row by row.
+        starts: i64[P], the place in it where the piece begins.
+        sizes: i64[P], its tokens.
+        ends: i64[N + 1], where in the pieces each row begins; the last is P.
+    """
+
+    documents: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    ends: np.ndarray
+
+    def rows(self, index):
+        """(documents, starts, sizes, pieces in each row) of some rows."""
+        first, last = self.ends[index], self.ends[np.asarray(index) + 1]
+        at = np.concatenate(
+            [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+            or [np.zeros(0, np.int64)]
+        )
+        parts = (self.documents[at], self.starts[at], self.sizes[at])
+        return *parts, last - first
+
+
+def plan(lengths, length, strategy="bfd_split"):
+    """The rows of documents of these lengths; see `pack`.
+
+    Args:
+        lengths: tokens of each document.
+        length: T.
+        strategy: one of `STRATEGIES`, or "none": one document a row, cut at T.
+    """
+    if strategy not in (*STRATEGIES, "none"):
         raise ValueError(f"strategy={strategy!r}: expected one of {STRATEGIES}")
+    lengths = np.asarray(lengths, np.int64)
     if strategy == "wrapped":
-        rows = _wrapped(documents, length)
+        return _wrapped(lengths, length)
+    if strategy == "bfd_split":
+        pieces = -(-lengths // length)  # of each document
+        documents = np.repeat(np.arange(len(lengths)), pieces)
+        first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = (np.arange(len(documents)) - first) * length
     else:
-        cut = _pieces if strategy == "bfd_split" else _starts
-        rows = _best_fit(cut(documents, length), length)
-    return _arrays(rows, length, weighted=any(len(d) > 2 for d in documents))
+        documents = np.flatnonzero((lengths > 0) | (strategy == "none"))
+        starts = np.zeros(len(documents), np.int64)
+    sizes = np.minimum(lengths[documents] - starts, length)
+    if strategy == "none":
+        return Plan(documents, starts, sizes, np.arange(len(documents) + 1))
+    rows = _best_fit(sizes, length)
+    order = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(documents))
+    ends = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    return Plan(documents[order], starts[order], sizes[order], ends)
+
+
+class Rows:
+    """Packed rows that are put together when they are asked for.
+
+    Args:
+        documents: has `piece(number, start, stop) -> (ids, mask)`, arrays.
+        made: a `Plan` over them.
+        length: T.
+        weights: f32[documents] of their losses, or None.
+        prefix: of the arrays' names.
+    """
+
+    def __init__(self, documents, made, length, *, weights=None, prefix=""):
+        self.documents, self.plan, self.length = documents, made, length
+        self.weights, self.prefix = weights, prefix
+
+    def __len__(self):
+        return len(self.plan.ends) - 1
+
+    @property
+    def tokens(self):
+        return int(self.plan.sizes.sum())
+
+    def take(self, index):
+        """{name: array [n, T]} of the rows with these numbers."""
+        numbers, starts, sizes, counts = self.plan.rows(np.asarray(index, np.int64))
+        piece, weights = self.documents.piece, self.weights
+        pieces = [
+            piece(number, start, start + size)
+            for number, start, size in zip(
+                numbers.tolist(), starts.tolist(), sizes.tolist(), strict=True
+            )
+        ]
+        if weights is not None:
+            pieces = [
+                (*one, w) for one, w in zip(pieces, weights[numbers], strict=True)
+            ]
+        found = _arrays(pieces, counts, self.length, weighted=weights is not None)
+        return {self.prefix + name: value for name, value in found.items()}
+
+    @property
+    def digest(self):
+        """SHA-256 of the documents and of where they go."""
+        total = hashlib.sha256(f"{self.documents.digest} {self.length}".encode())
+        for array in (*self.plan, self.weights):
+            if array is not None:
+                total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()
 
 
 def pad(documents, length):
     """One document a row, its end cut at `length`."""
-    rows = [[_slice(document, 0, length)] for document in documents]
-    return _arrays(rows, length, weighted=any(len(d) > 2 for d in documents))
+    pieces = [_slice(document, 0, length) for document in documents]
+    counts = np.ones(len(pieces), np.int64)
+    return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
+
+
+def rounded(length):
+    """The next multiple of `ROUND`."""
+    return -(-length // ROUND) * ROUND
 
 
 def pad_answers(rows, length):
@@ -97,27 +211,18 @@ def _slice(document, start, stop):
     return ids[start:stop], mask[start:stop], *rest
 
 
-def _starts(documents, length):
-    return [_slice(d, 0, length) for d in documents if len(d[0])]
+def _best_fit(sizes, length):
+    """Longest first, each into the row with the least room that still holds it.
 
-
-def _pieces(documents, length):
-    return [
-        _slice(document, start, start + length)
-        for document in documents
-        for start in range(0, len(document[0]), length)
-    ]
-
-
-def _best_fit(pieces, length):
-    """Longest first, each into the row with the least room that still holds it."""
-    order = sorted(pieces, key=lambda piece: -len(piece[0]))
+    Returns:
+        a list of the numbers of its pieces for each row.
+    """
+    order = np.argsort(-sizes, kind="stable")
     rows = []
     # There are at most T different rooms, however many rows: each piece costs log T.
     by_room = collections.defaultdict(collections.deque)  # room: row numbers, in turn
     rooms = []  # the keys of by_room, sorted
-    for piece in order:
-        size = len(piece[0])
+    for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         at = bisect.bisect_left(rooms, size)
         if at == len(rooms):
             rows.append([piece])
@@ -136,28 +241,30 @@ def _best_fit(pieces, length):
     return rows
 
 
-def _wrapped(documents, length):
-    rows, row, room = [], [], length
-    for document in documents:
-        start = 0
-        while start < len(document[0]):
-            row.append(_slice(document, start, start + room))
-            taken = len(row[-1][0])
-            start, room = start + taken, room - taken
-            if room == 0:
-                rows.append(row)
-                row, room = [], length
-    if row:
-        rows.append(row)
-    return rows
+def _wrapped(lengths, length):
+    """One stream cut at every document's end and every `length` tokens."""
+    ends = np.cumsum(lengths)
+    total = int(lengths.sum())
+    if not total:
+        none = np.zeros(0, np.int64)
+        return Plan(none, none, none, np.zeros(1, np.int64))
+    cuts = np.union1d(ends, np.arange(length, total + length, length))
+    cuts = cuts[(cuts > 0) & (cuts <= total)]
+    firsts = np.concatenate([[0], cuts[:-1]]).astype(np.int64)
+    documents = np.searchsorted(ends, firsts, side="right")
+    starts = firsts - (ends - lengths)[documents]
+    rows = -(-total // length)
+    at = np.searchsorted(firsts, np.arange(rows + 1) * length)
+    return Plan(documents, starts, cuts - firsts, at)
 
 
-def _arrays(rows, length, *, weighted=False):
-    pieces = [piece for row in rows for piece in row]
+def _arrays(pieces, counts, length, *, weighted=False):
+    """Rows of pieces (ids, mask, and a weight where weighted), `counts` in each."""
     sizes = np.array([len(piece[0]) for piece in pieces], np.int64)
-    counts = np.array([len(row) for row in rows], np.int64)  # pieces in each row
     numbers = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
-    used = np.array([sum(len(p[0]) for p in row) for row in rows], np.int64)
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    used = total[ends[1:]] - total[ends[:-1]]
     # Rows are filled from the left, so that their real places, read row by row, are
     # the stream of all pieces.
     real = np.arange(length) < used[:, None]
@@ -166,9 +273,13 @@ def _arrays(rows, length, *, weighted=False):
     out["segments"][real] = np.repeat(numbers + 1, sizes)
     out["positions"][real] = stream - np.repeat(np.cumsum(sizes) - sizes, sizes)
     for name, kind, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
-        values = itertools.chain.from_iterable(piece[part] for piece in pieces)
+        values = [piece[part] for piece in pieces]
         out[name] = np.zeros(real.shape, kind)
-        out[name][real] = np.fromiter(values, kind, stream.size)
+        if values and isinstance(values[0], np.ndarray):
+            out[name][real] = np.concatenate(values)
+        else:  # many short lists are faster read one by one
+            chain = itertools.chain.from_iterable(values)
+            out[name][real] = np.fromiter(chain, kind, stream.size)
     if weighted:
         out["weight"] = np.zeros(real.shape, np.float32)
         out["weight"][real] = np.repeat([piece[2] for piece in pieces], sizes)

@@ -1,8 +1,8 @@
 """Rows to batches, in an order that is a function of (seed, step) alone.
 
-A `Dataset` holds its rows as arrays and hands out a Grain iterator, whose state is
-saved with the checkpoint. The global batch of a step is the same for any number of
-processes: each takes its own part of its rows.
+A `Dataset` hands out an iterator whose state, the next step, is saved with the
+checkpoint; Grain reads ahead, in a thread or in worker processes. The global batch of a
+step is the same for any number of processes: each takes its own part of its rows.
 """
 
 import functools
@@ -10,6 +10,7 @@ import hashlib
 
 import grain
 import numpy as np
+from absl import flags
 
 from stagecraft.errors import UserError
 
@@ -21,17 +22,32 @@ class Dataset:
     """Rows of one or more parts, each contributing its share of every batch.
 
     Args:
-        parts: list of ({name: array [N, ...]}, rows of a batch); a second part is a
-            replay mixed into each batch.
+        parts: list of (rows, how many in a batch); a second part is a replay mixed
+            into each batch. Rows are {name: array [N, ...]}, or have a length and
+            `take(numbers)`, as `packing.Rows`.
         seed: int.
         beside: more parts, each with arrays of names and a row count of its own, which
             are put beside the others (the pretraining rows of PPO-ptx).
+        mixture: a `mixture.Mixture` that orders the rows of the first part; by itself
+            each part is gone through in epochs, shuffled.
+        workers: processes that put batches together; 0 for a thread of this one.
         buckets: lengths to cut a batch's last axis to, ascending: the smallest that
             holds its longest row. () leaves rows as they are.
         report: what is told about the data: {name: number}.
     """
 
-    def __init__(self, parts, *, seed, beside=(), buckets=(), report=None):
+    def __init__(
+        self,
+        parts,
+        *,
+        seed,
+        beside=(),
+        mixture=None,
+        workers=0,
+        buckets=(),
+        report=None,
+    ):
+        self.mixture, self.workers = mixture, workers
         self.parts = [(rows, count) for rows, count in parts if count]
         self.beside = list(beside)
         self.seed, self.buckets = seed, tuple(buckets)
@@ -40,10 +56,15 @@ class Dataset:
         every = self.parts + self.beside
         if not self.parts or not all(_length(rows) for rows, _ in every):
             raise UserError("no rows: every document was empty, or was dropped")
-        if not 0 <= seed < 2**32 - len(every):
+        # The sources of a mixture have seeds of their own, from this one on.
+        ahead = len(mixture.members) - 1 if mixture else 0
+        if not 0 <= seed < 2**32 - len(every) - ahead:
             raise UserError(f"seed={seed}: expected a number from 0 to 2**32 - 3")
         self._orders = [
-            grain.MapDataset.range(_length(rows)).seed(seed + i).shuffle().repeat()
+            grain.MapDataset.range(_length(rows))
+            .seed(seed + i + ahead)
+            .shuffle()
+            .repeat()
             for i, (rows, _) in enumerate(every)
         ]
 
@@ -56,6 +77,8 @@ class Dataset:
     def tokens(self):
         """Tokens of the first part that are no padding, learned or not."""
         rows, _ = self.parts[0]
+        if not isinstance(rows, dict):
+            return rows.tokens
         real = rows["segments"] > 0 if "segments" in rows else rows["prompt_mask"]
         return int(real.sum())
 
@@ -64,6 +87,9 @@ class Dataset:
         """SHA-256 of all parts' arrays: the same rows in the same order."""
         total = hashlib.sha256()
         for rows, _ in self.parts + self.beside:
+            if not isinstance(rows, dict):
+                total.update(bytes.fromhex(rows.digest))
+                continue
             for name, value in sorted(rows.items()):
                 total.update(f"{name} {value.dtype} {value.shape}".encode())
                 total.update(np.ascontiguousarray(value).data)
@@ -75,11 +101,13 @@ class Dataset:
         Raises UserError where no token of it is a target: its loss would be of nothing.
         """
         batches = []
-        for (rows, count), order in zip(
-            self.parts + self.beside, self._orders, strict=True
-        ):
-            index = np.array([order[step * count + i] for i in range(count)])
-            batches.append({k: v[index] for k, v in rows.items()})
+        for number, (rows, count) in enumerate(self.parts + self.beside):
+            places = range(step * count, (step + 1) * count)
+            if number == 0 and self.mixture:
+                index = self.mixture.rows(places)
+            else:
+                index = np.array([self._orders[number][place] for place in places])
+            batches.append(_take(rows, index))
         batches, beside = batches[: len(self.parts)], batches[len(self.parts) :]
         batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
         learned = batch.get("mask")
@@ -96,7 +124,7 @@ class Dataset:
         return batch
 
     def iterator(self, start_step=0, *, process_index=0, process_count=1):
-        """Batches from a step on: a Grain iterator with get_state and set_state.
+        """Batches from a step on, with get_state and set_state.
 
         Args:
             start_step: the first batch's step.
@@ -106,46 +134,29 @@ class Dataset:
         sizes = [("batch_size", self.batch_size)]
         sizes += [("rows beside the batch", count) for _, count in self.beside]
         for name, rows in sizes:
-            if rows % process_count:
-                raise UserError(
-                    f"{name}={rows}: does not divide over {process_count} "
-                    "processes; choose a multiple"
-                )
+            _divides(name, rows, process_count)
+        return Batches(self, start_step, process_index, process_count)
 
-        def mine(array):
-            size = len(array) // process_count
-            return array[process_index * size : (process_index + 1) * size]
-
-        def batch(step):
-            return {k: mine(v) for k, v in self.batch_at(step).items()}
-
-        steps = grain.MapDataset.range(np.iinfo(np.int32).max)
-        found = iter(
-            steps.map(batch).to_iter_dataset(
-                grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            )
-        )
-        if start_step:
-            found.set_state({"next_index": start_step})
-        return found
-
-    def epoch(self, batch_size):
+    def epoch(self, batch_size, *, process_index=0, process_count=1):
         """Every row of the first part once, in order; the last batch filled up.
 
         Rows that fill up are padding: segments 0 and masks False, so they count
-        nowhere; their index is -1, which is no row.
+        nowhere; their index is -1, which is no row. A process takes its part of each
+        batch, as of those to train on.
         """
+        _divides("batch_size", batch_size, process_count)
         rows, _ = self.parts[0]
         total = _length(rows)
         for start in range(0, total, batch_size):
-            part = {k: v[start : start + batch_size] for k, v in rows.items()}
+            part = _take(rows, np.arange(start, min(start + batch_size, total)))
             missing = batch_size - min(batch_size, total - start)
-            yield {
+            whole = {
                 k: np.concatenate(
                     [v, np.full((missing, *v.shape[1:]), FILL.get(k, 0), v.dtype)]
                 )
                 for k, v in part.items()
             }
+            yield _mine(whole, process_index, process_count)
 
     def _cut(self, batch):
         if not self.buckets:
@@ -157,5 +168,95 @@ class Dataset:
         return {k: v[..., :length] if v.shape == shape else v for k, v in batch.items()}
 
 
+class Batches:
+    """An iterator over one process's part of a `Dataset`'s batches.
+
+    Its state is the next step alone, so that a run goes on with another number of
+    processes or workers. Workers and threads start with the first batch.
+    """
+
+    def __init__(self, dataset, step, process_index, process_count):
+        self.dataset, self.step = dataset, step
+        self.process = process_index, process_count
+        self._running = None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._running is None:
+            self._running = self._start()
+        batch = next(self._running)
+        self.step += 1
+        return batch
+
+    def get_state(self):
+        return {"next_index": self.step}
+
+    def set_state(self, state):
+        self.step, self._running = state["next_index"], None
+
+    def _start(self):
+        steps = grain.MapDataset.range(self.step, np.iinfo(np.int32).max)
+        made = steps.map(functools.partial(_batch, self.dataset, *self.process))
+        if not self.dataset.workers:
+            read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            return iter(made.to_iter_dataset(read))
+        if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own there
+            flags.FLAGS.mark_as_parsed()
+        # Each worker makes its own steps, one after the other.
+        read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        workers = grain.MultiprocessingOptions(
+            num_workers=self.dataset.workers, per_worker_buffer_size=2
+        )
+        return iter(made.to_iter_dataset(read).mp_prefetch(workers))
+
+
+def _batch(dataset, process_index, process_count, step):
+    return _mine(dataset.batch_at(step), process_index, process_count)
+
+
+def _mine(batch, index, count):
+    """The contiguous part of a batch that belongs to one of several processes."""
+
+    def part(array):
+        size = len(array) // count
+        return array[index * size : (index + 1) * size]
+
+    return {k: part(v) for k, v in batch.items()}
+
+
+def _divides(name, rows, count):
+    if rows % count:
+        raise UserError(
+            f"{name}={rows}: does not divide over {count} processes; choose a multiple"
+        )
+
+
+def _take(rows, index):
+    if isinstance(rows, dict):
+        return {k: v[index] for k, v in rows.items()}
+    return rows.take(index)
+
+
 def _length(rows):
-    return len(next(iter(rows.values())))
+    return len(next(iter(rows.values()))) if isinstance(rows, dict) else len(rows)
+
+
+def order_seed(stage, config):
+    """The seed of the order of rows: what is held out does not depend on the stage."""
+    return config.seed + stage.seed
+
+
+def hold_out(rows, share, seed):
+    """Splits a sequence by chance: (kept, held out), a function of the seed."""
+    count = round(len(rows) * share)
+    if share and (count == 0 or count == len(rows)):
+        raise UserError(
+            f"data.heldout_share={share}: of {len(rows)} rows this keeps "
+            f"{count} back; choose a share that leaves some on both sides"
+        )
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    held = set(order[:count].tolist())
+    kept = [row for i, row in enumerate(rows) if i not in held]
+    return kept, [rows[i] for i in sorted(held)]

@@ -1,29 +1,19 @@
-"""Files of records, read as bytes and checked line by line.
+"""Files of records as texts, conversations, comparisons, judgements and prompts.
 
-    .txt                  documents, separated by blank lines when the file is long
-    .jsonl, .jsonl.gz     one JSON object a line
-
-Whatever is wrong is told as FILE:LINE with what was expected, before anything trains.
+What containers there are is in `containers`, what forms in `forms`. The form of a file
+is recognised and said; whatever is wrong is told as FILE:LINE with what was expected,
+before anything trains.
 """
 
-import codecs
 import difflib
-import glob
-import gzip
-import hashlib
-import json
+import logging
 import math
-import os
-import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from stagecraft.data import containers, files, forms
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-# A .txt file longer than this is cut at blank lines into documents of about this size.
-DOCUMENT = 2000  # characters
 # Keys of records, which the `fields` of a stage may rename.
 KEYS = (
     "text",
@@ -37,6 +27,19 @@ KEYS = (
     "preference",
     "margin",
 )
+_log = logging.getLogger("stagecraft.data")
+
+
+class Conversation(NamedTuple):
+    """A conversation to imitate.
+
+    Attributes:
+        messages: its turns.
+        tools: JSON schemas of what the assistant may call, or None.
+    """
+
+    messages: list
+    tools: list | None = None
 
 
 class Comparison(NamedTuple):
@@ -48,12 +51,14 @@ class Comparison(NamedTuple):
         preference: probability that the first is better than the second; None where
             the record has none.
         margin: by how much it is better; None likewise.
+        tools: JSON schemas of what the assistant may call, or None.
     """
 
     prompt: list
     answers: tuple
     preference: float | None = None
     margin: float | None = None
+    tools: list | None = None
 
 
 class Judgement(NamedTuple):
@@ -62,11 +67,13 @@ class Judgement(NamedTuple):
     Attributes:
         prompt, completion: messages.
         label: True for desirable.
+        tools: as of a `Comparison`.
     """
 
     prompt: list
     completion: list
     label: bool
+    tools: list | None = None
 
 
 class Prompt(NamedTuple):
@@ -76,59 +83,13 @@ class Prompt(NamedTuple):
         prompt: a text or messages.
         where: "FILE:LINE".
         record: the whole record, its other keys (an answer to verify against) included.
+        tools: as of a `Comparison`.
     """
 
     prompt: Any
     where: str
     record: dict
-
-
-def expand(spec):
-    """The files a spec names, sorted within each part.
-
-    Args:
-        spec: a file, a directory (with what is in it, but nothing hidden) or a glob;
-            several separated by commas, or a tuple.
-
-    Returns:
-        list[Path], not empty. Raises UserError for what is missing or unreadable.
-    """
-    parts = [spec] if isinstance(spec, os.PathLike) else spec
-    parts = spec.split(",") if isinstance(spec, str) else map(str, parts)
-    found = []
-    for part in (p.strip() for p in parts if p.strip()):
-        path = Path(part)
-        if path.is_dir():
-            inside = sorted(filter(_is_data, path.rglob("*")))
-            inside = [p for p in inside if not _hidden(p.relative_to(path))]
-            if not inside:
-                raise UserError(
-                    f"{path}: holds no {', '.join(SUFFIXES)} files; name a folder that "
-                    "does"
-                )
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        elif glob.has_magic(part) and (
-            matches := sorted(glob.glob(part, recursive=True))
-        ):
-            found += map(Path, matches)
-        else:
-            raise UserError(f"{part}: no such file, folder or glob; check the path")
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path}: expected a {', '.join(SUFFIXES)} file")
-    if not found:
-        raise UserError(f"files={spec!r}: names no file")
-    return found
-
-
-def digest(paths):
-    """SHA-256 of the files' contents in order; names and places do not count."""
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(hashlib.sha256(_read(path)).digest())
-    return total.hexdigest()
+    tools: list | None = None
 
 
 def fields(text):
@@ -152,19 +113,30 @@ def fields(text):
 
 
 def texts(spec, mapping=None):
-    """Documents: of .txt files, and the "text" of .jsonl records.
+    """Documents, one at a time: of text files, and the "text" of records.
 
-    Returns:
-        list[str].
+    Yields:
+        str.
     """
-    found = []
-    for path in expand(spec):
-        if path.name.endswith(".txt"):
-            found += _documents(_decode(path, _read(path)))
+    said = _Said()
+    for path in files.expand(spec):
+        if files.shards_here(path):
+            raise UserError(
+                f"{path}: holds ids, not text; expected {', '.join(files.SUFFIXES)}"
+            )
+        if containers.is_text(path):
+            count = 0
+            for text in containers.documents(path):
+                count += 1
+                yield text
+            said.file(path, count, "documents of plain text")
             continue
-        for where, record in _records(path):
-            found.append(_field(where, record, "text", mapping, (str,)))
-    return found
+        census = forms.Census(forms.TEXT, mapping)
+        for where, record in containers.records(path):
+            census.see(where, record)
+            yield _field(where, record, "text", mapping, (str,))
+        said.file(path, census.counts.total(), f"records of {census.one(path)}")
+    said.finish()
 
 
 def demonstrations(spec, mapping=None):
@@ -173,19 +145,25 @@ def demonstrations(spec, mapping=None):
     An assistant's message may carry "weight" 0 (not to be learned) or 1.
 
     Returns:
-        list of message lists.
+        list[Conversation].
     """
     found = []
-    for where, record in _jsonl(spec, "demonstrations"):
-        key = (mapping or {}).get("messages", "messages")
-        if key in record:
-            part = {"messages": record[key]}
+    for where, record, kind in _records(
+        spec, "demonstrations", forms.DEMONSTRATIONS, mapping
+    ):
+        if kind.form == "messages":
+            key = (mapping or {}).get("messages", "messages")
+            key = key if key in record else "conversations"
+            messages = _told(where, forms.messages, record[key])
         else:
-            part = {
-                name: _field(where, record, name, mapping, (str, list))
+            prompt, completion = (
+                _field(where, record, name, mapping, (str, list))
                 for name in ("prompt", "completion")
-            }
-        found.append(_told(where, chat.conversation, part))
+            )
+            messages = _told(where, forms.messages, prompt)
+            messages = messages + _told(where, forms.messages, completion, "assistant")
+        _told(where, chat.conversation, {"messages": messages})
+        found.append(Conversation(messages, _told(where, forms.tools, record)))
     return found
 
 
@@ -193,17 +171,20 @@ def comparisons(spec, mapping=None):
     """Answers compared: {"prompt","chosen","rejected"}, or {"prompt","ranked"}.
 
     Each answer is a text or messages; "ranked" lists two or more, the best first.
-    A pair may carry "preference", the probability (0 to 1) that chosen is better, and
-    "margin", a number. "chosen_ended" or "rejected_ended" false, or a list of true and
-    false in "ranked_ended", marks an answer that a length limit cut off, which then
-    gets no end of turn.
+    Without a prompt, it is what chosen and rejected have in common. A pair may carry
+    "preference", the probability (0 to 1) that chosen is better, and "margin", a
+    number. "chosen_ended" or "rejected_ended" false, or a list of true and false in
+    "ranked_ended", marks an answer that a length limit cut off, which then gets no end
+    of turn.
 
     Returns:
         list[Comparison].
     """
     return [
         _comparison(where, record, mapping)
-        for where, record in _jsonl(spec, "comparisons")
+        for where, record, _ in _records(
+            spec, "comparisons", forms.COMPARISONS, mapping
+        )
     ]
 
 
@@ -217,20 +198,19 @@ def judgements(spec, mapping=None):
         list of lists of Judgement, one a record: two of a pair, else one.
     """
     found = []
-    names = mapping or {}
-    for where, record in _jsonl(spec, "judgements"):
-        if names.get("ranked", "ranked") in record:
+    for where, record, kind in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
+        if kind.form == "ranking":
             raise UserError(
                 f"{where}: 'ranked' does not say which answers are desirable; expected "
                 "'completion' with 'label', or 'chosen' with 'rejected'"
             )
-        if names.get("chosen", "chosen") in record:
+        if kind.form == "preference":
             pair = _comparison(where, record, mapping)
             # Where chosen is less likely the better one, it is the undesirable one.
             first = pair.preference is None or pair.preference >= 0.5
             found.append(
                 [
-                    Judgement(pair.prompt, answer, label)
+                    Judgement(pair.prompt, answer, label, pair.tools)
                     for answer, label in zip(
                         pair.answers, (first, not first), strict=True
                     )
@@ -241,7 +221,8 @@ def judgements(spec, mapping=None):
         completion = _side(where, record, "completion", mapping, "assistant")
         _compared(where, prompt, completion)
         label = _field(where, record, "label", mapping, (bool,))
-        found.append([Judgement(prompt, completion, label)])
+        tools = _told(where, forms.tools, record)
+        found.append([Judgement(prompt, completion, label, tools)])
     return found
 
 
@@ -252,22 +233,34 @@ def prompts(spec, mapping=None):
         list[Prompt].
     """
     found = []
-    for where, record in _jsonl(spec, "prompts"):
+    for where, record, kind in _records(spec, "prompts", forms.PROMPTS, mapping):
         value = _field(where, record, "prompt", mapping, (str, list))
-        messages = _told(where, chat.as_messages, value)
+        messages = _told(where, forms.messages, value)
         _told(where, chat.check_turns, messages, ("user",))
-        found.append(Prompt(value, where, record))
+        value = value if kind.style == "standard" else messages
+        tools = _told(where, forms.tools, record)
+        found.append(Prompt(value, where, record, tools))
     return found
 
 
 def _comparison(where, record, mapping):
     names = mapping or {}
-    prompt = _side(where, record, "prompt", mapping, "user")
+    tools = _told(where, forms.tools, record)
     if names.get("ranked", "ranked") in record:
-        return Comparison(prompt, _ranked(where, record, mapping, prompt))
-    answers = tuple(
-        _side(where, record, name, mapping, "assistant")
+        prompt = _side(where, record, "prompt", mapping, "user")
+        answers = _ranked(where, record, mapping, prompt)
+        return Comparison(prompt, answers, tools=tools)
+    prompt = None
+    if names.get("prompt", "prompt") in record:
+        prompt = _field(where, record, "prompt", mapping, (str, list))
+    sides = [
+        _field(where, record, name, mapping, (str, list))
         for name in ("chosen", "rejected")
+    ]
+    prompt, *answers = _told(where, forms.pair, prompt, *sides)
+    answers = tuple(
+        answer if record.get(f"{name}_ended") is not False else _cut_off(answer)
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True)
     )
     for answer in answers:
         _compared(where, prompt, answer)
@@ -276,6 +269,7 @@ def _comparison(where, record, mapping):
         answers,
         _number(where, record, "preference", mapping, "a number from 0 to 1", 0, 1),
         _number(where, record, "margin", mapping, "a number"),
+        tools,
     )
 
 
@@ -305,7 +299,7 @@ def _ranked(where, record, mapping, prompt):
         )
     answers = []
     for value, whole in zip(values, ended, strict=True):
-        answer = _told(where, chat.as_messages, value, "assistant")
+        answer = _told(where, forms.messages, value, "assistant")
         answer = answer if whole else _cut_off(answer)
         _compared(where, prompt, answer)
         answers.append(answer)
@@ -315,7 +309,7 @@ def _ranked(where, record, mapping, prompt):
 def _side(where, record, name, mapping, role):
     """A prompt or an answer as messages."""
     value = _field(where, record, name, mapping, (str, list))
-    messages = _told(where, chat.as_messages, value, role)
+    messages = _told(where, forms.messages, value, role)
     return _cut_off(messages) if record.get(f"{name}_ended") is False else messages
 
 
@@ -376,98 +370,40 @@ def _field(where, record, name, mapping, types):
     return value
 
 
-def _jsonl(spec, what):
-    for path in expand(spec):
-        if path.name.endswith(".txt"):
+def _records(spec, what, accepted, mapping):
+    """(FILE:LINE, record, Kind) of all files; each must be of one kind, which is said.
+
+    Mixed kinds are told once the whole file was seen, so that all of them are listed.
+    """
+    said = _Said()
+    for path in files.expand(spec):
+        if files.shards_here(path):
+            raise UserError(
+                f"{path}: {what} are records, not ids; expected .jsonl or another "
+                "container of records"
+            )
+        if containers.is_text(path):
             raise UserError(f"{path}: {what} are records; expected .jsonl or .jsonl.gz")
-        yield from _records(path)
+        census = forms.Census(accepted, mapping)
+        for where, record in containers.records(path):
+            yield where, record, census.see(where, record)
+        said.file(path, census.counts.total(), f"records of {census.one(path)}")
+    said.finish()
 
 
-def _records(path):
-    """(FILE:LINE, object) for every line that is not blank."""
-    count = 0
-    data = _read(path).removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(data.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 (byte {error.start + 1} of the line); convert the "
-                "file to UTF-8"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not JSON ({error.msg}, character {error.colno}); mend or "
-                "drop the line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not readable as JSON ({error}); mend or drop the line"
-            ) from None
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{where}: expected a JSON object, got {type(record).__name__}"
-            )
-        if b"\\u" in line and not _encodable(record):
-            raise UserError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which "
-                "is no character; mend or drop the line"
-            )
-        count += 1
-        yield where, record
-    if not count:
-        raise UserError(f"{path}: empty; expected one JSON object a line")
+class _Said:
+    """What was recognised, one line for each kind of file, however many there are."""
 
+    def __init__(self):
+        self.groups = {}
 
-def _is_data(path):
-    return path.name.endswith(SUFFIXES) and path.is_file()
+    def file(self, path, rows, what):
+        key = containers.name(path), what
+        self.groups.setdefault(key, []).append((path, rows))
 
-
-def _hidden(path):
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _encodable(record):
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read(path):
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.name.endswith(".gz") else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged or cut-off gzip file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
-
-
-def _decode(path, data):
-    try:
-        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8; convert the file to UTF-8"
-        ) from None
-    if not text.strip():
-        raise UserError(f"{path}: empty; expected text")
-    return text
-
-
-def _documents(text):
-    """One document, or several of about DOCUMENT characters cut at blank lines."""
-    documents, current = [], ""
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
-        if current and len(current) + len(paragraph) > DOCUMENT:
-            documents.append(current)
-            current = ""
-        current += ("\n\n" if current else "") + paragraph
-    documents.append(current)
-    return [d for d in documents if d.strip()]
+    def finish(self):
+        for (container, what), found in self.groups.items():
+            path, more = found[0][0], len(found) - 1
+            name = f"{path} and {more} more" if more else path
+            rows = sum(count for _, count in found)
+            _log.info("%s: %s, %d %s", name, container, rows, what)

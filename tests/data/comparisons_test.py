@@ -88,14 +88,15 @@ def test_rankings_become_their_pairs_for_a_preference(build, tokenizer):
     ]
 
 
-def test_judgements_are_rows_of_their_own(build, tokenizer):
+def test_judgements_are_rows_of_their_own(build, tokenizer, tmp_path):
     records = [
         {"prompt": "Is it?", "completion": "Yes.", "label": True},
         {"prompt": "Is it 42?", "completion": "It is. " * 40, "label": True},
         {"prompt": "Is it?", "completion": "42.", "label": False},
-        PAIR,
     ]
-    made = build("unpaired_preference", records, length=64)
+    (tmp_path / "pair.jsonl").write_text(json.dumps(PAIR) + "\n")
+    both = f"{tmp_path}/data.jsonl,{tmp_path}/pair.jsonl"
+    made = build("unpaired_preference", records, length=64, files=both)
     assert made.dataset.report == {"answers": 4, "desirable": 2, "dropped": 1}
     batch = everything(made.dataset)
     assert {*batch} == {"ids", "mask", "segments", "positions", "index", "label"}
@@ -135,8 +136,8 @@ def test_pairs_have_only_the_compared_answer_as_target(build, tokenizer):
     long = "It is. " * 40
     records = [
         {"prompt": turns, "chosen": "It is 42.", "rejected": "No."},
-        {"prompt": "Is it?", "chosen": "Yes.", "rejected": long},
-        {"prompt": "Is it?", "chosen": long, "rejected": "Yes."},
+        {"prompt": turns[:1], "chosen": "Yes.", "rejected": long},
+        {"prompt": turns[:1], "chosen": long, "rejected": "Yes."},
     ]
     for kind in ("reward", "preference"):
         made = build(kind, records, length=64, batch_size=1)

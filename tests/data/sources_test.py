@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecraft.data import sources
+from stagecraft.data import containers, files, sources
 from stagecraft.errors import UserError
 
 
@@ -18,7 +18,7 @@ def jsonl(path, *records):
 
 
 def names(spec):
-    return [path.name for path in sources.expand(spec)]
+    return [path.name for path in files.expand(spec)]
 
 
 # -- which files -----------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_expand_takes_a_file_whose_name_looks_like_a_glob(tmp_path):
     [
         ("none.txt", "no such file"),
         ("*.jsonl", "no such file"),
-        ("empty", "holds no .txt, .jsonl, .jsonl.gz files"),
+        ("empty", "holds no .txt, .txt.gz, .txt.zst, .jsonl, .*parquet"),
         ("notes.md", "notes.md: expected a .txt"),
         ("", "names no file"),
         (" , ", "names no file"),
@@ -62,20 +62,20 @@ def test_expand_refuses(tmp_path, monkeypatch, spec, told):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=told):
-        sources.expand(spec)
+        files.expand(spec)
 
 
 def test_digest_is_of_contents_in_order(tmp_path):
     a = jsonl(tmp_path / "a.jsonl", {"text": "x"})
     b = jsonl(tmp_path / "b.jsonl", {"text": "y"})
     same = jsonl(tmp_path / "moved.jsonl.gz", {"text": "x"})
-    assert sources.digest([a, b]) == sources.digest([same, b])
-    assert sources.digest([a, b]) != sources.digest([b, a])
-    assert sources.digest([a]) != sources.digest([b])
+    assert files.digest([a, b]) == files.digest([same, b])
+    assert files.digest([a, b]) != files.digest([b, a])
+    assert files.digest([a]) != files.digest([b])
     # Where one file ends and the next begins counts.
     both = tmp_path / "both.jsonl"
     both.write_bytes(a.read_bytes() + b.read_bytes())
-    assert sources.digest([both]) != sources.digest([a, b])
+    assert files.digest([both]) != files.digest([a, b])
 
 
 # -- text ------------------------------------------------------------------------------
@@ -83,44 +83,44 @@ def test_digest_is_of_contents_in_order(tmp_path):
 
 def test_a_short_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
-    assert sources.texts(str(tmp_path)) == ["One.\n\nTwo.\n"]
+    assert list(sources.texts(str(tmp_path))) == ["One.\n\nTwo.\n"]
 
 
 def test_a_long_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     paragraphs = [f"Paragraph {i}.\n" + "word " * (i % 90) for i in range(200)]
     text = "\n\n".join(paragraphs)
     (tmp_path / "a.txt").write_text(text)
-    found = sources.texts(str(tmp_path))
+    found = list(sources.texts(str(tmp_path)))
     assert "\n\n".join(found) == text
     assert len(found) > 10
-    assert max(map(len, found)) <= sources.DOCUMENT + 200
+    assert max(map(len, found)) <= containers.DOCUMENT + 200
     # Neighbours would not have fitted in one.
     assert all(
-        len(a) + len(b) > sources.DOCUMENT
+        len(a) + len(b) > containers.DOCUMENT
         for a, b in zip(found, found[1:], strict=False)
     )
 
 
 def test_line_ends_of_another_system_are_blank_lines_too(tmp_path):
     (tmp_path / "a.txt").write_bytes(("x" * 1500 + "\r\n\r\n" + "y" * 1500).encode())
-    assert sources.texts(str(tmp_path)) == ["x" * 1500, "y" * 1500]
+    assert list(sources.texts(str(tmp_path))) == ["x" * 1500, "y" * 1500]
 
 
 def test_texts_of_jsonl_plain_and_compressed(tmp_path):
     jsonl(tmp_path / "a.jsonl", {"text": "é \n\n x", "other": 1}, {"text": ""})
     jsonl(tmp_path / "b.jsonl.gz", {"text": "z"})
-    assert sources.texts(str(tmp_path)) == ["é \n\n x", "", "z"]
+    assert list(sources.texts(str(tmp_path))) == ["é \n\n x", "", "z"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "World"}')
-    assert sources.texts(str(tmp_path)) == ["Hello", "World"]
+    assert list(sources.texts(str(tmp_path))) == ["Hello", "World"]
 
 
 def test_blank_lines_and_other_line_ends_between_records(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\r\n\r\n{"text": "b"}')
-    assert sources.texts(str(tmp_path)) == ["a", "b"]
+    assert list(sources.texts(str(tmp_path))) == ["a", "b"]
 
 
 # -- records ---------------------------------------------------------------------------
@@ -131,31 +131,31 @@ WORSE = [{"role": "assistant", "content": "r"}]
 
 
 def test_demonstrations_in_both_shapes_and_with_other_keys(tmp_path):
-    path = jsonl(
-        tmp_path / "a.jsonl",
-        {"prompt": "p", "completion": "c"},
-        {"messages": PROMPT + ANSWER},
-        {"prompt": PROMPT, "completion": ANSWER},
-    )
-    assert sources.demonstrations(str(path)) == [PROMPT + ANSWER] * 3
+    for number, record in enumerate(
+        (
+            {"prompt": "p", "completion": "c"},
+            {"messages": PROMPT + ANSWER},
+            {"prompt": PROMPT, "completion": ANSWER},
+        )
+    ):
+        jsonl(tmp_path / f"{number}.jsonl", record)
+    assert sources.demonstrations(tmp_path) == [(PROMPT + ANSWER, None)] * 3
     other = jsonl(tmp_path / "b.jsonl", {"question": "p", "answer": "c"})
     mapping = sources.fields("prompt=question+completion=answer")
     assert mapping == {"prompt": "question", "completion": "answer"}
-    assert sources.demonstrations(str(other), mapping) == [PROMPT + ANSWER]
+    assert sources.demonstrations(other, mapping) == [(PROMPT + ANSWER, None)]
     third = jsonl(tmp_path / "c.jsonl", {"turns": PROMPT + ANSWER})
-    found = sources.demonstrations(str(third), sources.fields("messages = turns"))
-    assert found == [PROMPT + ANSWER]
+    found = sources.demonstrations(third, sources.fields("messages = turns"))
+    assert found == [(PROMPT + ANSWER, None)]
 
 
 def test_comparisons_as_text_and_messages(tmp_path):
-    path = jsonl(
-        tmp_path / "a.jsonl",
-        {"prompt": "p", "chosen": "c", "rejected": "r"},
-        {"prompt": PROMPT, "chosen": ANSWER, "rejected": WORSE},
-    )
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    jsonl(tmp_path / "a.jsonl", pair)
+    jsonl(tmp_path / "b.jsonl", dict(prompt=PROMPT, chosen=ANSWER, rejected=WORSE))
     want = sources.Comparison(PROMPT, (ANSWER, WORSE))
-    assert sources.comparisons(str(path)) == [want] * 2
-    assert want.preference is want.margin is None
+    assert sources.comparisons(tmp_path) == [want] * 2
+    assert want.preference is want.margin is want.tools is None
 
 
 def test_comparisons_with_how_sure_and_by_how_much(tmp_path):
@@ -167,7 +167,7 @@ def test_comparisons_with_how_sure_and_by_how_much(tmp_path):
         pair | {"p_chosen": 0.5},
     )
     found = sources.comparisons(str(path))
-    assert [c[2:] for c in found] == [(0.75, -2.0), (1.0, None), (None, None)]
+    assert [c[2:4] for c in found] == [(0.75, -2.0), (1.0, None), (None, None)]
     assert isinstance(found[1].preference, float)
     renamed = sources.comparisons(str(path), sources.fields("preference=p_chosen"))
     assert [c.preference for c in renamed] == [None, None, 0.5]
@@ -183,39 +183,42 @@ def test_rankings(tmp_path):
     third = [{"role": "assistant", "content": "x"}]
     cut = [WORSE[0] | {"ended": False}]
     assert sources.comparisons(str(path)) == [
-        (PROMPT, (ANSWER, WORSE, third), None, None),
-        (PROMPT, (ANSWER, cut), None, None),
-        (PROMPT, (ANSWER, WORSE), None, None),
+        (PROMPT, (ANSWER, WORSE, third), None, None, None),
+        (PROMPT, (ANSWER, cut), None, None, None),
+        (PROMPT, (ANSWER, WORSE), None, None, None),
     ]
 
 
 def test_judgements_and_pairs_as_judgements(tmp_path):
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
-    one = {"prompt": "p", "completion": "c"}
+    one = {"prompt": "p", "completion": "c", "label": True}
+    cut = [ANSWER[0] | {"ended": False}]
     path = jsonl(
         tmp_path / "a.jsonl",
-        one | {"label": True},
-        one | {"completion": ANSWER, "label": False, "completion_ended": False},
-        pair | {"rejected_ended": False},
-        pair | {"preference": 0.25},
+        one,
+        one | {"label": False, "completion_ended": False},
     )
-    cut = [ANSWER[0] | {"ended": False}]
-    assert sources.judgements(str(path)) == [
-        [(PROMPT, ANSWER, True)],
-        [(PROMPT, cut, False)],
-        [(PROMPT, ANSWER, True), (PROMPT, [WORSE[0] | {"ended": False}], False)],
-        [(PROMPT, ANSWER, False), (PROMPT, WORSE, True)],
-    ]
+    want = [[(PROMPT, ANSWER, True, None)], [(PROMPT, cut, False, None)]]
+    assert sources.judgements(path) == want
     renamed = sources.fields("label=label+completion=completion")
-    assert sources.judgements(str(path), renamed) == sources.judgements(str(path))
+    assert sources.judgements(path, renamed) == want
+    path = jsonl(
+        tmp_path / "b.jsonl", pair | {"rejected_ended": False}, pair | {"preference": 0}
+    )
+    cut = [WORSE[0] | {"ended": False}]
+    assert sources.judgements(path) == [
+        [(PROMPT, ANSWER, True, None), (PROMPT, cut, False, None)],
+        [(PROMPT, ANSWER, False, None), (PROMPT, WORSE, True, None)],
+    ]
 
 
-def test_prompts_know_where_they_came_from(tmp_path):
-    records = [{"prompt": "p", "answer": [4, 2]}, {"prompt": PROMPT}]
+@pytest.mark.parametrize("prompt", ["p", PROMPT])
+def test_prompts_know_where_they_came_from(tmp_path, prompt):
+    records = [{"prompt": prompt, "answer": [4, 2]}, {"prompt": prompt}]
     path = jsonl(tmp_path / "a.jsonl", *records)
     assert sources.prompts(str(path)) == [
-        ("p", f"{path}:1", records[0]),
-        (PROMPT, f"{path}:2", records[1]),
+        (prompt, f"{path}:1", records[0], None),
+        (prompt, f"{path}:2", records[1], None),
     ]
 
 
@@ -268,7 +271,7 @@ def test_a_bad_line_is_told_by_file_and_line(tmp_path, line, told):
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\\ud83d\\ude00"}')
-    assert sources.texts(str(path)) == ["\U0001f600"]
+    assert list(sources.texts(str(path))) == ["\U0001f600"]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nthr\xe9e\n")
     with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8"):
-        sources.texts(str(path))
+        list(sources.texts(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +355,7 @@ def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
 def test_an_empty_file_is_told(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name}: empty"):
-        sources.texts(str(tmp_path))
+        list(sources.texts(str(tmp_path)))
 
 
 def test_a_damaged_gzip_file_is_told(tmp_path):
@@ -366,9 +369,9 @@ def test_a_damaged_gzip_file_is_told(tmp_path):
     ):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut-off"):
-            sources.texts(str(path))
+            list(sources.texts(str(path)))
         with pytest.raises(UserError, match="damaged or cut-off"):
-            sources.digest([path])
+            files.digest([path])
 
 
 def test_records_where_text_is_are_told(tmp_path):

@@ -1,0 +1,125 @@
+"""Text tokenised once: shards by what they were made of.
+
+    CACHE/KEY/    the shards of one files spec
+    CACHE/KEY.lock
+
+KEY is a digest of the files' contents, the tokenizer and how text is cut, so that
+nothing else needs to be compared. Of several processes that need the same, one works
+and the others wait; a process that dies leaves no lock behind, since the system drops
+it, and no part of a folder, since that appears whole.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from stagecraft import workdir
+from stagecraft.data import containers, files, shards, sources
+from stagecraft.errors import UserError
+from stagecraft.text import chat
+
+# Raised when the same text would become other ids.
+VERSION = 1
+_log = logging.getLogger("stagecraft.data")
+
+
+def tokens(spec, mapping, tokenizer, folder):
+    """The documents of a files spec as shards, tokenised now if they never were.
+
+    Args:
+        spec: files of text, folders of shards, or both.
+        mapping: {"our key": "the file's key"}.
+        tokenizer: has `digest` and `vocab_size`.
+        folder: the cache.
+
+    Returns:
+        list of verified `Shards`: those named, then those of the text.
+    """
+    paths = files.expand(spec)
+    told = (tokenizer.digest, tokenizer.vocab_size)
+    ready = [path for path in paths if files.shards_here(path)]
+    found = []
+    for path in ready:
+        one = shards.Shards(path).check_tokenizer(*told).verify()
+        _log.info("%s: shards, %d documents, %d tokens", path, len(one), one.tokens)
+        found.append(one)
+    text = [path for path in paths if not files.shards_here(path)]
+    if text:
+        found.append(_tokenised(text, mapping or {}, tokenizer, Path(folder)))
+    return found
+
+
+def _tokenised(paths, mapping, tokenizer, folder):
+    kinds = [files.suffix(path)[0] for path in paths]
+    settings = {
+        "version": VERSION,
+        "content": files.digest(paths),
+        "containers": kinds,
+        "document": containers.DOCUMENT if ".txt" in kinds else 0,
+        "key": mapping.get("text", "text"),
+        "tokenizer": tokenizer.digest,
+    }
+    target = folder / workdir.digest(settings)[:32]
+    if (known := _known(target)) is not None:
+        name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
+        counts = len(known), known.tokens
+        _log.info("%s: tokens from the cache, %d documents, %d tokens", name, *counts)
+        return known
+    with _alone(target):
+        # Another process may have done it while this one waited.
+        if (known := _known(target)) is not None:
+            return known
+        # What is damaged, and what a process that was killed here left unfinished.
+        for rest in (target, *folder.glob(f".{target.name}.*")):
+            shutil.rmtree(rest, ignore_errors=True)
+        documents = sources.texts(paths, mapping)
+        try:
+            shards.write(
+                target,
+                (chat.document(text, tokenizer)[0] for text in documents),
+                tokenizer_digest=tokenizer.digest,
+                vocab_size=tokenizer.vocab_size,
+                settings=settings,
+            )
+        except UserError:
+            if not shards.is_folder(
+                target
+            ):  # where there are no locks: done by another
+                raise
+    return shards.Shards(target)
+
+
+def _known(target):
+    """The shards of a folder, or None where there are none or they are damaged."""
+    if not shards.is_folder(target):
+        return None
+    try:
+        return shards.Shards(target).verify()
+    except UserError as error:
+        _log.warning("%s; tokenised again", error)
+        return None
+
+
+@contextlib.contextmanager
+def _alone(target):
+    """Holds other processes off; without locks in the system, the last rename wins."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(f"{target}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"{target.parent}: cannot write here ({error.strerror}); name another "
+            "folder with data.cache"
+        ) from None
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except ImportError:
+            pass
+        yield
+    finally:
+        os.close(handle)

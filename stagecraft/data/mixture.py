@@ -1,0 +1,220 @@
+"""Rows of several sources in given shares, in an order that is f(seed, step).
+
+Where a source's next row comes in the stream of all rows is known in closed form: the
+stream is cut into blocks, each with the same count of every source spread evenly over
+it, so that the row of any step is found without going through those before it. Shares
+change at steps (a curriculum), and where a source has been seen as often as it may.
+"""
+
+import math
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from stagecraft.errors import UserError
+
+# Rows of a block: shares are kept to within half a row of it.
+BLOCK = 2**16
+# Sources of up to so many rows are shuffled an epoch at a time.
+_SMALL = 2**17
+SHARE_BY = ("tokens", "examples")
+
+
+class _Segment(NamedTuple):
+    """Rows from `start` on (until the next segment) with the same counts in a block."""
+
+    start: int
+    quotas: np.ndarray  # i64[S], rows of each source in a block
+    before: np.ndarray  # i64[S], rows of each source before `start`
+
+
+class _Order:
+    """Numbers below `size` in epochs, each shuffled anew.
+
+    Grain finds the number at any place without making the others, but for small sizes
+    it takes a millisecond: there a whole epoch is made at once.
+    """
+
+    def __init__(self, size, seed):
+        self.size, self.seed = size, seed
+        self._made = -1, None  # an epoch and its permutation
+        self._large = None
+        if size > _SMALL:
+            self._large = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, place):
+        if self._large is not None:
+            return self._large[place]
+        epoch, at = divmod(place, self.size)
+        made, found = self._made
+        if made != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            found = rng.permutation(self.size)
+            self._made = epoch, found
+        return int(found[at])
+
+
+class Mixture:
+    """Which row comes at which place of the stream.
+
+    Args:
+        members: for each source, the numbers of its rows.
+        phases: [(first place in the stream, weight of each source's rows)].
+        caps: how often each source may be seen through, 0 for no limit.
+        seed: int; source i is shuffled by seed + i.
+    """
+
+    def __init__(self, members, phases, caps, seed):
+        self.members = [np.asarray(rows, np.int64) for rows in members]
+        self.seed = seed
+        self.limits = [
+            math.floor(cap * len(rows) + 1e-9) if cap else None
+            for cap, rows in zip(caps, self.members, strict=True)
+        ]
+        self._orders = [
+            _Order(len(rows), seed + i) for i, rows in enumerate(self.members)
+        ]
+        self._open = None, None, None  # the block last looked into
+        self.end = None  # the place where every source is used up
+        self._segments = []
+        self._lay_out(phases)
+
+    def rows(self, places):
+        """Numbers of the rows at some places of the stream."""
+        return np.array([self._row(place) for place in places], np.int64)
+
+    def counts(self, place):
+        """Rows of each source before a place, i64[S]."""
+        number = self._at(place)
+        return self._before(number, place)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_open": (None, None, None)}
+
+    def _row(self, place):
+        if self.end is not None and place >= self.end:
+            raise UserError(
+                f"data.epochs: every source is used up after {self.end} rows, but row "
+                f"{place + 1} is asked for; raise a cap, or take fewer steps"
+            )
+        number = self._at(place)
+        segment = self._segments[number]
+        block, at = divmod(place - segment.start, int(segment.quotas.sum()))
+        sources, ranks = self._block(number, block)
+        source = sources[at]
+        turn = segment.before[source] + block * segment.quotas[source] + ranks[at]
+        return self.members[source][self._orders[source][int(turn)]]
+
+    def _at(self, place):
+        starts = [segment.start for segment in self._segments]
+        return int(np.searchsorted(starts, place, side="right")) - 1
+
+    def _before(self, number, place):
+        segment = self._segments[number]
+        block, at = divmod(place - segment.start, int(segment.quotas.sum()))
+        part = np.bincount(
+            self._block(number, block)[0][:at], minlength=len(self.members)
+        )
+        return segment.before + block * segment.quotas + part
+
+    def _block(self, number, block):
+        """Sources of a block's rows, and how many of the same came before in it."""
+        key, sources, ranks = self._open
+        if key == (number, block):
+            return sources, ranks
+        quotas = self._segments[number].quotas
+        # Each source evenly spaced, from an offset by chance.
+        shift = np.random.default_rng([self.seed, number, block]).random(len(quotas))
+        places = [
+            (np.arange(n) + u) / n for n, u in zip(quotas, shift, strict=True) if n
+        ]
+        order = np.argsort(np.concatenate(places), kind="stable")
+        sources = np.repeat(np.arange(len(quotas)), quotas)[order]
+        ranks = np.concatenate([np.arange(n) for n in quotas])[order]
+        self._open = (number, block), sources, ranks
+        return sources, ranks
+
+    def _lay_out(self, phases):
+        """Segments of the phases, each cut where a source reaches its limit."""
+        place, before = 0, np.zeros(len(self.members), np.int64)
+        ends = [start for start, _ in phases[1:]] + [None]
+        for (_, weights), end in zip(phases, ends, strict=True):
+            while end is None or place < end:
+                weights = [
+                    0.0 if limit is not None and count >= limit else weight
+                    for weight, limit, count in zip(
+                        weights, self.limits, before, strict=True
+                    )
+                ]
+                if not any(weights):
+                    self.end = place
+                    return
+                number = len(self._segments)
+                self._segments.append(_Segment(place, _quotas(weights), before))
+                stops = [self._used_up(number, i) for i in range(len(weights))]
+                stops = [stop for stop in [*stops, end] if stop is not None]
+                if not stops:
+                    return
+                place = min(stops)
+                before = self._before(number, place)
+
+    def _used_up(self, number, source):
+        """The place after which a source has reached its limit, or None."""
+        segment, limit = self._segments[number], self.limits[source]
+        quota = int(segment.quotas[source])
+        if limit is None or not quota:
+            return None
+        block, rank = divmod(limit - int(segment.before[source]) - 1, quota)
+        sources, ranks = self._block(number, block)
+        at = int(np.flatnonzero((sources == source) & (ranks == rank))[0])
+        return segment.start + block * int(segment.quotas.sum()) + at + 1
+
+
+def _quotas(weights):
+    """Whole rows of a block for each weight, by the largest remainder."""
+    exact = np.array(weights) / sum(weights) * BLOCK
+    found = np.floor(exact).astype(np.int64)
+    missing = BLOCK - int(found.sum())
+    found[np.argsort(found - exact, kind="stable")[:missing]] += 1
+    # However small its share, a source that has one comes.
+    return np.maximum(found, np.array(weights) > 0)
+
+
+def curriculum(text, sources):
+    """[(step, shares)] from "0: .9, .1; 1000: .5, .5".
+
+    >>> curriculum("0: 3, 1; 10: 1, 1", 2)
+    [(0, (3.0, 1.0)), (10, (1.0, 1.0))]
+    """
+    found = []
+    for part in text.split(";"):
+        step, _, words = part.partition(":")
+        try:
+            found.append((int(step), tuple(float(w) for w in words.split(","))))
+        except ValueError:
+            raise UserError(
+                f"data.curriculum={text!r}: {part.strip()!r} is not a step and its "
+                "shares; expected '0: .9, .1; 1000: .5, .5'"
+            ) from None
+        check_shares(f"data.curriculum, step {step.strip()}", found[-1][1], sources)
+    steps = [step for step, _ in found]
+    if steps[0] != 0 or steps != sorted(set(steps)):
+        raise UserError(
+            f"data.curriculum={text!r}: its steps are {', '.join(map(str, steps))}; "
+            "expected 0 first and then rising ones"
+        )
+    return found
+
+
+def check_shares(where, shares, sources):
+    """Refuses shares that are not one number of 0 or more for each source."""
+    fit = [
+        isinstance(s, (int, float)) and not isinstance(s, bool) and 0 <= s < math.inf
+        for s in shares
+    ]
+    if len(shares) != sources or not all(fit) or not any(shares):
+        raise UserError(
+            f"{where}={tuple(shares)}: expected a number of 0 or more for each of the "
+            f"{sources} parts of data.files, not all 0"
+        )
