@@ -132,7 +132,9 @@ class HuggingFace:
         if spelled:
             # As many characters instead, so that no place in the text moves.
             marks = templates.unused(len(spelled), templates.texts([messages, tools]))
-            hidden = {t: m * len(t) for t, m in zip(sorted(spelled), marks)}
+            hidden = {
+                t: m * len(t) for t, m in zip(sorted(spelled), marks, strict=True)
+            }
             shown, spans = write(
                 *(self._hide(value, hidden) for value in (messages, tools))
             )
@@ -196,9 +198,11 @@ class HuggingFace:
             if model.get("unk_token") == token:
                 model["unk_token"] = alias
         if "merges" in model:
-            joined = {token for token in self._spelled if len(token) > 1}
+            gone = set(self._spelled)
             model["merges"] = [
-                pair for pair in model["merges"] if "".join(pair) not in joined
+                pair
+                for pair in map(_pair, model["merges"])
+                if gone.isdisjoint([*pair, "".join(pair)])
             ]
         return tokenizers.Tokenizer.from_str(json.dumps(whole))
 
@@ -272,7 +276,7 @@ class HuggingFace:
                 {"role": "assistant", "content": mark},
             ]
             try:
-                text, _ = self.template.conversation(messages)
+                text = self.template.text(messages)
             except templates.Refusal:
                 continue
             longest = sorted(added, key=len, reverse=True)
@@ -402,6 +406,11 @@ def _templates(files, said, where):
 
 def _content(token):
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _pair(merge):
+    # Older files join the two by a space.
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _put_back(text, hidden):
