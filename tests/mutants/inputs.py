@@ -215,8 +215,8 @@ _SAMPLING = in_file(
     "tests/models/sampling_test.py",
     (
         "the stop token is masked out",
-        "mask=write(sample.mask, step, live)",
-        "mask=write(sample.mask, step, live & ~ended)",
+        "mask=_write(sample.mask, step, live)",
+        "mask=_write(sample.mask, step, live & ~ended)",
     ),
     (
         "temperature multiplies",
@@ -225,8 +225,8 @@ _SAMPLING = in_file(
     ),
     (
         "stops at the wrong token",
-        "jnp.array(stop_ids, jnp",
-        "1 + jnp.array(stop_ids, jnp",
+        "jnp.array(drawing.stop_ids, jnp",
+        "1 + jnp.array(drawing.stop_ids, jnp",
     ),
     ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
 )
