@@ -29,7 +29,7 @@ NAMED = "additional_chat_templates"
 # Ends of a text, for a tokenizer.json that comes alone.
 ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 # Names of tokens that nothing else uses, the best first.
-SPARE = (r"pad\b|_pad_|pad>", r"unused", r"reserved", r"dummy|placeholder")
+SPARE = ("pad", "unused", "reserved", "dummy", "placeholder")
 # The private plane whose characters spell control tokens in the second tokenizer.
 ALIASES = 0xF0000
 
@@ -51,6 +51,9 @@ class HuggingFace:
         template: a `Template`, or None.
         files: as given.
     """
+
+    # A turn is written by a template, if at all.
+    system = user = assistant = end = None
 
     def __init__(self, files, where):
         self.files, self._where = files, where
@@ -102,7 +105,7 @@ class HuggingFace:
                 return ids
         self._check_aliases(text)
         ids = self._literal.encode(text, add_special_tokens=False).ids
-        self._check_forged(ids, {})
+        self._check_forged(ids, collections.Counter())
         return ids
 
     def decode(self, ids):
@@ -236,7 +239,7 @@ class HuggingFace:
     def _end(self, named, stops, added):
         token = named.get("eos_token")
         if token is not None:
-            return self._id("eos_token", token)
+            return self._ids[token]
         alone = [t for t in ENDS if t in added]
         if stops or len(alone) == 1:
             return stops[0] if stops else added[alone[0]]
@@ -250,7 +253,7 @@ class HuggingFace:
         puts = said.get("add_bos_token")
         if isinstance(puts, bool):
             token = named.get("bos_token")
-            return self._id("bos_token", token) if puts and token else None
+            return self._ids[token] if puts and token else None
         plain = self._inner.encode("a", add_special_tokens=False).ids
         dressed = self._processed(whole).encode("a").ids
         first = dressed[0]
@@ -260,11 +263,6 @@ class HuggingFace:
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(json.dumps(whole))
-
-    def _id(self, key, token):
-        if token not in self._ids:
-            raise UserError(f"{self._where}: {key} {token!r} is not in {MAIN}")
-        return self._ids[token]
 
     def _turn_end(self, added):
         """The first token a template writes after an answer, if it writes one."""
@@ -293,9 +291,9 @@ class HuggingFace:
             return named_pad
         spare = [
             number
-            for pattern in SPARE
+            for name in SPARE
             for token, number in sorted(added.items(), key=lambda item: item[1])
-            if re.search(pattern, token, re.IGNORECASE)
+            if name in token.lower()
         ]
         unknown = self._ids.get(named.get("unk_token"))
         others = [] if unknown is None else [unknown]
