@@ -68,7 +68,7 @@ class HuggingFace:
         named = {k: v for k, v in named.items() if isinstance(v, str)}
         stops = self._generation_stops()
         self.eos = self._end(named, stops, added)
-        self.bos = self._beginning(named, said, whole)
+        self.bos = self._beginning(whole)
         sources = _templates(files, said, where)
         self.template, turn = None, []
         if sources:
@@ -248,21 +248,18 @@ class HuggingFace:
             "tokenizer_config.json"
         )
 
-    def _beginning(self, named, said, whole):
-        """The id transformers would put before a text, or None."""
-        puts = said.get("add_bos_token")
-        if isinstance(puts, bool):
-            token = named.get("bos_token")
-            return self._ids[token] if puts and token else None
-        plain = self._inner.encode("a", add_special_tokens=False).ids
-        dressed = self._processed(whole).encode("a").ids
-        first = dressed[0]
-        return first if dressed != plain and first not in plain else None
+    def _beginning(self, whole):
+        """The id that a text begins with, by the post-processor, or None.
 
-    def _processed(self, whole):
+        transformers goes by it too where there is a tokenizer.json, whatever
+        add_bos_token says.
+        """
         import tokenizers
 
-        return tokenizers.Tokenizer.from_str(json.dumps(whole))
+        plain = self._inner.encode("a", add_special_tokens=False).ids
+        dressed = tokenizers.Tokenizer.from_str(json.dumps(whole)).encode("a").ids
+        put = len(dressed) > len(plain) and dressed[0] not in plain
+        return dressed[0] if put else None
 
     def _turn_end(self, added):
         """The first token a template writes after an answer, if it writes one."""

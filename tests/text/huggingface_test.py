@@ -268,14 +268,13 @@ def test_bos_once_or_not_at_all(name, kind, folders):
     assert ids.count(ours.bos) == bool(bos) and not mask[0]
 
 
-def test_the_config_decides_on_bos(change):
-    assert load(change("llama2", config=dict(add_bos_token=False))).bos is None
-    assert load(change("llama2", config=dict(add_bos_token=True))).bos is not None
-    whole = json.loads((change("llama2") / "tokenizer.json").read_text())
-    whole["post_processor"] = None
-    assert load(change("llama2", tokenizer__json=whole)).bos is None
-    config = dict(add_bos_token=True)
-    assert load(change("llama2", config=config, tokenizer__json=whole)).bos is not None
+def test_the_post_processor_decides_on_bos(change):
+    for puts in (None, True, False):
+        config = dict(add_bos_token=puts)
+        assert load(change("llama2", config=config)).bos is not None
+        whole = json.loads((change("llama2") / "tokenizer.json").read_text())
+        whole["post_processor"] = None
+        assert load(change("llama2", config=config, tokenizer__json=whole)).bos is None
 
 
 @pytest.mark.parametrize(
