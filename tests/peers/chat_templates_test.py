@@ -11,10 +11,15 @@ Templates without blocks have no mask in transformers: theirs are judged by the 
 pattern, which knows a turn by its looks.
 """
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers
+import trl
 
+from stagecraft.errors import UserError
 from stagecraft.text import chat
 from stagecraft.text import tokenizer as tokenizers
 from tests.text import families
@@ -111,3 +116,41 @@ def test_forged_tokens_are_those_transformers_sanitises(tmp_path):
         control = {ours.eos, *ours.control_ids}
         assert [i for i in got if i in control] == [i for i in want if i in control]
         assert ours.decode(got) == ours.decode(want)
+
+
+TRL = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in TRL.glob("*.jinja")))
+def test_templates_that_trl_ships(name, tmp_path, parity_rng):
+    """Ids of real templates; masks of those with blocks, from transformers alone."""
+    source = (TRL / f"{name}.jinja").read_text(encoding="utf-8")
+    folder = families.folder(tmp_path, "chatml", chat_template=source)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours, written, compared = tokenizers.load(folder), 0, 0
+    for _ in range(12):
+        messages, tools = families.conversation(parity_rng, "qwen2_5")
+        try:
+            text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        except Exception:  # it does not write such conversations
+            with pytest.raises(UserError, match="chat template"):
+                ours.template.text(messages, tools)
+            continue
+        assert ours.template.text(messages, tools) == text
+        written += 1
+        if not re.search(r"{%-?\s*generation", source):
+            continue
+        try:
+            ids, mask = chat.render(messages, ours, tools=tools)
+        except UserError as error:
+            assert "what is learned is unknown" in str(error)
+            continue
+        got = theirs.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        whole = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert ids == got["input_ids"]
+        check_blocks(name, ids, mask, got["assistant_masks"], whole["offset_mapping"])
+        compared += any(mask)
+    if name.endswith("_training") and written:  # one wants lists of parts alone
+        assert compared, "no conversation could be compared"
