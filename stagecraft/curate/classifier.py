@@ -124,6 +124,9 @@ def _matrix(texts):
 
 def _fit(matrix, labels, penalty):
     """Weights and bias, f64[FEATURES + 1]; both kinds weigh the same."""
+    # Features that no sample has stay at 0; leaving them out saves most of the work.
+    used = np.unique(matrix.indices)
+    matrix = matrix[:, used]
     weight = np.where(labels > 0, 0.5 / labels.sum(), 0.5 / (1 - labels).sum())
     sign = 2 * labels - 1
 
@@ -134,9 +137,11 @@ def _fit(matrix, labels, penalty):
         slope = -weight * sign * special.expit(-margin)
         return value, np.append(matrix.T @ slope + penalty * w, slope.sum())
 
-    start = np.zeros(FEATURES + 1)
-    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B")
-    return found.x
+    start = np.zeros(len(used) + 1)
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
+    whole = np.zeros(FEATURES + 1)
+    whole[used], whole[-1] = found[:-1], found[-1]
+    return whole
 
 
 def _auc(guess, truth):

@@ -86,16 +86,14 @@ def curate(config, *, executor="local", workers=2):
     c = resolve(config)
     schema.positive("--workers", workers)
     _needs_datatrove()
-    from stagecraft.curate import engine, pipeline
+    from stagecraft.curate import engine, pipeline, publish
 
     engine.check(executor)
     out = Path(c.out)
     _check_out(out)
     began = time.monotonic()
     found = inputs.survey(c.files, c.text_key, c.document, c.task_bytes)
-    named = {
-        k: v for k, v in schema.plain(c).items() if k not in ("out", "work", "examples")
-    }
+    named = {k: v for k, v in schema.plain(c).items() if k not in publish.PLACES}
     read = [c.quality.good, c.quality.bad, c.quality.model, c.contamination.files]
     contents = [found.digest, *map(_contents, [*read, c.tokenizer])]
     identity = workdir.digest([VERSION, _engine_version(), named, contents])

@@ -128,6 +128,8 @@ def survey(spec, text_key, document, task_bytes):
 
 def stretch(path, start, end):
     """Chunks of bytes start to end of a file, decompressed where it is compressed."""
+    if start == end:
+        return
     position = start
     if not path.endswith((".gz", ".zst")):
         with open(path, "rb") as file:
@@ -183,7 +185,7 @@ def _cut(path, source, text_key, document, aim):
             if position - cuts[-1][0] >= aim and (kind == "lines" or not line.strip()):
                 cuts.append((position, number + 1))
     except Damage as error:
-        # What was decompressed before is counted in full, the torn last line too.
+        # The whole lines before it are counted; the torn one is lost with the rest.
         damage = str(error)
     if cuts[-1][0] < position or len(cuts) == 1:
         cuts.append((position, number + 1))

@@ -13,8 +13,8 @@ WORDS = {
     "en": "the of and to a in is it you that he was for on are with as his they be at "
     "this have from or had by not but what all were when we there can an which "
     "their if do will would who been",
-    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine "
-    "als auch es an werden aus er hat dass sie nach wird bei einer um am sind "
+    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein "
+    "eine als auch es an werden aus er hat dass sie nach wird bei einer um am sind "
     "noch wie einem über so zum war haben nur oder aber",
     "fr": "le de un à être et en avoir que pour dans ce il qui ne sur se pas plus par "
     "je avec tout faire son mais comme ou si leur y dire elle la les des une est "
@@ -22,8 +22,8 @@ WORDS = {
     "es": "el la de que y en un ser se no haber por con su para como estar tener le lo "
     "todo pero más hacer o este otro ese si me ya ver porque los las del una es "
     "son fue al sus muy",
-    "it": "il di che la e un a per non in una sono mi ho ma l'ha si le lo con ti cosa i "
-    "da se della dei nel alla gli questo è del come anche più delle suo era degli",
+    "it": "il di che la e un a per non in una sono mi ho ma si le lo con ti cosa i da "
+    "se della dei nel alla gli questo è del come anche più delle suo era degli",
     "pt": "o de e que do da em um para é com não uma os no se na por mais as dos como "
     "mas foi ao ele das tem à seu sua ou ser quando muito há nos já está também "
     "pelo pela até isso",

@@ -64,7 +64,7 @@ def build(spec, folder, n, common):
         places.append(where)
     if told["asked"] == told["short"]:
         raise UserError(
-            f"contamination.files={spec!r}: none of its {told['items']} items has "
+            f"contamination.files={spec!r}: none of its {told['asked']} items has "
             f"{n} words; lower contamination.n_grams or leave the files out"
         )
     values, owners = np.concatenate(hashes), np.concatenate(owners)

@@ -13,7 +13,6 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
 from stagecraft import workdir
-from stagecraft.anatomy import page
 from stagecraft.curate import ledger, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
@@ -40,6 +39,10 @@ SAYS = {
 }
 
 
+# Keys that say where, not what.
+PLACES = ("out", "work")
+
+
 class Publish(PipelineStep):
     """Writes OUT, whole or not at all.
 
@@ -64,6 +67,9 @@ class Publish(PipelineStep):
         self.model, self.identity = model, identity
 
     def run(self, data=None, rank=0, world_size=1):
+        # Not in every worker that filters: it comes with much of jax.
+        from stagecraft.anatomy import page
+
         limit = self.config["examples"]
         tallies = {
             name: ledger.merged(self.work / "tallies" / name, self.tasks, limit)
@@ -142,7 +148,7 @@ class Publish(PipelineStep):
             "steps": rows,
             "sources": sources,
             **self.about,
-            "config": self.config,
+            "config": {k: v for k, v in self.config.items() if k not in PLACES},
         }
 
     def _copy_text(self, folder):
@@ -236,6 +242,6 @@ def _flat(config, path=""):
         where = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             found += _flat(value, where)
-        elif key not in ("out", "work"):
+        elif key not in PLACES:
             found.append((where, value))
     return found
