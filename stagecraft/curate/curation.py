@@ -12,6 +12,7 @@ config and the contents of all it reads: the same command goes on there, another
 afresh.
 """
 
+import contextlib
 import shutil
 import sys
 import time
@@ -86,23 +87,25 @@ def curate(config, *, executor="local", workers=2):
     c = resolve(config)
     schema.positive("--workers", workers)
     _needs_datatrove()
-    from stagecraft.curate import engine, pipeline, publish
+    from stagecraft.curate import engine, pipeline, publish, steps
 
     engine.check(executor)
+    # Before anything is read: a tokenizer that is none is refused at once.
+    digest = steps.load_tokenizer(c.tokenizer).digest if c.tokenizer else ""
     out = Path(c.out)
     _check_out(out)
     began = time.monotonic()
     found = inputs.survey(c.files, c.text_key, c.document, c.task_bytes)
     named = {k: v for k, v in schema.plain(c).items() if k not in publish.PLACES}
     read = [c.quality.good, c.quality.bad, c.quality.model, c.contamination.files]
-    contents = [found.digest, *map(_contents, [*read, c.tokenizer])]
+    contents = [found.digest, digest, *map(_contents, read)]
     identity = workdir.digest([VERSION, _engine_version(), named, contents])
     before = workdir.read_json(out / "curation.json", {})
     if before.get("identity") == identity:
         _say(f"{out}: finished already")
         return before
     work = Path(c.work or f"{out}.work") / identity[:16]
-    with _lock(work):
+    with alone(work):
         for rank, parts in enumerate(found.tasks):
             workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
         phases = pipeline.phases(c, work, len(found.tasks), found, identity)
@@ -183,33 +186,28 @@ def _say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-class _lock:
+@contextlib.contextmanager
+def alone(work):
     """Only one process works in a folder; the lock ends with the process."""
+    import fcntl  # on Linux and macOS alone
 
-    def __init__(self, work):
-        self.path = work / "lock"
-
-    def __enter__(self):
-        import fcntl
-
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / "lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"{work}: cannot write here ({error.strerror}); choose another out or work "
+            "folder"
+        ) from error
+    with file:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a")
-        except OSError as error:
-            raise UserError(
-                f"{self.path.parent}: cannot write here ({error.strerror}); choose "
-                "another out or work folder"
-            ) from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{self.path.parent}: another stagecraft curate is at work here; wait "
-                "for it or stop it"
+                f"{work}: another stagecraft curate is at work here; wait for it or "
+                "stop it"
             ) from None
-
-    def __exit__(self, *_):
-        self.file.close()
+        yield
 
 
 def _remove_if_empty(folder):

@@ -122,7 +122,7 @@ def test_evaluation_text_is_found_by_thirteen_words(tmp_path):
     assert judged(f"{other} {', '.join(part[5:17])} {other}") is True  # twelve words
     assert judged(f"{frame} {other}") is True  # every item's
     assert judged("") is True and judged("a few words") is True
-    with pytest.raises(UserError, match="none of its 40 items has 99 words"):
+    with pytest.raises(UserError, match="none of its 41 items has 99 words"):
         overlap.build(str(path), tmp_path, 99, 10)
 
 
