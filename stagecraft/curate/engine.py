@@ -153,10 +153,14 @@ def _run_here(phase, work, pool, workers, tell):
         try:
             future.result()
         except BrokenProcessPool:
+            hint = "--workers=1 or a smaller task_bytes needs less"
+            if not done:
+                hint += "; a script of your own must call curate() under "
+                hint += "if __name__ == '__main__'"
             raise UserError(
                 f"curate: a worker was killed in {phase.name!r}, perhaps for want of "
                 f"memory; {done} of {phase.tasks} tasks are done, and the same command "
-                "goes on from there (--workers=1 or a smaller task_bytes needs less)"
+                f"goes on from there ({hint})"
             ) from None
         except UserError:
             raise

@@ -7,6 +7,7 @@ neighbours), code from prose. A text in none of them is "unknown".
 """
 
 import re
+from collections import Counter
 
 # The commonest function words of each, by which a text gives itself away.
 WORDS = {
@@ -58,6 +59,7 @@ NAMES = (*STOP_WORDS, *SCRIPTS)
 _SHARE = {"ja": 0.05}
 # Of a text's words among a language's commonest; below it none is recognised.
 _LEAST = 0.08
+_DIFFERENT = 3  # of those words, at least
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _LOOKED_AT = 20_000  # characters
 
@@ -81,14 +83,17 @@ def recognise(text):
         if share >= _SHARE.get(name, 0.4):
             return name, min(share, 1.0)
     words = [w.lower() for w in _WORD.findall(text)]
-    shares = {
-        name: sum(w in known for w in words) / max(len(words), 1)
+    # Single letters stand in lists, formulas and code of every language.
+    counts = Counter(w for w in words if len(w) > 1)
+    found = {
+        name: [counts[w] for w in known if w in counts]
         for name, known in STOP_WORDS.items()
     }
-    best = max(shares, key=shares.get)
-    if shares[best] < _LEAST:
+    best = max(found, key=lambda name: sum(found[name]))
+    share = sum(found[best]) / max(len(words), 1)
+    if share < _LEAST or len(found[best]) < _DIFFERENT:
         return "unknown", 0.0
-    return best, shares[best]
+    return best, share
 
 
 class Rule:
