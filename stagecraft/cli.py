@@ -179,6 +179,27 @@ def compare(rest):
     print(path)
 
 
+def curate(rest):
+    """Raw text to filtered, deduplicated, scored, tokenised text, and a page about it.
+
+    stagecraft curate --config=experiments/curate.py:in=raw/*.jsonl.gz,out=clean
+    stagecraft curate --config=experiments/curate.py:in=FILES,out=DIR,tokenizer=FILE
+    stagecraft curate --config=FILE:in=FILES,out=DIR --config.minhash.n_grams=8
+    stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
+
+    DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
+    says what each step removed and why. Every key with its default and a word is in
+    stagecraft/defaults.py, curate(). The same command goes on where it was stopped.
+    Ray and Slurm need DIR on storage that all their machines share.
+    """
+    _no_more(rest)
+    from stagecraft.curate import curation
+
+    if FLAGS.config is None:
+        raise UserError("--config is missing, as in --config=experiments/curate.py:...")
+    curation.curate(FLAGS.config, executor=FLAGS.executor, workers=FLAGS.workers)
+
+
 def bench(rest):
     """Time the stages on this machine: one JSON line a figure.
 
@@ -245,6 +266,7 @@ COMMANDS = {
     "chat": chat,
     "report": report,
     "compare": compare,
+    "curate": curate,
     "bench": bench,
     "import": import_,
     "export": export,
@@ -268,6 +290,15 @@ def _define(command):
         flags.DEFINE_integer("steps", 8, "timed steps of each")
         flags.DEFINE_string("dtype", "float32", "of the computation, or bfloat16")
         return ["what", "steps", "dtype", "debug"]
+    if command is curate:
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file("config", None, "what to do: FILE[:ARG]")
+        flags.DEFINE_string(
+            "executor", "local", "or ray:ADDRESS, or slurm:partition=NAME,time=HH:MM:SS"
+        )
+        flags.DEFINE_integer("workers", os.cpu_count() or 1, "tasks at once")
+        return ["config", "executor", "workers", "debug"]
     flags.DEFINE_string("workdir", None, "the run's folder")
     names = ["workdir"]
     if command is import_:

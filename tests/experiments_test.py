@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stagecraft import experiment, losses, run
+from stagecraft.curate import curation
 from stagecraft.errors import UserError
 from tests.conftest import ROOT, load_experiment, single_device
 
@@ -16,7 +17,7 @@ NAMES = sorted(
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    assert NAMES == ["objectives", "quickstart", "your_text"]
+    assert NAMES == ["curate", "curated_text", "objectives", "quickstart", "your_text"]
 
 
 def test_the_quickstart_resolves_as_it_is():
@@ -65,6 +66,31 @@ def test_your_text_runs_on_files(tmp_path):
     assert 0 <= found["reward"]["eval_accuracy"] <= 1
     assert 0 <= found["dpo"]["eval_rewards/accuracies"] <= 1
     assert (tmp_path / "run" / "ppo" / "stage.json").exists()
+
+
+def test_curated_text_trains_on_what_curation_leaves(tmp_path):
+    module = load_experiment("curated_text")
+    config = module.get_config(f"tiny,data={tmp_path}")
+    found = run.run(single_device(config), tmp_path / "run")
+    assert {"raw", "curated", "clean"} <= found.keys()
+    assert all(found[arm]["eval_loss"] > 0 for arm in ("raw", "curated", "clean"))
+    [folder] = tmp_path.glob("tiny-*")
+    told = json.loads((folder / "curated" / "curation.json").read_text())
+    clean = len((folder / "clean.jsonl").read_text().splitlines())
+    # Every planted fault is gone, and hardly anything else.
+    assert 0.85 * clean < told["documents"] <= 1.02 * clean
+    assert told["steps"][0]["documents"] == 2 * clean
+
+
+def test_curate_reads_its_arguments(tmp_path):
+    arg = f"tiny,in={tmp_path}/a.txt,{tmp_path}/b.txt,out={tmp_path}/out,language=all"
+    config = load_experiment("curate").get_config(arg)
+    assert config.files == f"{tmp_path}/a.txt,{tmp_path}/b.txt"
+    for name, text in (("a", "one two"), ("b", "ONE  two")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    config.rules = ()
+    told = curation.curate(config, workers=1)
+    assert (told["documents"], told["tasks"]) == (1, 1)
 
 
 def test_every_objective_has_an_arm():

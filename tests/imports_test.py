@@ -21,7 +21,7 @@ FLOORS = (
     ("stages",),
     ("train",),
     ("anatomy",),
-    ("bench", "experiment"),
+    ("bench", "curate", "experiment"),
     ("run",),
     ("exchange",),
     ("cli",),

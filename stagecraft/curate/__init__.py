@@ -1,0 +1,1 @@
+"""Raw text to text worth training on: filtered, deduplicated, scored, cut to ids."""

@@ -1,0 +1,99 @@
+"""What each step did to how much, from which source, and examples of it.
+
+Each task of each step writes a tally of its own, whole, when it is done; added up in
+the order of the tasks they are the same however many workers there were.
+"""
+
+from pathlib import Path
+
+from stagecraft import workdir
+
+_SHOWN = 600  # characters of an example
+
+
+class Tally:
+    """Counts of one step in one task, or of a whole step.
+
+    Args:
+        limit: examples kept of each reason.
+
+    Attributes:
+        flow: {source: [documents in, characters in, documents out, characters out]}.
+        removed: {reason: {source: [documents, characters]}}.
+        changed: {what: {source: [documents, times]}}.
+        examples: {reason: [{"where", "text", "note", ...}]}.
+    """
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.flow, self.removed, self.changed, self.examples = {}, {}, {}, {}
+
+    def took(self, source, text):
+        """A document came in."""
+        _add(self.flow, source, [1, len(text), 0, 0])
+
+    def passed(self, source, text):
+        """It goes on, with this text."""
+        _add(self.flow, source, [0, 0, 1, len(text)])
+
+    def dropped(self, source, text, reason, **about):
+        """It is removed; `about` is told with the example: where, note."""
+        _add(self.removed.setdefault(reason, {}), source, [1, len(text)])
+        self._example(reason, text, about)
+
+    def altered(self, source, what, times, text=None, **about):
+        """Something in it was changed so many times."""
+        _add(self.changed.setdefault(what, {}), source, [1, times])
+        if text is not None:
+            self._example(what, text, about)
+
+    def save(self, folder, rank):
+        """Writes the tally of a task."""
+        parts = [self.flow, self.removed, self.changed, self.examples]
+        workdir.write_json(Path(folder) / f"{rank:05d}.json", parts)
+
+    def add(self, parts):
+        """Adds what `save` wrote."""
+        flow, removed, changed, examples = parts
+        for source, counts in flow.items():
+            _add(self.flow, source, counts)
+        for mine, theirs in ((self.removed, removed), (self.changed, changed)):
+            for reason, sources in theirs.items():
+                for source, counts in sources.items():
+                    _add(mine.setdefault(reason, {}), source, counts)
+        for reason, found in examples.items():
+            kept = self.examples.setdefault(reason, [])
+            kept += found[: self.limit - len(kept)]
+
+    def total(self):
+        """[documents in, characters in, documents out, characters out]."""
+        return [sum(column) for column in zip(*self.flow.values(), strict=True)] or [
+            0
+        ] * 4
+
+    def removed_from(self):
+        """{source: documents removed}."""
+        found = {}
+        for sources in self.removed.values():
+            for source, (documents, _) in sources.items():
+                found[source] = found.get(source, 0) + documents
+        return found
+
+    def _example(self, reason, text, about):
+        kept = self.examples.setdefault(reason, [])
+        if len(kept) < self.limit:
+            cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+            kept.append({**about, "text": cut})
+
+
+def merged(folder, tasks, limit):
+    """The Tally of a step over all its tasks."""
+    total = Tally(limit)
+    for rank in range(tasks):
+        total.add(workdir.read_json(Path(folder) / f"{rank:05d}.json"))
+    return total
+
+
+def _add(table, key, counts):
+    old = table.get(key, [0] * len(counts))
+    table[key] = [a + b for a, b in zip(old, counts, strict=True)]

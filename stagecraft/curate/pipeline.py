@@ -1,0 +1,172 @@
+"""The list of steps, from files to the result: one list, wherever it runs.
+
+filter   read, rules in the order of `rules`, score, keep, MinHash's signatures
+match    MinHash's pairs, one task a band
+choose   which of the duplicates stay, which scores suffice: one task
+finish   duplicates out, evaluation text out, personal data out, written and cut
+publish  the result put together: one task
+"""
+
+from pathlib import Path
+
+from datatrove.pipeline import dedup, filters
+from datatrove.utils.hashing import HashConfig
+
+from stagecraft import schema, workdir
+from stagecraft.curate import (
+    classifier,
+    duplicates,
+    inputs,
+    language,
+    overlap,
+    publish,
+    reader,
+    steps,
+)
+from stagecraft.curate.engine import Phase
+from stagecraft.curate.words import Words
+from stagecraft.errors import UserError
+
+
+def phases(c, work, tasks, survey, identity):
+    """The phases of a curation; trains the classifier and indexes evaluation files.
+
+    Args:
+        c: a complete, checked config.
+        work: its work folder.
+        tasks: how many task files lie in it.
+        survey: the inputs.Survey, for the report.
+        identity: what names this work.
+
+    Returns:
+        list of Phase.
+    """
+    work, words = Path(work), Words(c.language.keep or "en")
+    first = [steps.Read(work, c.examples, c.text_key, c.source_key, c.document)]
+    names = ["read"]
+    for name in c.rules:
+        rule = _rule(name, c, words)
+        if rule is not None:
+            first.append(steps.Judge(name, work, c.examples, rule))
+            names.append(name)
+    about = {}
+    model = _classifier(c.quality, work, c, about)
+    if model:
+        first.append(steps.Score(model))
+    first.append(steps.Keep(work))
+    pairs = ""
+    found = []
+    if c.minhash.on:
+        config = dedup.MinhashConfig(
+            n_grams=c.minhash.n_grams,
+            num_buckets=c.minhash.buckets,
+            hashes_per_bucket=c.minhash.hashes,
+            seed=c.minhash.seed,
+            hash_config=HashConfig(precision=64),
+        )
+        signatures, pairs = str(work / "signatures"), str(work / "pairs")
+        first.append(
+            dedup.MinhashDedupSignature(signatures, config=config, language=words)
+        )
+        match = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
+        found = [Phase("match", [match], c.minhash.buckets)]
+    q = c.quality
+    choose = duplicates.Choose(
+        work,
+        tasks,
+        c.exact,
+        pairs,
+        q.threshold,
+        q.share,
+        q.temperature,
+        c.seed,
+    )
+    last = [steps.Reread(work)]
+    for name, code, wanted in (
+        ("exact duplicate", duplicates.EXACT, c.exact),
+        ("near duplicate", duplicates.NEAR, c.minhash.on),
+        ("quality", duplicates.UNCHOSEN, model),
+    ):
+        if wanted:
+            last.append(steps.Verdict(work, c.examples, name, code))
+            names.append(name)
+    if c.contamination.files:
+        folder = work / "evaluation"
+        folder.mkdir(exist_ok=True)
+        a = c.contamination
+        about["evaluation"] = overlap.build(a.files, folder, a.n_grams, a.common)
+        rule = overlap.Rule(folder, a.n_grams)
+        last.append(steps.Judge("contamination", work, c.examples, rule))
+        names.append("contamination")
+    if any(c.personal.values()):
+        last.append(steps.Scrub(work, c.examples, **c.personal))
+        names.append("personal data")
+    last.append(steps.Write(work, c.examples, c.tokenizer))
+    names.append("write")
+    last_of_all = publish.Publish(
+        work=work,
+        out=Path(c.out),
+        tasks=tasks,
+        steps=names,
+        config=schema.plain(c),
+        about=about | {"files": survey.files, "size": survey.size},
+        model=model,
+        identity=identity,
+    )
+    return [
+        Phase("filter", first, tasks),
+        *found,
+        Phase("choose", [choose], 1),
+        Phase("finish", last, tasks),
+        Phase("publish", [last_of_all], 1),
+    ]
+
+
+def _rule(name, c, words):
+    """The filter of a rule's name, with the config's numbers; None if it is off."""
+    if name == "language":
+        if not c.language.keep:
+            return None
+        return language.Rule(c.language.keep, c.language.unknown)
+    settings = dict(c[name])
+    if name == "gopher_quality":
+        stop = language.STOP_WORDS.get(c.language.keep)
+        if c.language.keep not in ("", "en") and stop:
+            settings["stop_words"] = sorted(stop)
+        elif c.language.keep != "en":
+            settings["min_stop_words"] = 0
+        return filters.GopherQualityFilter(**settings, language=words)
+    kinds = {
+        "gopher_repetition": filters.GopherRepetitionFilter,
+        "c4": filters.C4QualityFilter,
+        "fineweb": filters.FineWebQualityFilter,
+    }
+    return kinds[name](**settings, language=words)
+
+
+def _classifier(q, work, c, about):
+    """The classifier's file in the work folder; "" for none."""
+    if q.model:
+        classifier.Classifier(q.model)  # says what is wrong with it
+        data = Path(q.model).read_bytes()
+        path = work / Path(q.model).name
+        workdir.write_bytes(path, data)
+        return str(path)
+    if not q.good:
+        return ""
+    samples = [_samples(q[name], c, f"quality.{name}") for name in ("good", "bad")]
+    path, about["classifier"] = classifier.train(*samples, work)
+    return str(path)
+
+
+def _samples(spec, c, where):
+    found = []
+    try:
+        for parts in inputs.survey(spec, c.text_key, c.document, 0).tasks:
+            for part in parts:
+                for item in reader.read(part, c.text_key, c.source_key, c.document):
+                    if isinstance(item, reader.Text) and item.text.strip():
+                        found.append(item.text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return found

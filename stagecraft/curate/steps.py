@@ -1,0 +1,310 @@
+"""The steps of a pipeline, in datatrove's shape: documents in, documents out.
+
+Every step counts what it does in a tally, and writes it when its task is done. A task
+that is run again writes the same files over.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import get_filter_result
+
+from stagecraft import workdir
+from stagecraft.curate import classifier, duplicates, inputs, personal, reader
+from stagecraft.curate.ledger import Tally
+from stagecraft.text import chat, tokenizer
+
+# What the rules raise on texts they were not written for; their own bugs included.
+_FAILURES = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
+
+
+class Step(PipelineStep):
+    """A step with a tally.
+
+    Args:
+        name: its name, and that of its folder of tallies.
+        work: the work folder.
+        examples: how many to keep of each reason.
+    """
+
+    type = "stagecraft"
+
+    def __init__(self, name, work, examples):
+        self.name = name
+        super().__init__()
+        self.work, self.examples = Path(work), examples
+
+    def run(self, data, rank=0, world_size=1):
+        tally = Tally(self.examples)
+        yield from self.each(data, tally, rank)
+        tally.save(self.work / "tallies" / self.name, rank)
+
+    def each(self, data, tally, rank):
+        """Documents that go on."""
+        raise NotImplementedError
+
+
+class Read(Step):
+    """Documents of the task's parts of files; bad lines go to the quarantine."""
+
+    def __init__(self, work, examples, text_key, source_key, document):
+        super().__init__("read", work, examples)
+        self.keys, self.document = (text_key, source_key), document
+
+    def each(self, data, tally, rank):
+        parts = workdir.read_json(self.work / "tasks" / f"{rank:05d}.json")
+        bad = []
+        for part in parts:
+            for found in reader.read(inputs.Part(*part), *self.keys, self.document):
+                if isinstance(found, reader.Bad):
+                    bad.append(found._asdict())
+                    tally.dropped(
+                        found.source,
+                        found.data,
+                        found.reason,
+                        where=found.where,
+                        note=found.detail,
+                    )
+                    continue
+                tally.took(found.source, found.text)
+                tally.passed(found.source, found.text)
+                yield Document(
+                    text=found.text,
+                    id=found.where,
+                    metadata={"source": found.source, "record": found.record},
+                )
+        write_lines(self.work / "quarantine" / f"{rank:05d}.jsonl", bad)
+
+
+class Judge(Step):
+    """A rule over documents: datatrove's filters, or anything with their `filter`.
+
+    Args:
+        rule: filter(document) says True, False, (False, reason), or (False, reason,
+            note); it may change the document's text.
+    """
+
+    def __init__(self, name, work, examples, rule):
+        super().__init__(name, work, examples)
+        self.rule = rule
+
+    def each(self, data, tally, rank):
+        for document in data:
+            source, before = document.metadata["source"], document.text
+            tally.took(source, before)
+            keep, reason, note = self._judge(document)
+            if not keep:
+                tally.dropped(source, before, reason, where=document.id, note=note)
+                continue
+            if document.text != before:
+                lost = len(before) - len(document.text)
+                tally.altered(source, "characters cut from documents kept", lost)
+            tally.passed(source, document.text)
+            yield document
+
+    def _judge(self, document):
+        if not document.text.strip():
+            return False, "empty", ""
+        try:
+            result = self.rule.filter(document)
+        except _FAILURES as error:
+            return False, "the rule cannot judge it", type(error).__name__
+        if isinstance(result, tuple) and len(result) == 3:
+            return result
+        keep, reason = get_filter_result(result)
+        return keep, reason or self.name, ""
+
+
+class Score(PipelineStep):
+    """Writes the classifier's score beside each document."""
+
+    type, name = "stagecraft", "score"
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.model = path, None
+
+    def run(self, data, rank=0, world_size=1):
+        self.model = self.model or classifier.Classifier(self.path)
+        for document in data:
+            document.metadata["score"] = self.model.score(document.text)
+            yield document
+
+
+class Keep(PipelineStep):
+    """Writes the documents so far, and what duplicates are told by."""
+
+    type, name = "stagecraft", "keep"
+
+    def __init__(self, work):
+        super().__init__()
+        self.work = Path(work)
+
+    def run(self, data, rank=0, world_size=1):
+        keys = []
+        with Lines(self.work / "kept" / f"{rank:05d}.jsonl.gz", level=1) as file:
+            for document in data:
+                about = document.metadata
+                score = about.get("score", 0.0)
+                keys.append(duplicates.key(document.text, score))
+                file.write({"text": document.text, "id": document.id, "about": about})
+                yield document
+        duplicates.save_keys(self.work, rank, keys)
+
+
+class Verdict(Step):
+    """Documents kept so far, less duplicates and those not chosen by their score."""
+
+    def __init__(self, work, examples, name, code):
+        super().__init__(name, work, examples)
+        self.code = code
+
+    def each(self, data, tally, rank):
+        verdicts = duplicates.verdicts(self.work, rank)
+        for document in data:
+            source, text = document.metadata["source"], document.text
+            tally.took(source, text)
+            verdict = verdicts[document.metadata["number"]]
+            if verdict["code"] == self.code:
+                tally.dropped(
+                    source,
+                    text,
+                    self.name,
+                    where=document.id,
+                    note=_note(document, self.code),
+                    twin=[int(verdict["task"]), int(verdict["document"])],
+                )
+                continue
+            tally.passed(source, text)
+            yield document
+
+
+def _note(document, code):
+    score = document.metadata.get("score")
+    return f"score {score:.3f}" if code == duplicates.UNCHOSEN else ""
+
+
+class Reread(PipelineStep):
+    """The documents that `Keep` wrote, with their number in the task."""
+
+    type, name = "stagecraft", "reread"
+
+    def __init__(self, work):
+        super().__init__()
+        self.work = Path(work)
+
+    def run(self, data=None, rank=0, world_size=1):
+        for number, row in enumerate(kept(self.work, rank)):
+            about = row["about"] | {"number": number}
+            yield Document(text=row["text"], id=row["id"], metadata=about)
+
+
+class Scrub(Step):
+    """Replaces personal data, and counts it."""
+
+    def __init__(self, work, examples, **kinds):
+        super().__init__("personal data", work, examples)
+        self.kinds = kinds
+
+    def each(self, data, tally, rank):
+        for document in data:
+            source = document.metadata["source"]
+            tally.took(source, document.text)
+            document.text, counts = personal.scrub(document.text, **self.kinds)
+            for kind, count in counts.items():
+                tally.altered(source, f"{kind} replaced", count)
+            tally.passed(source, document.text)
+            yield document
+
+
+class Write(Step):
+    """Writes the curated text of a task, and its ids where there is a tokenizer.
+
+    Args:
+        tokenizer: its path, or "".
+    """
+
+    def __init__(self, work, examples, tokenizer):
+        super().__init__("write", work, examples)
+        self.tokenizer = tokenizer
+
+    def each(self, data, tally, rank):
+        model = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        ids, lengths, scores, sources = [], [], [], []
+        with Lines(self.work / "text" / f"{rank:05d}.jsonl.gz", level=6) as file:
+            for document in data:
+                about = document.metadata
+                tally.took(about["source"], document.text)
+                tally.passed(about["source"], document.text)
+                row = about["record"] | {
+                    "text": document.text,
+                    "source": about["source"],
+                    "where": document.id,
+                }
+                if "score" in about:
+                    row["score"] = about["score"]
+                file.write(row)
+                sources.append(about["source"])
+                scores.append(about.get("score", 0.0))
+                if model:
+                    found, _ = chat.document(document.text, model)
+                    ids.append(np.array(found, np.uint32))
+                    lengths.append(len(found))
+                    tally.altered(about["source"], "tokens", len(found))
+                yield document
+        if model:
+            folder = self.work / "ids"
+            folder.mkdir(exist_ok=True)
+            flat = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+            np.save(folder / f"{rank:05d}.npy", flat)
+            about = {"lengths": lengths, "scores": scores, "sources": sources}
+            workdir.write_json(folder / f"{rank:05d}.json", about)
+
+
+class Lines:
+    """A .jsonl.gz file whose bytes depend on what is written alone.
+
+    Args:
+        path: str or Path.
+        level: of the compression.
+    """
+
+    def __init__(self, path, level):
+        self.path, self.level = Path(path), level
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._raw = self.path.open("wb")
+        self._file = gzip.GzipFile("", "wb", self.level, self._raw, mtime=0)
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+        self._raw.close()
+
+    def write(self, row):
+        """Appends a row as JSON."""
+        data = json.dumps(row, ensure_ascii=False) + "\n"
+        self._file.write(data.encode("utf-8"))
+
+
+def load_tokenizer(path):
+    """The tokenizer at a path."""
+    return tokenizer.Tokenizer.load(path)
+
+
+def kept(work, rank):
+    """Rows that `Keep` wrote for a task."""
+    with gzip.open(Path(work) / "kept" / f"{rank:05d}.jsonl.gz", "rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_lines(path, rows):
+    """Writes rows as JSON lines, whole."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    workdir.write_text(path, text)
