@@ -5,21 +5,22 @@ one turn runs as many layers as the pattern is long, each as its own kind. A pat
 that does not repeat (all dense, then all sparse) is scanned run by run.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
 
-def scan(body_of, carry, stacks, kinds, *, unroll=1, indexed=False):
+def scan(body_of, carry, stacks, kinds, *, unroll=1):
     """Carries something through layers.
 
     Args:
-        body_of: (kind) -> body; body: (carry, (layer,) or (layer, index)) -> (carry,
-            out), the outs of all kinds alike.
+        body_of: (kind) -> body; body: (carry, layer) -> (carry, out), the outs of all
+            kinds alike.
         carry: any tree of arrays.
         stacks: layers stacked along axis 0, one tree; or {"dense", "sparse": tree}.
         kinds: a `Kind` for each layer.
         unroll: how many layers one turn of the loop runs.
-        indexed: whether the body is told the layer's number.
 
     Returns:
         carry; the outs, stacked over layers.
@@ -28,7 +29,7 @@ def scan(body_of, carry, stacks, kinds, *, unroll=1, indexed=False):
     stacks = dict(stacks) if mixed else {"": stacks}
     segments = plan(kinds)
     outs = []
-    for start, pattern, turns in segments:
+    for pattern, turns in segments:
         names = [_stack_of(kind) if mixed else "" for kind in pattern]
         taken = {}
         for name in dict.fromkeys(names):
@@ -38,19 +39,16 @@ def scan(body_of, carry, stacks, kinds, *, unroll=1, indexed=False):
             else:
                 taken[name], stacks[name] = _cut(stacks[name], count)
         size = len(pattern)
-        index = start + jnp.arange(turns * size) if indexed else None
         if size == 1:
             (name,) = names
-            xs = (taken[name], index) if indexed else (taken[name],)
             carry, out = jax.lax.scan(
-                body_of(pattern[0]), carry, xs, unroll=min(unroll, turns)
+                body_of(pattern[0]), carry, taken[name], unroll=min(unroll, turns)
             )
         else:
             xs = {name: _by_turn(stack, turns) for name, stack in taken.items()}
-            index = _by_turn(index, turns)
             turn = _turn(body_of, pattern, names)
             whole = turns if unroll >= len(kinds) else 1
-            carry, out = jax.lax.scan(turn, carry, (xs, index), unroll=whole)
+            carry, out = jax.lax.scan(turn, carry, xs, unroll=whole)
             out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
         outs.append(out)
     if len(outs) == 1:
@@ -59,32 +57,32 @@ def scan(body_of, carry, stacks, kinds, *, unroll=1, indexed=False):
 
 
 def plan(kinds):
-    """How a loop runs through layers: [(first layer, pattern, turns)].
+    """How a loop runs through layers: [(pattern, turns)].
 
     >>> plan("ababa")
-    [(0, ('a', 'b'), 2), (4, ('a',), 1)]
+    [(('a', 'b'), 2), (('a',), 1)]
     >>> plan("aaabb")
-    [(0, ('a',), 3), (3, ('b',), 2)]
+    [(('a',), 3), (('b',), 2)]
     """
     kinds, count = tuple(kinds), len(kinds)
     period = next(p for p in range(1, count + 1) if kinds[p:] == kinds[: count - p])
     if turns := count // period if count >= 2 * period else 0:
         whole = turns * period
-        found = [(0, kinds[:period], turns)]
-        return found + [(whole + i, *rest) for i, *rest in _runs(kinds[whole:])]
+        return [(kinds[:period], turns), *_runs(kinds[whole:])]
     return _runs(kinds)
 
 
+def each(stacks, kinds):
+    """The layers one by one: [(kind, layer)]; arguments as of `scan`."""
+    mixed = hasattr(stacks, "keys")
+    found = dict(stacks) if mixed else {"": stacks}
+    pieces = {name: iter(_split(stack)) for name, stack in found.items()}
+    return [(kind, next(pieces[_stack_of(kind) if mixed else ""])) for kind in kinds]
+
+
 def _runs(kinds):
-    """[(first, (kind,), how many in a row)]."""
-    found = []
-    for index, kind in enumerate(kinds):
-        if found and found[-1][1] == (kind,):
-            first, pattern, count = found[-1]
-            found[-1] = (first, pattern, count + 1)
-        else:
-            found.append((index, (kind,), 1))
-    return found
+    """[((kind,), how many in a row)]."""
+    return [((kind,), len([*run])) for kind, run in itertools.groupby(kinds)]
 
 
 def _by_turn(stack, turns):
@@ -99,14 +97,11 @@ def _turn(body_of, pattern, names):
     """The body of a scan whose turn runs one layer of each place in the pattern."""
     bodies = {kind: body_of(kind) for kind in pattern}
 
-    def turn(carry, xs):
-        stacks, index = xs
+    def turn(carry, stacks):
         pieces = {name: iter(_split(stack)) for name, stack in stacks.items()}
         outs = []
-        for place, (kind, name) in enumerate(zip(pattern, names, strict=True)):
-            layer = next(pieces[name])
-            one = (layer,) if index is None else (layer, index[place])
-            carry, out = bodies[kind](carry, one)
+        for kind, name in zip(pattern, names, strict=True):
+            carry, out = bodies[kind](carry, next(pieces[name]))
             outs.append(out)
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 

@@ -223,7 +223,7 @@ def _check(max_new_tokens, temperature, top_k, top_p, samples):
 def _prefill(model, ids, mask, samples, room):
     """Runs each prompt once; returns the last hidden state [B G, 1, D] and the cache.
 
-    The cache is keys and values, each [L, B G, K, P + room, C].
+    The cache is keys and values of each layer, [B G, K, P + room, C].
     """
     c = model.config
     segments = mask.astype(jnp.int32)
@@ -246,56 +246,55 @@ def _prefill(model, ids, mask, samples, room):
         return x, cache
 
     x = model.lookup(ids, positions)
-    x, cache = model.through(step, x, unroll=model.unroll)
-    padding = ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(_repeat(x, samples, axis=1), padding), cache)
+    x, stacked = model.through(step, x, unroll=model.unroll)
+
+    def cached(layer):
+        part = jax.tree.map(lambda x: _repeat(x[layer], samples, axis=0), stacked)
+        return jax.tree.map(lambda x: jnp.pad(x, padding), part)
+
+    padding = ((0, 0), (0, 0), (0, room), (0, 0))
+    cache = tuple(map(cached, range(c.layers)))
     return model.norm(_repeat(x[:, -1:], samples, axis=0)), _place(cache)
 
 
 def _decode(model, token, positions, visible, slot, cache):
     """Runs one token a row, i32[B]; returns [B, 1, D] and the cache with it added.
 
-    The stacked cache is carried through the layers, not split over them: a carried
-    array is updated in place, where a scanned one is copied for every token.
+    Layers are unrolled, each with arrays of its own for the cache: these are updated in
+    place and read where they lie. One array for all layers would be copied, a layer's
+    part at a time, for every token.
     """
     c = model.config
     angles = model.angles(positions, None)
     slots = jnp.arange(visible.shape[1])
-
-    def step(carry, layer, kind, index):
-        x, cache = carry
+    x, caches = model.lookup(token[:, None], positions), []
+    for (kind, layer), old in zip(model.each_layer(), cache, strict=True):
         # Slots lie as far apart as the positions they hold, also behind padding.
         near = visible & (slot - slots < kind.window) if kind.window else visible
 
-        def attend(query, key, value):
+        def attend(query, key, value, old=old, near=near):
             new = jax.tree.map(
-                lambda stack, x: jax.lax.dynamic_update_slice(
-                    stack, x.swapaxes(1, 2)[None], (index, 0, 0, slot, 0)
+                lambda kept, one: jax.lax.dynamic_update_slice(
+                    kept, one.swapaxes(1, 2), (0, 0, slot, 0)
                 ),
-                cache,
+                old,
                 (key, value),
             )
-            keys, values = jax.tree.map(
-                lambda stack: jax.lax.dynamic_index_in_dim(stack, index, 0, False), new
-            )
             attended = attention_lib.cached_attention(
-                *(query, keys, values, near[:, None, :]),
+                *(query, *new, near[:, None, :]),
                 softcap=c.attention_softcap,
                 scale=c.scale,
             )
             return attended, new
 
-        x, cache, _ = layer(x, angles[kind], attend)
-        return (x, cache), None
-
-    carry = (model.lookup(token[:, None], positions), cache)
-    (x, cache), _ = model.through(step, carry, indexed=True)
-    return model.norm(x), _place(cache)
+        x, new, _ = layer(x, angles[kind], attend)
+        caches.append(new)
+    return model.norm(x), _place(tuple(caches))
 
 
 def _place(cache):
     return jax.tree.map(
-        lambda x: mesh.constrain(x, "layers", "batch", "kv_heads", None, None), cache
+        lambda x: mesh.constrain(x, "batch", "kv_heads", None, None), cache
     )
 
 

@@ -244,28 +244,29 @@ class Transformer(nnx.Module):
         (x, total), _ = self.through(step, carry, unroll=self.unroll, remat=c.remat)
         return self.norm(x), total
 
-    def through(self, step, carry, *, unroll=1, remat="none", indexed=False):
+    def through(self, step, carry, *, unroll=1, remat="none"):
         """Carries something through the layers, from the first to the last.
 
         Args:
-            step: (carry, layer, kind) -> (carry, out), `kind` a static `Kind`; with
-                `indexed` a fourth argument is the layer's number, a scalar array.
+            step: (carry, layer, kind) -> (carry, out), `kind` a static `Kind`.
             carry: any tree of arrays.
             unroll: layers that one turn of the loop runs, where all are of one kind.
             remat: see `ModelConfig`.
-            indexed: whether step is told the layer's number.
 
         Returns:
             carry; the outs, stacked over layers.
         """
         return layers.scan(
-            lambda kind: _remat(lambda c, xs: step(c, *xs[:1], kind, *xs[1:]), remat),
+            lambda kind: _remat(lambda c, layer: step(c, layer, kind), remat),
             carry,
             self.layers,
             self.config.kinds,
             unroll=unroll,
-            indexed=indexed,
         )
+
+    def each_layer(self):
+        """[(kind, layer)], from the first to the last."""
+        return layers.each(self.layers, self.config.kinds)
 
     def output_embedding(self):
         """f32[V, D]: the rows whose products with hidden states are the logits."""
