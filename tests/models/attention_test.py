@@ -54,8 +54,10 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("least", [attention.LEAST, 30, 10], ids="chunks of {}".format)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_reference_equals_plain_numpy(settings):
+def test_the_reference_equals_plain_numpy(settings, least, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST", least)
     args = arrays()
     got = jax.jit(functools.partial(attention.attention, **settings))(*args)
     np.testing.assert_allclose(got, numpy_attention(*args, **settings), atol=2e-5)
