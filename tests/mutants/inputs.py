@@ -66,8 +66,8 @@ _HUGGING_FACE = in_file(
     ),
     (
         "documents forge control tokens",
-        "ids = self._literal.encode(text",
-        "return self._inner.encode(text, add_special_tokens=False).ids + (text",
+        "ids = self._literal.encode(text, add",
+        "ids = self._inner.encode(text, add",
     ),
     ("decodes control tokens", "if int(i) not in self._control", ""),
     ("places are trimmed", '{"post_processor": None}', "{}"),

@@ -138,3 +138,63 @@ def test_a_conversation_must_end_with_whom_it_should():
         chat.check_turns(said("ua", "ab"), ("user",))
     with pytest.raises(UserError, match="last message is of 'user'"):
         chat.check_turns(said("ua", "ab", "uc"), ("assistant",))
+
+
+CALL = {"function": {"name": "f", "arguments": {}}}
+
+
+def test_tools_take_turns_with_the_assistant():
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "y"},
+    ]
+    assert chat.conversation({"messages": messages}) == messages
+    calling = [messages[0], {"role": "assistant", "tool_calls": [CALL]}]
+    assert chat.as_messages(calling) == calling
+    for wrong in (messages[:1] + messages[2:], messages[:3] + messages[:1]):
+        with pytest.raises(UserError, match="message [24] is of '(tool|user)'"):
+            chat.check_turns(wrong)
+    with pytest.raises(UserError, match="message 2 is of a tool or calls one"):
+        chat.render(messages, Letters())
+    with pytest.raises(UserError, match="message 3 is of a tool"):
+        chat.render([*said("ua", "ab"), messages[2]], Letters())
+    with pytest.raises(UserError, match="tools need a tokenizer with a chat template"):
+        chat.render(said("ua", "ab"), Letters(), tools=[{}])
+
+
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        (
+            {"role": "user", "content": "x", "tool_calls": [CALL]},
+            "'user' has tool_calls",
+        ),
+        ({"role": "assistant", "tool_calls": "f"}, "expected tool_calls like"),
+        ({"role": "assistant", "tool_calls": [{"id": 1}]}, "expected tool_calls like"),
+        ({"role": "assistant", "tool_calls": []}, "expected messages like"),
+        ({"role": "assistant", "content": [], "tool_calls": [CALL]}, "to be a text"),
+        ({"role": "tool", "content": None}, "to be a text"),
+    ],
+)
+def test_messages_that_call_tools_wrongly_are_refused(message, told):
+    with pytest.raises(UserError, match=told):
+        chat.as_messages([message])
+
+
+def test_tools_are_a_list_or_its_json():
+    assert chat.as_tools(None) is chat.as_tools("") is chat.as_tools([]) is None
+    assert chat.as_tools('[{"name": "f"}]') == chat.as_tools([{"name": "f"}])
+    for wrong in ("{", '{"a": 1}', [1], 5):
+        with pytest.raises(UserError, match="list of JSON schemas"):
+            chat.as_tools(wrong)
+
+
+def test_a_document_of_a_tokenizer_without_bos():
+    class Bare(Letters):
+        bos = None
+
+    ids, mask = chat.document("ab", Bare())
+    assert "".join(ids) == "ab$" and mask == [True] * 3
