@@ -316,11 +316,12 @@ def _quiet():
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    # What the library itself says (which form a file has), one plain line each.
-    said = logging.getLogger("stagecraft")
-    said.setLevel(logging.INFO)
-    if not said.handlers:
-        said.addHandler(_Said())
+    # What the library itself says (which form a file has), one plain line each. On the
+    # root, so that no library that finds none there adds a handler of its own.
+    logging.getLogger("stagecraft").setLevel(logging.INFO)
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_Said())
 
 
 # -- help ------------------------------------------------------------------------------

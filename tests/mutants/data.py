@@ -93,8 +93,9 @@ _PIPELINE = in_file(
     ),
     (
         "a resume keeps what was read ahead",
-        'self.step, self._running = state["next_index"], None',
-        'self.step = state["next_index"]',
+        "        self.close()\n"
+        '        self.step, self._running = state["next_index"], None',
+        '        self.step = state["next_index"]',
     ),
     (
         "the mixture is left out",
