@@ -3,13 +3,20 @@ r"""Your own files through the same graph of stages.
     stagecraft run --config=experiments/your_text.py:text=FILES,demonstrations=FILES,\
 comparisons=FILES,prompts=FILES --workdir=runs/mine
 
-FILES is a file, a directory or a glob, several separated by commas; .txt, .jsonl and
-.jsonl.gz are read:
+FILES is a file, a directory or a glob, here or at gs://, s3:// and the like. It may be
+.txt, .jsonl or .json (each also .gz or .zst), .parquet, what `datasets` saved to disk,
+.array_record with a JSON object a record or, for text, a folder of tokenised shards:
 
-    text            plain text, or {"text"} a line          -> pretrain
-    demonstrations  {"prompt","completion"} or {"messages"} -> sft
-    comparisons     {"prompt","chosen","rejected"}          -> reward, dpo
-    prompts         {"prompt"}                              -> ppo
+    text            plain text, or {"text"}                     -> pretrain
+    demonstrations  {"prompt","completion"} or {"messages"}     -> sft
+    comparisons     {"prompt","chosen","rejected"}              -> reward, dpo
+    prompts         {"prompt"}                                  -> ppo
+
+Values are texts or messages, ShareGPT's from/value or hh-rlhf's transcripts; the prompt
+of a comparison may be left to what chosen and rejected have in common. What a file was
+taken for is printed; one of mixed forms is refused. Several texts are gone through in
+epochs, or mixed in shares of the tokens: text=web.parquet,books.txt,shares=3+1. Shards
+need the tokenizer that wrote them: tokenizer=FILE.
 
 What is not given is left out, with the stages that need it. Keys of other names are
 mapped by demonstrations_fields="prompt=question completion=answer" and so on. A share
@@ -38,6 +45,8 @@ def get_config(arg=""):
         demonstrations_fields="",
         comparisons_fields="",
         prompts_fields="",
+        shares="",
+        tokenizer="",
         heldout=0.05,
         size="small",
         vocab=2048,
@@ -52,7 +61,15 @@ def get_config(arg=""):
         )
     if arg.size not in SIZES:
         raise UserError(f"size={arg.size}: expected one of {', '.join(SIZES)}")
+    try:
+        shares = tuple(float(share) for share in arg.shares.split("+") if share)
+    except ValueError:
+        raise UserError(
+            f"shares={arg.shares}: expected a number for each of text's files, as in "
+            "shares=3+1"
+        ) from None
     c = defaults.experiment()
+    c.tokenizer.path = arg.tokenizer
     c.tokenizer.files = arg.text
     c.tokenizer.vocab_size = arg.vocab
     c.model.update(SIZES[arg.size])
@@ -63,7 +80,12 @@ def get_config(arg=""):
 
     c.stages.pretrain = defaults.stage(
         "language_model",
-        data=dict(files=arg.text, length=arg.length, heldout_share=arg.heldout),
+        data=dict(
+            files=arg.text,
+            length=arg.length,
+            heldout_share=arg.heldout,
+            shares=shares,
+        ),
         steps=arg.steps,
         batch_size=16,
         optimizer=dict(lr=2e-3, warmup_steps=20),

@@ -51,7 +51,7 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     clock = metrics.Clock()
     progress = metrics.Progress(name, config.steps, log=every.log)
-    writer = None
+    writer = iterator = None
     try:
         # -- restore ------------------------------------------------------------------
         progress.note("starting")
@@ -136,6 +136,8 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
         progress.close()
         if writer is not None:
             writer.close()
+        if iterator is not None:
+            iterator.close()
         checkpoints.close()
     seconds = {k: round(v, 3) for k, v in clock.seconds.items()}
     return state, {

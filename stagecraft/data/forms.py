@@ -173,7 +173,12 @@ def messages(value, role="user"):
 
 
 def _role_and_content(message):
-    if not isinstance(message, dict) or "from" not in message:
+    if not isinstance(message, dict):
+        return message
+    # Written from columns, a message has null for what only others have.
+    kept = ("role", "content", "from", "value")
+    message = {k: v for k, v in message.items() if v is not None or k in kept}
+    if "from" not in message:
         return message
     rest = {k: v for k, v in message.items() if k not in ("from", "value")}
     speaker = message["from"]

@@ -194,7 +194,14 @@ class Batches:
         return {"next_index": self.step}
 
     def set_state(self, state):
+        self.close()
         self.step, self._running = state["next_index"], None
+
+    def close(self):
+        """Stops the threads or workers; the next batch would start them again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     def _start(self):
         steps = grain.MapDataset.range(self.step, np.iinfo(np.int32).max)

@@ -41,6 +41,10 @@ TALK = [user("p"), assistant("c")]
         ({"conversations": TALK}, "messages, conversational"),
         ({"messages": SHARED}, "messages, from/value"),
         ({"messages": human("p", "c")}, "messages, transcript"),
+        (
+            {"messages": [m | {"weight": None, "name": None} for m in TALK]},
+            "messages, conversational",
+        ),
         ({"prompt": "p", "completion": "c"}, "prompt-completion, standard"),
         (
             {"prompt": TALK[:1], "completion": TALK[1:]},

@@ -108,6 +108,7 @@ def test_the_same_batches_by_workers_and_after_a_resume(folders, want, parity_rn
     iterator.set_state(state)
     found = [fingerprint(next(iterator)) for _ in range(20)]
     assert found == want[stop + 50 : stop + 70]
+    iterator.close()
 
 
 def test_a_dataset_is_shipped_without_its_tokens(folders):

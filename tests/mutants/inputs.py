@@ -1,4 +1,4 @@
-"""Mistakes below and around the stages: text, data, model, sampler, optimizer."""
+"""Mistakes below and around the stages: text, model, sampler, optimizer."""
 
 from tests.mutants.mutant import in_file
 
@@ -108,92 +108,6 @@ _SANDBOX = in_file(
     ),
     ("JSON for html", 'self.filters["tojson"] = _to_json', "pass"),
     ("lines are not trimmed", "trim_blocks=True", "trim_blocks=False"),
-)
-
-_PACKING = in_file(
-    "stagecraft/data/packing.py",
-    "tests/data/packing_test.py",
-    (
-        "packing takes the shortest first",
-        "key=lambda piece: -len(piece[0])",
-        "key=lambda piece: len(piece[0])",
-    ),
-    ("packing takes the emptiest row", "room = rooms[at]\n", "room = rooms[-1]\n"),
-    (
-        "bfd keeps the overflow",
-        'cut = _pieces if strategy == "bfd_split" else _starts',
-        "cut = _pieces",
-    ),
-    ("wrapped loses the last row", "    if row:\n        rows.append(row)\n", ""),
-    (
-        "positions do not restart",
-        "stream - np.repeat(np.cumsum(sizes) - sizes, sizes)",
-        "np.broadcast_to(np.arange(length), real.shape)[real]",
-    ),
-    (
-        "one segment a row",
-        "np.repeat(numbers + 1, sizes)",
-        "np.repeat(0 * numbers + 1, sizes)",
-    ),
-    (
-        "prompts padded on the right",
-        "ids[i, length - len(row) :] = row\n"
-        "        mask[i, length - len(row) :] = True",
-        "ids[i, : len(row)] = row\n        mask[i, : len(row)] = True",
-    ),
-)
-
-_FEED = in_file(
-    "stagecraft/data/feed.py",
-    "tests/data/comparisons_test.py tests/data/feed_test.py",
-    (
-        "feed swaps chosen and rejected",
-        "out = packing.pad_answers([documents for _, documents in rows], length)",
-        "out = packing.pad_answers([documents[::-1] for _, documents in rows], length)",
-    ),
-    (
-        "earlier turns are compared",
-        'tokenizer, turns="last")\n                for answer',
-        'tokenizer, turns="all")\n                for answer',
-    ),
-    (
-        "held-out rows have training indices",
-        "found = arrays(held, length, len(kept))",
-        "found = arrays(held, length, 0)",
-    ),
-    (
-        "pairs too long are cut",
-        "return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]",
-        "return [(c, r) for c, r in both]",
-    ),
-    (
-        "labels inverted",
-        "np.array([label for label, _ in rows], bool)",
-        "np.array([not label for label, _ in rows], bool)",
-    ),
-    (
-        "oversampling forgotten",
-        "asked *= stage.oversample",
-        "asked *= 1",
-        "tests/mutation_gaps_test.py",
-    ),
-)
-
-_PIPELINE = in_file(
-    "stagecraft/data/pipeline.py",
-    "tests/data/pipeline_test.py",
-    ("padding rows have index 0", 'FILL = {"index": -1}', 'FILL = {"index": 0}'),
-    ("rows in the order of the file", ".shuffle().repeat()", ".repeat()"),
-)
-
-_SOURCES = in_file(
-    "stagecraft/data/sources.py",
-    "tests/data/sources_test.py",
-    (
-        "soft labels do not turn a judgement",
-        "(first, not first)",
-        "(True, False)",
-    ),
 )
 
 _COMPARISONS = in_file(
@@ -346,18 +260,7 @@ _TRAIN = in_file(
 )
 
 MUTANTS = (
-    *(
-        _CHAT
-        + _TOKENIZER
-        + _HUGGING_FACE
-        + _TEMPLATE
-        + _SANDBOX
-        + _PACKING
-        + _FEED
-        + _PIPELINE
-        + _SOURCES
-        + _COMPARISONS
-    ),
-    *(_SELECTION + _VERIFIER + _MODEL + _SCORES + _HEADS + _SAMPLING + _RUN),
-    *(_MASKED + _OPTIMIZER + _TRAIN),
+    *(_CHAT + _TOKENIZER + _HUGGING_FACE + _TEMPLATE + _SANDBOX),
+    *(_COMPARISONS + _SELECTION + _VERIFIER + _MODEL + _SCORES + _HEADS + _SAMPLING),
+    *(_RUN + _MASKED + _OPTIMIZER + _TRAIN),
 )

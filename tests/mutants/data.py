@@ -1,0 +1,275 @@
+"""Mistakes between files and batches."""
+
+from tests.mutants.mutant import in_file
+
+_PACKING = in_file(
+    "stagecraft/data/packing.py",
+    "tests/data/packing_test.py",
+    (
+        "packing takes the shortest first",
+        "np.argsort(-sizes, kind",
+        "np.argsort(sizes, kind",
+    ),
+    ("packing takes the emptiest row", "room = rooms[at]\n", "room = rooms[-1]\n"),
+    (
+        "bfd keeps the overflow",
+        'if strategy == "bfd_split":',
+        'if strategy in ("bfd", "bfd_split"):',
+    ),
+    (
+        "wrapped loses the last row",
+        "rows = -(-total // length)",
+        "rows = total // length",
+    ),
+    (
+        "positions do not restart",
+        "stream - np.repeat(np.cumsum(sizes) - sizes, sizes)",
+        "np.broadcast_to(np.arange(length), real.shape)[real]",
+    ),
+    (
+        "one segment a row",
+        "np.repeat(numbers + 1, sizes)",
+        "np.repeat(0 * numbers + 1, sizes)",
+    ),
+    (
+        "prompts padded on the right",
+        "ids[i, length - len(row) :] = row\n"
+        "        mask[i, length - len(row) :] = True",
+        "ids[i, : len(row)] = row\n        mask[i, : len(row)] = True",
+    ),
+)
+
+_FEED = in_file(
+    "stagecraft/data/feed.py",
+    "tests/data/comparisons_test.py tests/data/feed_test.py",
+    (
+        "feed swaps chosen and rejected",
+        "out = packing.pad_answers([documents for _, documents in rows], length)",
+        "out = packing.pad_answers([documents[::-1] for _, documents in rows], length)",
+    ),
+    (
+        "earlier turns are compared",
+        'one.tools, turns="last"\n                )\n                for answer',
+        'one.tools, turns="all"\n                )\n                for answer',
+    ),
+    (
+        "held-out rows have training indices",
+        "found = arrays(held, length, len(kept))",
+        "found = arrays(held, length, 0)",
+    ),
+    (
+        "pairs too long are cut",
+        "return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]",
+        "return [(c, r) for c, r in both]",
+    ),
+    (
+        "labels inverted",
+        "np.array([label for label, _ in rows], bool)",
+        "np.array([not label for label, _ in rows], bool)",
+    ),
+    (
+        "oversampling forgotten",
+        "asked *= stage.oversample",
+        "asked *= 1",
+        "tests/mutation_gaps_test.py",
+    ),
+)
+
+_PIPELINE = in_file(
+    "stagecraft/data/pipeline.py",
+    "tests/data/pipeline_test.py",
+    ("padding rows have index 0", 'FILL = {"index": -1}', 'FILL = {"index": 0}'),
+    ("rows in the order of the file", "            .shuffle()\n", ""),
+    (
+        "every process takes the first rows",
+        "array[index * size : (index + 1) * size]",
+        "array[:size]",
+        "tests/data/order_test.py",
+    ),
+    (
+        "a resume begins one step late",
+        'self.step, self._running = state["next_index"], None',
+        'self.step, self._running = state["next_index"] + 1, None',
+    ),
+    (
+        "a resume keeps what was read ahead",
+        "        self.close()\n"
+        '        self.step, self._running = state["next_index"], None',
+        '        self.step = state["next_index"]',
+    ),
+    (
+        "the mixture is left out",
+        "if number == 0 and self.mixture:",
+        "if number == 1 and self.mixture:",
+        "tests/data/order_test.py",
+    ),
+)
+
+_SOURCES = in_file(
+    "stagecraft/data/sources.py",
+    "tests/data/sources_test.py",
+    (
+        "soft labels do not turn a judgement",
+        "(first, not first)",
+        "(True, False)",
+    ),
+)
+
+_LANGUAGE = in_file(
+    "stagecraft/data/language.py",
+    "tests/data/cache_test.py tests/data/feed_test.py",
+    ("shares by rows", "np.array(shares) / by)", "np.array(shares) / (0 * by + 1))"),
+    ("held-out documents are learned", "np.array(kept, np.int64), held", "own, held"),
+    (
+        "text after a row's end is lost",
+        '"bfd_split" if data.format == "text" else "bfd"',
+        '"bfd"',
+    ),
+    (
+        "rows of several sources",
+        "        groups = [\n            use[",
+        "        [\n            use[",
+    ),
+)
+
+_MIXTURE = in_file(
+    "stagecraft/data/mixture.py",
+    "tests/data/order_test.py",
+    (
+        "a block begins its sources again",
+        "segment.before[source] + block * segment.quotas[source] + ranks[at]",
+        "segment.before[source] + ranks[at]",
+    ),
+    (
+        "a phase begins its sources again",
+        "segment.before[source] + block * segment.quotas[source] + ranks[at]",
+        "block * segment.quotas[source] + ranks[at]",
+    ),
+    (
+        "every epoch alike",
+        "default_rng([self.seed, epoch])",
+        "default_rng([self.seed])",
+    ),
+    ("one row more than the cap", "+ at + 1\n", "+ at + 2\n"),
+    ("caps forgotten", "for stop in [*stops, end] if", "for stop in [end] if"),
+    (
+        "rows by chance order",
+        "(np.arange(n) + u) / n for",
+        "np.sort(u * np.arange(n) % 1) for",
+    ),
+)
+
+_SHARDS = in_file(
+    "stagecraft/data/shards.py",
+    "tests/data/shards_test.py",
+    (
+        "open files are shipped",
+        'return {"path": str(self.path)}',
+        'return {"path": str(self.path), "all": [self[i] for i in range(len(self))]}',
+    ),
+    (
+        "ids wrap round",
+        "if ids.min() < 0 or ids.max() >= self.vocab_size:",
+        "if False:",
+    ),
+    ("contents are not compared", 'if found != told["sha256"]:', "if False:"),
+    ("sizes are not compared", 'if size != told["bytes"]:', "if size == -1:"),
+    ("any tokenizer will do", "if told != digest:", "if not told:"),
+    ("half a folder stays", "shutil.rmtree(temporary, ignore_errors=True)", "pass"),
+    (
+        "the second shard's documents",
+        "number -= int(self._ends[shard - 1])",
+        "number -= int(self._ends[0])",
+    ),
+    (
+        "two bytes are enough for all",
+        "if vocab_size <= 2**16 else",
+        "if vocab_size < 2**17 else",
+    ),
+)
+
+_CACHE = in_file(
+    "stagecraft/data/cache.py",
+    "tests/data/cache_test.py",
+    (
+        "the tokenizer is not in the key",
+        '        "tokenizer": tokenizer.digest,\n    }',
+        "    }",
+    ),
+    ("the content is not in the key", '"content": files.digest(paths),', ""),
+    ("no lock", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass"),
+    (
+        "who waited works again",
+        "        if (known := _known(target)) is not None:\n            return known\n"
+        "        # What",
+        "        # What",
+    ),
+    (
+        "damage goes unseen",
+        "shards.Shards(target).verify()\n",
+        "shards.Shards(target)\n",
+    ),
+)
+
+_FORMS = in_file(
+    "stagecraft/data/forms.py",
+    "tests/data/forms_test.py",
+    ("mixed forms pass", "if len(self.counts) == 1:", "if self.counts:"),
+    ("two forms at once pass", "if len(keys) > 1 and", "if len(keys) > 9 and"),
+    ("gpt is a user", '"gpt": "assistant"', '"gpt": "user"'),
+    ("no answer is left", "size = max(least - 1, 0)", "size = least"),
+    (
+        "the space stays with the prompt",
+        'chosen[size - 1] == " "',
+        'chosen[size - 1] == "_"',
+    ),
+    ("a second prompt passes", "if prompt[-len(last) :] != last:", "if False:"),
+    (
+        "settings of templates are ignored",
+        'if record.get("chat_template_kwargs"):',
+        "if False:",
+    ),
+)
+
+_CONTAINERS = in_file(
+    "stagecraft/data/containers.py",
+    "tests/data/containers_test.py",
+    (
+        "absent keys are null",
+        "_present(v) for k, v in value.items() if v is not None",
+        "_present(v) for k, v in value.items()",
+    ),
+    ("other line ends stay", 'text = text[:-2] + "\\n"', "pass"),
+    (
+        "a list's first line is read as a record",
+        '.lstrip().startswith(b"[")',
+        '.startswith(b"[[")',
+    ),
+)
+
+_FILES = in_file(
+    "stagecraft/data/files.py",
+    "tests/data/containers_test.py tests/data/sources_test.py",
+    ("a cut-off zstd file passes", "    if begun:\n", "    if begun is None:\n"),
+    (
+        "one frame of a zstd file",
+        'chunk = frame.unused_data if frame.eof else b""',
+        'chunk = b""',
+    ),
+    (
+        "files by name, not in their own order",
+        'return [folder / file["filename"] for file in files]',
+        'return sorted(folder / file["filename"] for file in files)',
+    ),
+    ("the first split is taken", "if len(splits) != 1:", "if not splits:"),
+    (
+        "lines end with a piece",
+        "        rest.append(last)\n",
+        "        rest.append(last)\n        yield rest.pop()\n",
+    ),
+)
+
+MUTANTS = (
+    *(_PACKING + _FEED + _PIPELINE + _SOURCES + _LANGUAGE + _MIXTURE + _SHARDS),
+    *(_CACHE + _FORMS + _CONTAINERS + _FILES),
+)
