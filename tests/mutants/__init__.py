@@ -1,8 +1,9 @@
 """The mistakes that `tests/mutations.py` makes, by where they are made."""
 
-from tests.mutants import inputs, objectives, sampled, steps
+from tests.mutants import curation, inputs, objectives, sampled, steps
 
 MUTANTS = objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + inputs.MUTANTS
+MUTANTS += curation.MUTANTS
 
 # Mistakes of the rule book's list that cannot be made here.
 NOT_APPLICABLE = {
