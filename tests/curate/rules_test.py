@@ -120,6 +120,7 @@ def test_evaluation_text_is_found_by_thirteen_words(tmp_path):
     assert (keep, reason) == (False, "overlaps evaluation")
     assert note == f"{path}:8: “{' '.join(part[5:18])}”"
     assert judged(f"{other} {', '.join(part[5:17])} {other}") is True  # twelve words
+    assert judged(f"{other} {' '.join(part[17:4:-1])}") is True  # the other way round
     assert judged(f"{frame} {other}") is True  # every item's
     assert judged("") is True and judged("a few words") is True
     with pytest.raises(UserError, match="none of its 41 items has 99 words"):
