@@ -187,6 +187,10 @@ def curate(rest):
     stagecraft curate --config=FILE:in=FILES,out=DIR --config.minhash.n_grams=8
     stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
 
+    in=FILES: .txt, .jsonl, both also .gz and .zst, and .parquet; a file, folder or
+    glob, several separated by commas. Beside out=DIR, perhaps language=de, good=FILES
+    and bad=FILES (samples to score by), share=0.5, evaluation=FILES, tokenizer=FILE.
+
     DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
     says what each step removed and why. Every key with its default and a word is in
     stagecraft/defaults.py, curate(). The same command goes on where it was stopped.

@@ -291,6 +291,12 @@ def test_configs_that_are_wrong(tmp_path, changes, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written(tmp_path, corpus):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="cannot write here"):
+        curation.curate(config(corpus, tmp_path / "file" / "out"))
+
+
 def test_folders_that_are_somebody_elses(tmp_path, corpus):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -308,6 +314,40 @@ def test_two_at_once_in_one_folder(tmp_path):
         pass
     with curation.alone(tmp_path / "work"):
         pass
+
+
+def test_datatroves_own_executor_runs_the_same_list(corpus, result, tmp_path):
+    """What runs here runs where datatrove runs: its steps hold nothing of ours."""
+    from datatrove.executor import LocalPipelineExecutor
+
+    from stagecraft import workdir
+    from stagecraft.curate import inputs, pipeline
+
+    out, told = result
+    c = curation.resolve(config(corpus, tmp_path / "out"))
+    found = inputs.survey(c.files, c.text_key, c.document, c.task_bytes)
+    work = tmp_path / "work"
+    for rank, parts in enumerate(found.tasks):
+        workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
+    phases = pipeline.phases(c, work, len(found.tasks), found, told["identity"])
+    engine.chain(phases, work, LocalPipelineExecutor, {"workers": 1}).run()
+    assert prose.files(tmp_path / "out") == prose.files(out)
+
+
+def test_other_contents_are_other_work(corpus, tmp_path):
+    """Changed input or samples under the same names: nothing old is taken for new."""
+    rows = [{"text": f"the first text and number {i} of them"} for i in range(5)]
+    path, test = tmp_path / "a.jsonl", tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    made = dict(files=str(path), out=str(tmp_path / "out"), rules=())
+    made |= dict(
+        minhash={"on": False}, contamination={"files": str(test), "n_grams": 4}
+    )
+    for question, left in (("nothing of what is here", 5), ("and number 3 of them", 4)):
+        test.write_text(json.dumps({"question": question}))
+        assert curation.curate(made, workers=1)["documents"] == left
+    path.write_text(json.dumps(rows[0]))
+    assert curation.curate(made, workers=1)["documents"] == 1
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_small_files_share_a_task(tmp_path):
 
 @pytest.mark.parametrize("task_bytes", [200, 10**6])
 def test_text_is_cut_at_blank_lines(tmp_path, task_bytes):
-    paragraphs = [f"Absatz {i}\r\n" + "wort " * 20 for i in range(40)]
+    paragraphs = [f"Absatz {i}\r\n" + "wort wort\r\n" * 9 + "ende" for i in range(40)]
     path = tmp_path / "a.txt"
     path.write_bytes("\r\n\r\n".join(paragraphs).encode())
     texts, bad = everything(path, task_bytes, document=150)

@@ -52,8 +52,13 @@ def test_languages(name):
     assert told == (False, f"language is {other}")
 
 
+def test_few_kana_among_many_kanji_are_japanese():
+    text = "東京都千代田区丸の内の会議室で経済産業省の会議が開催された。"
+    assert language.recognise(text)[0] == "ja"
+
+
 @pytest.mark.parametrize(
-    "text", ["", "12 34 $$", "qwerty zxcvb asdfg hjkl", "def f(x):"]
+    "text", ["", "12 34 $$", "qwerty zxcvb asdfg hjkl", "the cat, the dog", "def f(x):"]
 )
 def test_no_language(text):
     assert language.recognise(text) == ("unknown", 0.0)
@@ -83,6 +88,7 @@ def test_words_and_sentences():
         ("from 8.8.8.8 and (1.2.3.4).", {"IP address": 2}),
         ("10.0.0.1, 127.0.0.1, 300.1.1.1, v1.2.3.4, 1.2.3.4.5, 1.2.3", {}),
         ("call +49 30 1234567, 212-555-0187 or (212) 555-0187", {"phone number": 3}),
+        ("+1 23 45 and +1 23 456 7890 1234 5678", {}),
         ("2020-11-23, 1990-2020, 3.14159, 100 200 3000, ISBN 0-306-40615-2", {}),
     ],
 )
@@ -120,6 +126,7 @@ def test_evaluation_text_is_found_by_thirteen_words(tmp_path):
     assert (keep, reason) == (False, "overlaps evaluation")
     assert note == f"{path}:8: “{' '.join(part[5:18])}”"
     assert judged(f"{other} {', '.join(part[5:17])} {other}") is True  # twelve words
+    assert judged(f"{other} {' '.join(part[17:4:-1])}") is True  # the other way round
     assert judged(f"{frame} {other}") is True  # every item's
     assert judged("") is True and judged("a few words") is True
     with pytest.raises(UserError, match="none of its 41 items has 99 words"):

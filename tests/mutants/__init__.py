@@ -1,10 +1,18 @@
 """The mistakes that `tests/mutations.py` makes, by where they are made."""
 
-from tests.mutants import data, families, inputs, objectives, sampled, steps
+from tests.mutants import (
+    curation,
+    data,
+    families,
+    inputs,
+    objectives,
+    sampled,
+    steps,
+)
 
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS),
-    *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS),
+    *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + curation.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

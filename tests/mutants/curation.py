@@ -1,0 +1,163 @@
+"""Mistakes in the curation of text."""
+
+from tests.mutants.mutant import in_file
+
+_INPUTS = in_file(
+    "stagecraft/curate/inputs.py",
+    "tests/curate/reader_test.py",
+    ("a part begins a byte late", "file.seek(start)", "file.seek(start + 1)"),
+    (
+        "a compressed part begins where the one before it does",
+        "data[max(start - passed, 0) :",
+        "data[0 :",
+    ),
+    (
+        "lines are numbered one too low",
+        "                cuts.append((position, number + 1))",
+        "                cuts.append((position, number))",
+    ),
+    (
+        "only the first stream of a file is read",
+        "chunk, stream, begun = stream.unused_data, fresh(), False",
+        "stream, begun = fresh(), False",
+    ),
+    ("a cut-off file is whole", "    if begun:\n", "    if False:\n"),
+    ("text is cut at any line", "or not line.strip()", "or line"),
+    ("many files are one task", "room = aim", 'room = float("inf")'),
+    ("the digest knows names alone", r"{source}\n{digest}\n", r"{source}\n"),
+)
+
+_READER = in_file(
+    "stagecraft/curate/reader.py",
+    "tests/curate/reader_test.py",
+    ("a BOM stays", "line.removeprefix(codecs.BOM_UTF8)", "line"),
+    ("half a surrogate pair passes", 'if b"\\\\u" in line:', "if False:"),
+    ("a number is a text", "if not isinstance(text, str):", "if text is None:"),
+    (
+        "the record's source is ignored",
+        "if not isinstance(source, str) or",
+        "if True or",
+    ),
+    ("deep JSON ends the run", "(ValueError, RecursionError)", "ValueError"),
+    ("damage is not told", 'if part.damage and part.kind != "parquet":', "if False:"),
+)
+
+_RULES = (
+    *in_file(
+        "stagecraft/curate/overlap.py",
+        "tests/curate/rules_test.py",
+        (
+            "twelve words suffice",
+            "count = len(words) - n + 1",
+            "n -= 1; count = len(words) - n + 1",
+        ),
+        ("words in any order overlap", "total = total * _BASE +", "total = total +"),
+        ("common runs count", "keep = counts <= common", "keep = counts > 0"),
+        ("case tells runs apart", "_WORD.findall(text.lower())", "_WORD.findall(text)"),
+    ),
+    *in_file(
+        "stagecraft/curate/classifier.py",
+        "tests/curate/rules_test.py",
+        (
+            "the larger sample weighs more",
+            "0.5 / (1 - labels).sum()",
+            "0.5 / labels.sum()",
+        ),
+        ("good and bad swapped", "np.repeat([1.0, 0.0]", "np.repeat([0.0, 1.0]"),
+        (
+            "no penalty in the gradient",
+            "matrix.T @ slope + penalty * w",
+            "matrix.T @ slope",
+        ),
+    ),
+    *in_file(
+        "stagecraft/curate/personal.py",
+        "tests/curate/rules_test.py",
+        ("private addresses are replaced", ".is_global", ".version == 4"),
+        ("short numbers are telephones", "return 8 <=", "return 4 <="),
+    ),
+    *in_file(
+        "stagecraft/curate/language.py",
+        "tests/curate/rules_test.py",
+        ("kana count as Chinese", '_SHARE = {"ja": 0.05}', "_SHARE = {}"),
+        (
+            "one word is a language",
+            "_DIFFERENT = 3",
+            "_DIFFERENT = 0",
+            "tests/curate/rules_test.py",
+        ),
+    ),
+)
+
+_DUPLICATES = in_file(
+    "stagecraft/curate/duplicates.py",
+    "tests/curate/duplicates_test.py",
+    ("the worst stays", "-score, groups", "score, groups"),
+    ("the last stays", "(np.arange(len(groups)),", "(-np.arange(len(groups)),"),
+    (
+        "what an exact duplicate resembles is forgotten",
+        "found = twin[_read_pairs(self.pairs, starts)]",
+        "found = _read_pairs(self.pairs, starts)",
+    ),
+    ("pairs of the first task alone", "starts[rows[:, 2]] + rows[:, 3]", "rows[:, 3]"),
+    ("the temperature multiplies", "value / temperature", "value * temperature"),
+    (
+        "chance is the place in the list",
+        '_mix(keys["low"][candidates] ^ salt)',
+        "_mix(candidates.astype(np.uint64) ^ salt)",
+    ),
+    (
+        "the threshold is an upper bound",
+        '["score"][candidates] >= threshold',
+        '["score"][candidates] <= threshold',
+    ),
+    ("case tells documents apart", "text.lower().split()", "text.split()"),
+)
+
+_WHOLE = (
+    *in_file(
+        "stagecraft/curate/steps.py",
+        "tests/curate/curation_test.py",
+        ("the time is in the bytes", "mtime=0", "mtime=None"),
+        (
+            "personal data stays",
+            "document.text, counts = personal",
+            "_, counts = personal",
+        ),
+        (
+            "verdicts of the next document",
+            'document.metadata["number"]]',
+            'document.metadata["number"] - 1]',
+        ),
+    ),
+    *in_file(
+        "stagecraft/curate/engine.py",
+        "tests/curate/curation_test.py",
+        (
+            "workers outlive their parent",
+            "    parent.join()\n        os._exit(1)",
+            "    parent.join()",
+        ),
+    ),
+    *in_file(
+        "stagecraft/curate/publish.py",
+        "tests/curate/curation_test.py",
+        (
+            "the result is put together in place",
+            "half.rename(out)",
+            "shutil.copytree(half, out)",
+        ),
+        ("where it lies is in the bytes", 'PLACES = ("out", "work")', "PLACES = ()"),
+    ),
+    *in_file(
+        "stagecraft/curate/curation.py",
+        "tests/curate/curation_test.py",
+        (
+            "evaluation files are not in the identity",
+            "map(_contents, read)",
+            "map(_contents, ())",
+        ),
+    ),
+)
+
+MUTANTS = _INPUTS + _READER + _RULES + _DUPLICATES + _WHOLE
