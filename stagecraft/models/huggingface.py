@@ -78,7 +78,12 @@ def info(folder):
     """
     hf = read_json(folder, "config.json")
     with _named(folder):
-        config = families.read_config(hf)
+        try:
+            config = families.read_config(hf).validate()
+        except UserError as error:
+            line = str(error)
+            known = line.startswith("config.json")
+            raise UserError(line if known else f"config.json: {line}") from None
     scalar = any(
         "ForSequenceClassification" in a for a in hf.get("architectures") or ()
     )
@@ -86,7 +91,7 @@ def info(folder):
         config = dataclasses.replace(config, tied=True)
     return {
         "module": "scalar" if scalar else "transformer",
-        "model": dataclasses.asdict(config.validate()),
+        "model": dataclasses.asdict(config),
     }
 
 
@@ -205,6 +210,11 @@ def _checked(folder, family, placed, shapes):
                 + _nearest(key, wanted, "it has")
             )
     for key, place in wanted.items():
+        if found[key].dtype not in tensors.DTYPES:
+            raise UserError(
+                f"{found[key].path}: holds {key} as {found[key].dtype}; expected one "
+                f"of {', '.join(tensors.DTYPES)} (quantised weights are not read)"
+            )
         expected = place.axes.shape(_sizes(place, shapes))
         if found[key].shape != expected:
             raise UserError(
