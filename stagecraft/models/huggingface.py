@@ -77,13 +77,11 @@ def info(folder):
         {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
     """
     hf = read_json(folder, "config.json")
-    with _named(folder):
-        try:
-            config = families.read_config(hf).validate()
-        except UserError as error:
-            line = str(error)
-            known = line.startswith("config.json")
-            raise UserError(line if known else f"config.json: {line}") from None
+    try:
+        config = families.read_config(hf).validate()
+    except UserError as error:
+        line = str(error).removeprefix("config.json: ")
+        raise UserError(f"{Path(folder) / 'config.json'}: {line}") from None
     scalar = any(
         "ForSequenceClassification" in a for a in hf.get("architectures") or ()
     )
@@ -179,15 +177,6 @@ def load(folder, shared_mesh, *, module=None, **changes):
         arrays["bias"] = jax.device_put(jnp.float32(bias), arrays["bias"].sharding)
     leaves = [arrays[name] for name in names]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-@contextlib.contextmanager
-def _named(folder):
-    """Puts the folder before what is said of its config.json."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{folder}/{error}") from None
 
 
 def _checked(folder, family, placed, shapes):
