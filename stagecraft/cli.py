@@ -118,7 +118,10 @@ def prompt(rest):
 
 
 def chat(rest):
-    """Talk to one stage's model; an empty line or ctrl-D ends the talk.
+    """Talk to one stage's model, turn by turn.
+
+    An empty line, /quit or ctrl-D ends the talk, /reset begins anew; lines may be
+    piped in.
 
     stagecraft chat --workdir=runs/a --stage=dpo
     """
