@@ -237,6 +237,8 @@ def _prefill(model, ids, mask, samples, room):
                 window=kind.window,
                 softcap=c.attention_softcap,
                 scale=c.scale,
+                kernel=c.attention,
+                strict=c.strict_kernels,
             )
             return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
