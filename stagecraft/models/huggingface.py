@@ -77,8 +77,11 @@ def info(folder):
         {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
     """
     hf = read_json(folder, "config.json")
-    with _named(folder):
-        config = families.read_config(hf)
+    try:
+        config = families.read_config(hf).validate()
+    except UserError as error:
+        line = str(error).removeprefix("config.json: ")
+        raise UserError(f"{Path(folder) / 'config.json'}: {line}") from None
     scalar = any(
         "ForSequenceClassification" in a for a in hf.get("architectures") or ()
     )
@@ -86,7 +89,7 @@ def info(folder):
         config = dataclasses.replace(config, tied=True)
     return {
         "module": "scalar" if scalar else "transformer",
-        "model": dataclasses.asdict(config.validate()),
+        "model": dataclasses.asdict(config),
     }
 
 
@@ -176,15 +179,6 @@ def load(folder, shared_mesh, *, module=None, **changes):
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-@contextlib.contextmanager
-def _named(folder):
-    """Puts the folder before what is said of its config.json."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{folder}/{error}") from None
-
-
 def _checked(folder, family, placed, shapes):
     """{key: Tensor} of the folder, all there and of the right shape."""
     found = tensors.read_folder(folder)
@@ -205,6 +199,11 @@ def _checked(folder, family, placed, shapes):
                 + _nearest(key, wanted, "it has")
             )
     for key, place in wanted.items():
+        if found[key].dtype not in tensors.DTYPES:
+            raise UserError(
+                f"{found[key].path}: holds {key} as {found[key].dtype}; expected one "
+                f"of {', '.join(tensors.DTYPES)} (quantised weights are not read)"
+            )
         expected = place.axes.shape(_sizes(place, shapes))
         if found[key].shape != expected:
             raise UserError(
@@ -264,12 +263,18 @@ def _fill(stack, tensor, place):
     return stack
 
 
+def _theirs(axes, leading, sharding):
+    """The sharding of a tensor of theirs that is split as ours is."""
+    spec = (*sharding.spec, *[None] * (leading + len(axes.ours)))
+    ours = dict(zip(axes.ours, spec[leading:], strict=False))
+    spec = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
+    return NamedSharding(sharding.mesh, spec)
+
+
 @functools.lru_cache(maxsize=256)
 def _reader(axes, sizes, leading, sharding):
     """(stack, theirs, index) -> (stack, finite), and the sharding of theirs."""
-    sizes, spec = dict(sizes), _padded(sharding.spec, leading + len(axes.ours))
-    ours = dict(zip(axes.ours, spec[leading:], strict=True))
-    theirs = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
+    sizes = dict(sizes)
     split = [x for _, _, letters in axes.theirs for x in letters]
     order = [split.index(x) for x in axes.ours]
 
@@ -282,11 +287,7 @@ def _reader(axes, sizes, leading, sharding):
 
     outputs = (sharding, NamedSharding(sharding.mesh, P()))
     program = jax.jit(place, donate_argnums=0, out_shardings=outputs)
-    return program, NamedSharding(sharding.mesh, theirs)
-
-
-def _padded(spec, length):
-    return (*spec, *(None,) * (length - len(spec)))
+    return program, _theirs(axes, leading, sharding)
 
 
 # Writing
@@ -431,7 +432,10 @@ def _take(stack, place, dtype):
 
 @functools.lru_cache(maxsize=256)
 def _writer(axes, sizes, leading, sharding, dtype):
-    """(stack, index) -> (theirs, finite), gathered to every device."""
+    """(stack, index) -> (theirs, finite), split as ours is.
+
+    In a program of several processes it is gathered to all, since one of them writes.
+    """
     sizes = dict(sizes)
     split = [x for _, _, letters in axes.theirs for x in letters]
     order = [axes.ours.index(x) for x in split]
@@ -444,10 +448,13 @@ def _writer(axes, sizes, leading, sharding, dtype):
         array = array.transpose(order).reshape(shape).astype(dtype)
         return array, jnp.isfinite(array).all()
 
-    everywhere = None
+    outputs = None
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, P())
-    return jax.jit(take, out_shardings=everywhere)
+        outputs = (_theirs(axes, leading, sharding), everywhere)
+        if jax.process_count() > 1:
+            outputs = everywhere
+    return jax.jit(take, out_shardings=outputs)
 
 
 def _write_configs(module, family, config, folder, dtype, ids):
