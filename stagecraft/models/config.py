@@ -88,7 +88,8 @@ class ModelConfig:
         expert_width: F of each expert.
         experts_renormalize: the chosen experts' weights add up to 1.
         sparse: which layers have experts, repeated from the first on; () for all.
-        balance_coef: weight of the load-balancing loss (Fedus et al. 2021, eq. 4).
+        balance_coef: weight of the load-balancing loss (`experts.Balance`) in stages
+            of kind language_model; in micro-batches, each one's own balance counts.
         init_std: standard deviation of initial weights.
         dtype: compute dtype; parameters are always float32.
         family: the Hugging Face family it came from and leaves as; "" for the first
@@ -292,6 +293,11 @@ class ModelConfig:
             raise UserError(
                 f"model.experts_per_token: at most model.experts = {self.experts}, "
                 f"got {self.experts_per_token}"
+            )
+        if not any(kind.sparse for kind in self.kinds):
+            raise UserError(
+                f"model.sparse: no layer of {self.layers} has the model.experts = "
+                f"{self.experts}, got {self.sparse!r}"
             )
         if not self.gated or self.ff_bias:
             name = "ff_bias" if self.gated else "gated"

@@ -71,7 +71,7 @@ def plan(kinds):
     if turns := count // period if count >= 2 * period else 0:
         whole = turns * period
         found = [(0, kinds[:period], turns)]
-        return found + [(whole + i, *rest[1:]) for i, *rest in _runs(kinds[whole:])]
+        return found + [(whole + i, *rest) for i, *rest in _runs(kinds[whole:])]
     return _runs(kinds)
 
 

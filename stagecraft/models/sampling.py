@@ -168,7 +168,8 @@ def _prefill(model, ids, mask, samples, room):
             )
             return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-        return layer(x, angles[kind], attend)
+        x, cache, _ = layer(x, angles[kind], attend)
+        return x, cache
 
     x = model.lookup(ids, positions)
     x, cache = model.through(step, x, unroll=model.unroll)
@@ -210,7 +211,8 @@ def _decode(model, token, positions, visible, slot, cache):
             )
             return attended, new
 
-        return layer(x, angles[kind], attend), None
+        x, cache, _ = layer(x, angles[kind], attend)
+        return (x, cache), None
 
     carry = (model.lookup(token[:, None], positions), cache)
     (x, cache), _ = model.through(step, carry, indexed=True)

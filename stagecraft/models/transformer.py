@@ -15,6 +15,7 @@ from stagecraft import mesh
 from stagecraft.models import attention as attention_lib
 from stagecraft.models import heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
+from stagecraft.models.experts import Balance, Experts, balance
 
 # Names of the activations that `remat="names"` keeps.
 SAVED = ("query", "key", "value", "attended")
@@ -113,9 +114,14 @@ class Block(nnx.Module):
     """One layer: attention, then feed-forward, each added to the residual stream.
 
     Norms stand before each of the two, after each, or both.
+
+    Args:
+        config: the model's.
+        key: random key of the initial weights.
+        sparse: whether the feed-forward is a choice of experts.
     """
 
-    def __init__(self, config: ModelConfig, key):
+    def __init__(self, config: ModelConfig, key, sparse: bool):
         attention_key, ff_key = jax.random.split(key)
         before = config.norm_place in ("pre", "both")
         after = config.norm_place in ("post", "both")
@@ -123,7 +129,8 @@ class Block(nnx.Module):
         self.attention = Attention(config, attention_key)
         self.attention_post_norm = norms.make(config) if after else None
         self.ff_norm = norms.make(config) if before else None
-        self.ff = FeedForward(config, ff_key)
+        self.ff = None if sparse else FeedForward(config, ff_key)
+        self.experts = Experts(config, ff_key) if sparse else None
         self.ff_post_norm = norms.make(config) if after else None
 
     def __call__(self, x, angles, attend):
@@ -136,14 +143,18 @@ class Block(nnx.Module):
                 other, the only part in which training and decoding differ.
 
         Returns:
-            ([B, T, D], extra).
+            [B, T, D]; extra; the experts' `Routing`, or None.
         """
         y = _maybe(self.attention_norm, x)
         attended, extra = self.attention(y, angles, attend)
         x = x + _maybe(self.attention_post_norm, attended)
-        y = self.ff(_maybe(self.ff_norm, x))
+        y, routing = _maybe(self.ff_norm, x), None
+        if self.experts is None:
+            y = self.ff(y)
+        else:
+            y, routing = self.experts(y)
         x = x + _maybe(self.ff_post_norm, y)
-        return mesh.constrain(x, "batch", None, None), extra
+        return mesh.constrain(x, "batch", None, None), extra, routing
 
 
 def _maybe(norm, x):
@@ -170,9 +181,7 @@ class Transformer(nnx.Module):
             if c.positions == "learned"
             else None
         )
-        self.layers = jax.vmap(lambda k: Block(c, k))(
-            jax.random.split(layers_key, c.layers)
-        )
+        self.layers = _stacks(c, jax.random.split(layers_key, c.layers))
         self.norm = norms.make(c)
         self.unembed = (
             None if c.tied else linear.normal(unembed_key, table, c.init_std, axes)
@@ -190,11 +199,31 @@ class Transformer(nnx.Module):
         Returns:
             [B, T, D] in the compute dtype, after the final norm.
         """
+        return self._hidden(ids, positions, segments, balanced=False)[0]
 
+    def hidden_and_balance(self, ids, positions, segments):
+        """The same, and how the experts share the work: a `Balance`.
+
+        For models with experts; arguments as of `hidden`.
+        """
+        x, total = self._hidden(ids, positions, segments, balanced=True)
+        count = sum(kind.sparse for kind in self.config.kinds)
+        return x, jax.tree.map(lambda a: a / count, total)
+
+    def _hidden(self, ids, positions, segments, *, balanced):
+        """Hidden states, and the layers' balances added up if asked for."""
         c = self.config
         angles = self.angles(positions, segments)
+        total = None
+        if balanced:
+            total = Balance(
+                loss=jnp.zeros(ids.shape, jnp.float32),
+                load=jnp.zeros((c.experts,), jnp.float32),
+            )
 
-        def step(x, layer, kind):
+        def step(carry, layer, kind):
+            x, total = carry
+
             def attend(query, key, value):
                 attended = attention_lib.attention(
                     *(query, key, value, segments),
@@ -204,11 +233,14 @@ class Transformer(nnx.Module):
                 )
                 return attended, None
 
-            return layer(x, angles[kind], attend)
+            x, _, routing = layer(x, angles[kind], attend)
+            if total is not None and kind.sparse:
+                total = jax.tree.map(jnp.add, total, balance(routing, segments > 0))
+            return (x, total), None
 
-        x = self.lookup(ids, positions)
-        x, _ = self.through(step, x, unroll=self.unroll, remat=c.remat)
-        return self.norm(x)
+        carry = (self.lookup(ids, positions), total)
+        (x, total), _ = self.through(step, carry, unroll=self.unroll, remat=c.remat)
+        return self.norm(x), total
 
     def through(self, step, carry, *, unroll=1, remat="none", indexed=False):
         """Carries something through the layers, from the first to the last.
@@ -319,6 +351,25 @@ class ScalarModel(nnx.Module):
         """f32[B, T]; arguments as in `Transformer.hidden`."""
         hidden = self.body.hidden(ids, positions, segments).astype(jnp.float32)
         return hidden @ self.head[...] + self.bias[...]
+
+
+def _stacks(config, keys):
+    """Layers stacked along one axis; dense and sparse ones apart where both are."""
+
+    def stack(sparse, keys):
+        return jax.vmap(lambda key: Block(config, key, sparse))(keys)
+
+    places = {"dense": [], "sparse": []}
+    for place, kind in enumerate(config.kinds):
+        places["sparse" if kind.sparse else "dense"].append(place)
+    if not (places["dense"] and places["sparse"]):
+        return stack(bool(places["sparse"]), keys)
+    return nnx.Dict(
+        {
+            name: stack(name == "sparse", keys[jnp.asarray(where)])
+            for name, where in places.items()
+        }
+    )
 
 
 def _remat(body, policy: str):

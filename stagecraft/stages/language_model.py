@@ -65,11 +65,19 @@ def make_objective(config):
         weight = batch.get("weight")
         if weight is not None:  # of the token predicted, one column on
             weight = jnp.concatenate([weight[:, 1:], jnp.zeros_like(weight[:, :1])], 1)
-        return {"tokens": masked.Reduction.of(mask, weight)}
+        return {
+            "tokens": masked.Reduction.of(mask, weight),
+            "balance": masked.Reduction.of(batch["segments"] > 0),
+        }
 
     def terms(model, batch):
         targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
-        hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
+        arrays = [batch[k] for k in ("ids", "positions", "segments")]
+        balance, coef = None, model.config.balance_coef
+        if coef:
+            hidden, balance = model.hidden_and_balance(*arrays)
+        else:
+            hidden = model.hidden(*arrays)
         stats = model.token_logps(hidden, targets)
         loss, metrics = loss_fn.apply({"logps": stats.logps, "log_z": stats.log_z})
         metrics = objective.measured(metrics, {2: mask})
@@ -80,6 +88,14 @@ def make_objective(config):
                 mask.astype(jnp.float32), batch["segments"] > 0
             ),
         }
+        if balance is not None:
+            real = batch["segments"] > 0
+            loss["balance"] = coef * balance.loss
+            busiest = balance.load.max() * balance.load.size
+            metrics |= {
+                "aux_loss": masked.Mean.of(balance.loss, real),
+                "router_load_max": masked.Mean.of(busiest),  # 1 where all are equal
+            }
         return loss, metrics
 
     return stage.Objective(reductions, terms, {})

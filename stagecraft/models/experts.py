@@ -1,0 +1,288 @@
+"""Mixtures of experts: each token chooses a few of many feed-forwards.
+
+No token is dropped and every shape is static: the copies of tokens are sorted by their
+expert into one array of rows, where each expert has its group, and a product with the
+experts' weights takes every group to its own matrix. The shapes depend on the number
+of tokens alone, never on what they chose.
+
+Under a mesh each device sorts its own rows. The experts' widths are split over
+`tensor`, so all of its devices have work whatever is chosen; their weights are gathered
+over `fsdp` as everywhere else.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from stagecraft import mesh
+from stagecraft.models import linear
+from stagecraft.models.config import ModelConfig
+
+# Least and most rows of one product on a CPU; groups are padded to a multiple of it.
+BLOCK = (8, 128)
+
+
+class Routing(NamedTuple):
+    """What the router said of each token.
+
+    Attributes:
+        probabilities: f32[B, T, E], of all experts, before any choice.
+        chosen: i32[B, T, k].
+    """
+
+    probabilities: Any
+    chosen: Any
+
+
+class Balance(NamedTuple):
+    """How evenly the real tokens of a batch load the experts, mean over layers.
+
+    Attributes:
+        loss: f32[B, T]; its mean over real tokens is E sum_e f_e P_e, f_e being the
+            copies of tokens that e gets per token and P_e its mean probability (Fedus
+            et al. 2021, eq. 4; with k choices it is k where all are equal). A gradient
+            goes through P alone.
+        load: f32[E], share of the copies that each expert gets.
+    """
+
+    loss: Any
+    load: Any
+
+
+class Experts(nnx.Module):
+    """Softmax over all experts, then the k most likely (Shazeer et al. 2017)."""
+
+    def __init__(self, config: ModelConfig, key):
+        c = config
+        keys = jax.random.split(key, 4)
+        down_std = c.init_std / (2 * c.layers) ** 0.5
+        wide = (c.experts, c.width, c.expert_width)
+        narrow = (c.experts, c.expert_width, c.width)
+        axes, normal = ("experts", "embed", "ff"), linear.normal
+        self.activation = c.activation
+        self.per_token = c.experts_per_token
+        self.renormalize = c.experts_renormalize
+        self.router = normal(
+            keys[0], (c.width, c.experts), c.init_std, ("embed", "experts")
+        )
+        self.gate = normal(keys[1], wide, c.init_std, axes)
+        self.up = normal(keys[2], wide, c.init_std, axes)
+        self.down = normal(keys[3], narrow, down_std, ("experts", "ff", "embed"))
+
+    def __call__(self, x):
+        """[B, T, D] -> ([B, T, D], Routing)."""
+        logits = linear.project(x, self.router).astype(jnp.float32)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        shares, chosen = jax.lax.top_k(probabilities, self.per_token)
+        if self.renormalize:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
+        mix = functools.partial(_mix, activation=self.activation)
+        mixed = _on_each_device(mix, x, shares.astype(x.dtype), chosen, weights)
+        return mixed, Routing(probabilities, chosen)
+
+
+def balance(routing: Routing, real) -> Balance:
+    """The balance of one layer.
+
+    Args:
+        routing: of the layer.
+        real: bool[B, T], False on padding.
+    """
+    count = routing.probabilities.shape[-1]
+    copies = jax.nn.one_hot(routing.chosen, count).sum(axis=-2)
+    copies = jnp.where(real[..., None], copies, 0).sum(axis=(0, 1))
+    share = copies / jnp.maximum(real.sum(), 1)
+    loss = count * (routing.probabilities * share).sum(axis=-1)
+    return Balance(loss, share / routing.chosen.shape[-1])
+
+
+def _on_each_device(mix, x, shares, chosen, weights):
+    """Runs `mix` on rows of [N, D], under a mesh each device on its own."""
+
+    def flat(x, shares, chosen, weights):
+        rows = [a.reshape(-1, a.shape[-1]) for a in (x, shares, chosen)]
+        return mix(*rows, *weights).reshape(x.shape)
+
+    if mesh.current() is None:
+        return flat(x, shares, chosen, weights)
+
+    def island(x, shares, chosen, weights):
+        gate, up, down = weights
+        gate, up = (
+            jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate, up)
+        )
+        down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
+        # Marked as varying before their use: the transpose of this mark is the sum
+        # over devices, which is then done once for each weight.
+        weights = [jax.lax.pcast(w, "data", to="varying") for w in (gate, up, down)]
+        x, shares = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, shares))
+        return jax.lax.psum(flat(x, shares, chosen, weights), "tensor")
+
+    rows = P(*mesh.spec(("batch",)), None, None)
+    wide = mesh.spec(("experts", "embed", "ff"))
+    narrow = mesh.spec(("experts", "ff", "embed"))
+    return jax.shard_map(
+        island, in_specs=(rows, rows, rows, [wide, wide, narrow]), out_specs=rows
+    )(x, shares, chosen, weights)
+
+
+def _mix(x, shares, chosen, gate, up, down, *, activation):
+    """Sum of the chosen experts' outputs, by their shares.
+
+    Args:
+        x: [N, D].
+        shares: [N, k].
+        chosen: i32[N, k].
+        gate, up: [E, D, F].
+        down: [E, F, D].
+        activation: a name of `linear.ACTIVATIONS`.
+
+    Returns:
+        [N, D].
+    """
+
+    def work(block, product, x, shares, gate, up, down):
+        layout = _layout(chosen, gate.shape[0], block)
+        rows = _spread(x, layout)
+        activate = linear.ACTIVATIONS[activation]
+        inner = activate(product(rows, gate, layout)) * product(rows, up, layout)
+        out = _collect(product(inner, down, layout), layout)
+        return (out * shares[..., None]).sum(axis=1)
+
+    # Ragged products are dense ones on a CPU: every expert on every row.
+    least, most = BLOCK
+    block = chosen.size // (2 * gate.shape[0]) // least * least
+    block = max(least, min(most, block))
+    return jax.lax.platform_dependent(
+        *(x, shares, gate, up, down),
+        cpu=functools.partial(work, block, _blockwise_product),
+        default=functools.partial(work, 1, _ragged_product),
+    )
+
+
+class _Layout(NamedTuple):
+    """Where each copy of a token lies among the sorted rows.
+
+    Attributes:
+        place: i32[N, k], the row of each copy.
+        copy: i32[R], the copy (token * k + choice) in each row; N k where none is.
+        sizes: i32[E], rows of each expert's group, padding included.
+        block: rows of a block: of one expert all.
+    """
+
+    place: Any
+    copy: Any
+    sizes: Any
+    block: int
+
+
+def _layout(chosen, experts, block):
+    """The layout of i32[N, k] choices, each group padded to a multiple of `block`."""
+    copies = chosen.size
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    counts = (expert[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
+    sizes = -(-counts // block) * block
+    first, padded_first = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
+    by_expert = expert[order]
+    row = padded_first[by_expert] + jnp.arange(copies) - first[by_expert]
+    # At worst every expert opens a block for one row, and the rest fill blocks.
+    opened = min(experts, copies)
+    blocks = opened + (copies - opened) // block
+    place = jnp.zeros((copies,), jnp.int32).at[order].set(row)
+    copy = jnp.full((blocks * block,), copies, jnp.int32).at[row].set(order)
+    return _Layout(place.reshape(chosen.shape), copy, sizes, block)
+
+
+def _spread(x, layout):
+    """Rows from tokens: [N, D] -> [R, D], zero where a row holds no copy."""
+    count, k = layout.place.shape
+
+    @jax.custom_vjp
+    def spread(x, place, copy):
+        return _take(x, copy // k, copy < count * k)
+
+    def forward(x, place, copy):
+        return spread(x, place, copy), place
+
+    def backward(place, dy):
+        # As a gather: scattering rows back is far slower on every device.
+        return dy[place].sum(axis=1), None, None
+
+    spread.defvjp(forward, backward)
+    return spread(x, layout.place, layout.copy)
+
+
+def _collect(rows, layout):
+    """Copies of tokens from rows: [R, D] -> [N, k, D]."""
+    count, k = layout.place.shape
+
+    @jax.custom_vjp
+    def collect(rows, place, copy):
+        return rows[place]
+
+    def forward(rows, place, copy):
+        return rows[place], copy
+
+    def backward(copy, dy):
+        return _take(dy.reshape(count * k, -1), copy, copy < count * k), None, None
+
+    collect.defvjp(forward, backward)
+    return collect(rows, layout.place, layout.copy)
+
+
+def _take(x, index, there):
+    return jnp.where(there[:, None], jnp.take(x, index, axis=0, mode="clip"), 0)
+
+
+def _ragged_product(rows, weight, layout):
+    """Each group of rows times its expert's matrix: [R, D], [E, D, F] -> [R, F]."""
+    return jax.lax.ragged_dot(rows, weight, layout.sizes)
+
+
+def _blockwise_product(rows, weight, layout):
+    """The same, one block of rows after the other."""
+    return _by_blocks(rows, weight, layout.sizes, layout.block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_blocks(rows, weight, sizes, block):
+    expert = _expert_of_block(sizes, rows.shape[0] // block, block)
+    blocks = rows.reshape(-1, block, rows.shape[1])
+    out = jax.lax.map(lambda xs: xs[0] @ weight[xs[1]], (blocks, expert))
+    return out.reshape(rows.shape[0], -1)
+
+
+def _by_blocks_forward(rows, weight, sizes, block):
+    return _by_blocks(rows, weight, sizes, block), (rows, weight, sizes)
+
+
+def _by_blocks_backward(block, saved, dy):
+    rows, weight, sizes = saved
+    expert = _expert_of_block(sizes, rows.shape[0] // block, block)
+    blocks, dy = (x.reshape(-1, block, x.shape[1]) for x in (rows, dy))
+
+    def body(d_weight, xs):
+        rows, dy, expert = xs
+        d_weight = d_weight.at[expert].add(rows.T @ dy)
+        return d_weight, dy @ weight[expert].T
+
+    # Zeros that vary over a mesh's axes as the weight does, as a loop's carry must.
+    start = jnp.where(weight == 0, jnp.zeros_like(weight), 0)
+    d_weight, d_rows = jax.lax.scan(body, start, (blocks, dy, expert))
+    return d_rows.reshape(rows.shape), d_weight, None
+
+
+_by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
+
+
+def _expert_of_block(sizes, blocks, block):
+    """i32[blocks]; the blocks after the last group belong to anyone."""
+    ends = jnp.cumsum(sizes) // block
+    found = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    return jnp.minimum(found, sizes.size - 1).astype(jnp.int32)
