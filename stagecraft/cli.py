@@ -190,6 +190,51 @@ def bench(rest):
     benching.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
+def import_(rest):
+    """Make a work directory out of a Hugging Face folder: one finished stage.
+
+    stagecraft import models/Qwen3-0.6B --workdir=runs/qwen
+    stagecraft import models/reward --workdir=runs/reward --name=reward
+
+    prompt, chat and export work on it, and other experiments start from it:
+    start_from="runs/qwen/base". (start_from="hf:FOLDER" reads a folder directly.)
+    """
+    from stagecraft import exchange
+
+    if len(rest) != 1:
+        raise UserError(
+            "give one folder, as in: stagecraft import models/Qwen3-0.6B "
+            "--workdir=runs/qwen"
+        )
+    print(exchange.import_folder(rest[0], _workdir(), FLAGS.name))
+
+
+def export(rest):
+    """Write a stage's model as a folder that transformers, vLLM and others open.
+
+    stagecraft export --workdir=runs/a --stage=dpo --to=models/mine --dtype=bfloat16
+
+    Weights in shards, config.json, generation_config.json, the tokenizer and its chat
+    template as they came. The folder appears whole or not at all. A reward model leaves
+    as a ...ForSequenceClassification with one label.
+    """
+    _no_more(rest)
+    from stagecraft import exchange
+
+    for flag, example in (("stage", "dpo"), ("to", "models/mine")):
+        if not FLAGS[flag].value:
+            raise UserError(f"--{flag} is missing, as in --{flag}={example}")
+    lines = exchange.export(
+        _workdir(),
+        FLAGS.stage,
+        FLAGS.to,
+        dtype=FLAGS.dtype,
+        shard_size=_bytes("shard_size", FLAGS.shard_size),
+        overwrite=FLAGS.overwrite,
+    )
+    print("\n".join(lines))
+
+
 COMMANDS = {
     "run": run,
     "prompt": prompt,
@@ -197,6 +242,8 @@ COMMANDS = {
     "report": report,
     "compare": compare,
     "bench": bench,
+    "import": import_,
+    "export": export,
 }
 
 
@@ -219,6 +266,16 @@ def _define(command):
         return ["what", "steps", "dtype", "debug"]
     flags.DEFINE_string("workdir", None, "the run's folder")
     names = ["workdir"]
+    if command is import_:
+        flags.DEFINE_string("name", "base", "of the stage")
+        names.append("name")
+    if command is export:
+        flags.DEFINE_string("stage", "", "whose model to write")
+        flags.DEFINE_string("to", "", "the folder to write")
+        flags.DEFINE_string("dtype", "float32", "of the weights: bfloat16, float16")
+        flags.DEFINE_string("shard_size", "5GB", "most bytes in a file: 500MB, 5GB")
+        flags.DEFINE_bool("overwrite", False, "replace a folder that is there")
+        names += ["stage", "to", "dtype", "shard_size", "overwrite"]
     if command is run:
         from ml_collections import config_flags
 
@@ -290,6 +347,15 @@ def _workdir():
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
     return Path(FLAGS.workdir)
+
+
+def _bytes(flag, text):
+    """5000000 of "5MB"."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.isdecimal() or not int(number):
+        raise UserError(f"--{flag}={text}: expected a size such as 500MB or 5GB")
+    return int(number) * units[unit]
 
 
 def _listed(text):

@@ -40,7 +40,12 @@ def mesh():
 
 
 def model():
-    """The decoder's shape; see `stagecraft.models.config.ModelConfig`."""
+    """The decoder's shape; see `stagecraft.models.config.ModelConfig`.
+
+    It is for models made from nothing. Where every stage starts from a folder, it is
+    the folder's model, whatever is set here; only how to compute (dtype, remat) and a
+    max_length that is not this one stay the experiment's.
+    """
     return ConfigDict(
         dict(
             width=128,
@@ -101,7 +106,7 @@ def _base(kind, objective):
     c.objective = objective
     c.objective_weights = ()  # one for each of several losses; () for 1 each
     c.objective_args = ConfigDict()  # keyword arguments of the losses that take them
-    c.start_from = ""  # a stage of this experiment, or the folder of a finished one
+    c.start_from = ""  # a stage here, a finished one's folder, or "hf:FOLDER"
     c.seed = 0  # added to the experiment's: another order, other samples
     c.steps = 100
     c.batch_size = 32

@@ -9,8 +9,9 @@ from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import saved
+from stagecraft.models import huggingface, saved
 from stagecraft.models.config import ModelConfig, check_mesh
+from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
 from stagecraft.stages import group, kinds, objective, policy
 
@@ -67,8 +68,42 @@ def resolve(config, *, check=True):
         schema.choice(f"{where}.kind", stage["kind"], tuple(defaults.KINDS))
         full.stages[name] = schema.merge(defaults.KINDS[stage["kind"]](), stage, where)
     if check:
+        _take_model(full)
         _check(full)
     return full
+
+
+def outside(c):
+    """Where stages start from outside this experiment: folders, each once."""
+    found = [stage.start_from for stage in c.stages.values()]
+    return list(dict.fromkeys(f for f in found if f and f not in c.stages))
+
+
+def _take_model(c):
+    """Where no stage starts from nothing, c.model is what is started from.
+
+    What says how to compute stays the experiment's, and so does a max_length that was
+    changed: the longest the run is to see, not what the model was made for.
+    """
+    if not outside(c) or any(not stage.start_from for stage in c.stages.values()):
+        return
+    first = outside(c)[0]
+    folder = huggingface.folder_of(first)
+    if folder is None and not (Path(first) / "stage.json").exists():
+        return  # a name nobody knows, which is refused below
+    told = (huggingface.info(folder) if folder else saved.info(first))["model"]
+    given = c.model.max_length
+    for key in c.model:
+        if key in told and key not in THE_RUNS:
+            value = told[key]
+            c.model[key] = tuple(value) if isinstance(value, list) else value
+    if given != defaults.model().max_length:
+        c.model.max_length = given
+        if told.get("positions") == "learned" and given > told["max_length"]:
+            raise UserError(
+                f"model.max_length={given}: the model of {first} has learned positions "
+                f"for {told['max_length']} tokens and no more"
+            )
 
 
 def _check(c):
@@ -101,10 +136,13 @@ def _check_role(c, name, role, kinds):
         if role == "start_from" and stage.kind not in WITHOUT_PARENT:
             raise UserError(
                 f"{where}: is empty; a {stage.kind} stage needs a stage of kind "
-                f"{' or '.join(kinds)}, or the folder of a finished one"
+                f"{' or '.join(kinds)}, the folder of a finished one, or hf:FOLDER"
             )
         return
-    if value in c.stages:
+    folder = huggingface.folder_of(value)
+    if folder is not None:
+        _check_folder(c, f"{where}={value!r}", folder, kinds, stage)
+    elif value in c.stages:
         if c.stages[value].kind not in kinds:
             raise UserError(
                 f"{where}={value!r}: that stage is of kind {c.stages[value].kind}, "
@@ -114,6 +152,17 @@ def _check_role(c, name, role, kinds):
         raise UserError(schema.unknown(f"{where}={value!r}", value, c.stages.keys()))
     else:
         saved.info(value)
+
+
+def _check_folder(c, where, folder, kinds, stage):
+    """Looks at a Hugging Face folder that plays a role."""
+    module = None if "reward" in kinds else "transformer"
+    if kinds == ("reward",):
+        module = "scalar"
+    try:
+        huggingface.examine(folder, mesh.make(**mesh_sizes(c, stage)), module=module)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _check_rewards(where, stage):

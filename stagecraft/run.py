@@ -22,7 +22,7 @@ from stagecraft import (
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import saved
+from stagecraft.models import huggingface, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.signals import comparisons, selection, verifier
@@ -49,7 +49,10 @@ class Run:
         return experiment.order(self.config)
 
     def folder(self, name):
-        """WORKDIR/STAGE for a stage of this run, else a path as it is."""
+        """WORKDIR/STAGE for a stage of this run, else a path as it is.
+
+        "hf:FOLDER" leads to no stage: see `load` and `chat_format`.
+        """
         return self.root / name if name in self.config.stages else Path(name)
 
     def finished(self, name):
@@ -66,11 +69,21 @@ class Run:
         return mesh.make(**sizes)
 
     def load(self, name, shared_mesh=None):
-        """The parameters of a finished stage."""
+        """The parameters of a finished stage, or of "hf:FOLDER"."""
+        folder = huggingface.folder_of(name)
+        if folder is not None:
+            model = self.config.model
+            how = {k: model[k] for k in ("dtype", "remat") if k in model}
+            return huggingface.load(folder, shared_mesh or self.mesh(), **how)
         return saved.load(self.folder(name), shared_mesh or self.mesh())
 
     def chat_format(self, name):
-        """Whether a stage speaks in chat turns (all but those trained on bare text)."""
+        """Whether a stage speaks in chat turns (all but those trained on bare text).
+
+        "hf:FOLDER" does where its tokenizer brings a chat template.
+        """
+        if huggingface.folder_of(name) is not None:
+            return self.tokenizer.template is not None
         return saved.info(self.folder(name))["format"] != "text"
 
 
@@ -181,6 +194,11 @@ def _tokenizer(config, root):
         texts = feed.texts(config.tokenizer.files, root)
         path = folder / tokenizers.FILE
         return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
+    elif experiment.outside(config):
+        # With a model comes the tokenizer it was trained with.
+        first = experiment.outside(config)[0]
+        source = huggingface.folder_of(first) or Path(first).parent / TOKENIZER
+        found = tokenizers.load(source)
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
     tokenizers.keep(found, folder)
@@ -364,7 +382,10 @@ def _lineage(current, name, data, lineage):
     }
     for role, parent in experiment.parents(config, name).items():
         known = lineage["stages"].get(parent)
-        if known is None:
+        folder = huggingface.folder_of(parent)
+        if folder is not None:
+            known = {"id": huggingface.digest(folder)}
+        elif known is None:
             path = Path(parent)
             other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
             known = other["stages"].get(path.name, {"id": ""})

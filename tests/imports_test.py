@@ -23,6 +23,7 @@ FLOORS = (
     ("anatomy",),
     ("bench", "experiment"),
     ("run",),
+    ("exchange",),
     ("cli",),
     ("__main__",),
 )

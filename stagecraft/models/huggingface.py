@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,21 +106,19 @@ def digest(folder):
     return hasher.hexdigest()
 
 
-def load(folder, shared_mesh, *, module=None, **changes):
-    """Reads a model, each device its own part.
+class Plan(NamedTuple):
+    """What is to be read: `abstract` the module as shapes, `places` the list of
+    `Place`, `tensors` {key: Tensor}."""
 
-    Args:
-        folder: with config.json and *.safetensors.
-        shared_mesh: where to put the parameters, which are float32 whatever the
-            folder's dtype.
-        module: "transformer" or "scalar", where only one will do.
-        **changes: fields of `ModelConfig` that are the run's: dtype, remat.
+    abstract: Any
+    places: list
+    tensors: dict
 
-    Returns:
-        a `Transformer`, or a `ScalarModel` from a ...ForSequenceClassification.
 
-    Raises:
-        UserError: the folder is not whole, or not what its config.json says.
+def examine(folder, shared_mesh, *, module=None, **changes):
+    """Looks at a folder's config and headers: all is there, and of the right shape.
+
+    Args and errors as of `load`, of whose work it is the first part.
     """
     folder = Path(folder)
     told = info(folder)
@@ -139,19 +138,41 @@ def load(folder, shared_mesh, *, module=None, **changes):
     model = ModelConfig(**told["model"])
     family = families.FAMILIES[model.family]
     placed = places.places(family, model, weights)
-    found = _checked(folder, family, model, placed, shapes)
-    arrays = mesh_lib.born(
+    return Plan(abstract, placed, _checked(folder, family, placed, shapes))
+
+
+def load(folder, shared_mesh, *, module=None, **changes):
+    """Reads a model, each device its own part.
+
+    Args:
+        folder: with config.json and *.safetensors.
+        shared_mesh: where to put the parameters, which are float32 whatever the
+            folder's dtype.
+        module: "transformer" or "scalar", where only one will do.
+        **changes: fields of `ModelConfig` that are the run's: dtype, remat.
+
+    Returns:
+        a `Transformer`, or a `ScalarModel` from a ...ForSequenceClassification.
+
+    Raises:
+        UserError: the folder is not whole, or not what its config.json says.
+    """
+    plan = examine(folder, shared_mesh, module=module, **changes)
+    abstract = plan.abstract
+    empty = mesh_lib.born(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
         shared_mesh,
-    )()
-    arrays = tree.named(arrays)
-    for place in placed:
+    )
+    arrays = tree.named(empty())
+    names = list(arrays)
+    for place in plan.places:
+        # Taken out, so that the array is written in place and not copied.
         stack = arrays.pop(place.ours)
-        arrays[place.ours] = _fill(stack, found[place.key], place)
-    if "bias" in shapes:
-        bias = float(read_json(folder, "config.json").get(BIAS, 0.0))
-        arrays["bias"] = jax.device_put(jnp.float32(bias), shapes["bias"].sharding)
-    leaves = [arrays[name] for name in shapes]
+        arrays[place.ours] = _fill(stack, plan.tensors[place.key], place)
+    if "bias" in arrays:
+        bias = read_json(folder, "config.json").get(BIAS, 0.0)
+        arrays["bias"] = jax.device_put(jnp.float32(bias), arrays["bias"].sharding)
+    leaves = [arrays[name] for name in names]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
@@ -164,7 +185,7 @@ def _named(folder):
         raise UserError(f"{folder}/{error}") from None
 
 
-def _checked(folder, family, model, placed, shapes):
+def _checked(folder, family, placed, shapes):
     """{key: Tensor} of the folder, all there and of the right shape."""
     found = tensors.read_folder(folder)
     found = _plain_names(found, family)
@@ -279,6 +300,7 @@ def save(
     shard_size=SHARD_SIZE,
     overwrite=False,
     ids=None,
+    generation=None,
     extra=None,
 ):
     """Writes a folder that transformers and vLLM open, whole or not at all.
@@ -296,6 +318,8 @@ def save(
         overwrite: replace a folder that is there.
         ids: of `IDS`, for config.json; null without, since readers would take a
             family's own for them.
+        generation: for generation_config.json, where `extra` does not write one;
+            `ids` without.
         extra: (folder) -> None, writes further files: the tokenizer's.
 
     Returns:
@@ -317,6 +341,8 @@ def save(
     with _whole(folder) as temporary:
         _write_weights(module, family, body.config, temporary, dtype, shard_size)
         _write_configs(module, family, body.config, temporary, dtype, ids)
+        if not scalar:
+            _write_json(temporary / "generation_config.json", generation or ids or {})
         if extra is not None:
             extra(temporary)
     return family
@@ -436,8 +462,6 @@ def _write_configs(module, family, config, folder, dtype, ids):
         bias = float(module.bias[...])
         out |= {BIAS: bias} if bias else {}
     _write_json(folder / "config.json", out)
-    if not scalar:
-        _write_json(folder / "generation_config.json", ids)
 
 
 def _write_json(path, value):

@@ -1,0 +1,160 @@
+"""Tokenizers as files that transformers opens.
+
+What came from a Hugging Face folder goes back as it came. Ours are spelled as a
+tokenizer.json, with a chat template that writes turns as `chat` does.
+"""
+
+import json
+
+import sentencepiece as spm
+
+from stagecraft.text.tokenizer import CHAT_PIECES, FILE, SPACE
+
+TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+CONTROL = ("<pad>", "<s>", "</s>", *CHAT_PIECES)
+
+
+def files(tokenizer):
+    """What to write beside a model's weights.
+
+    Returns:
+        {file name: bytes}; lines that say what a reader should know.
+    """
+    if FILE not in tokenizer.files and "bytes.txt" not in tokenizer.files:
+        return dict(tokenizer.files), []
+    if tokenizer.end is None:
+        return dict(tokenizer.files), [
+            f"the tokenizer is another's SentencePiece model: {FILE} as it came, which "
+            "transformers converts by itself only for families that use one"
+        ]
+    if FILE in tokenizer.files:
+        inner, ids = _pieces(tokenizer.files[FILE])
+    else:
+        inner, ids = _bytes(tokenizer)
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    if FILE in tokenizer.files:
+        said["unk_token"] = "<unk>"
+    out = {
+        "tokenizer.json": _json(_whole(inner, ids)),
+        "tokenizer_config.json": _json(said),
+        "chat_template.jinja": TEMPLATE.encode(),
+    }
+    return out, [
+        "the tokenizer is written as a tokenizer.json: there a text that spells a "
+        f"control piece ({CHAT_PIECES[-1]}) is read as that piece, here it is not"
+    ]
+
+
+def _whole(inner, ids):
+    """A tokenizer.json: a text begins with <s>."""
+    added = [
+        dict(
+            id=i, content=piece, single_word=False, lstrip=False, rstrip=False,
+            normalized=False, special=True,
+        )
+        for piece, i in sorted(ids.items(), key=lambda item: item[1])
+    ]  # fmt: skip
+    start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+    dress = {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, second],
+        "special_tokens": {
+            "<s>": {"id": "<s>", "ids": [ids["<s>"]], "tokens": ["<s>"]}
+        },
+    }
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer"))
+    return {"version": "1.0", "added_tokens": added, "post_processor": dress} | (
+        empty | inner
+    )
+
+
+def _pieces(model):
+    """Our SentencePiece BPE: its pieces in order are the order of its merges."""
+    processor = spm.SentencePieceProcessor(model_proto=model)
+    count = processor.get_piece_size()
+    vocab = {processor.id_to_piece(i): i for i in range(count)}
+    special = {p: i for p, i in vocab.items() if p in CONTROL}
+    special["<unk>"] = processor.unk_id()
+    plain = {
+        p: i
+        for p, i in vocab.items()
+        if not (processor.is_control(i) or processor.is_byte(i) or p == "<unk>")
+    }
+    merges = []
+    for piece in sorted(plain, key=lambda p: -processor.get_score(plain[p])):
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        halves = [pair for pair in halves if pair[0] in plain and pair[1] in plain]
+        merges += sorted(halves, key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    inner = {
+        "normalizer": space,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
+        "model": _bpe(vocab, merges, byte_fallback=True, unk_token="<unk>"),
+    }
+    return inner, special
+
+
+def _bytes(tokenizer):
+    """Bytes, spelled as the printable characters that stand for them in GPT-2."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    level["use_regex"] = False
+    special = dict(
+        zip(
+            CONTROL,
+            (tokenizer.pad, tokenizer.bos, tokenizer.eos, *tokenizer.control_ids),
+            strict=True,
+        )
+    )
+    inner = {
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": _bpe(_alphabet(), [], byte_fallback=False, unk_token=None),
+    }
+    return inner, special
+
+
+def _alphabet():
+    """{character: byte}: bytes that print stand for themselves, others lie above."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    spelled = {chr(b): b for b in shown}
+    return spelled | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def _bpe(vocab, merges, **settings):
+    off = dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    return {
+        **{"type": "BPE", "fuse_unk": False, "ignore_merges": False},
+        **off,
+        **settings,
+        "vocab": vocab,
+        "merges": [list(pair) for pair in merges],
+    }
+
+
+def _json(value):
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
