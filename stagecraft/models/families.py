@@ -157,8 +157,8 @@ QWEN3_MOE = Family(
     (
         *(*BASE, FF, QK_NORM, BIASES, t.activation(), t.rope(), t.sparse()),
         t.window(switch=True, types=False),
+        t.either("experts", "num_experts", "num_local_experts"),
         t.renamed(
-            experts="num_experts",
             experts_per_token="num_experts_per_tok",
             expert_width="moe_intermediate_size",
             experts_renormalize="norm_topk_prob",

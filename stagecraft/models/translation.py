@@ -80,6 +80,16 @@ def optional(**names):
     )
 
 
+def either(ours, *names):
+    """A value that went by several names: the first there is, and all are written."""
+
+    def read(hf, c):
+        found = next((name for name in names if name in hf), names[0])
+        return {ours: hf[found]}
+
+    return Pair(read, lambda c: dict.fromkeys(names, getattr(c, ours)))
+
+
 def implied(**values):
     """Fields that a family has without saying so; a value may be made from others."""
 

@@ -347,13 +347,10 @@ def test_greedy_generation(both, parity_rng):
             jax.random.key(0),
             max_new_tokens=64,
             temperature=0.0,
-            **STOPS,
+            stop_ids=(),
         )
     )(model, jnp.asarray(ids, jnp.int32), jnp.asarray(seen))
     np.testing.assert_array_equal(np.asarray(got.tokens), expected)
-
-
-STOPS = {"stop_id": None}
 
 
 # Reward models
