@@ -9,7 +9,7 @@ from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, saved
+from stagecraft.models import huggingface, lora, saved
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
@@ -224,6 +224,7 @@ def _check_training(c, where, stage):
     if stage.kind == "policy":
         _check_policy(where, stage)
         parts *= stage.minibatches
+    _check_lora(where, stage)
     if not 0 <= stage.ema_decay < 1:
         raise UserError(
             f"{where}.ema_decay={stage.ema_decay}: expected from 0 (off) to below 1"
@@ -268,6 +269,30 @@ def _check_training(c, where, stage):
     )
     optimizer.make(stage.optimizer, steps=stage.steps)
     _check_objective(where, stage)
+
+
+def _check_lora(where, stage):
+    lora.check(f"{where}.lora", stage.lora)
+    if not stage.lora.rank:
+        return
+    if not stage.start_from:
+        raise UserError(
+            f"{where}.lora.rank={stage.lora.rank}: an adapter sits on a trained model; "
+            "set start_from, or lora.rank=0 to train all weights"
+        )
+    if not stage.get("sync_every", 0):
+        return
+    if stage.sync_alpha < 1:
+        raise UserError(
+            f"{where}.sync_alpha={stage.sync_alpha}: the mean of two adapters is not "
+            "the mean of their weights; with lora expected 1"
+        )
+    if stage.reference_from not in ("", stage.start_from):
+        raise UserError(
+            f"{where}.reference_from={stage.reference_from!r}: with lora a reference "
+            "that moves (sync_every) is the policy's adapter as it was, on start_from; "
+            "leave it empty"
+        )
 
 
 def _check_epochs(where, stage, rows):
