@@ -197,7 +197,9 @@ def _tokenizer(config, root):
     elif experiment.outside(config):
         # With a model comes the tokenizer it was trained with.
         first = experiment.outside(config)[0]
-        source = huggingface.folder_of(first) or Path(first).parent / TOKENIZER
+        folder_ = huggingface.folder_of(first)
+        beside = Path(first).parent / TOKENIZER
+        source = sources.tokenizer_of(folder_) if folder_ else beside
         found = tokenizers.load(source)
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
@@ -394,7 +396,7 @@ def _lineage(current, name, data, lineage):
         known = lineage["stages"].get(parent)
         folder = huggingface.folder_of(parent)
         if folder is not None:
-            known = {"id": huggingface.digest(folder)}
+            known = {"id": sources.digest(folder)}
         elif known is None:
             path = Path(parent)
             other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stagecraft import checkpoint, workdir
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, lora, saved
+from stagecraft.models import huggingface, lora, peft, saved
 
 # Fields of a model's config that are the run's and not the folder's.
 HOW = ("dtype", "remat", "attention", "strict_kernels")
@@ -27,10 +27,40 @@ def load(name, shared_mesh, **how):
     """
     folder = huggingface.folder_of(name)
     if folder is not None:
-        return huggingface.load(folder, shared_mesh, **how)
+        reader = peft if peft.is_adapter(folder) else huggingface
+        return reader.load(folder, shared_mesh, **how)
     if "lora" in saved.info(name):
         return lora.merge(*load_adapter(name, shared_mesh))
     return saved.load(name, shared_mesh)
+
+
+def info(folder):
+    """Module and model of a Hugging Face folder, an adapter's merged."""
+    return (peft if peft.is_adapter(folder) else huggingface).info(folder)
+
+
+def examine(folder, shared_mesh, *, module=None):
+    """Looks at a Hugging Face folder before anything is read of it."""
+    if not peft.is_adapter(folder):
+        huggingface.examine(folder, shared_mesh, module=module)
+        return
+    found = peft.info(folder)["module"]
+    if module not in (None, found):
+        raise UserError(f"{folder}: makes a {found} model, expected a {module} one")
+    huggingface.examine(peft.base_of(folder), shared_mesh)
+
+
+def digest(folder):
+    """SHA-256 of a Hugging Face folder's config and weights."""
+    return (peft if peft.is_adapter(folder) else huggingface).digest(folder)
+
+
+def tokenizer_of(folder):
+    """Where the tokenizer of a Hugging Face folder lies: an adapter may bring none."""
+    folder = Path(folder)
+    if peft.is_adapter(folder) and not any(folder.glob("tokenizer*")):
+        return peft.base_of(folder)
+    return folder
 
 
 def load_adapter(name, shared_mesh):
@@ -62,7 +92,7 @@ def base_of(name, info):
         lineage = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
         now = lineage["stages"].get(path.name, {}).get("id", "")
     else:
-        now = huggingface.digest(folder)
+        now = digest(folder)
     if now != told["id"]:
         raise UserError(
             f"{name}: is an adapter (LoRA) on {path}, which is another model now; "
