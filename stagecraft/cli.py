@@ -7,6 +7,7 @@ the traceback. Anything else that escapes is a bug of ours and is shown whole.
 
 import difflib
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -118,7 +119,10 @@ def prompt(rest):
 
 
 def chat(rest):
-    """Talk to one stage's model; an empty line or ctrl-D ends the talk.
+    """Talk to one stage's model, turn by turn.
+
+    An empty line, /quit or ctrl-D ends the talk, /reset begins anew; lines may be
+    piped in.
 
     stagecraft chat --workdir=runs/a --stage=dpo
     """
@@ -375,14 +379,24 @@ def _no_more(rest):
         raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
 
 
+class _Told(logging.Handler):
+    """Our own remarks, on what standard error is now: a live line steps aside."""
+
+    def emit(self, record):
+        print(f"stagecraft: {record.getMessage()}", file=sys.stderr)
+
+
 def _quiet():
     """Libraries speak up only about what goes wrong."""
-    import logging
-
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
+    own = logging.getLogger("stagecraft")
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    if not own.handlers:
+        own.addHandler(_Told())
 
 
 # -- help ------------------------------------------------------------------------------

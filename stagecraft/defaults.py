@@ -56,12 +56,41 @@ def model():
             ff_width=352,
             max_length=256,  # the context, in tokens
             tied=True,  # one table for input and output embedding
-            qk_norm=True,
-            rope_theta=10_000.0,
+            embed_scale=1.0,  # Gemma: width^0.5
+            norm="rms",  # or "layer"
+            norm_offset=0.0,  # Gemma: 1
+            norm_place="pre",  # or "post" (OLMo 2), "both" (Gemma)
             norm_eps=1e-5,
+            qk_norm=True,
+            qk_norm_over="head",  # or "projection" (OLMo 2)
+            qkv_bias=False,
+            out_bias=False,
+            ff_bias=False,
+            attention_scale=0.0,  # 0: head_dim^-0.5
+            attention_softcap=0.0,  # 0 for none
+            logit_softcap=0.0,
+            window=0,  # tokens a sliding layer sees; 0 for no such layers
+            sliding=(),  # (True, False): every other layer; () for all
+            positions="rope",  # or "learned", "none"
+            rotates=(),  # which layers rotate, repeated; () for all
+            rope_theta=10_000.0,
+            rope_theta_sliding=0.0,  # of sliding layers; 0 for the same
+            rope_share=1.0,  # of a head's channels
+            rope_scaling="none",  # or "linear", "dynamic", "llama3", "yarn", "longrope"
+            rope_arguments=(),  # its numbers, in the order of config.ROPE_SCALING
+            gated=True,
+            activation="silu",  # or "gelu", "gelu_tanh", "relu"
+            experts=0,  # feed-forwards to choose from; 0 for one
+            experts_per_token=2,
+            expert_width=0,
+            experts_renormalize=True,
+            sparse=(),  # which layers have experts, repeated; () for all
+            balance_coef=0.0,  # of the load-balancing loss
             init_std=0.02,
             dtype="float32",  # of the computation; master weights are float32
             remat="none",
+            attention="auto",  # or "xla", "blockwise", "cudnn", "splash"
+            strict_kernels=False,  # a kernel that cannot be had is an error
         )
     )
 

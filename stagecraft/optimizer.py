@@ -185,7 +185,8 @@ def matrix_axes(name, axes):
 
     Returns:
         optax's MuonDimensionNumbers; None for what is no matrix of a layer: norms,
-        biases, scalar heads and embeddings, whose rows are looked up one by one.
+        biases, scalar heads, routers, and embeddings, whose rows are looked up one by
+        one.
 
     >>> matrix_axes("layers/attention/query", ("embed", "heads", None))
     MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
@@ -193,12 +194,16 @@ def matrix_axes(name, axes):
     MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
     >>> matrix_axes("layers/attention/out/a", ("heads", None, None))
     MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
+    >>> matrix_axes("layers/experts/down", ("experts", "ff", "embed"))
+    MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    >>> matrix_axes("positions", ("positions", "embed"))
     >>> matrix_axes("layers/norm/scale", ("embed",)), matrix_axes("head", ("embed",))
     (None, None)
     """
     batch = [i for i, axis in enumerate(axes) if axis == "experts"]
     inner = [i for i in range(len(axes)) if i not in batch]
-    embedding = "vocab" in axes or re.search(r"embed$", name)
+    table = "vocab" in axes or "positions" in axes
+    embedding = table or re.search(r"embed$", name)
     if len(inner) < 2 or embedding or _UNDECAYED.search(name):
         return None
     # A weight reads the residual stream by its first dimension, or writes it by its

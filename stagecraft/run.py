@@ -30,7 +30,6 @@ from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, reward
 from stagecraft.text import tokenizer as tokenizers
 
-
 TOKENIZER = "tokenizer"  # its folder in a work directory
 
 

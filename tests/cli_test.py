@@ -244,13 +244,17 @@ def test_chat_answers_and_ends(tiny_run):
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
-        input="Hello!\nWhat is the capital of France?\n\n",
+        input="Hello!\nWhat is the capital of France?\n" + "long " * 99 + "\n/reset\n"
+        "Hello!\n/quit\nnot asked\n",
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("dpo>") == 2
+    # The same question gets the same answer after a reset; what is too long, none.
+    first, _, long, again = found.stdout.strip().splitlines()
+    assert first == again and first.startswith("dpo> ")
+    assert "exceed the context" in long and "/reset" in long
     status, _, error = stagecraft(
         "chat", f"--workdir={tiny_run}", "--stage=reward", JAX_NUM_CPU_DEVICES="8"
     )

@@ -89,7 +89,11 @@ def show(prompt, answers, file=None):
 
 
 def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
-    """A talk with one stage's model on the terminal, turn by turn."""
+    """A talk with one stage's model on the terminal; answers come token by token.
+
+    An empty line, /quit or the end of input ends it, /reset begins anew. A model of
+    bare text continues each line by itself.
+    """
     if name not in speaking_stages(current):
         known = ", ".join(speaking_stages(current)) or "none is finished"
         raise UserError(
@@ -102,30 +106,50 @@ def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
             current.tokenizer,
             batch_size=_rows(1, shared_mesh),
         )
-        in_turns = current.chat_format(name)
-        messages = []
-        while True:
-            try:
-                text = input("you> ").strip()
-            except EOFError:
-                print()
-                return
-            if not text:
-                return
-            messages.append({"role": "user", "content": text})
-            room = current.config.model.max_length - max_new_tokens
-            while len(messages) > 1 and in_turns and _length(language, messages) > room:
-                messages = messages[2:]  # the oldest question and answer go first
-            [(answer, _)] = language.complete(
-                [messages if in_turns else text],
+        in_turns, messages = current.chat_format(name), []
+        for text in _lines():
+            if text == "/reset":
+                messages = []
+                continue
+            asked = [*messages, {"role": "user", "content": text}]
+            answer = language.stream(
+                asked if in_turns else text,
                 chat=in_turns,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                seed=seed + len(messages),
+                seed=seed + len(asked),
             )
-            print(f"{name}> {answer.strip()}")
-            messages.append({"role": "assistant", "content": answer})
+            try:
+                said = _show_answer(name, answer)
+            except UserError as error:  # too long, or nothing its template can write
+                print(f"{error}; /reset begins anew")
+                continue
+            messages = [*asked, {"role": "assistant", "content": said}]
 
 
-def _length(language, messages):
-    return len(language.encode(messages, chat_format=True))
+def _lines():
+    """What is typed, or piped in, until an empty line, /quit or the end."""
+    prompt = "you> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            print()
+            return
+        if text in ("", "/quit"):
+            return
+        yield text
+
+
+def _show_answer(name, answer):
+    """Prints an answer as it comes; returns its text."""
+    parts, started, whole = [], False, False
+    for more, ended in answer:
+        if not parts:  # there is room for it, and the template could write it
+            print(f"{name}> ", end="")
+        parts.append(more)
+        shown = more if started else more.lstrip()
+        started, whole = started or bool(shown), ended
+        print(shown, end="", flush=True)
+    print("" if whole else " ...")
+    return "".join(parts)

@@ -6,20 +6,27 @@ token going forward
     2 N + 4 L H C context
 
 where N are the parameters that take part in a matrix product (the output embedding
-also when it is tied; norms and the input lookup not), and `context` is the mean number
-of positions a token attends to, itself included. With context = T this is PaLM's
-2 N + 4 L H C T a token (appendix B of Chowdhery et al. 2204.02311, a third of its
-6 N + 12 L H Q T for forward and backward); with the causal mean T / 2 it is
-2 N + 2 L T D of Kaplan et al. 2001.08361, table 1. Backward costs twice the forward.
-Rematerialisation is work done again, not work needed, and is left out.
+also when it is tied; norms, biases and the input lookup not; of the experts those that
+work on the token, and their router), and `context` is the mean number of positions a
+token attends to, itself included, at most the window in layers that have one. With
+context = T this is PaLM's 2 N + 4 L H C T a token (appendix B of Chowdhery et al.
+2204.02311, a third of its 6 N + 12 L H Q T for forward and backward); with the causal
+mean T / 2 it is 2 N + 2 L T D of Kaplan et al. 2001.08361, table 1. Backward costs
+twice the forward. Rematerialisation is work done again, not work needed, and is left
+out.
 """
+
+from stagecraft.models.config import ModelConfig
 
 # Keys of a model's config that the counts are made from.
 NEEDED = frozenset(
     ("vocab_size", "width", "layers", "heads", "kv_heads")
     + ("head_dim", "ff_width", "tied", "qk_norm")
 )
-_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+_MATRICES = (
+    *("query", "key", "value", "output", "gate", "up", "down"),
+    *("router", "expert_gate", "expert_up", "expert_down"),
+)
 _COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
 
 
@@ -27,30 +34,40 @@ def parameters(model):
     """Counts the parameters of a decoder.
 
     Args:
-        model: a ModelConfig as a mapping; the keys in `NEEDED` are read.
+        model: a ModelConfig as a mapping; the keys in `NEEDED` are read, and others
+            where they are there.
 
     Returns:
         {"by_kind": {kind: int}, "embedding": int, "body": int, "total": int}; the body
         is all that is not an embedding, which is what scaling laws call N.
     """
-    width, layers = model["width"], model["layers"]
-    queries = model["heads"] * model["head_dim"]
-    keys = model["kv_heads"] * model["head_dim"]
-    table = model["vocab_size"] * width
-    norms = layers * (2 * width + 2 * model["head_dim"] * model["qk_norm"]) + width
+    c = _complete(model)
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    table = c.vocab_size * c.width
+    sparse = sum(kind.sparse for kind in c.kinds)
+    dense = c.layers - sparse
+    expert = sparse * c.experts * c.width * c.expert_width
     by_kind = {
         "embed": table,
-        "unembed": 0 if model["tied"] else table,
-        "query": layers * width * queries,
-        "key": layers * width * keys,
-        "value": layers * width * keys,
-        "output": layers * queries * width,
-        "gate": layers * width * model["ff_width"],
-        "up": layers * width * model["ff_width"],
-        "down": layers * model["ff_width"] * width,
-        "norm": norms,
+        "unembed": 0 if c.tied else table,
+        "query": c.layers * c.width * queries,
+        "key": c.layers * c.width * keys,
+        "value": c.layers * c.width * keys,
+        "output": c.layers * queries * c.width,
+        "gate": dense * c.width * c.ff_width * c.gated,
+        "up": dense * c.width * c.ff_width,
+        "down": dense * c.ff_width * c.width,
+        "norm": _norms(c, queries, keys),
     }
-    embedding = by_kind["embed"] + by_kind["unembed"]
+    # What only some families have is listed only where it is.
+    others = {
+        "positions": c.max_length * c.width * (c.positions == "learned"),
+        "bias": _biases(c, queries, keys, dense),
+        "router": sparse * c.width * c.experts,
+        **{f"expert_{name}": expert for name in ("gate", "up", "down")},
+    }
+    by_kind |= {name: count for name, count in others.items() if count}
+    embedding = by_kind["embed"] + by_kind["unembed"] + others["positions"]
     total = sum(by_kind.values())
     return {
         "by_kind": by_kind,
@@ -58,6 +75,24 @@ def parameters(model):
         "body": total - embedding,
         "total": total,
     }
+
+
+def _complete(model):
+    """The model as a config: what an older run did not have is at its default."""
+    return ModelConfig(**model)
+
+
+def _norms(c, queries, keys):
+    stream = c.width * (2 if c.norm == "layer" else 1)
+    places = 4 if c.norm_place == "both" else 2
+    heads = 2 * c.head_dim if c.qk_norm_over == "head" else queries + keys
+    return c.layers * (places * stream + heads * c.qk_norm) + stream
+
+
+def _biases(c, queries, keys, dense):
+    attention = (queries + 2 * keys) * c.qkv_bias + c.width * c.out_bias
+    wide = c.ff_width * (2 if c.gated else 1)
+    return c.layers * attention + dense * (wide + c.width) * c.ff_bias
 
 
 def forward_flops(model, tokens, context, *, scalar=False):
@@ -74,11 +109,16 @@ def forward_flops(model, tokens, context, *, scalar=False):
     Returns:
         FLOPs, a float.
     """
-    by_kind = parameters(model)["by_kind"]
-    weights = sum(by_kind[name] for name in _MATRICES)
+    c, by_kind = _complete(model), parameters(model)["by_kind"]
+    working = {name: by_kind[name] for name in _MATRICES if name in by_kind}
+    for name in working:
+        if name.startswith("expert_"):
+            working[name] *= c.experts_per_token / c.experts
+    weights = sum(working.values())
     if not scalar:
-        weights += model["vocab_size"] * model["width"]
-    attention = 4 * model["layers"] * model["heads"] * model["head_dim"] * context
+        weights += c.vocab_size * c.width
+    seen = sum(min(context, k.window) if k.window else context for k in c.kinds)
+    attention = 4 * c.heads * c.head_dim * seen
     return float(tokens * (2 * weights + attention))
 
 

@@ -20,10 +20,14 @@ def kind(name):
 
     >>> kind("layers/attention/query"), kind("layers/attention/query_norm/scale")
     ('query', 'norm')
+    >>> kind("layers/sparse/experts/gate"), kind("layers/sparse/experts/router")
+    ('expert_gate', 'router')
     """
     if "norm" in name:
         return "norm"
     last = name.rsplit("/", 1)[-1]
+    if "experts/" in name and last != "router":
+        return f"expert_{last}"
     return "output" if last == "out" else last
 
 
@@ -59,7 +63,8 @@ def compare(before, after):
             by at most 1e-5.
         by_kind: {kind: the four above, and for matrices effective_rank, stable_rank and
             full_rank (the largest possible) of the update, averaged over layers}.
-        by_layer: {kind: [relative_change of layer 0, 1, ...]} for the stacked leaves.
+        by_layer: {kind: [relative_change of layer 0, 1, ...]} for the stacked leaves;
+            "dense query" and "sparse query" where layers are stacked apart.
 
     Raises:
         UserError: as `delta`.
@@ -70,13 +75,17 @@ def compare(before, after):
         whole.add(sums)
         kinds.setdefault(kind(name), _Sums()).add(sums)
         if name.startswith(_STACK):
-            slots = layers.setdefault(kind(name), [_Sums() for _ in a])
+            stack = name.removeprefix(_STACK).split("/")[0]
+            apart = f"{stack} " if stack in ("dense", "sparse") else ""
+            slots = layers.setdefault(apart + kind(name), [_Sums() for _ in a])
             for slot, one, other in zip(slots, a, b, strict=True):
                 slot.add(_Sums.of(one, other))
             matrices = list(b - a)
         else:
             matrices = [b - a]
-        if matrices[0].ndim >= 2:
+        if kind(name).startswith("expert_"):
+            matrices = [matrix for layer in matrices for matrix in layer]
+        if matrices[0].ndim >= 2 and not name.endswith("bias"):
             found = [spectrum(_matrix(kind(name), m)) for m in matrices]
             ranks.setdefault(kind(name), []).extend(found)
     by_kind = {name: sums.figures() for name, sums in kinds.items()}
@@ -174,7 +183,7 @@ class _Sums:
 
 def _matrix(name, array):
     """Folds heads into the side they belong to: [H, C, D] or [D, H, C] -> 2-D."""
-    if name in ("output", "down"):
+    if name in ("output", "down", "expert_down"):
         return array.reshape(-1, array.shape[-1])
     return array.reshape(array.shape[0], -1)
 

@@ -4,16 +4,33 @@
 `cached_attention` is its counterpart for decoding, new tokens against a cache.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from stagecraft.models import linear
+from stagecraft import mesh
+from stagecraft.models import blockwise, kernels, linear
 
-# Finite, so that a row with nothing to attend to gives a mean and not NaN.
-MASKED = -1e30
+MASKED = blockwise.MASKED
+
+# Rows that splash attention takes at a time.
+LANES = 128
 
 
-def attention(query, key, value, segments, *, window=0, softcap=0.0, scale=None):
+def attention(
+    query,
+    key,
+    value,
+    segments,
+    *,
+    window=0,
+    softcap=0.0,
+    scale=None,
+    kernel="xla",
+    strict=False,
+):
     """Causal attention within segments, softmax in float32.
 
     A token sees itself and earlier tokens (by index) with the same segment number.
@@ -28,18 +45,25 @@ def attention(query, key, value, segments, *, window=0, softcap=0.0, scale=None)
         window: a token sees itself and the window - 1 before it; 0 for all of them.
         softcap: c in c tanh(score / c); 0 for none.
         scale: multiplies the scores; None for C^-0.5.
+        kernel: "auto", or one of `kernels`' table.
+        strict: whether falling back from the kernel is a UserError.
 
     Returns:
         [B, T, H, C] in the dtype of `query`.
     """
-    index = jnp.arange(segments.shape[1])
-    visible = (segments[:, :, None] == segments[:, None, :]) & (
-        index[:, None] >= index[None, :]
+    t, channels = query.shape[1], query.shape[3]
+    scale = channels**-0.5 if scale is None else scale
+    request = kernels.Request(t, channels, query.dtype.name, softcap)
+    choice = kernels.choose(kernel, request, strict=strict)
+    window = window if window < t else 0
+    span = f", {window} at a time" if window else ""
+    kernels.say(f"attention over {t} tokens{span}", choice)
+    run = functools.partial(
+        KERNELS[choice.kernel], window=window, softcap=softcap, scale=scale
     )
-    if window:
-        visible &= index[:, None] - index[None, :] < window
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    return _attend(query, key, value, visible, softcap, scale)
+    if choice.kernel == "xla":
+        return run(query, key, value, segments)
+    return _on_each_device(run, query, key, value, segments)
 
 
 def cached_attention(query, keys, values, visible, *, softcap=0.0, scale=None):
@@ -55,6 +79,8 @@ def cached_attention(query, keys, values, visible, *, softcap=0.0, scale=None):
     Returns:
         [B, T, H, C] in the dtype of `query`.
     """
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    kernels.say("attention to a cache", kernels.Choice("xla", "the only one"))
     return _attend(query, keys, values, visible, softcap, scale)
 
 
@@ -65,7 +91,6 @@ def _attend(query, keys, values, visible, softcap, scale):
     # Heads before tokens: both contractions are then batched matmuls, faster on a CPU
     # than any layout with heads inside. The mask is added, since an addition stores
     # nothing for the backward pass.
-    scale = c**-0.5 if scale is None else scale
     query = (query * scale).reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4)
     bias = jnp.where(visible, 0.0, MASKED)[:, None, None]
     scores = jnp.einsum(
@@ -75,3 +100,83 @@ def _attend(query, keys, values, visible, softcap, scale):
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(values.dtype)
     out = jnp.einsum("bkgts,bksc->bkgtc", weights, values)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+def _xla(query, key, value, segments, *, window, softcap, scale):
+    index = jnp.arange(segments.shape[1])
+    visible = (segments[:, :, None] == segments[:, None, :]) & (
+        index[:, None] >= index[None, :]
+    )
+    if window:
+        visible &= index[:, None] - index[None, :] < window
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return _attend(query, key, value, visible, softcap, scale)
+
+
+def _cudnn(query, key, value, segments, *, window, softcap, scale):
+    """cuDNN's flash attention, which knows segments as a mask only."""
+    del softcap  # there is none: see kernels.missing
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        *(query, key, value),
+        mask=same,
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+
+
+def _splash(query, key, value, segments, *, window, softcap, scale, interpret=False):
+    """JAX's Pallas kernel for TPUs, one row of the batch after the other."""
+    # Imported here: Pallas for TPUs takes a second that no other machine needs.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    t, heads = query.shape[1:3]
+    room = -t % LANES
+    if room:  # a segment of its own, so that each of its rows sees something
+        pad = ((0, 0), (0, room), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, pad) for x in (query, key, value))
+        segments = jnp.pad(segments, ((0, 0), (0, room)), constant_values=-1)
+    shape = (t + room, t + room)
+    if window:
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = splash.CausalMask(shape)
+    run = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
+    query = query * jnp.asarray(scale, query.dtype)
+    out = jax.vmap(lambda q, k, v, s: run(q, k, v, splash.SegmentIds(s, s)))(
+        *(x.swapaxes(1, 2) for x in (query, key, value)), segments
+    )
+    return out.swapaxes(1, 2)[:, :t].astype(query.dtype)
+
+
+KERNELS = {
+    "xla": _xla,
+    "blockwise": blockwise.attention,
+    "cudnn": _cudnn,
+    "splash": _splash,
+}
+
+
+def _on_each_device(run, query, key, value, segments):
+    """Runs a kernel under a mesh on each device's own rows and heads."""
+    if mesh.current() is None:
+        return run(query, key, value, segments)
+    rows = mesh.spec(("batch",))
+    query_spec, key_spec = (
+        P(*rows, None, *mesh.spec((name,)), None) for name in ("heads", "kv_heads")
+    )
+    return jax.shard_map(
+        run,
+        in_specs=(query_spec, key_spec, key_spec, P(*rows, None)),
+        out_specs=query_spec,
+        # Nothing crosses devices in here, and not every kernel can say so.
+        check_vma=False,
+    )(query, key, value, segments)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import mesh
-from stagecraft.models import linear
+from stagecraft.models import kernels, linear
 from stagecraft.models.config import ModelConfig
 
 # Least and most rows of one product on a CPU; groups are padded to a multiple of it.
@@ -154,6 +154,9 @@ def _mix(x, shares, chosen, gate, up, down, *, activation):
         out = _collect(product(inner, down, layout), layout)
         return (out * shares[..., None]).sum(axis=1)
 
+    on_cpu = jax.default_backend() == "cpu"
+    name = "blockwise" if on_cpu else "ragged_dot"
+    kernels.say("products of experts", kernels.Choice(name, "the only one here"))
     # Ragged products are dense ones on a CPU: every expert on every row.
     least, most = BLOCK
     block = chosen.size // (2 * gate.shape[0]) // least * least

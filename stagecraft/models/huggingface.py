@@ -77,8 +77,11 @@ def info(folder):
         {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
     """
     hf = read_json(folder, "config.json")
-    with _named(folder):
-        config = families.read_config(hf)
+    try:
+        config = families.read_config(hf).validate()
+    except UserError as error:
+        line = str(error).removeprefix("config.json: ")
+        raise UserError(f"{Path(folder) / 'config.json'}: {line}") from None
     scalar = any(
         "ForSequenceClassification" in a for a in hf.get("architectures") or ()
     )
@@ -86,7 +89,7 @@ def info(folder):
         config = dataclasses.replace(config, tied=True)
     return {
         "module": "scalar" if scalar else "transformer",
-        "model": dataclasses.asdict(config.validate()),
+        "model": dataclasses.asdict(config),
     }
 
 
@@ -176,15 +179,6 @@ def load(folder, shared_mesh, *, module=None, **changes):
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-@contextlib.contextmanager
-def _named(folder):
-    """Puts the folder before what is said of its config.json."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{folder}/{error}") from None
-
-
 def _checked(folder, family, placed, shapes):
     """{key: Tensor} of the folder, all there and of the right shape."""
     found = tensors.read_folder(folder)
@@ -205,6 +199,11 @@ def _checked(folder, family, placed, shapes):
                 + _nearest(key, wanted, "it has")
             )
     for key, place in wanted.items():
+        if found[key].dtype not in tensors.DTYPES:
+            raise UserError(
+                f"{found[key].path}: holds {key} as {found[key].dtype}; expected one "
+                f"of {', '.join(tensors.DTYPES)} (quantised weights are not read)"
+            )
         expected = place.axes.shape(_sizes(place, shapes))
         if found[key].shape != expected:
             raise UserError(

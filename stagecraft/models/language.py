@@ -13,10 +13,12 @@ import numpy as np
 from stagecraft import losses, mesh
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
-from stagecraft.text.chat import generation_prompt
+from stagecraft.text.chat import beginning, generation_prompt
 
 # Lengths are rounded up to a multiple of this, to bound the number of compilations.
 ROUND = 16
+# What a tokenizer writes for a part of a character.
+HALF = "\ufffd"
 
 
 @functools.partial(
@@ -50,7 +52,7 @@ class Language:
     def encode(self, prompt, *, chat_format):
         """Ids of a prompt: a text or messages as a chat turn, or a bare text."""
         if not chat_format:
-            return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+            return [*beginning(self.tokenizer), *self.tokenizer.encode(prompt)]
         messages = prompt
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
@@ -105,26 +107,13 @@ class Language:
         """Completions as ids: list of (ids through the stop token, ended, logps)."""
         if not rows:
             return []
+        self._check_room(rows, settings["max_new_tokens"])
         length = _rounded(max(map(len, rows)))
-        limit = self.model.config.max_length
-        longest = max(map(len, rows)) + settings["max_new_tokens"]
-        if longest > limit:
-            raise UserError(
-                f"a prompt of {max(map(len, rows))} tokens and "
-                f"max_new_tokens={settings['max_new_tokens']} exceed the context of "
-                f"{limit} tokens (model.max_length); shorten one of them"
-            )
         out = []
         for number, part in enumerate(_batches(rows, self.batch_size)):
-            ids = np.zeros((self.batch_size, length), np.int32)
-            mask = np.zeros((self.batch_size, length), bool)
-            for i, row in enumerate(part):
-                ids[i, length - len(row) :] = row
-                mask[i, length - len(row) :] = True
-            # Rows that only fill the batch up hold one token, so that none is empty.
-            mask[len(part) :, -1] = True
             key = jax.random.fold_in(jax.random.key(seed), number)
-            got = _generate(self.model, *placed(ids, mask), key, **settings)
+            prompts = self._prompts(part, length)
+            got = _generate(self.model, *prompts, key, **settings)
             tokens, seen, ended = map(np.asarray, (got.tokens, got.mask, got.ended))
             logps = np.asarray(got.logps)
             for i in range(len(part)):
@@ -132,6 +121,68 @@ class Language:
                 written = [int(t) for t in tokens[i][keep]]
                 out.append((written, bool(ended[i]), float(logps[i][keep].sum())))
         return out
+
+    def stream(
+        self,
+        prompt,
+        *,
+        chat=True,
+        temperature=0.0,
+        max_new_tokens=32,
+        seed=0,
+        top_k=0,
+        top_p=1.0,
+    ):
+        """One completion as it comes: a generator of (more text, ended).
+
+        Joined, the texts are what `complete` returns. What is not yet a character is
+        held back until it is.
+        """
+        row = self.encode(prompt, chat_format=chat)
+        self._check_room([row], max_new_tokens)
+        # A talk grows turn by turn; few lengths are few compilations.
+        length = ROUND
+        while length < len(row):
+            length *= 2
+        samples = sampling.stream(
+            self.model,
+            *self._prompts([row], length),
+            jax.random.fold_in(jax.random.key(seed), 0),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=self.stop_ids(chat_format=chat),
+        )
+        said, ended = "", False
+        while not ended and (sample := next(samples, None)) is not None:
+            ended = bool(sample.ended[0])
+            ids = np.asarray(sample.tokens[0])[np.asarray(sample.mask[0])].tolist()
+            text = self.tokenizer.decode(ids[:-1] if ended else ids)
+            if not ended and len(ids) < max_new_tokens:
+                text = text.rstrip(HALF)
+            yield text[len(said) :], ended
+            said = text
+
+    def _check_room(self, rows, max_new_tokens):
+        longest, limit = max(map(len, rows)), self.model.config.max_length
+        if longest + max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
+                f"exceed the context of {limit} tokens (model.max_length); shorten one "
+                "of them"
+            )
+
+    def _prompts(self, rows, length):
+        """Left-padded ids and their mask, placed on the mesh."""
+        ids = np.zeros((self.batch_size, length), np.int32)
+        mask = np.zeros((self.batch_size, length), bool)
+        for i, row in enumerate(rows):
+            ids[i, length - len(row) :] = row
+            mask[i, length - len(row) :] = True
+        # Rows that only fill the batch up hold one token, so that none is empty.
+        mask[len(rows) :, -1] = True
+        return placed(ids, mask)
 
     def logprob(self, prefixes, continuations):
         """Log-probability in nats of each text after its prefix, as bare text."""

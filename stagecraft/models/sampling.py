@@ -77,59 +77,131 @@ def generate(
         UserError: a setting is out of its range.
     """
     _check(max_new_tokens, temperature, top_k, top_p, samples)
+    drawing = _Drawing(stop_ids, temperature, top_k, top_p)
+    talk, cache = _begin(
+        *(model, prompt_ids, prompt_mask, key, max_new_tokens, samples, drawing)
+    )
+    return _go_on(model, talk, cache, key, max_new_tokens, drawing)[0].sample
+
+
+def stream(
+    model,
+    prompt_ids,
+    prompt_mask,
+    key,
+    *,
+    max_new_tokens,
+    stop_ids,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    every=8,
+):
+    """What `generate` returns, as far as it has come: a generator of `Sample`s.
+
+    The tokens are the same, whatever `every` is: the number of them between two yields.
+    """
+    _check(max_new_tokens, temperature, top_k, top_p, 1)
+    drawing = _Drawing(stop_ids, temperature, top_k, top_p)
+    talk, cache = _begin_alone(
+        *(model, prompt_ids, prompt_mask, key, max_new_tokens, 1, drawing)
+    )
+    until = 1
+    yield talk.sample
+    while until < max_new_tokens and not talk.sample.ended.all():
+        until = min(until + every, max_new_tokens)
+        talk, cache = _go_on_alone(model, talk, cache, key, until, drawing)
+        yield talk.sample
+
+
+class _Drawing(NamedTuple):
+    """How tokens are chosen, and which of them end a row."""
+
+    stop_ids: tuple
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+class _Talk(NamedTuple):
+    """Completions under way: N of them are `step`, and the last is `token` i32[B]."""
+
+    step: Any
+    token: Any
+    prompt_mask: Any  # bool[B, P]
+    sample: Sample
+
+
+def _begin(
+    model, prompt_ids, prompt_mask, key, max_new_tokens, samples, drawing
+) -> tuple[_Talk, Any]:
+    """Prompts and the first token of each row: the talk and its cache."""
     prompt_mask = prompt_mask.astype(bool)
-    prompt_length = prompt_ids.shape[1]
-    rows = prompt_ids.shape[0] * samples
     hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, max_new_tokens)
     prompt_mask = _repeat(prompt_mask, samples, axis=0)
-    lengths = prompt_mask.sum(axis=1, dtype=jnp.int32)
-    slots = jnp.arange(prompt_length + max_new_tokens)
-    prompt_slots = jnp.pad(prompt_mask, ((0, 0), (0, max_new_tokens)))
+    none = jnp.zeros((prompt_mask.shape[0],), bool)
+    token, logps, ended = _choose(model, key, 0, hidden, none, drawing)
+    empty = (prompt_mask.shape[0], max_new_tokens)
+    sample = Sample(
+        tokens=_write(jnp.zeros(empty, jnp.int32), 0, token),
+        mask=_write(jnp.zeros(empty, bool), 0, ~none),
+        logps=_write(jnp.zeros(empty, jnp.float32), 0, logps),
+        ended=ended,
+    )
+    return _Talk(jnp.int32(1), token, prompt_mask, sample), cache
 
-    def choose(step, hidden, ended):
-        logits = _last_logits(model, hidden)
-        drawn, logps = _draw(
-            jax.random.fold_in(key, step), logits, temperature, top_k, top_p
-        )
-        drawn = jnp.where(ended, 0, drawn)
-        logps = jnp.where(ended, 0.0, logps)
-        now = drawn[:, None] == jnp.array(stop_ids, jnp.int32)
-        return drawn, logps, ended | now.any(axis=1)
 
-    def write(out, step, column):
-        return jax.lax.dynamic_update_slice_in_dim(out, column[:, None], step, axis=1)
+def _go_on(model, talk, cache, key, until, drawing) -> tuple[_Talk, Any]:
+    """The talk until there are so many tokens, or every row has ended."""
+    prompt_length, room = talk.prompt_mask.shape[1], talk.sample.tokens.shape[1]
+    lengths = talk.prompt_mask.sum(axis=1, dtype=jnp.int32)
+    slots = jnp.arange(prompt_length + room)
+    prompt_slots = jnp.pad(talk.prompt_mask, ((0, 0), (0, room)))
 
     def going(state):
-        step, _, _, sample = state
-        return (step < max_new_tokens) & ~sample.ended.all()
+        talk, _ = state
+        return (talk.step < until) & ~talk.sample.ended.all()
 
     def advance(state):
-        step, token, cache, sample = state
+        talk, cache = state
+        step, sample = talk.step, talk.sample
         slot = prompt_length + step - 1
         visible = prompt_slots | ((slots >= prompt_length) & (slots <= slot))
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = _decode(model, token, positions, visible, slot, cache)
+        hidden, cache = _decode(model, talk.token, positions, visible, slot, cache)
         live = ~sample.ended
-        token, logps, ended = choose(step, hidden, sample.ended)
+        token, logps, ended = _choose(model, key, step, hidden, sample.ended, drawing)
         sample = Sample(
-            tokens=write(sample.tokens, step, token),
-            mask=write(sample.mask, step, live),
-            logps=write(sample.logps, step, logps),
+            tokens=_write(sample.tokens, step, token),
+            mask=_write(sample.mask, step, live),
+            logps=_write(sample.logps, step, logps),
             ended=ended,
         )
-        return step + 1, token, cache, sample
+        talk = talk._replace(step=step + 1, token=token, sample=sample)
+        return talk, cache
 
-    none = jnp.zeros((rows,), bool)
-    token, logps, ended = choose(0, hidden, none)
-    empty = (rows, max_new_tokens)
-    sample = Sample(
-        tokens=write(jnp.zeros(empty, jnp.int32), 0, token),
-        mask=write(jnp.zeros(empty, bool), 0, ~none),
-        logps=write(jnp.zeros(empty, jnp.float32), 0, logps),
-        ended=ended,
+    return jax.lax.while_loop(going, advance, (talk, cache))
+
+
+_begin_alone = jax.jit(_begin, static_argnames=("max_new_tokens", "samples", "drawing"))
+_go_on_alone = jax.jit(_go_on, static_argnames="drawing", donate_argnames="cache")
+
+
+def _choose(model, key, step, hidden, ended, drawing):
+    """The next token of each row, its log-prob, and which rows have ended now."""
+    logits = _last_logits(model, hidden)
+    drawn, logps = _draw(
+        jax.random.fold_in(key, step),
+        *(logits, drawing.temperature, drawing.top_k, drawing.top_p),
     )
-    *_, sample = jax.lax.while_loop(going, advance, (1, token, cache, sample))
-    return sample
+    drawn = jnp.where(ended, 0, drawn)
+    logps = jnp.where(ended, 0.0, logps)
+    now = drawn[:, None] == jnp.array(drawing.stop_ids, jnp.int32)
+    return drawn, logps, ended | now.any(axis=1)
+
+
+def _write(out, step, column):
+    return jax.lax.dynamic_update_slice_in_dim(out, column[:, None], step, axis=1)
 
 
 def _repeat(x, samples, axis):
@@ -165,6 +237,8 @@ def _prefill(model, ids, mask, samples, room):
                 window=kind.window,
                 softcap=c.attention_softcap,
                 scale=c.scale,
+                kernel=c.attention,
+                strict=c.strict_kernels,
             )
             return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 

@@ -49,11 +49,6 @@ class Tensor(NamedTuple):
 
     def open(self):
         """The tensor as a memory map: pages are read when they are looked at."""
-        if self.dtype not in DTYPES:
-            raise UserError(
-                f"{self.path}: holds weights as {self.dtype}; expected one of "
-                f"{', '.join(DTYPES)} (quantised weights are not read)"
-            )
         if not math.prod(self.shape):
             return np.zeros(self.shape, DTYPES[self.dtype])
         return np.memmap(

@@ -230,6 +230,8 @@ class Transformer(nnx.Module):
                     window=kind.window,
                     softcap=c.attention_softcap,
                     scale=c.scale,
+                    kernel=c.attention,
+                    strict=c.strict_kernels,
                 )
                 return attended, None
 

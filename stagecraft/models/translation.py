@@ -431,8 +431,13 @@ def _write_scaling(c):
 def read(pairs, hf):
     """Fields of `ModelConfig` from config.json."""
     hf, fields = Keys(hf), {}
-    for pair in pairs:
-        fields |= pair.read(hf, fields)
+    try:
+        for pair in pairs:
+            fields |= pair.read(hf, fields)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json: a value is not of the kind its key takes ({error})"
+        ) from error
     return ModelConfig(**fields)
 
 

@@ -73,7 +73,7 @@ def generation_prompt(messages, tokenizer, *, tools=None):
         return [*_pieces(messages, tokenizer, "all", tools)[0], tokenizer.assistant]
 
     def write(messages, tools):
-        return template.prompt(messages, tools), []
+        return template.text(messages, tools, prompt=True), []
 
     return tokenizer.encode_turns(messages, tools, write)[0]
 
@@ -177,7 +177,7 @@ def as_messages(value, role="user"):
 def _check_calls(message, calls):
     if message["role"] != "assistant":
         raise UserError(
-            f"a message of {message['role']!r} has tool_calls; only the assistant calls "
+            f"a message of {message['role']!r} has tool_calls; only an assistant calls "
             "tools"
         )
     fit = isinstance(calls, list) and all(

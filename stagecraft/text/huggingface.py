@@ -29,7 +29,7 @@ NAMED = "additional_chat_templates"
 # Ends of a text, for a tokenizer.json that comes alone.
 ENDS = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 # Names of tokens that nothing else uses, the best first.
-SPARE = (r"pad\b|_pad_|pad>", r"unused", r"reserved", r"dummy|placeholder")
+SPARE = ("pad", "unused", "reserved", "dummy", "placeholder")
 # The private plane whose characters spell control tokens in the second tokenizer.
 ALIASES = 0xF0000
 
@@ -52,6 +52,9 @@ class HuggingFace:
         files: as given.
     """
 
+    # A turn is written by a template, if at all.
+    system = user = assistant = end = None
+
     def __init__(self, files, where):
         self.files, self._where = files, where
         said = _read(files, "tokenizer_config.json", where)
@@ -65,7 +68,7 @@ class HuggingFace:
         named = {k: v for k, v in named.items() if isinstance(v, str)}
         stops = self._generation_stops()
         self.eos = self._end(named, stops, added)
-        self.bos = self._beginning(named, said, whole)
+        self.bos = self._beginning(whole)
         sources = _templates(files, said, where)
         self.template, turn = None, []
         if sources:
@@ -102,7 +105,7 @@ class HuggingFace:
                 return ids
         self._check_aliases(text)
         ids = self._literal.encode(text, add_special_tokens=False).ids
-        self._check_forged(ids, {})
+        self._check_forged(ids, collections.Counter())
         return ids
 
     def decode(self, ids):
@@ -132,7 +135,9 @@ class HuggingFace:
         if spelled:
             # As many characters instead, so that no place in the text moves.
             marks = templates.unused(len(spelled), templates.texts([messages, tools]))
-            hidden = {t: m * len(t) for t, m in zip(sorted(spelled), marks)}
+            hidden = {
+                t: m * len(t) for t, m in zip(sorted(spelled), marks, strict=True)
+            }
             shown, spans = write(
                 *(self._hide(value, hidden) for value in (messages, tools))
             )
@@ -196,9 +201,11 @@ class HuggingFace:
             if model.get("unk_token") == token:
                 model["unk_token"] = alias
         if "merges" in model:
-            joined = {token for token in self._spelled if len(token) > 1}
+            gone = set(self._spelled)
             model["merges"] = [
-                pair for pair in model["merges"] if "".join(pair) not in joined
+                pair
+                for pair in map(_pair, model["merges"])
+                if gone.isdisjoint([*pair, "".join(pair)])
             ]
         return tokenizers.Tokenizer.from_str(json.dumps(whole))
 
@@ -232,7 +239,7 @@ class HuggingFace:
     def _end(self, named, stops, added):
         token = named.get("eos_token")
         if token is not None:
-            return self._id("eos_token", token)
+            return self._ids[token]
         alone = [t for t in ENDS if t in added]
         if stops or len(alone) == 1:
             return stops[0] if stops else added[alone[0]]
@@ -241,26 +248,18 @@ class HuggingFace:
             "tokenizer_config.json"
         )
 
-    def _beginning(self, named, said, whole):
-        """The id transformers would put before a text, or None."""
-        puts = said.get("add_bos_token")
-        if isinstance(puts, bool):
-            token = named.get("bos_token")
-            return self._id("bos_token", token) if puts and token else None
-        plain = self._inner.encode("a", add_special_tokens=False).ids
-        dressed = self._processed(whole).encode("a").ids
-        first = dressed[0]
-        return first if dressed != plain and first not in plain else None
+    def _beginning(self, whole):
+        """The id that a text begins with, by the post-processor, or None.
 
-    def _processed(self, whole):
+        transformers goes by it too where there is a tokenizer.json, whatever
+        add_bos_token says.
+        """
         import tokenizers
 
-        return tokenizers.Tokenizer.from_str(json.dumps(whole))
-
-    def _id(self, key, token):
-        if token not in self._ids:
-            raise UserError(f"{self._where}: {key} {token!r} is not in {MAIN}")
-        return self._ids[token]
+        plain = self._inner.encode("a", add_special_tokens=False).ids
+        dressed = tokenizers.Tokenizer.from_str(json.dumps(whole)).encode("a").ids
+        put = len(dressed) > len(plain) and dressed[0] not in plain
+        return dressed[0] if put else None
 
     def _turn_end(self, added):
         """The first token a template writes after an answer, if it writes one."""
@@ -272,7 +271,7 @@ class HuggingFace:
                 {"role": "assistant", "content": mark},
             ]
             try:
-                text, _ = self.template.conversation(messages)
+                text = self.template.text(messages)
             except templates.Refusal:
                 continue
             longest = sorted(added, key=len, reverse=True)
@@ -289,9 +288,9 @@ class HuggingFace:
             return named_pad
         spare = [
             number
-            for pattern in SPARE
+            for name in SPARE
             for token, number in sorted(added.items(), key=lambda item: item[1])
-            if re.search(pattern, token, re.IGNORECASE)
+            if name in token.lower()
         ]
         unknown = self._ids.get(named.get("unk_token"))
         others = [] if unknown is None else [unknown]
@@ -402,6 +401,11 @@ def _templates(files, said, where):
 
 def _content(token):
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _pair(merge):
+    # Older files join the two by a space.
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _put_back(text, hidden):

@@ -91,7 +91,7 @@ class Sandbox:
         # A process forked from the one that started a child needs one of its own.
         self._owner = os.getpid()
         self._child = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", __file__, str(SECONDS), str(MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -204,12 +204,12 @@ def _answer(environment, templates, question):
     return {"texts": texts}
 
 
-def _serve():
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def _serve(seconds, memory):
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     environment, templates = _Environment(), {}
     for line in sys.stdin:
         # Unless it is taken back, the alarm ends this process, whatever it is doing.
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             answer = _answer(environment, templates, json.loads(line))
         except _Refused as error:
@@ -232,4 +232,4 @@ def _serve():
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]), int(sys.argv[2]))

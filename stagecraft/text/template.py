@@ -38,9 +38,9 @@ class Template:
         except Failed as error:
             raise UserError(f"chat template: {error}") from None
 
-    def prompt(self, messages, tools=None):
-        """The text of a conversation up to where the assistant is to speak."""
-        return self._render([self._request(messages, tools, prompt=True)])[0]
+    def text(self, messages, tools=None, *, prompt=False):
+        """The text of a conversation; with `prompt` up to where an answer is due."""
+        return self._render([self._request(messages, tools, prompt=prompt)])[0]
 
     def conversation(self, messages, tools=None, *, turns="all"):
         """The text of a whole conversation and what is learned of it.

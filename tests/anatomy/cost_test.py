@@ -55,6 +55,41 @@ def test_parameters_are_those_of_the_model(tied, qk_norm):
     assert set(vars(config)) >= cost.NEEDED
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "layer", "positions": "learned", "gated": False, "qk_norm": False},
+        {"qkv_bias": True, "out_bias": True, "ff_bias": True, "norm_place": "post"},
+        {"norm_place": "both", "qk_norm_over": "projection", "ff_bias": True},
+        {"experts": 4, "expert_width": 6},
+        {"experts": 4, "expert_width": 6, "sparse": (0, 1), "qkv_bias": True},
+    ],
+    ids=str,
+)
+def test_parameters_of_every_family(changes):
+    config = ModelConfig(
+        vocab_size=20, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, ff_width=12
+    )
+    config = dataclasses.replace(config, **changes)
+    model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+    assert cost.parameters(vars(config))["total"] == tree.count(model)
+
+
+def test_only_the_experts_that_work_are_counted():
+    """Two of four in one of two layers, beside a dense one; and a router."""
+    sparse = {"experts": 4, "expert_width": 5, "sparse": (0, 1)}
+    weights = 32 + 16 + 16 + 32 + 3 * 4 * 6 + 4 * 4 + 2 * 3 * 4 * 5
+    flops = cost.forward_flops({**TINY, **sparse}, 1, 8, scalar=True)
+    assert flops == 2 * weights + 4 * 2 * 2 * 2 * 8
+
+
+def test_a_window_bounds_what_is_attended_to():
+    sliding = {**TINY, "window": 3, "sliding": (1, 0)}
+    whole = cost.forward_flops(TINY, 1, 8)
+    assert whole - cost.forward_flops(sliding, 1, 8) == 4 * 2 * 2 * (8 - 3)
+    assert cost.forward_flops(sliding, 1, 2) == cost.forward_flops(TINY, 1, 2)
+
+
 def test_forward_flops_by_hand():
     weights = 32 + 16 + 16 + 32 + 3 * 48
     attention = 4 * 2 * 2 * 2 * 8  # 4 L H C context

@@ -55,6 +55,25 @@ def test_relative_change_is_the_ratio_of_frobenius_norms(trees):
     assert found["unchanged_fp32"] == pytest.approx(4 / a.size)  # the last norm
 
 
+def test_dense_and_sparse_layers_are_told_apart():
+    """Each expert is a matrix of its own; biases are none."""
+    rng = np.random.default_rng(0)
+    before = {
+        "layers": {
+            "dense": {"ff": {"up": np.ones((2, 4, 6)), "up_bias": np.ones((2, 6))}},
+            "sparse": {"experts": {"down": np.ones((1, 3, 6, 4))}},
+        }
+    }
+    before = _map(np.float32, before)
+    after = _map(lambda x: (x + rng.normal(size=x.shape)).astype("f4"), before)
+    found = weights.compare(before, after)
+    assert {k: len(v) for k, v in found["by_layer"].items()} == {
+        **{"dense up": 2, "dense up_bias": 2, "sparse expert_down": 1}
+    }
+    assert found["by_kind"]["expert_down"]["full_rank"] == 4
+    assert "full_rank" not in found["by_kind"]["up_bias"]
+
+
 def test_by_kind_pools_leaves_of_one_kind(trees):
     before, after = trees
     found = weights.compare(before, after)["by_kind"]

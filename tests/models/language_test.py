@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from stagecraft.errors import UserError
-from stagecraft.models import scores
+from stagecraft.models import sampling, scores
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language, placed
 from stagecraft.models.transformer import ScalarModel, Transformer
+from stagecraft.text import tokenizer as tokenizers
 from stagecraft.text.tokenizer import Tokenizer
 
 
@@ -82,3 +83,38 @@ def test_scores_of_rows_are_read_at_their_last_token(parts):
         ids = np.array([row], np.int32)
         alone = model(ids, np.arange(len(row))[None], np.ones_like(ids))[0, -1]
         assert score == pytest.approx(float(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_streamed_is_the_completion(parts, chat, temperature):
+    language = Language(*parts, batch_size=2)
+    settings = dict(chat=chat, temperature=temperature, max_new_tokens=20, seed=4)
+    [want] = language.complete(["the cat"], **settings)
+    pieces = list(language.stream("the cat", **settings))
+    assert ("".join(text for text, _ in pieces), pieces[-1][1]) == want
+    assert len(pieces) > 1 and not any(ended for _, ended in pieces[:-1])
+
+
+def test_a_character_in_the_making_is_held_back(parts, monkeypatch):
+    tokenizer = tokenizers.load("bytes")
+    said = list("né\U0001f600".encode()) + [tokenizer.end]
+
+    def stream(*_, **settings):
+        assert settings["stop_ids"] == (tokenizer.end,)
+        for count in range(1, len(said) + 1):
+            tokens = np.array([said[:count]])
+            ended = np.array([count == len(said)])
+            yield sampling.Sample(tokens, np.ones_like(tokens, bool), tokens, ended)
+
+    monkeypatch.setattr(sampling, "stream", stream)
+    language = Language(parts[0], tokenizer, batch_size=1)
+    got = [text for text, _ in language.stream("x", max_new_tokens=20)]
+    assert got == ["n", "", "é", "", "", "", "\U0001f600", ""]
+
+
+def test_a_text_may_end_where_a_turn_does(parts):
+    model, tokenizer = parts
+    language = Language(model, tokenizer, batch_size=2)
+    assert language.stop_ids(chat_format=True) == (tokenizer.end,)
+    assert language.stop_ids(chat_format=False) == (tokenizer.eos, tokenizer.end)

@@ -313,3 +313,30 @@ def test_the_mesh_does_not_matter(shape):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         generate(FULL, **settings)
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_a_stream_ends_in_what_generate_returns(every):
+    stop = int(generate(RAGGED, temperature=1.5).tokens[0, 2])
+    settings = {"max_new_tokens": N, "stop_ids": (stop,), "temperature": 1.5}
+    expected = generate(RAGGED, **settings)
+    counts, ids = [], prompts(RAGGED)
+    for sample in sampling.stream(model(), *ids, KEY, every=every, **settings):
+        seen = np.asarray(sample.mask)
+        counts.append(int(seen.sum(axis=1).max()))
+        # What has come stays as it is.
+        np.testing.assert_array_equal(
+            np.asarray(sample.tokens)[seen], np.asarray(expected.tokens)[seen]
+        )
+    assert counts == [*range(1, N, every), N][: len(counts)] and counts[-1] == N
+    for got, want in zip(sample, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_stream_stops_when_all_rows_have():
+    settings = {"max_new_tokens": N, "temperature": 0.0}
+    stops = tuple(range(CONFIG.vocab_size))
+    found = list(
+        sampling.stream(model(), *prompts(FULL), KEY, stop_ids=stops, **settings)
+    )
+    assert len(found) == 1 and found[0].ended.all()

@@ -27,8 +27,8 @@ _CHAT = in_file(
     ),
     (
         "BOS before a prompt's answer",
-        "tokenizer)[0], tokenizer.assistant]",
-        "tokenizer)[0], tokenizer.assistant, tokenizer.bos]",
+        "tools)[0], tokenizer.assistant]",
+        "tools)[0], tokenizer.assistant, tokenizer.bos]",
     ),
     ("every turn is learned", '(turns == "all" or number == last)', "True"),
     ("turns of weight 0 are learned", 'message.get("weight", 1) != 0', "True"),
@@ -48,6 +48,66 @@ _TOKENIZER = in_file(
         'self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")',
         'self.pad, self.bos, self.eos = piece("</s>"), piece("<s>"), piece("</s>")',
     ),
+    ("pad of a foreign model is bos", "taken = (-1, self.bos,", "taken = (-1,"),
+)
+
+_HUGGING_FACE = in_file(
+    "stagecraft/text/huggingface.py",
+    "tests/text/huggingface_test.py",
+    ("pad as the folder says", "and named_pad not in taken", ""),
+    ("stops at eos alone", "dict.fromkeys([*turn, *stops, self.eos])", "[self.eos]"),
+    ("stops without the template's", "[*turn, *stops, self.eos]", "[*stops, self.eos]"),
+    ("one stop of several", "return found\n        return []", "return found[:1]"),
+    ("BOS always", "dressed[0] if put else None", "dressed[0]"),
+    (
+        "messages forge control tokens",
+        "lambda text: self._pattern.sub(lambda m: hidden[m[0]], text)",
+        "lambda text: text",
+    ),
+    (
+        "documents forge control tokens",
+        "ids = self._literal.encode(text",
+        "return self._inner.encode(text, add_special_tokens=False).ids + (text",
+    ),
+    ("decodes control tokens", "if int(i) not in self._control", ""),
+    ("places are trimmed", '{"post_processor": None}', "{}"),
+    ("a config's tokens are not added", "        add([token])\n", ""),
+    (
+        "templates of a config go first",
+        "return apart or sources",
+        "return sources or apart",
+    ),
+)
+
+_TEMPLATE = in_file(
+    "stagecraft/text/template.py",
+    "tests/text/template_test.py",
+    (
+        "messages with what is none",
+        "if v is not None and k not in OWN",
+        "if k not in OWN",
+    ),
+    ("our own keys are shown", "if v is not None and k not in OWN", "if v is not None"),
+    ("prefixes need not agree", "text.startswith(through)", "True"),
+    ("an answer's prompt is learned", "spans.append((len(before),", "spans.append((0,"),
+    ("blocks may change the text", "plain == text)", "True)"),
+    ("a template's every turn is learned", "if i == speaks[-1]]", "]"),
+    ("weights are not seen", "if learned == speaks:", "if True:"),
+    ("cut answers end", "text = _cut(stopped[0], marks[0])", "text = plain"),
+)
+
+_SANDBOX = in_file(
+    "stagecraft/text/sandbox.py",
+    "tests/text/template_test.py",
+    ("attributes are silent", "raise jinja2.sandbox.SecurityError(\n", "return str(\n"),
+    ("no alarm", "signal.setitimer(signal.ITIMER_REAL, seconds)", "pass"),
+    (
+        "no bound on memory",
+        "resource.setrlimit(resource.RLIMIT_AS, (memory, memory))",
+        "pass",
+    ),
+    ("JSON for html", 'self.filters["tojson"] = _to_json', "pass"),
+    ("lines are not trimmed", "trim_blocks=True", "trim_blocks=False"),
 )
 
 _PACKING = in_file(
@@ -215,8 +275,8 @@ _SAMPLING = in_file(
     "tests/models/sampling_test.py",
     (
         "the stop token is masked out",
-        "mask=write(sample.mask, step, live)",
-        "mask=write(sample.mask, step, live & ~ended)",
+        "mask=_write(sample.mask, step, live)",
+        "mask=_write(sample.mask, step, live & ~ended)",
     ),
     (
         "temperature multiplies",
@@ -225,8 +285,8 @@ _SAMPLING = in_file(
     ),
     (
         "stops at the wrong token",
-        "jnp.array(stop_ids, jnp",
-        "1 + jnp.array(stop_ids, jnp",
+        "jnp.array(drawing.stop_ids, jnp",
+        "1 + jnp.array(drawing.stop_ids, jnp",
     ),
     ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
 )
@@ -286,7 +346,18 @@ _TRAIN = in_file(
 )
 
 MUTANTS = (
-    *(_CHAT + _TOKENIZER + _PACKING + _FEED + _PIPELINE + _SOURCES + _COMPARISONS),
+    *(
+        _CHAT
+        + _TOKENIZER
+        + _HUGGING_FACE
+        + _TEMPLATE
+        + _SANDBOX
+        + _PACKING
+        + _FEED
+        + _PIPELINE
+        + _SOURCES
+        + _COMPARISONS
+    ),
     *(_SELECTION + _VERIFIER + _MODEL + _SCORES + _HEADS + _SAMPLING + _RUN),
     *(_MASKED + _OPTIMIZER + _TRAIN),
 )

@@ -10,6 +10,7 @@ class Letters:
     """A tokenizer of single letters, so that ids can be written by hand."""
 
     bos, eos, system, user, assistant, end = "^", "$", "S", "U", "A", "."
+    template = None
 
     def encode(self, text):
         return list(text)

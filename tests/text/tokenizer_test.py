@@ -8,8 +8,9 @@ import pytest
 import sentencepiece as spm
 
 from stagecraft.errors import UserError
+from stagecraft.text import chat
 from stagecraft.text import tokenizer as module
-from stagecraft.text.tokenizer import CHAT_PIECES, LINE, Tokenizer
+from stagecraft.text.tokenizer import CHAT_PIECES, LINE, Tokenizer, keep, load
 
 TEXT = [
     "The capital of France is Paris.\n\tThe  euro is its currency.\n\nIn 1999.",
@@ -186,26 +187,94 @@ def _other(path, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes",
     [
-        ({"control_symbols": list(CHAT_PIECES[:3])}, "control pieces"),
-        ({"pad_id": -1}, "control pieces"),
-        (
-            {"control_symbols": [], "user_defined_symbols": list(CHAT_PIECES)},
-            "control pieces",  # text could spell these
-        ),
-        ({"byte_fallback": False, "vocab_size": 120}, "byte fallback"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "byte fallback"),
-        ({"remove_extra_whitespaces": True}, "byte fallback"),
+        {"byte_fallback": False, "vocab_size": 120},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
     ],
+    ids=str,
 )
-def test_load_refuses_what_would_break_silently(tmp_path, changes, told):
+def test_load_refuses_what_would_break_silently(tmp_path, changes):
     path = tmp_path / "other.model"
     _other(path, **changes)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match="byte fallback"):
         Tokenizer.load(path)
     _other(path)
     assert Tokenizer.load(path).vocab_size == 400
+
+
+@pytest.mark.parametrize(
+    "changes, bos, pad",
+    [
+        # Llama 2's: no padding, spaces before words.
+        ({"control_symbols": [], "pad_id": -1, "add_dummy_prefix": True}, 2, 1),
+        ({"control_symbols": list(CHAT_PIECES[:3])}, 2, 0),
+        ({"control_symbols": [], "user_defined_symbols": list(CHAT_PIECES)}, 2, 0),
+        ({"control_symbols": [], "bos_id": -1, "eos_id": 2}, None, 0),
+        ({"control_symbols": [], "normalization_rule_name": "nmt_nfkc"}, 2, 0),
+    ],
+    ids=str,
+)
+def test_a_model_of_others_is_for_plain_text(tmp_path, changes, bos, pad):
+    path = tmp_path / "other.model"
+    _other(path, **changes)
+    found = load(path)
+    assert (found.bos, found.pad, found.stops) == (bos, pad, (found.eos,))
+    assert found.pad not in (found.bos, found.eos)
+    text = "The capital of France"
+    assert found.decode(found.encode(text)) == text
+    ids, mask = chat.document(text, found)
+    assert ids == [*([bos] if bos else []), *found.encode(text), found.eos]
+    assert mask.count(False) == (bos is not None)
+    for call in (chat.render, chat.generation_prompt):
+        with pytest.raises(UserError, match="for plain text"):
+            call([{"role": "user", "content": "x"}], found)
+
+
+def test_a_model_of_others_must_say_how_a_text_ends(tmp_path):
+    _other(tmp_path / "other.model", eos_id=-1, control_symbols=[])
+    with pytest.raises(UserError, match="other.model: has no piece that ends a text"):
+        load(tmp_path / "other.model")
+
+
+@pytest.mark.parametrize("text", ["", "a  b\n", "naïve \U0001f600 \x00", "\ufffd"])
+def test_bytes(text):
+    found = load("bytes")
+    ids = found.encode(text)
+    assert ids == list(text.encode()) and found.decode(ids) == text
+    assert found.decode([found.bos, *ids, found.end, found.eos, found.pad]) == text
+    assert found.vocab_size == 263
+    kinds = {found.pad, found.bos, found.eos, *found.control_ids}
+    assert kinds == set(range(256, 263)) and found.stops == (found.end,)
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "b"},
+    ]
+    got, mask = chat.render(messages, found)
+    assert got == [found.bos, found.user, *ids, found.assistant, 98, found.end]
+    assert sum(mask) == 2
+
+
+def test_half_a_character_is_no_error():
+    assert load("bytes").decode([0xF0, 0x9F]) == "\ufffd"
+
+
+def test_what_is_kept_is_loaded_again(tokenizer, tmp_path):
+    for number, one in enumerate((tokenizer, load("bytes"))):
+        keep(one, tmp_path / f"{number}")
+        found = load(tmp_path / f"{number}")
+        assert type(found) is type(one) and found.digest == one.digest
+        assert found.encode("Paris") == one.encode("Paris")
+        assert found.files == one.files
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_load_names_what_it_looked_for(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer"):
+        load(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no tokenizer here \(tokenizer.json or"):
+        load(tmp_path)
 
 
 def test_load_refuses_what_is_no_model(tmp_path):

@@ -1,0 +1,120 @@
+"""Which attention kernel runs, and why: chosen while tracing, said once.
+
+| kernel    | runs on | segments | windows | soft-cap | dtypes    | channels        |
+| xla       | all     | yes      | yes     | yes      | all       | all             |
+| blockwise | all     | yes      | yes     | yes      | all       | all             |
+| cudnn     | GPU     | yes      | yes     | no       | bf16, f16 | 8, 16, ... 128  |
+| splash    | TPU     | yes      | yes     | yes      | all       | all             |
+
+"xla" holds all scores of a layer, [B, H, T, T]; "blockwise" and "splash" never do, and
+"cudnn" holds a mask [B, 1, T, T], since it has no segments of its own. "cudnn" and
+"splash" were not run on hardware here: their calls are tested without it.
+"""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+
+from stagecraft.errors import UserError
+
+LOGGER = logging.getLogger("stagecraft")
+
+# What each kind of device has of its own.
+NATIVE = {"gpu": "cudnn", "tpu": "splash"}
+
+# From here on blocks win on a CPU: at 512 tokens twice the speed and a fifth of the
+# memory, at 4096 three times the speed and a fortieth (two cores).
+LONG = 512
+
+
+class Request(NamedTuple):
+    """What is asked of a kernel.
+
+    Attributes:
+        length: T.
+        channels: C.
+        dtype: of queries, by its name.
+        softcap: 0 for none.
+    """
+
+    length: int
+    channels: int
+    dtype: str
+    softcap: float
+
+
+class Choice(NamedTuple):
+    """A kernel, and why it is this one.
+
+    Attributes:
+        kernel: its name.
+        reason: in words.
+        fallen: whether it stands in for another.
+    """
+
+    kernel: str
+    reason: str
+    fallen: bool = False
+
+
+def missing(kernel, request, platform):
+    """Why a kernel cannot do what is asked; "" where it can."""
+    at = {native: where for where, native in NATIVE.items()}.get(kernel)
+    if at is not None and platform != at:
+        return f"{kernel} runs on a {at.upper()}, and this is a {platform.upper()}"
+    if kernel != "cudnn":
+        return ""
+    if request.softcap:
+        return "cudnn has no soft-cap"
+    if request.dtype not in ("bfloat16", "float16"):
+        return f"cudnn takes bfloat16 and float16, not {request.dtype}"
+    if request.channels % 8 or request.channels > 128:
+        return (
+            f"cudnn takes heads of a multiple of 8 channels up to 128, not "
+            f"{request.channels}"
+        )
+    if request.length % 2:
+        return f"cudnn takes rows of even length under a mask, not {request.length}"
+    return ""
+
+
+def choose(asked, request, *, strict=False, platform=None):
+    """The kernel of attention over whole sequences.
+
+    Args:
+        asked: a name of the table above, or "auto".
+        request: a `Request`.
+        strict: whether a fall-back is an error.
+        platform: "cpu", "gpu" or "tpu"; None for JAX's default.
+
+    Returns:
+        a `Choice`.
+
+    Raises:
+        UserError: strict, and the kernel asked for (or this device's own) cannot do it.
+    """
+    platform = platform or jax.default_backend()
+    best = "blockwise" if request.length >= LONG else "xla"
+    if asked == "auto" and platform not in NATIVE:
+        side = "from" if best == "blockwise" else "below"
+        return Choice(best, f"auto: the faster one {side} {LONG} tokens on a CPU")
+    wanted = NATIVE[platform] if asked == "auto" else asked
+    reason = missing(wanted, request, platform)
+    if not reason:
+        auto = f"auto: this {platform.upper()}'s own"
+        return Choice(wanted, auto if asked == "auto" else "asked for")
+    if strict:
+        raise UserError(
+            f"model.attention={asked!r}: {reason}; change it, or allow {best} with "
+            "model.strict_kernels=False"
+        )
+    return Choice(best, f"instead of {wanted}: {reason}", fallen=True)
+
+
+@functools.cache
+def say(operation, choice):
+    """Logs a choice the first time it is made, a fall-back as a warning."""
+    level = logging.WARNING if choice.fallen else logging.INFO
+    LOGGER.log(level, "%s: %s (%s)", operation, choice.kernel, choice.reason)

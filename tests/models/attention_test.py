@@ -1,0 +1,227 @@
+"""The attention seam: every kernel does what the reference does, or says it cannot."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stagecraft import mesh
+from stagecraft.errors import UserError
+from stagecraft.models import attention, blockwise, kernels
+from stagecraft.models.kernels import Request
+
+T, H, K, C = 75, 4, 2, 16
+
+
+def arrays(rows=2, channels=C, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(0, 1, (rows, T, heads, channels)), dtype)
+        for heads in (H, K, K)
+    )
+    # Padding on both sides, two documents; and one that fills its row.
+    segments = np.repeat([0, 1, 2, 0], [4, 30, 36, 5])[None].repeat(rows, axis=0)
+    segments[1] = 1
+    return query, key, value, jnp.asarray(segments, jnp.int32)
+
+
+def numpy_attention(query, key, value, segments, *, window, softcap, scale):
+    query, key, value = (np.float64(x) for x in (query, key, value))
+    segments = np.asarray(segments)
+    out = np.zeros_like(query)
+    for b, h, i in np.ndindex(*np.shape(query)[:1], H, T):
+        seen = [
+            j
+            for j in range(i + 1)
+            if segments[b, j] == segments[b, i] and (not window or i - j < window)
+        ]
+        scores = key[b, seen, h // (H // K)] @ query[b, i, h] * scale
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
+        weights = np.exp(scores - scores.max())
+        mixed = weights @ value[b, seen, h // (H // K)]
+        out[b, i, h] = mixed / weights.sum()
+    return out
+
+
+SETTINGS = [
+    {"window": 0, "softcap": 0.0, "scale": 0.25},
+    {"window": 0, "softcap": 1.5, "scale": 0.4},
+    {"window": 9, "softcap": 0.0, "scale": 0.25},
+    {"window": 40, "softcap": 1.5, "scale": 0.25},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_reference_equals_plain_numpy(settings):
+    args = arrays()
+    got = jax.jit(functools.partial(attention.attention, **settings))(*args)
+    np.testing.assert_allclose(got, numpy_attention(*args, **settings), atol=2e-5)
+
+
+def gradients(run, settings, args):
+    *inputs, segments = args
+    weights = jnp.cos(jnp.arange(inputs[0].size)).reshape(inputs[0].shape)
+
+    def loss(*inputs):
+        return (run(*inputs, segments, **settings) * weights).sum()
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*inputs)
+
+
+REFERENCE = functools.partial(attention.attention, kernel="xla")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("block", [16, 128])
+def test_blockwise_equals_the_reference(settings, block):
+    """In value and gradient; blocks that divide the row, and one larger than it."""
+    args = arrays()
+    run = functools.partial(blockwise.attention, block=block)
+    got, expected = (gradients(f, settings, args) for f in (run, REFERENCE))
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[2:], ids=str)
+def test_splash_equals_the_reference_when_interpreted(settings):
+    """Not run on hardware: what the TPU kernel would do, step by step on a CPU."""
+    args = arrays(rows=2)
+    run = functools.partial(attention._splash, interpret=True)
+    got, expected = (gradients(f, settings, args) for f in (run, REFERENCE))
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
+
+
+def test_splash_is_lowered_for_a_tpu():
+    query, key, value, segments = arrays(channels=64, dtype=jnp.bfloat16)
+
+    def loss(*inputs):
+        run = functools.partial(attention._splash, window=9, softcap=2.0, scale=0.1)
+        return run(*inputs, segments).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, value)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, and two of the gradient
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_cudnn_is_asked_for_the_reference(window, monkeypatch):
+    """Not run on hardware: the same call, answered by XLA."""
+    args, settings = arrays(), {"window": window, "softcap": 0.0, "scale": 0.3}
+    called = jax.nn.dot_product_attention
+
+    def answered(*inputs, implementation, **options):
+        assert implementation == "cudnn"
+        return called(*inputs, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
+    got, expected = (
+        gradients(f, settings, args) for f in (attention._cudnn, REFERENCE)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
+
+
+def test_cudnn_is_lowered_for_a_gpu(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "check_cudnn_version", lambda: 91_100
+    )
+    query, key, value, segments = arrays(dtype=jnp.bfloat16)
+    query, key, value, segments = (x[:, :74] for x in (query, key, value, segments))
+
+    def loss(*inputs):
+        run = functools.partial(attention._cudnn, window=9, softcap=0.0, scale=0.3)
+        return run(*inputs, segments).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, value)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmhaScaleBiasSoftmaxBackward" in text
+    assert r"sliding_window_length\22: 9" in text
+    assert r"fmha_scale\22: 0.3" in text and r"mask_type\22: \22CAUSAL" in text
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blockwise"])
+def test_each_device_works_on_its_own_rows_and_heads(kernel):
+    settings = {"window": 9, "softcap": 1.5, "scale": 0.25}
+    args = arrays(rows=4)
+    run = functools.partial(attention.attention, kernel=kernel)
+    expected = gradients(REFERENCE, settings, args)
+    with jax.set_mesh(mesh.make(2, 2, 2)):
+        got = gradients(run, settings, args)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
+
+
+def test_blocks_hold_no_square_of_the_length():
+    """Bytes of a gradient's temporaries: at twice the length twice, not four times."""
+
+    def size(length, kernel):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(query, key, value, segments):
+            run = functools.partial(attention.attention, kernel=kernel)
+            return run(query, key, value, segments).sum()
+
+        compiled = (
+            jax.jit(jax.grad(loss)).lower(shape, shape, shape, segments).compile()
+        )
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert size(2048, "blockwise") < 2.5 * size(1024, "blockwise")
+    assert size(1024, "xla") > 4 * size(1024, "blockwise")
+
+
+PLAIN = Request(length=1024, channels=64, dtype="bfloat16", softcap=0.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "changes", "expected", "fallen"),
+    [
+        ("auto", "cpu", {}, "blockwise", False),
+        ("auto", "cpu", {"length": 511}, "xla", False),
+        ("auto", "gpu", {}, "cudnn", False),
+        ("auto", "tpu", {"softcap": 30.0, "dtype": "float32"}, "splash", False),
+        ("auto", "gpu", {"softcap": 30.0}, "blockwise", True),
+        ("auto", "gpu", {"dtype": "float32"}, "blockwise", True),
+        ("auto", "gpu", {"channels": 256}, "blockwise", True),
+        ("auto", "gpu", {"length": 65}, "xla", True),
+        ("cudnn", "cpu", {}, "blockwise", True),
+        ("splash", "gpu", {}, "blockwise", True),
+        ("xla", "gpu", {}, "xla", False),
+        ("blockwise", "tpu", {"length": 8}, "blockwise", False),
+    ],
+)
+def test_the_choice_of_a_kernel(asked, platform, changes, expected, fallen):
+    request = PLAIN._replace(**changes)
+    choice = kernels.choose(asked, request, platform=platform)
+    assert (choice.kernel, choice.fallen) == (expected, fallen)
+    if fallen:
+        with pytest.raises(UserError) as error:
+            kernels.choose(asked, request, strict=True, platform=platform)
+        assert "model.strict_kernels" in str(error.value)
+        assert "\n" not in str(error.value)
+    else:
+        strict = kernels.choose(asked, request, strict=True, platform=platform)
+        assert strict == choice
+
+
+def test_a_choice_is_said_once(caplog):
+    kernels.say.cache_clear()
+    run = functools.partial(attention.attention, kernel="cudnn")
+    with caplog.at_level(logging.INFO, "stagecraft"):
+        for _ in range(2):
+            jax.eval_shape(run, *arrays())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "attention over 75 tokens: xla (instead of cudnn: cudnn runs on a GPU, and "
+        "this is a CPU)"
+    )
+    with pytest.raises(UserError, match="cudnn"):
+        jax.eval_shape(functools.partial(run, strict=True), *arrays())

@@ -1,0 +1,484 @@
+"""Hugging Face folders without transformers: hand-made ones read, ours written.
+
+The folders are written by the safetensors library from numpy arrays, and what we write
+is read by it. Whole models are held against transformers in tests/peers.
+"""
+
+import dataclasses
+import errno
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from stagecraft import mesh, tree
+from stagecraft.errors import UserError
+from stagecraft.models import families, huggingface, tensors
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import ScalarModel, Transformer
+
+D, H, K, C, F, V, L = 8, 4, 2, 4, 12, 16, 2
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "num_key_value_heads": K,
+    "head_dim": C,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 500.0,
+}
+
+
+def weights(rng):
+    """A llama's tensors under their names."""
+    shapes = {
+        "model.embed_tokens.weight": (V, D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (V, D),
+    }
+    for i in range(L):
+        layer = {
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+            "self_attn.q_proj": (H * C, D),
+            "self_attn.k_proj": (K * C, D),
+            "self_attn.v_proj": (K * C, D),
+            "self_attn.o_proj": (D, H * C),
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
+        shapes |= {f"model.layers.{i}.{k}.weight": s for k, s in layer.items()}
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+def put(folder, arrays, config=CONFIG, shards=1):
+    """A folder of these arrays, in one file or in several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(arrays)
+    if shards == 1:
+        save_file(arrays, folder / "model.safetensors")
+        return folder
+    where = {}
+    for number in range(shards):
+        file = f"model-{number}.safetensors"
+        part = {k: arrays[k] for k in names[number::shards]}
+        save_file(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / tensors.INDEX).write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def single():
+    return mesh.make(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return weights(np.random.default_rng(0))
+
+
+@pytest.fixture
+def folder(tmp_path, arrays):
+    return put(tmp_path / "in", arrays, shards=3)
+
+
+def refused(folder, *words):
+    with pytest.raises(UserError) as caught:
+        huggingface.load(folder, single())
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 400
+    for word in words:
+        assert word in line, line
+
+
+# Reading
+
+
+def test_every_number_where_it_belongs(folder, arrays):
+    model = huggingface.load(folder, single())
+    c = model.config
+    assert (c.rope_theta, c.norm_eps, c.tied, c.qk_norm) == (500.0, 1e-5, False, False)
+    ours = {k: np.asarray(v) for k, v in tree.named(model).items()}
+    for layer in range(L):
+        theirs = {
+            k.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): v
+            for k, v in arrays.items()
+        }
+        for name, key, heads in [
+            ("query", "q_proj", H),
+            ("key", "k_proj", K),
+            ("value", "v_proj", K),
+        ]:
+            got = ours[f"layers/attention/{name}"][layer]
+            for h in range(heads):
+                for channel in range(C):
+                    row = theirs[f"self_attn.{key}"][h * C + channel]
+                    np.testing.assert_array_equal(got[:, h, channel], row)
+        out = ours["layers/attention/out"][layer]
+        expected = theirs["self_attn.o_proj"]
+        np.testing.assert_array_equal(out.reshape(H * C, D), expected.T)
+        for name in ("gate", "up", "down"):
+            expected = theirs[f"mlp.{name}_proj"].T
+            np.testing.assert_array_equal(ours[f"layers/ff/{name}"][layer], expected)
+        for name, key in [
+            ("attention_norm", "input_layernorm"),
+            ("ff_norm", "post_attention_layernorm"),
+        ]:
+            got = ours[f"layers/{name}/scale"][layer]
+            np.testing.assert_array_equal(got, theirs[key])
+    for name, key in [
+        ("embed", "model.embed_tokens.weight"),
+        ("unembed", "lm_head.weight"),
+        ("norm/scale", "model.norm.weight"),
+    ]:
+        np.testing.assert_array_equal(ours[name], arrays[key])
+
+
+def test_sharded_from_the_disk(folder):
+    """Every device holds its own part, and the parts are the same model."""
+    whole = huggingface.load(folder, single())
+    shared = mesh.make(2, 2, 2)
+    spread = huggingface.load(folder, shared)
+    assert tree.digest(whole) == tree.digest(spread)
+    query = tree.named(spread)["layers/attention/query"]
+    assert query.sharding.spec[1:3] == ("fsdp", "tensor")
+    assert query.addressable_shards[0].data.shape == (L, D // 2, H // 2, C)
+    for name, array in tree.named(spread).items():
+        assert array.dtype == jnp.float32, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_any_dtype_becomes_float32(tmp_path, arrays, dtype):
+    cast = {k: v.astype(jnp.dtype(dtype)) for k, v in arrays.items()}
+    model = huggingface.load(put(tmp_path / "in", cast), single())
+    got = tree.named(model)["embed"]
+    expected = cast["model.embed_tokens.weight"].astype(np.float32)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_names_without_their_root_and_tensors_that_are_no_weights(tmp_path, arrays):
+    plain = {k.removeprefix("model."): v for k, v in arrays.items()}
+    plain["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    one = huggingface.load(put(tmp_path / "plain", plain), single())
+    two = huggingface.load(put(tmp_path / "in", arrays), single())
+    assert tree.digest(one) == tree.digest(two)
+
+
+def test_tied_models_may_hold_the_head_twice(tmp_path, arrays):
+    config = CONFIG | {"tie_word_embeddings": True}
+    model = huggingface.load(put(tmp_path / "in", arrays, config), single())
+    assert model.unembed is None
+
+
+def test_both_spellings_of_rotary_positions(tmp_path, arrays):
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    old = CONFIG | {"rope_scaling": scaling | {"rope_type": "llama3"}}
+    new = {k: v for k, v in CONFIG.items() if k != "rope_theta"}
+    new["rope_parameters"] = scaling | {"rope_type": "llama3", "rope_theta": 500.0}
+    oldest = CONFIG | {"rope_scaling": {"type": "linear", "factor": 2}}
+    one, two, three = (
+        huggingface.config(put(tmp_path / str(i), arrays, config))
+        for i, config in enumerate([old, new, oldest])
+    )
+    assert one == two
+    assert one.rope_arguments == (8.0, 1.0, 4.0, 16)
+    assert (three.rope_scaling, three.rope_arguments) == ("linear", (2.0,))
+
+
+# Writing
+
+
+def test_there_and_back_bit_for_bit(tmp_path, folder, arrays):
+    model = huggingface.load(folder, mesh.make(2, 2, 2))
+    huggingface.save(model, tmp_path / "out", shard_size=1000)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "out" / tensors.INDEX).read_text())
+    got = {}
+    for file in files:
+        part = load_file(tmp_path / "out" / file)
+        assert sum(x.nbytes for x in part.values()) <= 1000 or len(part) == 1
+        assert {index["weight_map"][name] for name in part} == {file}
+        got |= part
+    assert got.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in arrays.values())
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in CONFIG.items():
+        assert said[key] == value, key
+    assert said["rope_parameters"] == {"rope_theta": 500.0, "rope_type": "default"}
+    assert said["torch_dtype"] == said["dtype"] == "float32"
+
+
+FAMILY_FIELDS = {
+    "llama": dict(qk_norm=False, ff_bias=True, tied=False),
+    "qwen2": dict(qk_norm=False, qkv_bias=True, window=6, sliding=(False, True, True)),
+    "qwen3": dict(qkv_bias=True, out_bias=True),
+    "mistral": dict(qk_norm=False, window=5),
+    "olmo2": dict(qk_norm_over="projection", norm_place="post"),
+    "smollm3": dict(qk_norm=False, rotates=(True, True, False)),
+    "gemma2": dict(
+        **dict(qk_norm=False, norm_place="both", norm_offset=1.0, window=4),
+        **dict(sliding=(True, False), attention_softcap=5.0, logit_softcap=3.0),
+        **dict(activation="gelu_tanh", embed_scale=8**0.5, attention_scale=6**-0.5),
+    ),
+    "gemma3_text": dict(
+        **dict(norm_place="both", norm_offset=1.0, window=4, embed_scale=8**0.5),
+        **dict(sliding=(True, True, False), rope_theta=1e6, rope_theta_sliding=1e4),
+        **dict(rope_scaling="linear", rope_arguments=(8.0,), activation="gelu_tanh"),
+    ),
+    "mixtral": dict(
+        **dict(qk_norm=False, experts=4, expert_width=12),
+        **dict(rope_scaling="yarn", rope_arguments=(4.0, 8, 32.0, 1.0, 1.1, True)),
+    ),
+    "qwen3_moe": dict(
+        **dict(experts=4, experts_per_token=3, expert_width=10, tied=False),
+        **dict(sparse=(False, True), experts_renormalize=False),
+    ),
+    "gpt2": dict(
+        **dict(norm="layer", positions="learned", gated=False, qk_norm=False),
+        **dict(qkv_bias=True, out_bias=True, ff_bias=True, kv_heads=4, head_dim=2),
+        activation="gelu_tanh",
+    ),
+}
+
+
+def family_config(name):
+    base = dict(vocab_size=V, width=D, layers=3, heads=H, kv_heads=K, head_dim=C)
+    base |= dict(ff_width=F, max_length=32, family=name)
+    return ModelConfig(**base | FAMILY_FIELDS[name]).validate()
+
+
+@pytest.mark.parametrize("name", FAMILY_FIELDS)
+def test_every_family_there_and_back(tmp_path, name):
+    """Also the config, by the family it names and by the first that fits."""
+    config = family_config(name)
+    model = Transformer(config, jax.random.key(3))
+    assert huggingface.save(model, tmp_path / "out").name == name
+    back = huggingface.load(tmp_path / "out", single())
+    assert back.config == config
+    assert tree.digest(back) == tree.digest(model)
+    unnamed = dataclasses.replace(config, family="")
+    plain = name not in ("mistral",)  # a llama with a window is one, but so is a qwen2
+    assert families.matching(unnamed).name == name or not plain
+
+
+def test_a_model_no_family_has(tmp_path):
+    config = dataclasses.replace(family_config("llama"), norm_place="both")
+    with pytest.raises(UserError, match="norm_place='both'"):
+        huggingface.save(Transformer(config, jax.random.key(0)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_reward_models(tmp_path):
+    config = dataclasses.replace(family_config("qwen3"), tied=True)
+    model = ScalarModel(Transformer(config, jax.random.key(0)), jax.random.key(1))
+    model.bias.set_value(jnp.float32(-1.25))
+    huggingface.save(model, tmp_path / "out", ids={"pad_token_id": 3})
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert said["pad_token_id"] == 3 and said["id2label"] == {"0": "LABEL_0"}
+    score = load_file(tmp_path / "out" / "model.safetensors")["score.weight"]
+    np.testing.assert_array_equal(score, np.asarray(model.head[...])[None])
+    back = huggingface.load(tmp_path / "out", single(), module="scalar")
+    assert tree.digest(back) == tree.digest(model)
+    with pytest.raises(UserError, match="expected a ...ForCausalLM"):
+        huggingface.load(tmp_path / "out", single(), module="transformer")
+
+
+def test_a_folder_that_is_there_stays(tmp_path, folder):
+    model = huggingface.load(folder, single())
+    target = tmp_path / "out"
+    target.mkdir()
+    huggingface.save(model, target)  # an empty one is no loss
+    with pytest.raises(UserError, match="--overwrite"):
+        huggingface.save(model, target)
+    (target / "mine.txt").write_text("old")
+    huggingface.save(model, target, overwrite=True, dtype="bfloat16")
+    assert not (target / "mine.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_full_disk_leaves_the_old_folder_whole(tmp_path, folder, monkeypatch):
+    model = huggingface.load(folder, single())
+    huggingface.save(model, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    plain, written = np.ascontiguousarray, []
+
+    def full(*args):
+        written.append(args)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(*args)
+
+    monkeypatch.setattr(tensors.np, "ascontiguousarray", full)
+    with pytest.raises(UserError, match="No space left on device.*nothing was changed"):
+        huggingface.save(model, tmp_path / "out", overwrite=True)
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_no_permission_to_write(tmp_path, folder, monkeypatch):
+    model = huggingface.load(folder, single())
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(huggingface.tempfile, "mkdtemp", forbidden)
+    with pytest.raises(UserError, match="out: cannot be written .Permission denied"):
+        huggingface.save(model, tmp_path / "out")
+
+
+def test_what_a_dtype_cannot_hold(tmp_path, folder):
+    model = huggingface.load(folder, single())
+    model.embed.set_value(model.embed[...].at[3, 2].set(1e6))
+    with pytest.raises(UserError, match="embed_tokens.weight.*float16.*bfloat16"):
+        huggingface.save(model, tmp_path / "out", dtype="float16")
+    huggingface.save(model, tmp_path / "out", dtype="bfloat16")
+
+
+# Bad input, one line each
+
+
+def test_a_missing_shard(folder):
+    (folder / "model-1.safetensors").unlink()
+    refused(folder, "model-1.safetensors: is missing", "3 files")
+
+
+def test_a_shard_cut_short(folder):
+    path = folder / "model-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(folder, "model-2.safetensors: cut short", "fetch it again")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"abc", b"\xff" * 100, (20).to_bytes(8, "little") + b"not json at all....."],
+)
+def test_a_damaged_shard(folder, data):
+    (folder / "model-0.safetensors").write_bytes(data)
+    refused(folder, "model-0.safetensors: damaged")
+
+
+def test_a_shard_without_what_the_index_says(folder, arrays):
+    some = {k: v for k, v in arrays.items() if "lm_head" in k}
+    save_file(some, folder / "model-0.safetensors")
+    refused(folder, "model-0.safetensors: lacks", tensors.INDEX)
+
+
+def test_a_broken_index(folder):
+    (folder / tensors.INDEX).write_text("{")
+    refused(folder, tensors.INDEX, "not an index")
+
+
+def test_a_missing_tensor(tmp_path, arrays):
+    rest = dict(arrays)
+    rest["model.layers.1.mlp.up_prj.weight"] = rest.pop(
+        "model.layers.1.mlp.up_proj.weight"
+    )
+    refused(
+        put(tmp_path / "in", rest),
+        "lacks model.layers.1.mlp.up_proj.weight",
+        "the nearest there is is model.layers.1.mlp.up_prj.weight",
+    )
+
+
+def test_an_unexpected_tensor(tmp_path, arrays):
+    more = arrays | {"model.layers.0.self_attn.q_norm.weight": np.ones(C, np.float32)}
+    refused(
+        put(tmp_path / "in", more),
+        "holds model.layers.0.self_attn.q_norm.weight, which no llama",
+        "nearest it has is model.layers.0.self_attn",
+    )
+
+
+def test_a_wrong_shape(tmp_path, arrays):
+    wrong = arrays | {"model.layers.1.mlp.down_proj.weight": np.ones((D, F + 1))}
+    refused(
+        put(tmp_path / "in", wrong),
+        f"down_proj.weight has shape [{D}, {F + 1}]",
+        f"calls for [{D}, {F}]",
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(tmp_path, arrays, value):
+    bad = {k: v.copy() for k, v in arrays.items()}
+    bad["model.layers.1.self_attn.v_proj.weight"][2, 3] = value
+    refused(
+        put(tmp_path / "in", bad, shards=2),
+        ".safetensors: model.layers.1.self_attn.v_proj.weight holds values",
+        "not finite",
+    )
+
+
+def test_pickles_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    refused(tmp_path, "holds no *.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    refused(tmp_path, "pytorch_model.bin", "convert them to safetensors")
+
+
+def test_quantised_weights(tmp_path, arrays):
+    bad = arrays | {"lm_head.weight": np.ones((V, D), np.int8)}
+    refused(put(tmp_path / "in", bad), "lm_head.weight", "as I8", "quantised")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model_type="lama"), ["'lama'", "did you mean 'llama'?", "known: llama"]),
+        (
+            dict(model_type="deepseek_v3", kv_lora_rank=512),
+            ["multi-head latent attention", "known: llama"],
+        ),
+        (dict(hidden_act="relu6"), ["hidden_act='relu6'", "known: silu"]),
+        (
+            dict(rope_scaling={"rope_type": "proportional", "factor": 2.0}),
+            ["rope_type='proportional'", "known: default, linear"],
+        ),
+        (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
+        (
+            dict(quantization_config={"quant_method": "gptq"}),
+            ["quantised weights (gptq)"],
+        ),
+        (
+            dict(model_type="qwen3", use_sliding_window=True, layer_types=["chunked"]),
+            ["layer_types names 'chunked'", "known: sliding_attention"],
+        ),
+        (dict(model_type="olmo2", clip_qkv=8.0), ["clip_qkv=8.0", "clipped"]),
+        (dict(hidden_size=None), ["model.width", "None"]),
+        (dict(num_attention_heads="4", head_dim=None), ["not of the kind"]),
+    ],
+)
+def test_features_we_lack_are_named(tmp_path, arrays, changes, words):
+    refused(put(tmp_path / "in", arrays, CONFIG | changes), "config.json", *words)
+
+
+def test_config_json_without_a_key(tmp_path, arrays):
+    config = {k: v for k, v in CONFIG.items() if k != "intermediate_size"}
+    refused(put(tmp_path / "in", arrays, config), "has no 'intermediate_size'")
+    (tmp_path / "in" / "config.json").write_text("[]")
+    refused(tmp_path / "in", "config.json: expected a JSON object")
+    (tmp_path / "in" / "config.json").unlink()
+    refused(tmp_path / "in", "config.json: cannot be read")

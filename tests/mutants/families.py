@@ -1,0 +1,109 @@
+"""Mistakes in the decoder's parts that set the families apart."""
+
+from tests.mutants.mutant import in_file
+
+_ATTENTION = in_file(
+    "stagecraft/models/attention.py",
+    "tests/models/attention_test.py tests/models/families_test.py",
+    (
+        "a window one token wider",
+        "index[:, None] - index[None, :] < window",
+        "index[:, None] - index[None, :] <= window",
+    ),
+)
+
+_BLOCKWISE = in_file(
+    "stagecraft/models/blockwise.py",
+    "tests/models/attention_test.py",
+    (
+        "the gradient forgets the soft-cap",
+        "(d_weights - own[..., None]) * slope * scale",
+        "(d_weights - own[..., None]) * scale",
+    ),
+    (
+        "a block of keys too few under a window",
+        "row * block - (window - 1), 0) // block",
+        "row * block - (window - 1), 0) // block + 1",
+    ),
+)
+
+_FAMILIES = (
+    *in_file(
+        "stagecraft/models/rope.py",
+        "tests/models/families_test.py",
+        (
+            "linear scaling multiplies",
+            "theta**-exponents / factor\n",
+            "theta**-exponents * factor\n",
+        ),
+        (
+            "longrope's long factors for all",
+            "jnp.where(lengths > original_length, long, short)",
+            "long",
+        ),
+        (
+            "yarn's attention factor on the sines alone",
+            "jnp.cos(turns) * factor,",
+            "jnp.cos(turns),",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/norms.py",
+        "tests/models/families_test.py",
+        (
+            "a norm's offset left out",
+            "return norm.offset + scale if norm.offset else scale",
+            "return scale",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/transformer.py",
+        "tests/models/families_test.py",
+        (
+            "embeddings not scaled",
+            "if self.config.embed_scale != 1:",
+            "if self.config.embed_scale == 1:",
+        ),
+        (
+            "all layers rotate",
+            "made[own] if kind.rotates else None",
+            "made[own]",
+        ),
+        (
+            "sliding layers with the others' base",
+            "kind.window > 0 and self.config.rope_theta_sliding > 0",
+            "False",
+        ),
+        (
+            "logits without their cap",
+            "return linear.softcap(logits, self.config.logit_softcap)",
+            "return logits",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/sampling.py",
+        "tests/models/families_test.py",
+        (
+            "a cached window one slot wider",
+            "slot - slots < kind.window",
+            "slot - slots <= kind.window",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/experts.py",
+        "tests/models/experts_test.py tests/models/families_test.py",
+        ("shares always renormalised", "if self.renormalize:", "if True:"),
+        (
+            "padding counts in the balance",
+            "jnp.where(real[..., None], copies, 0)",
+            "copies",
+        ),
+        (
+            "blocks too few for the worst case",
+            "blocks = opened + (copies - opened) // block",
+            "blocks = -(-copies // block)",
+        ),
+    ),
+)
+
+MUTANTS = _ATTENTION + _BLOCKWISE + _FAMILIES
