@@ -246,6 +246,9 @@ def export(rest):
     Weights in shards, config.json, generation_config.json, the tokenizer and its chat
     template as they came. The folder appears whole or not at all. A reward model leaves
     as a ...ForSequenceClassification with one label.
+
+    A stage that trained an adapter (LoRA) leaves merged; with --adapter as a PEFT
+    folder, on the Hugging Face folder it was trained on or on --base=FOLDER.
     """
     _no_more(rest)
     from stagecraft import exchange
@@ -260,6 +263,8 @@ def export(rest):
         dtype=FLAGS.dtype,
         shard_size=_bytes("shard_size", FLAGS.shard_size),
         overwrite=FLAGS.overwrite,
+        adapter=FLAGS.adapter,
+        base=FLAGS.base,
     )
     print("\n".join(lines))
 
@@ -314,7 +319,9 @@ def _define(command):
         flags.DEFINE_string("dtype", "float32", "of the weights: bfloat16, float16")
         flags.DEFINE_string("shard_size", "5GB", "most bytes in a file: 500MB, 5GB")
         flags.DEFINE_bool("overwrite", False, "replace a folder that is there")
-        names += ["stage", "to", "dtype", "shard_size", "overwrite"]
+        flags.DEFINE_bool("adapter", False, "write the LoRA adapter, as PEFT does")
+        flags.DEFINE_string("base", "", "the folder that --adapter is to sit on")
+        names += ["stage", "to", "dtype", "shard_size", "overwrite", "adapter", "base"]
     if command is run:
         from ml_collections import config_flags
 

@@ -117,6 +117,20 @@ def optimizer():
     )
 
 
+def lora():
+    """Train thin matrices beside the weights, not the weights; `models/lora.py`."""
+    return ConfigDict(
+        dict(
+            rank=0,  # of the matrices; 0 trains the weights themselves
+            alpha=16.0,  # their product counts alpha / rank times
+            targets="all",  # or some of "query,key,value,out,gate,up,down"
+            dropout=0.0,  # of what the matrices read, in updates alone
+            rslora=False,  # alpha / sqrt(rank) instead
+            embeddings=False,  # train the embeddings too, whole
+        )
+    )
+
+
 def every():
     """How often, in steps; 0 for never (the last step is always saved)."""
     return ConfigDict(dict(log=10, eval=0, save=0, sample=0))
@@ -141,6 +155,7 @@ def _base(kind, objective):
     c.batch_size = 32
     c.micro_batches = 1  # gradient accumulation: parts a batch is worked on in
     c.optimizer = optimizer()
+    c.lora = lora()  # a policy's critic gets an adapter of its own
     c.ema_decay = 0.0  # of an average of the weights, kept in their place; 0 for none
     c.every = every()
     c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))  # 0: as the experiment

@@ -8,7 +8,7 @@ import jax
 from stagecraft import defaults, mesh, run, schema, workdir
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, saved
+from stagecraft.models import huggingface, peft, saved, sources
 from stagecraft.text import outward
 from stagecraft.text import tokenizer as tokenizers
 
@@ -31,12 +31,12 @@ def import_folder(folder, root, name="base"):
     folder, root = Path(folder), Path(root)
     if (root / "config.json").exists():
         raise UserError(f"{root}: holds a run already; choose another --workdir")
-    told = huggingface.info(folder)
-    tokenizer = tokenizers.load(folder)
+    told = sources.info(folder)
+    tokenizer = tokenizers.load(sources.tokenizer_of(folder))
     check_vocabulary(folder, told["model"]["vocab_size"], tokenizer)
     shared_mesh = mesh.make()
     with jax.set_mesh(shared_mesh):
-        model = huggingface.load(folder, shared_mesh)
+        model = sources.load(f"{huggingface.PREFIX}{folder}", shared_mesh)
         checkpoints = Checkpoints(root / name / "checkpoints")
         checkpoints.save(0, model, {"step": 0}, {})
         checkpoints.close()
@@ -44,7 +44,7 @@ def import_folder(folder, root, name="base"):
         tokenizers.keep(tokenizer, root / run.TOKENIZER)
     kind = "reward" if told["module"] == "scalar" else "language_model"
     parent = f"{huggingface.PREFIX}{folder}"
-    source = huggingface.digest(folder)
+    source = sources.digest(folder)
     entry = {"kind": kind, "start_from": parent, "tokenizer": tokenizer.digest}
     entry["parents"] = {"start_from": {"stage": parent, "id": source}}
     entry["id"] = workdir.digest(entry)
@@ -56,9 +56,9 @@ def import_folder(folder, root, name="base"):
     info["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     workdir.write_json(root / name / "stage.json", info | {"finished": True})
     config = defaults.experiment()
-    config.tokenizer.path = str(folder)
+    config.tokenizer.path = str(sources.tokenizer_of(folder))
     for key in config.model:
-        config.model[key] = getattr(huggingface.config(folder), key)
+        config.model[key] = told["model"][key]
     config.stages[name] = defaults.stage(kind, start_from=parent, steps=0)
     workdir.write_json(root / "config.json", schema.plain(config))
     return root / name
@@ -73,7 +73,17 @@ def check_vocabulary(folder, rows, tokenizer):
         )
 
 
-def export(root, name, folder, *, dtype="float32", shard_size=None, overwrite=False):
+def export(
+    root,
+    name,
+    folder,
+    *,
+    dtype="float32",
+    shard_size=None,
+    overwrite=False,
+    adapter=False,
+    base="",
+):
     """Writes a finished stage as a Hugging Face folder.
 
     Args:
@@ -81,6 +91,10 @@ def export(root, name, folder, *, dtype="float32", shard_size=None, overwrite=Fa
         name: the stage.
         folder: where to.
         dtype, shard_size, overwrite: see `huggingface.save`.
+        adapter: write the adapter that the stage trained, as PEFT's folder, and not
+            the whole model.
+        base: what PEFT is to load the adapter onto; may be empty where it was trained
+            on "hf:FOLDER".
 
     Returns:
         lines that say what was written, and what a reader should know of it.
@@ -93,11 +107,6 @@ def export(root, name, folder, *, dtype="float32", shard_size=None, overwrite=Fa
     if not current.finished(name):
         raise UserError(f"--stage={name}: is not finished; run it again to resume")
     tokenizer, said = current.tokenizer, []
-    ids = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-    }
 
     def extra(temporary):
         files, notes = outward.files(tokenizer)
@@ -107,6 +116,13 @@ def export(root, name, folder, *, dtype="float32", shard_size=None, overwrite=Fa
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / path).write_bytes(data)
 
+    if adapter:
+        return [_export_adapter(current, name, folder, base, overwrite, extra), *said]
+    ids = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    }
     shared_mesh = current.mesh()
     with jax.set_mesh(shared_mesh):
         model = current.load(name, shared_mesh)
@@ -128,3 +144,31 @@ def export(root, name, folder, *, dtype="float32", shard_size=None, overwrite=Fa
             "that much lower; orders and differences are the same"
         )
     return [f"{folder}: {family.classes[kind == 'scalar']}, {dtype}", *said]
+
+
+def _export_adapter(current, name, folder, base, overwrite, extra):
+    stage = current.folder(name)
+    info = saved.info(stage)
+    if "lora" not in info:
+        raise UserError(
+            f"--adapter: the stage {name} trained all weights (lora.rank=0); leave the "
+            "flag away"
+        )
+    theirs = huggingface.folder_of(info["base"]["name"])
+    if not base and theirs is None:
+        raise UserError(
+            f"--adapter: {name} sits on the stage {Path(info['base']['name']).name}; "
+            "export that one first and name its folder, --base=FOLDER"
+        )
+    shared_mesh = current.mesh()
+    with jax.set_mesh(shared_mesh):
+        model, adapter = sources.load_adapter(stage, shared_mesh)
+        config = getattr(model, "body", model).config
+        del model
+        family = peft.save(
+            *(adapter, config, folder, shared_mesh),
+            base=base or theirs,
+            overwrite=overwrite,
+            extra=extra,
+        )
+    return f"{folder}: a PEFT adapter on {family.classes[0]}, {base or theirs}"

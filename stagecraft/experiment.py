@@ -9,7 +9,7 @@ from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed, language
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, saved
+from stagecraft.models import huggingface, lora, saved, sources
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
@@ -93,7 +93,7 @@ def _take_model(c):
     folder = huggingface.folder_of(first)
     if folder is None and not (Path(first) / "stage.json").exists():
         return  # a name nobody knows, which is refused below
-    told = (huggingface.info(folder) if folder else saved.info(first))["model"]
+    told = (sources.info(folder) if folder else saved.info(first))["model"]
     given = c.model.max_length
     for key in c.model:
         if key in told and key not in THE_RUNS:
@@ -172,7 +172,7 @@ def _check_folder(c, where, folder, kinds, stage):
     if kinds == ("reward",):
         module = "scalar"
     try:
-        huggingface.examine(folder, mesh.make(**mesh_sizes(c, stage)), module=module)
+        sources.examine(folder, mesh.make(**mesh_sizes(c, stage)), module=module)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -236,6 +236,7 @@ def _check_training(c, where, stage):
     if stage.kind == "policy":
         _check_policy(where, stage)
         parts *= stage.minibatches
+    _check_lora(c, where, stage)
     if not 0 <= stage.ema_decay < 1:
         raise UserError(
             f"{where}.ema_decay={stage.ema_decay}: expected from 0 (off) to below 1"
@@ -280,6 +281,44 @@ def _check_training(c, where, stage):
     )
     optimizer.make(stage.optimizer, steps=stage.steps)
     _check_objective(where, stage)
+
+
+def _check_lora(c, where, stage):
+    lora.check(f"{where}.lora", stage.lora)
+    if not stage.lora.rank:
+        return
+    if not stage.start_from:
+        raise UserError(
+            f"{where}.lora.rank={stage.lora.rank}: an adapter sits on a trained model; "
+            "set start_from, or lora.rank=0 to train all weights"
+        )
+    parent = c.stages.get(stage.start_from)
+    if (
+        stage.kind == "language_model"
+        and stage.data.format != "text"
+        and parent is not None
+        and parent.kind == "language_model"
+        and parent.data.format == "text"
+        and not stage.lora.embeddings
+    ):
+        raise UserError(
+            f"{where}.lora.embeddings=False: {stage.start_from} learns from bare text "
+            "and never sees the pieces of a chat, whose embeddings an adapter leaves "
+            "alone; set it to True"
+        )
+    if not stage.get("sync_every", 0):
+        return
+    if stage.sync_alpha < 1:
+        raise UserError(
+            f"{where}.sync_alpha={stage.sync_alpha}: the mean of two adapters is not "
+            "the mean of their weights; with lora expected 1"
+        )
+    if stage.reference_from not in ("", stage.start_from):
+        raise UserError(
+            f"{where}.reference_from={stage.reference_from!r}: with lora a reference "
+            "that moves (sync_every) is the policy's adapter as it was, on start_from; "
+            "leave it empty"
+        )
 
 
 def _check_epochs(where, stage, rows):

@@ -192,6 +192,8 @@ def matrix_axes(name, axes):
     MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
     >>> matrix_axes("layers/attention/out", ("heads", None, "embed"))
     MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
+    >>> matrix_axes("layers/attention/out/a", ("heads", None, None))
+    MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=(2,))
     >>> matrix_axes("layers/experts/down", ("experts", "ff", "embed"))
     MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
     >>> matrix_axes("positions", ("positions", "embed"))
@@ -206,7 +208,10 @@ def matrix_axes(name, axes):
         return None
     # A weight reads the residual stream by its first dimension, or writes it by its
     # last; the others (heads and channels) are one long side.
-    cut = -1 if axes[inner[-1]] == "embed" and axes[inner[0]] != "embed" else 1
+    writes = axes[inner[-1]] == "embed" and axes[inner[0]] != "embed"
+    if thin := re.search(r"/([ab])$", name):  # of an adapter: the rank's end is known
+        writes = thin[1] == "a"
+    cut = -1 if writes else 1
     rows, columns = tuple(inner[:cut]), tuple(inner[cut:])
     return optax.contrib.MuonDimensionNumbers(rows, columns)
 

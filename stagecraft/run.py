@@ -22,7 +22,7 @@ from stagecraft import (
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, saved
+from stagecraft.models import huggingface, saved, sources
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.signals import comparisons, selection, verifier
@@ -73,8 +73,8 @@ class Run:
         if folder is not None:
             model = self.config.model
             how = {k: model[k] for k in ("dtype", "remat") if k in model}
-            return huggingface.load(folder, shared_mesh or self.mesh(), **how)
-        return saved.load(self.folder(name), shared_mesh or self.mesh())
+            return sources.load(name, shared_mesh or self.mesh(), **how)
+        return sources.load(self.folder(name), shared_mesh or self.mesh())
 
     def chat_format(self, name):
         """Whether a stage speaks in chat turns (all but those trained on bare text).
@@ -196,7 +196,9 @@ def _tokenizer(config, root):
     elif experiment.outside(config):
         # With a model comes the tokenizer it was trained with.
         first = experiment.outside(config)[0]
-        source = huggingface.folder_of(first) or Path(first).parent / TOKENIZER
+        folder_ = huggingface.folder_of(first)
+        beside = Path(first).parent / TOKENIZER
+        source = sources.tokenizer_of(folder_) if folder_ else beside
         found = tokenizers.load(source)
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
@@ -257,10 +259,11 @@ def _run_stage(current, name, feeds):
     if stage.get("seed"):
         key = jax.random.fold_in(key, stage.seed)
     with jax.set_mesh(shared_mesh):
-        roles = {
-            role.removesuffix("_from"): current.load(parent, shared_mesh)
-            for role, parent in experiment.parents(config, name).items()
-        }
+        parents = experiment.parents(config, name)
+        # One model for all the roles it plays.
+        loaded = {p: current.load(p, shared_mesh) for p in set(parents.values())}
+        roles = {role.removesuffix("_from"): loaded[p] for role, p in parents.items()}
+        del loaded
         if stage.kind in defaults.RECORDS:
             _write_records(current, name, roles, data, key)
             return
@@ -269,11 +272,17 @@ def _run_stage(current, name, feeds):
         info["format"] = "text" if _is_text(stage) else "chat"
         info["tokenizer"] = current.tokenizer.digest
         info["data"] = data.dataset.report
+        if made.frozen is not None:
+            entry = lineage["stages"][name]["parents"]["start_from"]
+            parent = stage.start_from
+            parent = parent if huggingface.folder_of(parent) else current.folder(parent)
+            info["lora"] = schema.plain(stage.lora)
+            info["base"] = sources.reference(parent, folder, entry["id"])
         workdir.write_json(folder / "stage.json", info)
         state, result = train.train(
             made, stage, data.dataset, folder, name=name, key=key, hooks=hooks
         )
-    info |= saved.describe(train.deployable(state)) | result
+    info |= saved.describe(train.deployable(state, made.frozen)) | result
     workdir.write_json(folder / "stage.json", info | {"finished": True})
 
 
@@ -305,7 +314,10 @@ def _make(current, stage, shared_mesh, roles, data):
     finish = None
     if data.reference is not None:
         finish = functools.partial(
-            reward.normalize, reference=data.reference, batch_size=stage.batch_size
+            reward.normalize,
+            reference=data.reference,
+            batch_size=stage.batch_size,
+            frozen=made.frozen,
         )
     return made, train.Hooks(data.heldout, sample, finish)
 
@@ -383,7 +395,7 @@ def _lineage(current, name, data, lineage):
         known = lineage["stages"].get(parent)
         folder = huggingface.folder_of(parent)
         if folder is not None:
-            known = {"id": huggingface.digest(folder)}
+            known = {"id": sources.digest(folder)}
         elif known is None:
             path = Path(parent)
             other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})

@@ -14,6 +14,7 @@ import numpy as np
 
 from stagecraft import checkpoint, masked, metrics, tree
 from stagecraft.errors import UserError
+from stagecraft.models import lora
 
 
 class Hooks(NamedTuple):
@@ -120,7 +121,8 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 writer.write(step, clock.total(), found)
             if hooks.sample and (last or (every.sample and step % every.sample == 0)):
                 with clock("watch"):
-                    writer.write_samples(step, hooks.sample(deployable(state), step))
+                    model = deployable(state, stage.frozen)
+                    writer.write_samples(step, hooks.sample(model, step))
             if last or (every.save and step % every.save == 0):
                 with clock("save"):
                     saved = {
@@ -172,15 +174,13 @@ def peak_memory():
     return used if sys.platform == "darwin" else used * 1024
 
 
-def deployable(state):
+def deployable(state, frozen=None):
     """The module a stage is trained for: of {"policy", "value"}, the policy.
 
-    With an average of the weights it is that average.
+    With an average of the weights it is that average. Without what is `frozen` of the
+    stage it is the adapter alone, where one is trained.
     """
-    return _policy(state.extra.get("ema", state.model))
-
-
-def _policy(model):
+    model = lora.join(frozen, state.extra.get("ema", state.model))
     return model["policy"] if isinstance(model, dict) else model
 
 

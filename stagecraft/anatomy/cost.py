@@ -122,7 +122,7 @@ def forward_flops(model, tokens, context, *, scalar=False):
     return float(tokens * (2 * weights + attention))
 
 
-def stage_flops(counters, model):
+def stage_flops(counters, model, *, adapter=False):
     """FLOPs of a whole stage.
 
     Args:
@@ -133,6 +133,9 @@ def stage_flops(counters, model):
             scalar_trained, scalar_scored: the same for reward and value models.
             context: mean number of positions a token attends to.
         model: a ModelConfig as a mapping.
+        adapter: whether training was of a LoRA adapter: backward then costs one
+            forward, since no gradient of the weights below is made. The thin matrices
+            themselves are not counted.
 
     Returns:
         FLOPs, a float.
@@ -148,7 +151,8 @@ def stage_flops(counters, model):
     total = 0.0
     for name in _COUNTERS:
         if name in counters:
-            total += (3 if name.endswith("trained") else 1) * forward_flops(
+            passes = (2 if adapter else 3) if name.endswith("trained") else 1
+            total += passes * forward_flops(
                 model,
                 counters[name],
                 counters["context"],

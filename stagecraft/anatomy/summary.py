@@ -269,7 +269,9 @@ def _cost(current):
     for name in _finished(current):
         info = workdir.read_json(current.root / name / "stage.json")
         if info.get("model"):
-            flops[name] = cost.stage_flops(info["tokens"], info["model"])
+            flops[name] = cost.stage_flops(
+                info["tokens"], info["model"], adapter="lora" in info
+            )
     roots = [
         n
         for n in flops

@@ -326,20 +326,13 @@ def save(
     Returns:
         the `families.Family` it was written as.
     """
-    folder = Path(folder).absolute()
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(
-            f"{folder}: is there already and not empty; choose another --to, or add "
-            "--overwrite to replace it"
-        )
+    folder = free(folder, overwrite)
     scalar = isinstance(module, ScalarModel)
     body = module.body if scalar else module
     family = families.matching(body.config)
-    with _whole(folder) as temporary:
+    with whole(folder) as temporary:
         _write_weights(module, family, body.config, temporary, dtype, shard_size)
         _write_configs(module, family, body.config, temporary, dtype, ids)
         if not scalar:
@@ -349,8 +342,21 @@ def save(
     return family
 
 
+def free(folder, overwrite):
+    """The path of a folder that may be written: it holds nothing, or may be lost."""
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UserError(
+            f"{folder}: is there already and not empty; choose another --to, or add "
+            "--overwrite to replace it"
+        )
+    return folder
+
+
 @contextlib.contextmanager
-def _whole(folder):
+def whole(folder):
     """A temporary folder that takes the place of `folder` when the block ends well."""
     temporary = None
     try:

@@ -26,6 +26,33 @@ def zeros(shape, axes):
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
+class Adapted(nnx.Module):
+    """A weight that stays, with the product of two thin ones beside it: W + s A B.
+
+    Args:
+        weight: Param [*contracted, *out].
+        a: Param [*contracted, R].
+        b: Param [R, *out].
+        scale: s.
+        dropout: share of the inputs of A that are dropped.
+        key: u32[2], data of the random key they are drawn with; None drops nothing.
+    """
+
+    def __init__(self, weight, a, b, scale: float, dropout: float = 0.0, key=None):
+        self.weight, self.a, self.b = weight, a, b
+        self.scale, self.dropout = scale, dropout
+        self.key = nnx.data(key)  # under a trace Flax would take it for a setting
+
+    def beside(self, x, contracted: int):
+        """What the thin ones add to the product of x with the weight."""
+        if self.key is not None:
+            key = jax.random.wrap_key_data(self.key)
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0)
+        inner = project(x, self.a, contracted=contracted)
+        return self.scale * project(inner, self.b)
+
+
 def project(x, weight, bias=None, contracted: int = 1):
     """Contracts the last dimensions of x with the first ones of a weight.
 
@@ -34,13 +61,16 @@ def project(x, weight, bias=None, contracted: int = 1):
 
     Args:
         x: [..., *contracted], in the compute dtype.
-        weight: Param [*contracted, *out].
+        weight: Param [*contracted, *out], or an `Adapted` one.
         bias: Param [*out], or None.
         contracted: how many dimensions are summed over.
 
     Returns:
         [..., *out].
     """
+    if isinstance(weight, Adapted):
+        out = project(x, weight.weight, bias, contracted)
+        return out + weight.beside(x, contracted)
     weight = weight[...].astype(x.dtype)
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     size = math.prod(weight.shape[:contracted])

@@ -179,7 +179,7 @@ def write_folder(folder, shapes, make, *, dtype, shard_size):
         count = len(shards)
         files_ = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for file, names in zip(files_, shards, strict=True):
-        _write_file(folder / file, {n: shapes[n] for n in names}, make, dtype)
+        write_file(folder / file, {n: shapes[n] for n in names}, make, dtype)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * item
         where = {n: f for f, names in zip(files_, shards, strict=True) for n in names}
@@ -187,7 +187,8 @@ def write_folder(folder, shapes, make, *, dtype, shard_size):
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
-def _write_file(path, shapes, make, dtype):
+def write_file(path, shapes, make, dtype):
+    """Writes one file; see `write_folder`."""
     item, start = DTYPES[dtype].itemsize, 0
     header = {"__metadata__": {"format": "pt"}}
     for name, shape in shapes.items():

@@ -342,13 +342,16 @@ class ScalarModel(nnx.Module):
     Args:
         body: the Transformer to read; its parameters become part of this module.
         key: random key of the head, N(0, 1/(D + 1)) as in Stiennon et al. 2020.
+        head, bias: Params f32[D] and f32[], in place of new ones.
     """
 
-    def __init__(self, body: Transformer, key):
+    def __init__(self, body: Transformer, key, head=None, bias=None):
         width = body.config.width
         self.body = body
-        self.head = linear.normal(key, (width,), (width + 1) ** -0.5, ("embed",))
-        self.bias = linear.zeros((), ())
+        if head is None:
+            head = linear.normal(key, (width,), (width + 1) ** -0.5, ("embed",))
+        self.head = head
+        self.bias = linear.zeros((), ()) if bias is None else bias
 
     def __call__(self, ids, positions, segments):
         """f32[B, T]; arguments as in `Transformer.hidden`."""

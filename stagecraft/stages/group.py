@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.metrics import section
+from stagecraft.models import lora
 from stagecraft.stages import objective, rollout, stage
 from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
@@ -46,6 +47,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     decay = config.ema_decay
     goal, needs = make_objective(config)
     reference = parents["reference"]
+    trained = stage.trained(config, parents["start"], shared_mesh)
     rolls = rollout.make(
         *(config, shared_mesh, parents.get("reward"), verifiers),
         stop_ids=stop_ids,
@@ -53,9 +55,11 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     )
 
     def init(key):
-        del key
-        model = stage.make_copy(parents["start"], shared_mesh)()
-        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        return stage.begin(
+            *(trained.born(key), optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+        )
 
     judge = jax.jit(
         functools.partial(
@@ -72,10 +76,11 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         sample_key, order_key = jax.random.split(key)
         with section("update"):
             jax.block_until_ready(state.model)
-        drawn = rolls.sample(state.model, raw, sample_key)
+        policy = lora.join(trained.frozen, state.model)
+        drawn = rolls.sample(policy, raw, sample_key)
         with section("score"):
             rewards = rolls.score(drawn, index)
-            batch = judge(state.model, reference, drawn, rewards, order_key)
+            batch = judge(policy, reference, drawn, rewards, order_key)
             return jax.block_until_ready(batch)
 
     def work(raw):
@@ -95,9 +100,12 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     return stage.Stage(
         init=init,
         prepare=prepare,
-        update=stage.jit_update(_make_update(config, goal, optimizer_, decay)),
-        evaluate=stage.make_evaluate(goal),
+        update=stage.jit_update(
+            _make_update(config, goal, optimizer_, decay), trained.frozen
+        ),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=work,
+        frozen=trained.frozen,
     )
 
 
@@ -274,19 +282,23 @@ def make_objective(config):
 def _make_update(config, goal, optimizer_, decay):
     step = stage.make_step(goal, optimizer_, micro_batches=config.micro_batches)
 
-    def update(state, batch):
-        def minibatch(carry, rows):
-            model, opt_state = carry
+    def update(state, batch, frozen):
+        keys = stage.dropout_keys(state, len(batch["order"]))
+
+        def minibatch(carry, xs):
+            (model, opt_state), (rows, key) = carry, xs
             part = jax.tree.map(lambda x: x[rows], batch["rollout"])
             part = jax.tree.map(
                 lambda x: mesh.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
             )
             seen = state._replace(model=model, opt_state=opt_state)
-            model, opt_state, metrics = step(seen, part, state.step)
+            model, opt_state, metrics = step(seen, part, state.step, frozen, key)
             return (model, opt_state), metrics
 
         start = (state.model, state.opt_state)
-        (model, opt_state), metrics = jax.lax.scan(minibatch, start, batch["order"])
+        (model, opt_state), metrics = jax.lax.scan(
+            minibatch, start, (batch["order"], keys)
+        )
         told = masked.fold(metrics) | batch["metrics"]
         state = stage.advance(state, model, opt_state, ema_decay=decay)
         return state, masked.results(told)

@@ -9,6 +9,8 @@ Not here: dropout (one pass over small data needs none), label smoothing.
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
+from stagecraft.errors import UserError
+from stagecraft.models import lora
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import objective, stage
 
@@ -35,24 +37,40 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal = make_objective(config)
+    if "start" in parents:
+        trained = stage.trained(config, parents["start"], shared_mesh)
+    else:
+        born = mesh.born(lambda k: Transformer(model_config, k), shared_mesh)
+        trained = stage.Trained(None, born)
+    if trained.frozen is not None and fresh_pieces and not config.lora.embeddings:
+        raise UserError(
+            "lora.embeddings=False: start_from was trained on bare text and has never "
+            "seen the pieces of a chat, whose embeddings an adapter leaves alone; set "
+            "lora.embeddings=True"
+        )
 
     def init(key):
-        if "start" not in parents:
-            model = mesh.born(lambda k: Transformer(model_config, k), shared_mesh)(key)
-        else:
-            model = stage.make_copy(parents["start"], shared_mesh)()
-            if fresh_pieces:
-                model = average_rows(model, fresh_pieces)
-        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        model = trained.born(key)
+        if fresh_pieces:
+            average_rows(lora.join(trained.frozen, model), fresh_pieces)
+        return stage.begin(
+            *(model, optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+        )
 
     return stage.Stage(
         init=init,
         prepare=lambda state, raw, key: mesh.put(raw, shared_mesh),
         update=stage.make_update(
-            goal, optimizer_, micro_batches=config.micro_batches, ema_decay=decay
+            *(goal, optimizer_),
+            micro_batches=config.micro_batches,
+            ema_decay=decay,
+            frozen=trained.frozen,
         ),
-        evaluate=stage.make_evaluate(goal),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=lambda raw: {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]},
+        frozen=trained.frozen,
     )
 
 

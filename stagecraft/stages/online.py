@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, optimizer
 from stagecraft.metrics import section
+from stagecraft.models import lora
 from stagecraft.stages import rollout, stage
 from stagecraft.stages.preference import make_objective, make_reference_score
 
@@ -38,6 +39,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     goal, needs = make_objective(config)
     score = make_reference_score(config)
     reference = parents["reference"]
+    trained = stage.trained(config, parents["start"], shared_mesh)
     rolls = rollout.make(
         *(config, shared_mesh, parents.get("reward"), verifiers),
         stop_ids=stop_ids,
@@ -45,9 +47,11 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     )
 
     def init(key):
-        del key
-        model = stage.make_copy(parents["start"], shared_mesh)()
-        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        return stage.begin(
+            *(trained.born(key), optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+        )
 
     rank = jax.jit(
         functools.partial(
@@ -59,7 +63,8 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         raw, index = stage.placed(raw, shared_mesh)
         with section("update"):
             jax.block_until_ready(state.model)
-        drawn = rolls.sample(state.model, raw, key)
+        policy = lora.join(trained.frozen, state.model)
+        drawn = rolls.sample(policy, raw, key)
         with section("score"):
             batch, told = rank(drawn, rolls.score(drawn, index))
             if "ref_logps" in needs:
@@ -80,19 +85,22 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
 
     step = stage.make_step(goal, optimizer_, micro_batches=config.micro_batches)
 
-    def update(state, batch):
+    def update(state, batch, frozen):
         told = batch["metrics"]
         pairs = {k: v for k, v in batch.items() if k != "metrics"}
-        model, opt_state, metrics = step(state, pairs, state.step)
+        model, opt_state, metrics = step(
+            *(state, pairs, state.step, frozen), stage.dropout_key(state)
+        )
         state = stage.advance(state, model, opt_state, ema_decay=decay)
         return state, masked.results(metrics | told)
 
     return stage.Stage(
         init=init,
         prepare=prepare,
-        update=stage.jit_update(update),
-        evaluate=stage.make_evaluate(goal),
+        update=stage.jit_update(update, trained.frozen),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=work,
+        frozen=trained.frozen,
     )
 
 

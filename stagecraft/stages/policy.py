@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
 from stagecraft.metrics import section
-from stagecraft.models.transformer import ScalarModel
+from stagecraft.models import lora
 from stagecraft.stages import objective, rollout, stage
 from stagecraft.stages.rollout import response_logps
 
@@ -62,23 +62,26 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     decay = config.ema_decay
     goal, needs = make_objective(config)
     reference = parents["reference"]
+    # Without a parent of its own the critic starts from the policy, its head new.
+    starts = {"policy": parents["start"]}
+    starts["value"] = parents.get("value", parents["start"])
+    trained = {
+        part: stage.trained(config, start, shared_mesh, scalar=part == "value")
+        for part, start in starts.items()
+    }
+    frozen = {part: one.frozen for part, one in trained.items()}
+    frozen = frozen if config.lora.rank else None
     rolls = rollout.make(
         config, shared_mesh, parents.get("reward"), verifiers, stop_ids=stop_ids
     )
 
     def init(key):
-        critic = parents.get("value")
-        if critic is None:
-            born = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)
-            critic = born(key, stage.make_copy(parents["start"], shared_mesh)())
-        else:
-            critic = stage.make_copy(critic, shared_mesh)()
-        policy = stage.make_copy(parents["start"], shared_mesh)()
         return stage.begin(
-            {"policy": policy, "value": critic},
+            {part: one.born(key) for part, one in trained.items()},
             optimizers,
             shared_mesh,
             ema=decay > 0,
+            dropout=stage.dropout(config, key),
             kl_coef=config.kl_coef,
         )
 
@@ -94,11 +97,12 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):
             jax.block_until_ready(state.model)
-        drawn = rolls.sample(state.model["policy"], raw, sample_key)
+        model = lora.join(frozen, state.model)
+        drawn = rolls.sample(model["policy"], raw, sample_key)
         with section("score"):
             rewards = rolls.score(drawn, index)
             coef = state.extra["kl_coef"]
-            batch = judge(state.model, reference, drawn, rewards, order_key, coef)
+            batch = judge(model, reference, drawn, rewards, order_key, coef)
             ptx = {k: v for k, v in raw.items() if k.startswith("ptx_")}
             return jax.block_until_ready(batch) | ({"ptx": ptx} if ptx else {})
 
@@ -120,9 +124,10 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     return stage.Stage(
         init=init,
         prepare=prepare,
-        update=stage.jit_update(_make_update(config, goal, optimizers, decay)),
-        evaluate=stage.make_evaluate(goal),
+        update=stage.jit_update(_make_update(config, goal, optimizers, decay), frozen),
+        evaluate=stage.make_evaluate(goal, frozen),
         work=work,
+        frozen=frozen,
     )
 
 
@@ -309,18 +314,22 @@ def _make_update(config, goal, optimizers, decay):
         lr_scale=None if own else {"policy": 1.0, "value": config.value_lr_scale},
     )
 
-    def update(state, batch):
-        def minibatch(carry, rows):
-            model, opt_state, now = carry
+    def update(state, batch, frozen):
+        keys = stage.dropout_keys(state, len(batch["order"]))
+
+        def minibatch(carry, xs):
+            (model, opt_state, now), (rows, key) = carry, xs
             part = jax.tree.map(lambda x: x[rows], batch["rollout"])
             part = _placed(part | _chunk(batch, now, config.minibatches))
             seen = state._replace(model=model, opt_state=opt_state)
             # The schedule counts rollouts: one learning rate for a rollout's updates.
-            model, opt_state, metrics = step(seen, part, state.step)
+            model, opt_state, metrics = step(seen, part, state.step, frozen, key)
             return (model, opt_state, now + 1), metrics
 
         start = (state.model, state.opt_state, jnp.zeros((), jnp.int32))
-        (model, opt_state, _), metrics = jax.lax.scan(minibatch, start, batch["order"])
+        (model, opt_state, _), metrics = jax.lax.scan(
+            minibatch, start, (batch["order"], keys)
+        )
         first = jax.tree.map(lambda x: x[0], metrics)
         told = masked.fold(metrics) | batch["metrics"]
         told |= {f"{k}_first": first[k] for k in FIRST if k in first}

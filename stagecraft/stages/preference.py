@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stagecraft import losses, masked, mesh, optimizer
+from stagecraft.models import lora
 from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
@@ -45,18 +46,21 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
     decay = config.ema_decay
     goal, needs = make_objective(config)
     score = make_reference_score(config)
+    trained = stage.trained(config, parents["start"], shared_mesh)
     moving = config.sync_every > 0 and "ref_logps" in needs
     kept = None
     if "ref_logps" in needs and not moving and dataset is not None:
         kept = once(config, dataset, parents["reference"], score, shared_mesh)
 
     def init(key):
-        del key
-        model = stage.make_copy(parents["start"], shared_mesh)()
-        state = stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        state = stage.begin(
+            *(trained.born(key), optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+        )
         if moving:
-            copy = stage.make_copy(parents["reference"], shared_mesh)()
-            state.extra["reference"] = copy
+            first = moving_reference(state, trained.frozen, parents["reference"])
+            state.extra["reference"] = stage.make_copy(first, shared_mesh)()
         return state
 
     def prepare(state, raw, key):
@@ -66,7 +70,9 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
             return batch
         known = kept(index) if kept is not None else None
         if known is None:
-            reference = state.extra["reference"] if moving else parents["reference"]
+            reference = parents["reference"]
+            if moving:
+                reference = lora.join(trained.frozen, state.extra["reference"])
             known = score(reference, batch)
         return batch | {"ref_logps": known}
 
@@ -92,10 +98,21 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
             micro_batches=config.micro_batches,
             ema_decay=decay,
             carry=sync,
+            frozen=trained.frozen,
         ),
-        evaluate=stage.make_evaluate(goal),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=work,
+        frozen=trained.frozen,
     )
+
+
+def moving_reference(state, frozen, reference):
+    """Where a reference that moves begins, before it is copied.
+
+    Under an adapter it is an adapter too, on the same base: the policy's own as it
+    starts, which changes nothing yet.
+    """
+    return reference if frozen is None else state.model
 
 
 def synced(state, model, config):

@@ -8,11 +8,11 @@ seems to begin.
 import jax
 import jax.numpy as jnp
 
-from stagecraft import masked, mesh, optimizer
+from stagecraft import masked, optimizer
 from stagecraft.errors import UserError
+from stagecraft.models import lora
 from stagecraft.models.language import placed
 from stagecraft.models.scores import scores
-from stagecraft.models.transformer import ScalarModel
 from stagecraft.stages import objective, stage
 
 BUCKETS = 5  # of confidence, from 0.5 to 1
@@ -36,19 +36,17 @@ def make(config, model_config, shared_mesh, parents):
         f32[B].
     """
     del model_config
-    start = parents["start"]
+    trained = stage.trained(config, parents["start"], shared_mesh, scalar=True)
     optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal = make_objective(config)
 
     def init(key):
-        model = stage.make_copy(start, shared_mesh)()
-        if not isinstance(model, ScalarModel):
-            # The head is born on its own; the body is a copy of the parent's.
-            model = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)(
-                key, model
-            )
-        return stage.begin(model, optimizer_, shared_mesh, ema=decay > 0)
+        return stage.begin(
+            *(trained.born(key), optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+        )
 
     def prepare(state, raw, key):
         del state, key
@@ -58,13 +56,17 @@ def make(config, model_config, shared_mesh, parents):
         init=init,
         prepare=prepare,
         update=stage.make_update(
-            goal, optimizer_, micro_batches=config.micro_batches, ema_decay=decay
+            *(goal, optimizer_),
+            micro_batches=config.micro_batches,
+            ema_decay=decay,
+            frozen=trained.frozen,
         ),
-        evaluate=stage.make_evaluate(goal),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=lambda raw: {
             "scalar_trained": raw["ids"].size,
             "length": raw["ids"].shape[-1],
         },
+        frozen=trained.frozen,
     )
 
 
@@ -102,7 +104,7 @@ def make_objective(config):
     return stage.Objective(reductions, terms, {})
 
 
-def normalize(state, reference, batch_size):
+def normalize(state, reference, batch_size, frozen=None):
     """Shifts the head's bias so that demonstrations have mean reward 0.
 
     The loss fixes rewards up to a constant; this is how Stiennon et al. 2020
@@ -112,6 +114,7 @@ def normalize(state, reference, batch_size):
         state: the state after the last step; its average of the weights is shifted too.
         reference: a `Dataset` of demonstrations.
         batch_size: rows at once.
+        frozen: the stage's.
 
     Returns:
         the state, {"reference_reward": their mean before the shift}.
@@ -119,6 +122,7 @@ def normalize(state, reference, batch_size):
     for model in (state.extra.get("ema"), state.model):
         if model is None:
             continue
+        model = lora.join(frozen, model)  # its bias is the state's own
         total = masked.Mean.empty()
         for raw in reference.epoch(batch_size):
             total = total.merge(_mean_score(model, placed(raw)[0]))

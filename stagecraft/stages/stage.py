@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from stagecraft import masked, mesh, optimizer
+from stagecraft.models import lora
+from stagecraft.models.transformer import ScalarModel
 
 
 class Stage(NamedTuple):
@@ -27,6 +29,9 @@ class Stage(NamedTuple):
             (padding costs as much as text): "trained" forward and backward, "scored"
             forward only, "sampled", and "scalar_" before those of reward and value
             models; and "length", of a row.
+        frozen: what `State.model` is an adapter of: a module, or a dict of them; None
+            where a model is trained whole. `lora.join(frozen, state.model)` is the
+            model. It is never donated, and frozen models may share its buffers.
     """
 
     init: Callable
@@ -34,6 +39,7 @@ class Stage(NamedTuple):
     update: Callable
     evaluate: Callable
     work: Callable
+    frozen: Any = None
 
 
 class State(NamedTuple):
@@ -41,7 +47,7 @@ class State(NamedTuple):
 
     Attributes:
         step: i32[], updates done.
-        model: the trained parameters; one module, or a dict of modules.
+        model: the trained parameters; one module or `lora.Adapter`, or a dict of them.
         opt_state: the optimizer's state, sharded like the parameters.
         extra: {name: array or tree} for the rest: PPO's KL coefficient, a moving
             reference, "ema" for the average of the weights.
@@ -70,7 +76,41 @@ class Objective(NamedTuple):
     weights: dict
 
 
-def begin(model, optimizers, shared_mesh, *, ema=False, **extra):
+class Trained(NamedTuple):
+    """What a stage trains of a parent.
+
+    Attributes:
+        frozen: the parent, where an adapter is trained; else None.
+        born: (key) -> the parameters before the first step: a copy of the parent's, or
+            a fresh adapter.
+    """
+
+    frozen: Any
+    born: Callable
+
+
+def trained(config, parent, shared_mesh, *, scalar=False):
+    """What a stage trains of a parent, by the `lora` keys of its config.
+
+    Args:
+        config: the stage's resolved config.
+        parent: a `Transformer` or a `ScalarModel`; the stage's to keep, not to change.
+        shared_mesh: the mesh.
+        scalar: whether the model has a scalar head: a new one on a `Transformer`.
+    """
+    if config.lora.rank:
+        settings = lora.Settings(**config.lora)
+        # Made at once as shapes: a target the model lacks is refused here.
+        lora.abstract(settings, parent, shared_mesh, scalar=scalar)
+        return Trained(parent, lora.made(settings, parent, shared_mesh, scalar=scalar))
+    copy = make_copy(parent, shared_mesh)
+    if not scalar or isinstance(parent, ScalarModel):
+        return Trained(None, lambda key: copy())
+    head = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)
+    return Trained(None, lambda key: head(key, copy()))
+
+
+def begin(model, optimizers, shared_mesh, *, ema=False, dropout=None, **extra):
     """The state before the first step, every array on the devices that keep it.
 
     Args:
@@ -78,9 +118,12 @@ def begin(model, optimizers, shared_mesh, *, ema=False, **extra):
         optimizers: an `optimizer.Optimizer`, or one for each part of the model.
         shared_mesh: the mesh.
         ema: whether to carry an average of the weights.
+        dropout: a random key to carry, that of an adapter's dropout.
         **extra: scalars to carry.
     """
     scalars = {k: jnp.asarray(v, jnp.float32) for k, v in extra.items()}
+    if dropout is not None:
+        scalars["dropout"] = jax.random.key_data(dropout)
     step, carried = mesh.replicate((jnp.zeros((), jnp.int32), scalars), shared_mesh)
     if isinstance(optimizers, dict):
         opt_state = {
@@ -143,16 +186,18 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
         lr_scale: {part: factor} on the learning rate of one optimizer for all parts.
 
     Returns:
-        step(state, batch, schedule_step) -> (model, opt_state, metrics).
+        step(state, batch, schedule_step, frozen=None, key=None) -> (model, opt_state,
+        metrics); `frozen` is the stage's, which no gradient is taken of, `key` that of
+        an adapter's dropout.
     """
 
-    def step(state, batch, schedule_step):
+    def step(state, batch, schedule_step, frozen=None, key=None):
         reductions = objective.reductions(batch)
         totals = {k: r.total() for k, r in reductions.items()}
         weights = {k: r.weights for k, r in reductions.items()}
 
-        def loss_fn(model, micro, micro_weights):
-            terms, metrics = objective.terms(model, micro)
+        def loss_fn(model, micro, micro_weights, key):
+            terms, metrics = objective.terms(lora.join(frozen, model, key), micro)
             loss = 0.0
             for name, values in terms.items():
                 part = masked.Reduction(micro_weights[name], micro_weights[name])
@@ -162,10 +207,11 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if micro_batches == 1:
-            (loss, metrics), grads = grad_fn(state.model, batch, weights)
+            (loss, metrics), grads = grad_fn(state.model, batch, weights, key)
             grads = mesh.constrain_tree(grads)
         else:
             split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, weights))
+            split += (None if key is None else jax.random.split(key, micro_batches),)
             first = jax.tree.map(lambda x: x[0], split)
             shapes = jax.eval_shape(grad_fn, state.model, *first)
             (_, empty), empty_grads = shapes
@@ -207,7 +253,9 @@ def _apply(optimizers, grads, state, step, lr_scale):
     return model, opt_state, norms | {"grad_norm": jnp.sqrt(squares)}
 
 
-def make_update(objective, optimizer_, *, micro_batches=1, ema_decay=0.0, carry=None):
+def make_update(
+    objective, optimizer_, *, micro_batches=1, ema_decay=0.0, carry=None, frozen=None
+):
     """update(state, batch) -> (state, metrics): one batch, one optimizer step.
 
     Args:
@@ -216,20 +264,47 @@ def make_update(objective, optimizer_, *, micro_batches=1, ema_decay=0.0, carry=
         micro_batches: parts the batch is worked on in.
         ema_decay: of the average of the weights; 0 keeps none.
         carry: (state, model, batch) -> {name: value} of State.extra to replace.
+        frozen: the stage's.
     """
     step = make_step(objective, optimizer_, micro_batches=micro_batches)
 
-    def update(state, batch):
-        model, opt_state, metrics = step(state, batch, state.step)
+    def update(state, batch, frozen):
+        key = dropout_key(state)
+        model, opt_state, metrics = step(state, batch, state.step, frozen, key)
         extra = carry(state, model, batch) if carry else {}
         state = advance(state, model, opt_state, ema_decay=ema_decay, **extra)
         return state, masked.results(metrics)
 
-    return jit_update(update)
+    return jit_update(update, frozen)
 
 
-def jit_update(update):
-    """jit with the state donated and its shardings kept from call to call."""
+def dropout(config, key):
+    """What `begin` is to carry for an adapter's dropout: a random key, or None."""
+    drops = config.lora.rank and config.lora.dropout
+    return jax.random.fold_in(key, 2) if drops else None
+
+
+def dropout_key(state):
+    """The random key of this step's dropout; None where nothing is dropped."""
+    if "dropout" not in state.extra:
+        return None
+    key = jax.random.wrap_key_data(state.extra["dropout"])
+    return jax.random.fold_in(key, state.step)
+
+
+def dropout_keys(state, count):
+    """The same for so many optimizer steps in one update."""
+    key = dropout_key(state)
+    return None if key is None else jax.random.split(key, count)
+
+
+def jit_update(update, frozen=None):
+    """jit with the state donated and its shardings kept from call to call.
+
+    Args:
+        update: (state, batch, frozen) -> (state, metrics).
+        frozen: the stage's: an argument of the program, neither donated nor a constant.
+    """
     compiled = {}
 
     def call(state, batch):
@@ -239,12 +314,12 @@ def jit_update(update):
             compiled["update"] = jax.jit(
                 update, donate_argnums=0, out_shardings=(shardings, None)
             )
-        return compiled["update"](state, batch)
+        return compiled["update"](state, batch, frozen)
 
     return call
 
 
-def make_evaluate(objective):
+def make_evaluate(objective, frozen=None):
     """evaluate(state, batch) -> the objective's metrics and loss, without gradient."""
 
     @jax.jit
@@ -260,7 +335,7 @@ def make_evaluate(objective):
             metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         return metrics | {"loss": masked.Sum.of([*means.values()], weights)}
 
-    return lambda state, batch: evaluate(state.model, batch)
+    return lambda state, batch: evaluate(lora.join(frozen, state.model), batch)
 
 
 def _split(x, parts):

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, mesh, optimizer
+from stagecraft.models import lora
 from stagecraft.stages import objective, stage
-from stagecraft.stages.preference import once, synced
+from stagecraft.stages.preference import moving_reference, once, synced
 
 OFFERS = {
     "policy_logps": "B",
@@ -47,37 +48,43 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
     beta = float(config.objective_args.get("beta", 0.1))
     score = jax.jit(lambda model, batch: row_logps(model, batch)[0])
     distance = jax.jit(_distance)
+    trained = stage.trained(config, parents["start"], shared_mesh)
     moving = config.sync_every > 0 and "ref_logps" in needs
     kept = None
     if "ref_logps" in needs and not moving and dataset is not None:
         kept = once(config, dataset, parents["reference"], score, shared_mesh)
 
     def init(key):
-        del key
-        model = stage.make_copy(parents["start"], shared_mesh)()
         extra = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
-        state = stage.begin(model, optimizer_, shared_mesh, ema=decay > 0, **extra)
+        state = stage.begin(
+            *(trained.born(key), optimizer_, shared_mesh),
+            ema=decay > 0,
+            dropout=stage.dropout(config, key),
+            **extra,
+        )
         if moving:
-            copy = stage.make_copy(parents["reference"], shared_mesh)()
-            state.extra["reference"] = copy
+            first = moving_reference(state, trained.frozen, parents["reference"])
+            state.extra["reference"] = stage.make_copy(first, shared_mesh)()
         return state
 
     def prepare(state, raw, key):
         del key
         batch, index = stage.placed(raw, shared_mesh)
-        reference = state.extra["reference"] if moving else parents["reference"]
+        policy, reference = lora.join(trained.frozen, state.model), parents["reference"]
+        if moving:
+            reference = lora.join(trained.frozen, state.extra["reference"])
         known = kept(index) if kept is not None else None
         if known is not None:
             batch["ref_logps"] = known
         elif "ref_logps" in needs:
             batch["ref_logps"] = score(reference, batch)
         if "kl" in needs:
-            batch["kl"] = distance(state.model, reference, batch)
+            batch["kl"] = distance(policy, reference, batch)
         if "delta" in needs:
             moved = running_mean(
                 state.extra["delta"],
                 state.extra["seen"],
-                beta * (score(state.model, batch) - batch["ref_logps"]),
+                beta * (score(policy, batch) - batch["ref_logps"]),
                 batch["mask"].any(-1),
             )
             batch["delta"], batch["seen"] = moved
@@ -107,9 +114,11 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
             micro_batches=config.micro_batches,
             ema_decay=decay,
             carry=carry,
+            frozen=trained.frozen,
         ),
-        evaluate=stage.make_evaluate(goal),
+        evaluate=stage.make_evaluate(goal, trained.frozen),
         work=work,
+        frozen=trained.frozen,
     )
 
 
