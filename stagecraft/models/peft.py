@@ -356,8 +356,8 @@ def _tied(folder, found, family, config):
     elif embed in found and "score.weight" in found:
         return set()
     raise UserError(
-        f"{folder / WEIGHTS}: trains {embed} and lm_head.weight apart, but its base has "
-        "one table for both; merge it with PEFT and untie them"
+        f"{folder / WEIGHTS}: trains {embed} and lm_head.weight apart, but its base "
+        "has one table for both; merge it with PEFT and untie them"
     )
 
 

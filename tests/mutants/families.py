@@ -7,8 +7,8 @@ _ATTENTION = in_file(
     "tests/models/attention_test.py tests/models/families_test.py",
     (
         "a window one token wider",
-        "index[:, None] - index[None, :] < window",
-        "index[:, None] - index[None, :] <= window",
+        "index[rows, None] - index[None, seen] < window",
+        "index[rows, None] - index[None, seen] <= window",
     ),
 )
 

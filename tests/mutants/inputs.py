@@ -148,13 +148,13 @@ _MODEL = in_file(
     "tests/models/transformer_test.py",
     (
         "attention across documents",
-        "visible = (segments[:, :, None] == segments[:, None, :]) & (",
-        "visible = (segments[:, :, None] > 0) & (",
+        "visible = segments[:, rows, None] == segments[:, None, seen]",
+        "visible = segments[:, rows, None] > 0",
     ),
     (
         "attention sees what comes",
-        "index[:, None] >= index[None, :]",
-        "index[:, None] >= index[None, :] - 1",
+        "index[rows, None] >= index[None, seen]",
+        "index[rows, None] >= index[None, seen] - 1",
     ),
 )
 
