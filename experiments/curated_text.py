@@ -10,6 +10,16 @@ on what `stagecraft curate` leaves of it, `clean` on the text before anything wa
 planted, which no curation could know: what is left to gain. Held-out loss is on clean
 text that none of them saw; the tokenizer is trained on the raw text for all. The files
 are made when the config is first read, in data=DIR, one folder a share and seed.
+
+Measured (seed 0, 250 steps, 0.5M tokens an arm, four minutes of CPU on two cores):
+
+    arm      held-out loss   cloze accuracy   documents (of them planted)
+    raw          1.548            0.141       22,800 (11,400)
+    curated      1.080            0.468       10,905 (1,963, nearly all the one copy
+                                              of a document that was kept)
+    clean        0.903            0.350       11,400
+
+One seed: that curated is above clean in cloze accuracy is chance; raw is far from both.
 """
 
 import json

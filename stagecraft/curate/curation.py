@@ -13,13 +13,14 @@ afresh.
 """
 
 import contextlib
+import hashlib
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from stagecraft import defaults, schema, workdir
-from stagecraft.curate import inputs, language
+from stagecraft.curate import classifier, inputs, language
 from stagecraft.errors import UserError
 
 # Work of another version of these steps is not gone on with.
@@ -97,8 +98,8 @@ def curate(config, *, executor="local", workers=2):
     began = time.monotonic()
     found = inputs.survey(c.files, c.text_key, c.document, c.task_bytes)
     named = {k: v for k, v in schema.plain(c).items() if k not in publish.PLACES}
-    read = [c.quality.good, c.quality.bad, c.quality.model, c.contamination.files]
-    contents = [found.digest, digest, *map(_contents, read)]
+    read = [c.quality.good, c.quality.bad, c.contamination.files]
+    contents = [found.digest, digest, _model(c.quality.model), *map(_contents, read)]
     identity = workdir.digest([VERSION, _engine_version(), named, contents])
     before = workdir.read_json(out / "curation.json", {})
     if before.get("identity") == identity:
@@ -150,13 +151,15 @@ def _engine_version():
 
 def _contents(spec):
     """A digest of the files a config names; "" for none."""
-    if not spec:
+    return inputs.survey(spec, "", 0, 0).digest if spec else ""
+
+
+def _model(path):
+    """A digest of a classifier, which is looked into first; "" for none."""
+    if not path:
         return ""
-    if Path(spec).is_file():
-        return workdir.digest(Path(spec).read_bytes().hex())
-    if Path(spec).is_dir() or "," in spec or "*" in spec:
-        return inputs.survey(spec, "", 0, 0).digest
-    return spec
+    classifier.Classifier(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_out(out):

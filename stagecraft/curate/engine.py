@@ -86,17 +86,23 @@ def run(phases, work, executor, workers, tell):
         from datatrove.executor.ray import RayPipelineExecutor
 
         ray.init(address=rest, ignore_reinit_error=True)
-        kind, settings = RayPipelineExecutor, {"workers": workers}
+        chain(phases, work, RayPipelineExecutor, workers=workers).run()
     else:
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
-        kind, settings = SlurmPipelineExecutor, _slurm_settings(rest)
-    chain(phases, work, kind, settings).run()
+        settings = _slurm_settings(rest)
+        chain(phases, work, SlurmPipelineExecutor, **settings).run()
     return name == "ray"
 
 
-def chain(phases, work, kind, settings):
-    """The last executor of the phases, each of which waits for the one before it."""
+def chain(phases, work, kind, **settings):
+    """The last executor of the phases, each of which waits for the one before it.
+
+    Args:
+        phases, work: as in `run`.
+        kind: a class of datatrove's executors.
+        **settings: its own.
+    """
     last = None
     for phase in phases:
         last = kind(
@@ -105,17 +111,12 @@ def chain(phases, work, kind, settings):
             logging_dir=str(Path(work) / "logs" / phase.name),
             depends=last,
             **settings,
-            **_named(kind, phase),
         )
     return last
 
 
-def _named(kind, phase):
-    return {"job_name": f"curate-{phase.name}"} if "Slurm" in kind.__name__ else {}
-
-
 def _slurm_settings(text):
-    found = {"time": "04:00:00"}
+    found = {"time": "04:00:00", "job_name": "stagecraft-curate"}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in _SLURM or not value:

@@ -147,7 +147,6 @@ def _rule(name, c, words):
 def _classifier(q, work, c, about):
     """The classifier's file in the work folder; "" for none."""
     if q.model:
-        classifier.Classifier(q.model)  # says what is wrong with it
         data = Path(q.model).read_bytes()
         path = work / Path(q.model).name
         workdir.write_bytes(path, data)

@@ -330,7 +330,7 @@ def test_datatroves_own_executor_runs_the_same_list(corpus, result, tmp_path):
     for rank, parts in enumerate(found.tasks):
         workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
     phases = pipeline.phases(c, work, len(found.tasks), found, told["identity"])
-    engine.chain(phases, work, LocalPipelineExecutor, {"workers": 1}).run()
+    engine.chain(phases, work, LocalPipelineExecutor, workers=1).run()
     assert prose.files(tmp_path / "out") == prose.files(out)
 
 
@@ -370,10 +370,7 @@ def test_the_phases_are_chained_for_a_cluster(tmp_path):
 
     phases = [engine.Phase(name, [], tasks) for name, tasks in (("a", 3), ("b", 1))]
     settings = {"partition": "cpu", "time": "01:00:00", "workers": 2}
-    last = engine.chain(phases, tmp_path, SlurmPipelineExecutor, settings)
-    assert (last.job_name, last.tasks, last.depends.job_name) == (
-        "curate-b",
-        1,
-        "curate-a",
-    )
+    last = engine.chain(phases, tmp_path, SlurmPipelineExecutor, **settings)
+    assert (last.partition, last.tasks) == ("cpu", 1)
+    assert last.logging_dir.path == str(tmp_path / "logs" / "b")
     assert last.depends.depends is None and last.depends.tasks == 3
