@@ -110,10 +110,11 @@ def save(adapter, config, folder, shared_mesh, *, base, overwrite=False, extra=N
 
 def _shape(part):
     """The shape of the parameter that a part of an adapter sits on, or is."""
-    shape = part.shape
     if isinstance(part, lora.Low):
         lead = part.a.ndim - len(part.a.get_metadata()["axes"])
         shape = (*part.a.shape[:-1], *part.b.shape[lead + 1 :])
+    else:
+        shape = part.shape
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
