@@ -12,7 +12,7 @@ FILES is a file, a folder or a glob, several separated by commas.
     good, bad   samples; a classifier trained on them scores every document
     share       of the documents, kept by that score (1, all)
     evaluation  files whose text must not be in the result
-    tokenizer   a .model file; without one there are no shards
+    tokenizer   a .model file, a Hugging Face folder or "bytes"; without one, no shards
 
 Everything else is a key of `stagecraft.defaults.curate()`: --config.rules=language,c4
 runs two rules only, --config.minhash.on=False keeps near duplicates, and so on. Then

@@ -22,6 +22,7 @@ from pathlib import Path
 from stagecraft import defaults, schema, workdir
 from stagecraft.curate import classifier, inputs, language
 from stagecraft.errors import UserError
+from stagecraft.text import tokenizer
 
 # Work of another version of these steps is not gone on with.
 VERSION = 1
@@ -92,7 +93,7 @@ def curate(config, *, executor="local", workers=2):
 
     engine.check(executor)
     # Before anything is read: a tokenizer that is none is refused at once.
-    digest = steps.load_tokenizer(c.tokenizer).digest if c.tokenizer else ""
+    digest = tokenizer.load(c.tokenizer).digest if c.tokenizer else ""
     out = Path(c.out)
     _check_out(out)
     began = time.monotonic()

@@ -16,6 +16,7 @@ from stagecraft import workdir
 from stagecraft.curate import ledger, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
+from stagecraft.text import tokenizer
 
 # What a step does, in the page's words.
 SAYS = {
@@ -160,7 +161,7 @@ class Publish(PipelineStep):
             shutil.copyfile(path, folder / path.name)
 
     def _write_shards(self, folder):
-        model = steps.load_tokenizer(self.config["tokenizer"])
+        model = tokenizer.load(self.config["tokenizer"])
         scored = bool(self.model)
         shards.write(
             folder,

@@ -233,7 +233,7 @@ class Write(Step):
         self.tokenizer = tokenizer
 
     def each(self, data, tally, rank):
-        model = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        model = tokenizer.load(self.tokenizer) if self.tokenizer else None
         ids, lengths, scores, sources = [], [], [], []
         with Lines(self.work / "text" / f"{rank:05d}.jsonl.gz", level=6) as file:
             for document in data:
@@ -290,11 +290,6 @@ class Lines:
         """Appends a row as JSON."""
         data = json.dumps(row, ensure_ascii=False) + "\n"
         self._file.write(data.encode("utf-8"))
-
-
-def load_tokenizer(path):
-    """The tokenizer at a path."""
-    return tokenizer.Tokenizer.load(path)
 
 
 def kept(work, rank):
