@@ -89,7 +89,7 @@ def curate(config, *, executor="local", workers=2):
     c = resolve(config)
     schema.positive("--workers", workers)
     _needs_datatrove()
-    from stagecraft.curate import engine, pipeline, publish, steps
+    from stagecraft.curate import engine, pipeline, publish
 
     engine.check(executor)
     # Before anything is read: a tokenizer that is none is refused at once.
