@@ -1,4 +1,4 @@
-"""Every stage with an adapter: what it trains, what it leaves, what it keeps on disk."""
+"""Every stage with an adapter: what it trains, leaves alone and keeps on disk."""
 
 import jax
 import numpy as np
