@@ -48,7 +48,6 @@ _TOKENIZER = in_file(
         'self.pad, self.bos, self.eos = piece("<pad>"), piece("<s>"), piece("</s>")',
         'self.pad, self.bos, self.eos = piece("</s>"), piece("<s>"), piece("</s>")',
     ),
-    ("pad of a foreign model is bos", "taken = (-1, self.bos,", "taken = (-1,"),
 )
 
 _HUGGING_FACE = in_file(
