@@ -143,6 +143,17 @@ def test_all_of_a_character_that_ends_an_answer_is_learned(name, folders):
         assert ours.decode(learned).strip() == "\u6771\U0001f63a"
 
 
+def test_spaces_are_learned_where_a_post_processor_trims_their_places(change):
+    whole = json.loads((change() / "tokenizer.json").read_text())
+    level = dict(add_prefix_space=False, trim_offsets=True, use_regex=False)
+    whole["post_processor"] = dict(type="ByteLevel", **level)
+    ours = load(change(tokenizer__json=whole))
+    answer = {"role": "assistant", "content": "   \n\n "}
+    ids, mask = chat.render([{"role": "user", "content": "a"}, answer], ours)
+    learned = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert ours.decode(learned) == answer["content"] and learned[-1] == ours.eos
+
+
 # -- control tokens --------------------------------------------------------------------
 
 ATTACK = {
