@@ -18,6 +18,16 @@ taken for is printed; one of mixed forms is refused. Several texts are gone thro
 epochs, or mixed in shares of the tokens: text=web.parquet,books.txt,shares=3+1. Shards
 need the tokenizer that wrote them: tokenizer=FILE.
 
+With model=FOLDER, a Hugging Face folder with its tokenizer and chat template, the
+stages start from that model; text is then learned on top of it, or left out:
+
+    stagecraft run --config=experiments/your_text.py:model=FOLDER,demonstrations=FILES,\
+comparisons=FILES,lora=16,length=1024 --workdir=runs/mine
+    stagecraft export --workdir=runs/mine --stage=dpo --to=models/mine
+
+lora=16 trains adapters of that rank instead of the weights. Learning rates depend on
+which it is: see RATES.
+
 What is not given is left out, with the stages that need it. Keys of other names are
 mapped by demonstrations_fields="prompt=question completion=answer" and so on. A share
 of the demonstrations and comparisons (heldout=0.05) is kept for the eval_ metrics.
@@ -31,6 +41,12 @@ SIZES = {
     "small": dict(width=128, layers=4, heads=4, kv_heads=4, ff_width=352),
     "medium": dict(width=256, layers=6, heads=8, kv_heads=4, ff_width=688),
     "large": dict(width=512, layers=8, heads=8, kv_heads=4, ff_width=1376),
+}
+# Learning rates: of a small model from scratch, of a whole ready one, of adapters.
+RATES = {
+    "scratch": dict(pretrain=2e-3, sft=5e-4, reward=1e-4, dpo=5e-5, ppo=5e-5),
+    "whole": dict(pretrain=2e-5, sft=1e-5, reward=1e-5, dpo=1e-6, ppo=1e-6),
+    "adapter": dict(pretrain=2e-4, sft=2e-4, reward=1e-4, dpo=5e-6, ppo=5e-6),
 }
 
 
@@ -47,6 +63,8 @@ def get_config(arg=""):
         prompts_fields="",
         shares="",
         tokenizer="",
+        model="",
+        lora=0,
         heldout=0.05,
         size="small",
         vocab=2048,
@@ -54,10 +72,11 @@ def get_config(arg=""):
         answer=64,
         steps=400,
     )
-    if not arg.text:
+    if not arg.text and not (arg.model and (arg.demonstrations or arg.comparisons)):
         raise UserError(
-            "experiments/your_text.py needs text=FILES to pretrain on, as in "
-            "--config=experiments/your_text.py:text=corpus.txt,demonstrations=qa.jsonl"
+            "experiments/your_text.py needs text=FILES to pretrain on, or model=FOLDER "
+            "and demonstrations or comparisons, as in --config=experiments/"
+            "your_text.py:text=corpus.txt,demonstrations=qa.jsonl"
         )
     if arg.size not in SIZES:
         raise UserError(f"size={arg.size}: expected one of {', '.join(SIZES)}")
@@ -69,8 +88,8 @@ def get_config(arg=""):
             "shares=3+1"
         ) from None
     c = defaults.experiment()
-    c.tokenizer.path = arg.tokenizer
-    c.tokenizer.files = arg.text
+    c.tokenizer.path = arg.tokenizer or arg.model
+    c.tokenizer.files = "" if c.tokenizer.path else arg.text
     c.tokenizer.vocab_size = arg.vocab
     c.model.update(SIZES[arg.size])
     c.model.max_length = arg.length
@@ -78,23 +97,30 @@ def get_config(arg=""):
         c.model.update(common.tiny_model())
         c.model.max_length = arg.length
 
-    c.stages.pretrain = defaults.stage(
-        "language_model",
-        data=dict(
-            files=arg.text,
-            length=arg.length,
-            heldout_share=arg.heldout,
-            shares=shares,
-        ),
-        steps=arg.steps,
-        batch_size=16,
-        optimizer=dict(lr=2e-3, warmup_steps=20),
-        every=dict(save=100),
-    )
+    rates = RATES["adapter" if arg.lora else "whole" if arg.model else "scratch"]
+    shared = dict(lora=dict(rank=arg.lora))
+    base = f"hf:{arg.model}" if arg.model else ""
+    if arg.text:
+        c.stages.pretrain = defaults.stage(
+            "language_model",
+            start_from=base,
+            data=dict(
+                files=arg.text,
+                length=arg.length,
+                heldout_share=arg.heldout,
+                shares=shares,
+            ),
+            steps=arg.steps,
+            batch_size=16,
+            optimizer=dict(lr=rates["pretrain"], warmup_steps=20),
+            every=dict(save=100),
+            **shared,
+        )
+        base = "pretrain"
     if arg.demonstrations:
         c.stages.sft = defaults.stage(
             "language_model",
-            start_from="pretrain",
+            start_from=base,
             data=dict(
                 format="demonstrations",
                 files=arg.demonstrations,
@@ -104,10 +130,11 @@ def get_config(arg=""):
             ),
             steps=arg.steps // 2,
             batch_size=16,
-            optimizer=dict(lr=5e-4),
+            optimizer=dict(lr=rates["sft"]),
             every=dict(save=100),
+            **shared,
         )
-    base = "sft" if arg.demonstrations else "pretrain"
+        base = "sft"
     if arg.comparisons:
         pairs = dict(
             files=arg.comparisons,
@@ -121,7 +148,8 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=dict(lr=1e-4),
+            optimizer=dict(lr=rates["reward"]),
+            **shared,
         )
         c.stages.dpo = defaults.stage(
             "preference",
@@ -130,7 +158,8 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=dict(lr=5e-5),
+            optimizer=dict(lr=rates["dpo"]),
+            **shared,
         )
     if arg.comparisons and arg.prompts:
         c.stages.ppo = defaults.stage(
@@ -142,7 +171,8 @@ def get_config(arg=""):
             steps=max(arg.steps // 40, 1),
             batch_size=16,
             epochs=2,
-            optimizer=dict(lr=5e-5, warmup_steps=0, schedule="linear"),
+            optimizer=dict(lr=rates["ppo"], warmup_steps=0, schedule="linear"),
             every=dict(log=1, save=5),
+            **shared,
         )
     return common.tiny(c) if arg.tiny else c

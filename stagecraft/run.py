@@ -72,7 +72,7 @@ class Run:
         folder = huggingface.folder_of(name)
         if folder is not None:
             model = self.config.model
-            how = {k: model[k] for k in ("dtype", "remat") if k in model}
+            how = {k: model[k] for k in sources.HOW}
             return sources.load(name, shared_mesh or self.mesh(), **how)
         return sources.load(self.folder(name), shared_mesh or self.mesh())
 

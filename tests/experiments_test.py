@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from stagecraft import experiment, losses, run
+from stagecraft import exchange, experiment, losses, run
 from stagecraft.curate import curation
 from stagecraft.errors import UserError
+from stagecraft.models import saved
 from tests.conftest import ROOT, load_experiment, single_device
 
 NAMES = sorted(
@@ -66,6 +67,17 @@ def test_your_text_runs_on_files(tmp_path):
     assert 0 <= found["reward"]["eval_accuracy"] <= 1
     assert 0 <= found["dpo"]["eval_rewards/accuracies"] <= 1
     assert (tmp_path / "run" / "ppo" / "stage.json").exists()
+
+    # What came of it goes in again as a folder, now with adapters.
+    mine = tmp_path / "mine"
+    exchange.export(tmp_path / "run", "dpo", mine)
+    given = [f"model={mine}", "lora=2"]
+    given += [a for a in arg.split(",") if a != f"text={text}"]
+    config = load_experiment("your_text").get_config(",".join(given))
+    assert [*config.stages] == ["sft", "reward", "dpo", "ppo"]
+    again = run.run(single_device(config), tmp_path / "again")
+    assert again["sft"]["eval_loss"] > 0
+    assert saved.info(tmp_path / "again" / "ppo")["lora"]
 
 
 def test_curated_text_trains_on_what_curation_leaves(tmp_path):
