@@ -1,6 +1,6 @@
 """The mistakes that `tests/mutations.py` makes, by where they are made."""
 
-from tests.mutants import families, inputs, objectives, sampled, steps
+from tests.mutants import adapters, families, inputs, objectives, sampled, steps
 
 MUTANTS = (
     objectives.MUTANTS
@@ -8,11 +8,12 @@ MUTANTS = (
     + steps.MUTANTS
     + inputs.MUTANTS
     + families.MUTANTS
+    + adapters.MUTANTS
 )
 
 # Mistakes of the rule book's list that cannot be made here.
 NOT_APPLICABLE = {
     "dropout on in the reference": (
-        "no layer has dropout, so there is nothing to leave on"
+        "an adapter's dropout needs a key, which nothing but an update has"
     ),
 }

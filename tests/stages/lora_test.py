@@ -81,7 +81,7 @@ def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
     found = {}
     for rank in (0, 2):
         with jax.set_mesh(shared):
-            changes = dict(lora=dict(rank=rank))
+            changes = dict(lora=dict(rank=rank, dropout=0.1))
             made, raw, _ = cases.stage("language_model", shared, **changes)
             state = made.init(jax.random.key(0))
             batch = made.prepare(state, raw, None)
@@ -93,6 +93,7 @@ def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
             for line in str(program).splitlines()
             if "= dot_general" in line and "f32[32,64]" in line.split("=")[0]
         ]
+        assert ("random_bits" in str(program)) == (rank > 0)  # dropout is there
     assert found[0] and not found[2]
 
 
