@@ -263,12 +263,18 @@ def _fill(stack, tensor, place):
     return stack
 
 
+def _theirs(axes, leading, sharding):
+    """The sharding of a tensor of theirs that is split as ours is."""
+    spec = (*sharding.spec, *[None] * (leading + len(axes.ours)))
+    ours = dict(zip(axes.ours, spec[leading:], strict=False))
+    spec = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
+    return NamedSharding(sharding.mesh, spec)
+
+
 @functools.lru_cache(maxsize=256)
 def _reader(axes, sizes, leading, sharding):
     """(stack, theirs, index) -> (stack, finite), and the sharding of theirs."""
-    sizes, spec = dict(sizes), _padded(sharding.spec, leading + len(axes.ours))
-    ours = dict(zip(axes.ours, spec[leading:], strict=True))
-    theirs = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
+    sizes = dict(sizes)
     split = [x for _, _, letters in axes.theirs for x in letters]
     order = [split.index(x) for x in axes.ours]
 
@@ -281,11 +287,7 @@ def _reader(axes, sizes, leading, sharding):
 
     outputs = (sharding, NamedSharding(sharding.mesh, P()))
     program = jax.jit(place, donate_argnums=0, out_shardings=outputs)
-    return program, NamedSharding(sharding.mesh, theirs)
-
-
-def _padded(spec, length):
-    return (*spec, *(None,) * (length - len(spec)))
+    return program, _theirs(axes, leading, sharding)
 
 
 # Writing
@@ -436,7 +438,10 @@ def _take(stack, place, dtype):
 
 @functools.lru_cache(maxsize=256)
 def _writer(axes, sizes, leading, sharding, dtype):
-    """(stack, index) -> (theirs, finite), gathered to every device."""
+    """(stack, index) -> (theirs, finite), split as ours is.
+
+    In a program of several processes it is gathered to all, since one of them writes.
+    """
     sizes = dict(sizes)
     split = [x for _, _, letters in axes.theirs for x in letters]
     order = [axes.ours.index(x) for x in split]
@@ -449,10 +454,13 @@ def _writer(axes, sizes, leading, sharding, dtype):
         array = array.transpose(order).reshape(shape).astype(dtype)
         return array, jnp.isfinite(array).all()
 
-    everywhere = None
+    outputs = None
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, P())
-    return jax.jit(take, out_shardings=everywhere)
+        outputs = (_theirs(axes, leading, sharding), everywhere)
+        if jax.process_count() > 1:
+            outputs = everywhere
+    return jax.jit(take, out_shardings=outputs)
 
 
 def _write_configs(module, family, config, folder, dtype, ids):

@@ -89,7 +89,6 @@ CASES = {
 # Those in which a cached token must see other things than a whole pass shows it.
 CACHED = [
     *("gemma 2", "gemma 3", "gpt-2", "smollm 3", "mixtral", "qwen 3 moe"),
-    *("llama 3.1", "no positions", "dense, then sparse"),
 ]
 
 

@@ -7,6 +7,7 @@ is read by it. Whole models are held against transformers in tests/peers.
 import dataclasses
 import errno
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from stagecraft import mesh, tree
 from stagecraft.errors import UserError
-from stagecraft.models import families, huggingface, tensors
+from stagecraft.models import families, huggingface, places, tensors
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 
@@ -282,6 +283,81 @@ def test_every_family_there_and_back(tmp_path, name):
     assert families.matching(unnamed).name == name or not plain
 
 
+# What each family's folder must hold, as its published checkpoints do.
+LAST = "model.layers.2."
+KEYS = {
+    "llama": {LAST + "mlp.gate_proj.bias": (F,), "lm_head.weight": (V, D)},
+    "qwen2": {LAST + "self_attn.k_proj.bias": (K * C,)},
+    "qwen3": {LAST + "self_attn.q_norm.weight": (C,)},
+    "mistral": {LAST + "self_attn.o_proj.weight": (D, H * C)},
+    "olmo2": {
+        LAST + "self_attn.q_norm.weight": (H * C,),
+        LAST + "self_attn.k_norm.weight": (K * C,),
+        LAST + "post_feedforward_layernorm.weight": (D,),
+    },
+    "smollm3": {LAST + "post_attention_layernorm.weight": (D,)},
+    "gemma2": {
+        LAST + "pre_feedforward_layernorm.weight": (D,),
+        LAST + "post_feedforward_layernorm.weight": (D,),
+    },
+    "gemma3_text": {LAST + "self_attn.k_norm.weight": (C,)},
+    "mixtral": {
+        LAST + "block_sparse_moe.gate.weight": (4, D),
+        LAST + "block_sparse_moe.experts.3.w1.weight": (12, D),
+        LAST + "block_sparse_moe.experts.3.w2.weight": (D, 12),
+        LAST + "block_sparse_moe.experts.3.w3.weight": (12, D),
+    },
+    "qwen3_moe": {
+        LAST + "mlp.gate_proj.weight": (F, D),
+        "model.layers.1.mlp.gate.weight": (4, D),
+        "model.layers.1.mlp.experts.3.up_proj.weight": (10, D),
+    },
+    "gpt2": {
+        "transformer.wpe.weight": (32, D),
+        "transformer.h.2.attn.c_attn.weight": (D, 3 * D),
+        "transformer.h.2.mlp.c_fc.weight": (D, F),
+        "transformer.ln_f.bias": (D,),
+    },
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_and_shapes(name):
+    config = family_config(name)
+    shapes = tree.named(
+        jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+    )
+    found = {}
+    for place in places.places(families.FAMILIES[name], config, shapes):
+        sizes = shapes[place.ours].shape[len(place.index) :]
+        sizes = dict(zip(place.axes.ours, sizes, strict=True))
+        found[place.key] = place.axes.shape(sizes)
+    for key, shape in KEYS[name].items():
+        assert found[key] == shape, key
+
+
+def test_layers_are_spelled_one_by_one():
+    """Also where none slides: readers would take a missing list for another one."""
+    for changes, expected in [
+        (dict(window=0, sliding=()), ["full_attention"] * 3),
+        (dict(), ["full_attention", "sliding_attention", "sliding_attention"]),
+    ]:
+        config = dataclasses.replace(family_config("qwen2"), **changes)
+        said = families.write_config(families.FAMILIES["qwen2"], config)
+        assert said["layer_types"] == expected
+        assert said["use_sliding_window"] is bool(config.window)
+        assert said["max_window_layers"] == expected.count("full_attention")
+
+
+def test_wavelengths_of_sliding_layers_are_not_lost():
+    gemma = family_config("gemma2")
+    own = dataclasses.replace(gemma, family="", rope_theta_sliding=500.0)
+    with pytest.raises(UserError, match="rope_theta_sliding=500"):
+        families.matching(own)
+    same = dataclasses.replace(gemma, family="", rope_theta_sliding=gemma.rope_theta)
+    assert families.matching(same).name == "gemma2"
+
+
 def test_a_model_no_family_has(tmp_path):
     config = dataclasses.replace(family_config("llama"), norm_place="both")
     with pytest.raises(UserError, match="norm_place='both'"):
@@ -335,6 +411,24 @@ def test_a_full_disk_leaves_the_old_folder_whole(tmp_path, folder, monkeypatch):
         huggingface.save(model, tmp_path / "out", overwrite=True)
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert after == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, folder, monkeypatch):
+    model = huggingface.load(folder, single())
+    huggingface.save(model, tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("old")
+    plain = Path.rename
+
+    def rename(self, target):
+        if "partial" in self.name and "-old" not in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="Input/output error"):
+        huggingface.save(model, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
