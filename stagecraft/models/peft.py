@@ -185,7 +185,8 @@ def _config(settings, family, modules, config):
 
 def _short(family):
     """(module) -> the end of its name that no other module of a layer shares."""
-    ends = [key.split(".")[-2] for key in {key for key, _ in family.layer.values()}]
+    modules = {key.rpartition(".")[0] for key, _ in family.layer.values()}
+    ends = [module.rpartition(".")[2] for module in modules]
 
     def short(module):
         parts = module.split(".")

@@ -9,9 +9,10 @@ from pathlib import Path
 from stagecraft import checkpoint, workdir
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, lora, peft, saved
+from stagecraft.models.translation import THE_RUNS
 
 # Fields of a model's config that are the run's and not the folder's.
-HOW = ("dtype", "remat", "attention", "strict_kernels")
+HOW = tuple(key for key in THE_RUNS if key not in ("init_std", "family"))
 
 
 def load(name, shared_mesh, **how):

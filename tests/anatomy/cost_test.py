@@ -75,6 +75,12 @@ def test_parameters_of_every_family(changes):
     assert cost.parameters(vars(config))["total"] == tree.count(model)
 
 
+def test_an_adapter_saves_the_gradient_of_the_weights():
+    counters = {"trained": 10, "scored": 20, "context": 8}
+    one = cost.forward_flops(TINY, 1, 8)
+    assert cost.stage_flops(counters, TINY, adapter=True) == pytest.approx(40 * one)
+
+
 def test_only_the_experts_that_work_are_counted():
     """Two of four in one of two layers, beside a dense one; and a router."""
     sparse = {"experts": 4, "expert_width": 5, "sparse": (0, 1)}

@@ -1,6 +1,7 @@
 """The mistakes that `tests/mutations.py` makes, by where they are made."""
 
 from tests.mutants import (
+    adapters,
     curation,
     data,
     families,
@@ -12,12 +13,13 @@ from tests.mutants import (
 
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS),
-    *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + curation.MUTANTS),
+    *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
+    *curation.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
 NOT_APPLICABLE = {
     "dropout on in the reference": (
-        "no layer has dropout, so there is nothing to leave on"
+        "an adapter's dropout needs a key, which nothing but an update has"
     ),
 }

@@ -330,8 +330,8 @@ _POLICY = in_file(
     ),
     (
         "scheduler steps each minibatch",
-        "step(seen, part, state.step, frozen",
-        "step(seen, part, state.step + now, frozen",
+        "step(seen, part, state.step, frozen, key)",
+        "step(seen, part, state.step + now, frozen, key)",
         "tests/stages/policy_test.py -k one_learning_rate",
     ),
     (

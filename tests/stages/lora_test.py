@@ -1,11 +1,10 @@
-"""Every stage with an adapter: what it trains, leaves alone and keeps on disk."""
+"""Every stage with an adapter: what it trains, and leaves, and keeps on disk."""
 
 import jax
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, defaults, mesh, metrics, run, tree, workdir
-from stagecraft.anatomy import summary
+from stagecraft import checkpoint, defaults, exchange, mesh, metrics, run, tree, workdir
 from stagecraft.errors import UserError
 from stagecraft.models import lora, sources
 from stagecraft.stages import stage as stages
@@ -24,7 +23,8 @@ def by_size(pytree):
 def test_two_steps_move_the_adapter_alone(kind):
     shared = cases.single()
     with jax.set_mesh(shared):
-        changes = dict(lora=LORA, optimizer=ADAM, ema_decay=0.5)
+        drops = 0.1 if kind in ("group_policy", "online_preference") else 0.0
+        changes = dict(lora=LORA | dict(dropout=drops), optimizer=ADAM, ema_decay=0.5)
         made, raw, _ = cases.stage(kind, shared, **changes)
         # The reference is what the policy starts from: the base with its adapter off.
         state = made.init(jax.random.key(0))
@@ -68,7 +68,7 @@ def test_dpo_begins_at_log_2_with_one_copy_of_its_base():
         assert float(told["loss"]) < np.log(2)
 
 
-def test_the_base_is_an_argument_of_the_program_and_no_gradient_is_made_of_it():
+def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
     shared = cases.single()
     seen = {}
 
@@ -77,42 +77,37 @@ def test_the_base_is_an_argument_of_the_program_and_no_gradient_is_made_of_it():
         return real(update, frozen)
 
     real = stages.jit_update
-    stages.jit_update = watch
-    try:
+    monkeypatch.setattr(stages, "jit_update", watch)
+    found = {}
+    for rank in (0, 2):
         with jax.set_mesh(shared):
-            made, raw, _ = cases.stage("language_model", shared, lora=LORA)
+            changes = dict(lora=dict(rank=rank, dropout=0.1))
+            made, raw, _ = cases.stage("language_model", shared, **changes)
             state = made.init(jax.random.key(0))
             batch = made.prepare(state, raw, None)
-            arguments = (state, batch, made.frozen)
-            program = jax.make_jaxpr(seen["update"])(*arguments)
-    finally:
-        stages.jit_update = real
-    assert not [x for x in program.consts if np.size(x) > 64]
-    text = str(program)
-    # Nothing is computed in the shape of a weight of the base but its cast or slice.
-    made_of = [
-        line
-        for line in text.splitlines()
-        if "= dot_general" in line and "f32[32,64]" in line.split("=")[0]
-    ]
-    assert not made_of
+            program = jax.make_jaxpr(seen["update"])(state, batch, made.frozen)
+        assert not [x for x in program.consts if np.size(x) > 64]
+        # Products in the shape of up and gate, which nothing but a gradient has.
+        found[rank] = [
+            line
+            for line in str(program).splitlines()
+            if "= dot_general" in line and "f32[32,64]" in line.split("=")[0]
+        ]
+        assert ("random_bits" in str(program)) == (rank > 0)  # dropout is there
+    assert found[0] and not found[2]
 
 
 def test_sharded_and_split_equal_single():
-    changes = dict(lora=LORA)
-    for kind in ("preference", "policy"):
-        one = once(kind, cases.single(), **changes)
-        other = once(kind, mesh.make(2, 2, 2), **changes | dict(micro_batches=2))
-        assert_same(one, other)
-    four = once("preference", cases.single(), **changes | dict(micro_batches=4))
-    assert_same(once("preference", cases.single(), **changes), four)
+    one = once("reward", cases.single(), lora=LORA)
+    assert_same(one, once("reward", mesh.make(2, 2, 2), lora=LORA, micro_batches=2))
+    assert_same(one, once("reward", cases.single(), lora=LORA, micro_batches=4))
 
 
 def test_a_restored_state_goes_on_bit_for_bit_dropout_too(tmp_path):
     shared = mesh.make(1, 2, 2, devices=jax.devices()[:4])
     with jax.set_mesh(shared):
         changes = dict(lora=LORA | dict(dropout=0.3), optimizer=ADAM)
-        made, raw, _ = cases.stage("group_policy", shared, **changes)
+        made, raw, _ = cases.stage("preference", shared, **changes)
         state = made.init(jax.random.key(0))
         state, _ = made.update(state, made.prepare(state, raw, jax.random.key(1)))
         saver = checkpoint.Checkpoints(tmp_path)
@@ -239,10 +234,23 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         assert tree.digest(scalar.body.embed[...]) == tree.digest(merged.embed[...])
         reward = workdir.read_json(straight / "reward/stage.json")
         assert reward["module"] == "scalar" and float(scalar.bias[...]) != 0
-    told = summary.conclude(current, changed=True, started=0.0)
+    told = workdir.read_json(straight / "summary.json")
     changed = told["weights"]["reward"]["by_kind"]
     assert changed["up"]["effective_rank"] <= 2 < changed["up"]["full_rank"]
     assert changed["norm"]["relative_change"] == 0 < changed["up"]["relative_change"]
+    # Out as PEFT's folder, on a folder of the base.
+    with pytest.raises(UserError, match="sits on the stage pretrain; export that"):
+        exchange.export(straight, "sft", tmp_path / "peft", adapter=True)
+    lines = exchange.export(
+        *(straight, "sft", tmp_path / "peft"), adapter=True, base="models/base"
+    )
+    assert (
+        lines[0].endswith("models/base") and (tmp_path / "peft/tokenizer.json").exists()
+    )
+    told = workdir.read_json(tmp_path / "peft/adapter_config.json")
+    assert told["base_model_name_or_path"] == "models/base"
+    with pytest.raises(UserError, match="pretrain trained all weights"):
+        exchange.export(straight, "pretrain", tmp_path / "no", adapter=True)
     # Another base under it is noticed, and so is none.
     path = straight / "lineage.json"
     lineage = workdir.read_json(path)
