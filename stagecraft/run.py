@@ -25,7 +25,6 @@ from stagecraft.errors import UserError
 from stagecraft.models import huggingface, saved, sources
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
-from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, selection, verifier
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, reward
@@ -73,7 +72,7 @@ class Run:
         folder = huggingface.folder_of(name)
         if folder is not None:
             model = self.config.model
-            how = {k: model[k] for k in THE_RUNS if k in model and k != "init_std"}
+            how = {k: model[k] for k in sources.HOW}
             return sources.load(name, shared_mesh or self.mesh(), **how)
         return sources.load(self.folder(name), shared_mesh or self.mesh())
 
