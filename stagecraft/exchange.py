@@ -155,6 +155,11 @@ def _export_adapter(current, name, folder, base, overwrite, extra):
             "flag away"
         )
     theirs = huggingface.folder_of(info["base"]["name"])
+    if not base and theirs is not None and peft.is_adapter(theirs):
+        raise UserError(
+            f"--adapter: {name} sits on {theirs}, an adapter itself; merge that one "
+            "(stagecraft import, then export) and name the folder, --base=FOLDER"
+        )
     if not base and theirs is None:
         raise UserError(
             f"--adapter: {name} sits on the stage {Path(info['base']['name']).name}; "

@@ -74,7 +74,7 @@ _STAGES = in_file(
         "return key",
     ),
     (
-        "the base a constant of the program",
+        "the base is not handed to an update",
         'return compiled["update"](state, batch, frozen)',
         'return compiled["update"](state, batch, None)',
     ),
