@@ -18,6 +18,8 @@ from stagecraft import schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
+# How tasks are asked.
+ASKED = ("limit", "batch_size", "apply_chat_template", "num_fewshot", "seed", "out")
 
 
 def main(argv=None):
@@ -184,11 +186,9 @@ def eval_(rest):
 
     stagecraft eval --workdir=runs/a --stage=all --tasks=my_tasks/
     stagecraft eval --workdir=runs/a --stage=sft,dpo --tasks=hellaswag,qa.yaml
-    stagecraft eval --workdir=runs/a --stage=dpo --tasks=qa.yaml --apply_chat_template
 
-    Tasks are names the harness knows, YAML files, or folders of them; those over local
-    files need no network. Results add up in WORKDIR/evaluations.json and are in the
-    report. Stages of bare text are asked without a chat template in any case.
+    Tasks are names the harness knows, YAML files, or folders of them. Results add up in
+    WORKDIR/evaluations.json and in the report. Bare-text stages get no chat template.
     """
     _no_more(rest)
     from stagecraft import run as running
@@ -197,17 +197,9 @@ def eval_(rest):
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
     current = running.open_run(_workdir())
-    records = evaluate.evaluate(
-        current,
-        _listed(FLAGS.stage),
-        _listed(FLAGS.tasks),
-        limit=FLAGS.limit,
-        batch_size=FLAGS.batch_size,
-        chat=FLAGS.apply_chat_template,
-        shots=FLAGS.num_fewshot,
-        seed=FLAGS.seed,
-        out=FLAGS.out,
-    )
+    asked = {name: FLAGS[name].value for name in ASKED}
+    stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
+    records = evaluate.evaluate(current, stages, tasks, **asked)
     evaluate.show(records, current.stages)
 
 
@@ -355,8 +347,7 @@ def _define(command):
         flags.DEFINE_integer("num_fewshot", None, "examples before each question", 0)
         flags.DEFINE_integer("seed", 0, "of sampled generations")
         flags.DEFINE_string("out", None, "the results; WORKDIR/evaluations.json")
-        names += ["stage", "tasks", "limit", "batch_size", "apply_chat_template"]
-        names += ["num_fewshot", "seed", "out"]
+        names += ["stage", "tasks", *ASKED]
     if command is export:
         flags.DEFINE_string("stage", "", "whose model to write")
         flags.DEFINE_string("to", "", "the folder to write")

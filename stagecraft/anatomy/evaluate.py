@@ -33,8 +33,8 @@ def evaluate(
     *,
     limit=0,
     batch_size=32,
-    chat=False,
-    shots=None,
+    apply_chat_template=False,
+    num_fewshot=None,
     seed=0,
     out=None,
 ):
@@ -46,8 +46,8 @@ def evaluate(
         tasks: bundled names, YAML files, folders of YAML files.
         limit: documents of each task; 0 for all.
         batch_size: rows worked on at once.
-        chat: through the model's chat template, for stages that speak in turns.
-        shots: examples before each question; None for what the task says.
+        apply_chat_template: through the model's own, for stages that speak in turns.
+        num_fewshot: examples before each question; None for what the task says.
         seed: of generations that are sampled.
         out: where the results are kept; None for WORKDIR/evaluations.json.
 
@@ -67,10 +67,12 @@ def evaluate(
                 current.tokenizer,
                 batch_size=behaviour.whole_rows(batch_size, shared_mesh),
             )
-            asked = dict(limit=limit, chat=chat and current.chat_format(name))
-            found = _ask(language, specs, manager, shots=shots, seed=seed, **asked)
-            # Told by how it was asked for: columns of one table.
-            asked |= {"chat": chat, "shots": -1 if shots is None else shots}
+            # A base model knows no turns.
+            chat = apply_chat_template and current.chat_format(name)
+            asked = dict(limit=limit, shots=num_fewshot, chat=chat)
+            found = _ask(language, specs, manager, seed=seed, **asked)
+            # By what was asked for, so that stages are columns of one table.
+            asked["chat"] = apply_chat_template
             _keep(path, [{"stage": name, **asked, **one} for one in found])
     return read(path)
 
@@ -254,7 +256,7 @@ def side_by_side(records, order=()):
 def _how(record):
     """How a task was asked, in words: "5 shots, chat, first 100"."""
     said = []
-    if record["shots"] >= 0:
+    if record["shots"] is not None:
         said.append(f"{record['shots']} shots")
     said += ["chat"] * bool(record["chat"])
     if record["limit"]:
