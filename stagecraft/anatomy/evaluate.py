@@ -119,7 +119,7 @@ def _stages(current, stages):
 
 
 def _quiet():
-    """The harness's own remarks and bars; and no processes: a fork of JAX may hang."""
+    """No remarks that drown the table; and no processes, for a fork of JAX may hang."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "eval: lm-evaluation-harness is not installed: pip install "
@@ -128,6 +128,8 @@ def _quiet():
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # One for each length that texts are padded to: which attention runs.
+    logging.getLogger("stagecraft").setLevel(logging.WARNING)
 
 
 def _tasks(tasks):
