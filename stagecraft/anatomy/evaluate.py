@@ -178,16 +178,22 @@ def _line(specs, error):
     return f"{', '.join(specs)} ({type(error).__name__}: {reason})"
 
 
-def _ask(language, specs, manager, *, limit, chat, shots, seed):
-    """[{"task", "documents", "metrics"}] of one stage's model."""
-    import lm_eval
+def model(language, *, seed=0):
+    """A `Language` as a model of the harness's own type, for `simple_evaluate`."""
     from lm_eval.api.model import LM
 
     class Model(Answers, LM):
-        """Our answers in the harness's own type."""
+        pass
+
+    return Model(language, seed=seed)
+
+
+def _ask(language, specs, manager, *, limit, chat, shots, seed):
+    """[{"task", "documents", "metrics"}] of one stage's model."""
+    import lm_eval
 
     got = lm_eval.simple_evaluate(
-        model=Model(language, seed=seed),
+        model=model(language, seed=seed),
         tasks=list(specs),
         task_manager=manager,
         num_fewshot=shots,

@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,12 +40,18 @@ def asked(*arguments):
     return [types.SimpleNamespace(args=args) for args in arguments]
 
 
+@jax.jit
+def whole_logits(model, ids):
+    return model.logits(ids, jnp.arange(CONTEXT)[None], jnp.ones_like(ids))[0]
+
+
 def logps(answers, ids):
     """f32[T - 1, V] log-probabilities of what follows each id but the last."""
-    ids = np.array([ids[:-1]], np.int32)
-    args = ids, np.arange(ids.size)[None], np.ones_like(ids)
-    logits = answers.language.model.logits(*args)
-    return np.asarray(jax.nn.log_softmax(logits))[0]
+    ids = np.array(ids[:-1], np.int32)
+    # Of one length, for one program: what comes later changes nothing before it.
+    padded = np.pad(ids, (0, CONTEXT - len(ids)))[None]
+    logits = whole_logits(answers.language.model, padded)[: len(ids)]
+    return np.asarray(jax.nn.log_softmax(logits))
 
 
 def judged(answers, before, ids):
