@@ -22,6 +22,8 @@ from stagecraft.errors import UserError
 from stagecraft.models.language import Language
 
 FILE = "evaluations.json"
+# What tells records apart.
+KEY = ("stage", "task", "limit", "shots", "chat")
 # Resamplings for the standard error of metrics that have no formula for it.
 BOOTSTRAP = 1000
 
@@ -80,17 +82,14 @@ def evaluate(
 def read(path):
     """The records of an evaluations.json; [] where there is none."""
     found = workdir.read_json(path, [])
-    return [one for one in found if isinstance(one, dict) and "metrics" in one]
+    whole = {*KEY, "metrics"}
+    return [one for one in found if isinstance(one, dict) and whole <= one.keys()]
 
 
 def _keep(path, records):
     """Adds records; those of the same stage, task and way of asking are replaced."""
-    kept = {_key(one): one for one in [*read(path), *records]}
+    kept = {tuple(one[k] for k in KEY): one for one in [*read(path), *records]}
     workdir.write_json(path, list(kept.values()))
-
-
-def _key(record):
-    return tuple(record[k] for k in ("stage", "task", "limit", "shots", "chat"))
 
 
 def _stages(current, stages):
