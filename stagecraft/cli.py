@@ -1,4 +1,4 @@
-"""The commands: `stagecraft run`, `prompt`, `chat`, `report`, `compare`. Each is a
+"""The commands: `stagecraft run`, `prompt`, `chat`, `eval`, `report`. Each is a
 Python call too.
 
 A UserError is printed as one line and ends the command with status 2; `--debug` shows

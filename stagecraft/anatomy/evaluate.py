@@ -261,10 +261,10 @@ def side_by_side(records, order=()):
 
 
 def _how(record):
-    """How a task was asked, in words: "5 shots, chat, first 100"."""
+    """How a task was asked, in words: "5-shot, chat, first 100"."""
     said = []
     if record["shots"] is not None:
-        said.append(f"{record['shots']} shots")
+        said.append(f"{record['shots']}-shot")
     said += ["chat"] * bool(record["chat"])
     if record["limit"]:
         said.append(f"first {record['limit']}")
@@ -275,13 +275,13 @@ def show(records, order=(), file=None):
     """Prints records, stages side by side."""
     stages, rows = side_by_side(records, order)
     table = Table(title="tasks", title_justify="left")
-    for title in ("task", "metric", "asked"):
-        table.add_column(title, overflow="fold")
+    table.add_column("task", overflow="fold")
     for name in stages:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = [_cell(row["cells"].get(name)) for name in stages]
-        table.add_row(row["task"], row["metric"], row["how"], *cells)
+        label = f"{row['task']} {row['metric']}"
+        table.add_row(f"{label}\n  {row['how']}" if row["how"] else label, *cells)
     Console(file=file or sys.stdout, highlight=False).print(table)
 
 

@@ -208,7 +208,7 @@ def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
     section = text[text.index("real tasks") :].partition("</table>")[0]
     assert EVIL not in section and "acc; chat, first 9" in section
     assert section.index("base") < section.index("tuned")  # the graph's order
-    assert section.index("0.375") < section.index("0.625") and "0.0125" in section
+    assert section.index("0.375") < section.index("0.625") and "± 0.013" in section
     (run / "evaluations.json").write_text("[{")
     assert "evaluations.json: not a JSON file" in report.write(run).read_text()
 
