@@ -18,6 +18,8 @@ from stagecraft import schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
+# How tasks are asked.
+ASKED = ("limit", "batch_size", "apply_chat_template", "num_fewshot", "seed", "out")
 
 
 def main(argv=None):
@@ -179,6 +181,28 @@ def compare(rest):
     print(path)
 
 
+def eval_(rest):
+    """Ask finished stages the tasks of lm-evaluation-harness, side by side.
+
+    stagecraft eval --workdir=runs/a --stage=all --tasks=my_tasks/
+    stagecraft eval --workdir=runs/a --stage=sft,dpo --tasks=hellaswag,qa.yaml
+
+    Tasks are names the harness knows, YAML files, or folders of them. Results add up in
+    WORKDIR/evaluations.json and in the report. Bare-text stages get no chat template.
+    """
+    _no_more(rest)
+    from stagecraft import run as running
+    from stagecraft.anatomy import evaluate
+
+    if not FLAGS.stage:
+        raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
+    current = running.open_run(_workdir())
+    asked = {name: FLAGS[name].value for name in ASKED}
+    stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
+    records = evaluate.evaluate(current, stages, tasks, **asked)
+    evaluate.show(records, current.stages)
+
+
 def curate(rest):
     """Raw text to filtered, deduplicated, scored, tokenised text, and a page about it.
 
@@ -275,6 +299,7 @@ COMMANDS = {
     "chat": chat,
     "report": report,
     "compare": compare,
+    "eval": eval_,
     "curate": curate,
     "bench": bench,
     "import": import_,
@@ -313,6 +338,16 @@ def _define(command):
     if command is import_:
         flags.DEFINE_string("name", "base", "of the stage")
         names.append("name")
+    if command is eval_:
+        flags.DEFINE_string("stage", "", "whose models, as in sft,dpo, or all")
+        flags.DEFINE_string("tasks", "", "names, YAML files, folders of them")
+        flags.DEFINE_integer("limit", 0, "documents of each task; 0 for all", 0)
+        flags.DEFINE_integer("batch_size", 32, "rows worked on at once", 1)
+        flags.DEFINE_bool("apply_chat_template", False, "ask in turns of a chat")
+        flags.DEFINE_integer("num_fewshot", None, "examples before each question", 0)
+        flags.DEFINE_integer("seed", 0, "of sampled generations")
+        flags.DEFINE_string("out", None, "the results; WORKDIR/evaluations.json")
+        names += ["stage", "tasks", *ASKED]
     if command is export:
         flags.DEFINE_string("stage", "", "whose model to write")
         flags.DEFINE_string("to", "", "the folder to write")

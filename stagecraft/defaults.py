@@ -16,6 +16,7 @@ def experiment():
     c = ConfigDict()
     c.seed = 0
     c.mesh = mesh()
+    c.trackers = ""  # some of "wandb,trackio,mlflow", beside metrics.jsonl
     c.world = ConfigDict()
     c.world.name = ""  # an embedded world to write into WORKDIR/world, e.g. "countries"
     c.world.size = "full"  # "full" or "tiny"

@@ -5,7 +5,7 @@ Whatever can be refused is refused here, before anything is compiled or written.
 
 from pathlib import Path
 
-from stagecraft import defaults, losses, mesh, optimizer, schema, worlds
+from stagecraft import defaults, losses, mesh, optimizer, schema, trackers, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed, language
 from stagecraft.errors import UserError
@@ -38,7 +38,7 @@ FALLBACK = {"reference_from": "start_from", "value_from": "reward_from"}
 # Every kind but one needs a parent; what else a kind needs is checked with the rest.
 WITHOUT_PARENT = ("language_model",)
 # Keys that change no number of a run, so that it may be resumed with others.
-LEFT_OUT = ("mesh", "every", "cache", "workers")
+LEFT_OUT = ("mesh", "every", "cache", "workers", "trackers")
 # Kinds whose completions are scored, by a reward model or by verifiers.
 SCORED = ("policy", "group_policy", "online_preference", "selection")
 
@@ -111,6 +111,7 @@ def _take_model(c):
 def _check(c):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
+    trackers.names(c.trackers)
     if c.world.name:
         worlds.get(c.world.name)
     for claim in c.measure.claims:
@@ -461,7 +462,7 @@ def order(c, only=()):
 def identity(plain):
     """The part of a plain config that decides the numbers: not mesh, not every.
 
-    Nor where tokens are kept and who puts batches together.
+    Nor who is told of them, where tokens are kept and who puts batches together.
     """
     if not isinstance(plain, dict):
         return plain

@@ -91,9 +91,12 @@ class Writer:
         folder: the stage's folder; holds metrics.jsonl, samples.jsonl and the events.
         resume_step: lines of later steps are dropped, so that a run that was cut off
             after its last checkpoint leaves each step once.
+        watch: what else is told of everything, with `scalars` and `texts` as
+            `trackers.Watch` has them; or None.
     """
 
-    def __init__(self, folder, *, resume_step=0):
+    def __init__(self, folder, *, resume_step=0, watch=None):
+        self._watch = watch
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -113,6 +116,8 @@ class Writer:
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._watch is not None:
+            self._watch.scalars(step, values)
 
     def write_samples(self, step, samples):
         """Records [{"prompt", "completion", ...}] drawn at a step."""
@@ -120,6 +125,8 @@ class Writer:
             row = {"step": step, **sample}
             self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._samples.flush()
+        if self._watch is not None:
+            self._watch.texts(step, samples)
 
     def close(self):
         self._lines.close()

@@ -15,6 +15,7 @@ from stagecraft import (
     host,
     mesh,
     schema,
+    trackers,
     train,
     workdir,
     worlds,
@@ -279,9 +280,15 @@ def _run_stage(current, name, feeds):
             info["lora"] = schema.plain(stage.lora)
             info["base"] = sources.reference(parent, folder, entry["id"])
         workdir.write_json(folder / "stage.json", info)
-        state, result = train.train(
-            made, stage, data.dataset, folder, name=name, key=key, hooks=hooks
-        )
+        told = schema.plain(config) | {"stage": name}
+        where = f"{root.resolve().name}/{name}"
+        with trackers.watching(config.trackers, folder, name=where, config=told) as w:
+            state, result = train.train(
+                *(made, stage, data.dataset, folder),
+                name=name,
+                key=key,
+                hooks=hooks._replace(watch=w),
+            )
     info |= saved.describe(train.deployable(state, made.frozen)) | result
     workdir.write_json(folder / "stage.json", info | {"finished": True})
 

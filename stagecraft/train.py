@@ -24,11 +24,13 @@ class Hooks(NamedTuple):
         heldout: a `data.Dataset` for eval_ metrics, or None.
         sample: (model, step) -> [{"prompt", "completion"}], or None.
         finish: (state) -> (state, {metric: float}) after the last step, or None.
+        watch: a `trackers.Watch`, or None.
     """
 
     heldout: object = None
     sample: object = None
     finish: object = None
+    watch: object = None
 
 
 def train(stage, config, data, folder, *, name, key, hooks=None):
@@ -69,7 +71,7 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 step, tokens = latest, saved["tokens"]
                 clock.seconds = saved["seconds"]
                 iterator.set_state(saved["data"])
-        writer = metrics.Writer(folder, resume_step=step)
+        writer = metrics.Writer(folder, resume_step=step, watch=hooks.watch)
         before = clock.total()
         last_saved, pending = step, None
         progress.note("compiling")

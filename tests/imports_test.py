@@ -12,7 +12,7 @@ PACKAGE = ROOT / "stagecraft"
 # folder may import each other; files of one floor may where the list below says so.
 FLOORS = (
     ("errors", "host", "masked", "tree", "mesh", "workdir", "schema", "defaults"),
-    ("checkpoint", "metrics"),
+    ("checkpoint", "metrics", "trackers"),
     ("losses", "optimizer"),
     ("text",),
     ("models",),

@@ -52,7 +52,7 @@ def through_stages(
             language = Language(
                 current.load(name, shared_mesh),
                 current.tokenizer,
-                batch_size=_rows(samples, shared_mesh),
+                batch_size=whole_rows(samples, shared_mesh),
             )
             got = language.complete(
                 [prompt] * samples,
@@ -68,7 +68,8 @@ def through_stages(
     return answers
 
 
-def _rows(least, shared_mesh):
+def whole_rows(least, shared_mesh):
+    """The smallest batch of so many rows that divides over the mesh."""
     shards = shared_mesh.shape["data"] * shared_mesh.shape["fsdp"]
     return -(-least // shards) * shards
 
@@ -104,7 +105,7 @@ def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
         language = Language(
             current.load(name, shared_mesh),
             current.tokenizer,
-            batch_size=_rows(1, shared_mesh),
+            batch_size=whole_rows(1, shared_mesh),
         )
         in_turns, messages = current.chat_format(name), []
         for text in _lines():

@@ -7,8 +7,9 @@ forbids the rest. Whatever a model wrote is data and escaped as such.
 import datetime
 import json
 
-from stagecraft.anatomy import charts, cost, curves, files, page
+from stagecraft.anatomy import charts, cost, curves, evaluate, files, page
 from stagecraft.anatomy.curves import show
+from stagecraft.errors import UserError
 from stagecraft.workdir import write_text
 
 MEANINGS = {
@@ -84,6 +85,7 @@ def write(folder):
         hacking=_hacking(run),
         overlays=curves.overlays(run.stages),
         tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),
+        tasks=_tasks(run),
         weights=_weights(run),
         cost=_cost(run),
         time=_time(run),
@@ -241,6 +243,21 @@ def _scaled(title, meaning, rows, top=None):
     ]
     zero = 100 * -low / span
     return {"title": title, "meaning": meaning, "bars": bars, "zero": zero}
+
+
+def _tasks(run):
+    """Results on tasks: {"stages": [...], "rows": [{task, metric, how, cells}]}."""
+    try:
+        records = evaluate.read(run.folder / evaluate.FILE)
+    except UserError as error:
+        run.missing.append(str(error))
+        records = []
+    known = {stage.name: stage for stage in run.stages}
+    records = [one for one in records if one["stage"] in known]
+    names, rows = evaluate.side_by_side(records, known)
+    for row in rows:
+        row["cells"] = [row["cells"].get(name) for name in names]
+    return {"stages": [known[name] for name in names], "rows": rows}
 
 
 def _hacking(run):

@@ -112,7 +112,7 @@ class Language:
         out = []
         for number, part in enumerate(_batches(rows, self.batch_size)):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            prompts = self._prompts(part, length)
+            prompts = self.left_padded(part, length)
             got = _generate(self.model, *prompts, key, **settings)
             tokens, seen, ended = map(np.asarray, (got.tokens, got.mask, got.ended))
             logps = np.asarray(got.logps)
@@ -146,7 +146,7 @@ class Language:
             length *= 2
         samples = sampling.stream(
             self.model,
-            *self._prompts([row], length),
+            *self.left_padded([row], length),
             jax.random.fold_in(jax.random.key(seed), 0),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -173,7 +173,7 @@ class Language:
                 "of them"
             )
 
-    def _prompts(self, rows, length):
+    def left_padded(self, rows, length):
         """Left-padded ids and their mask, placed on the mesh."""
         ids = np.zeros((self.batch_size, length), np.int32)
         mask = np.zeros((self.batch_size, length), bool)

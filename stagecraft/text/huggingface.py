@@ -43,6 +43,7 @@ class HuggingFace:
 
     Attributes:
         bos: the id that begins a text, None where the tokenizer puts none.
+        named_bos: the id the folder calls bos, whether it is put or not; or None.
         eos: the id that ends a text.
         pad: an id that is neither, nor ends a turn, whatever the folder says.
         stops: ids that end an assistant's turn: those of generation_config, eos, and
@@ -69,6 +70,7 @@ class HuggingFace:
         stops = self._generation_stops()
         self.eos = self._end(named, stops, added)
         self.bos = self._beginning(whole)
+        self.named_bos = self._ids.get(named.get("bos_token"))
         sources = _templates(files, said, where)
         self.template, turn = None, []
         if sources:

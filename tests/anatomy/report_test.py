@@ -196,6 +196,23 @@ def test_only_metrics(tmp_path):
     assert "KL to the reference" in words
 
 
+def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
+    assert "real tasks" not in report.write(run).read_text()
+    asked = {"task": EVIL, "limit": 9, "shots": None, "chat": True}
+    records = [
+        {"stage": stage, **asked, "metrics": {"acc": {"value": v, "stderr": e}}}
+        for stage, v, e in (("tuned", 0.625, 0.0125), ("base", 0.375, None))
+    ]
+    _json(run / "evaluations.json", records)
+    text = report.write(run).read_text()
+    section = text[text.index("real tasks") :].partition("</table>")[0]
+    assert EVIL not in section and "acc; chat, first 9" in section
+    assert section.index("base") < section.index("tuned")  # the graph's order
+    assert section.index("0.375") < section.index("0.625") and "± 0.013" in section
+    (run / "evaluations.json").write_text("[{")
+    assert "evaluations.json: not a JSON file" in report.write(run).read_text()
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         report.write(tmp_path / "typo")

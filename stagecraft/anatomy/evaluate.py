@@ -1,0 +1,292 @@
+"""Finished stages on the tasks of lm-evaluation-harness, side by side.
+
+Results are kept in WORKDIR/evaluations.json, one record for a stage, a task and the way
+it was asked; a later call adds to them, or replaces the records of its own kind.
+"""
+
+import difflib
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from stagecraft import schema, workdir
+from stagecraft.anatomy import behaviour, files
+from stagecraft.anatomy.harness import Answers
+from stagecraft.errors import UserError
+from stagecraft.models.language import Language
+
+FILE = "evaluations.json"
+# What tells records apart.
+KEY = ("stage", "task", "limit", "shots", "chat")
+# Resamplings for the standard error of metrics that have no formula for it.
+BOOTSTRAP = 1000
+
+
+def evaluate(
+    current,
+    stages,
+    tasks,
+    *,
+    limit=0,
+    batch_size=32,
+    apply_chat_template=False,
+    num_fewshot=None,
+    seed=0,
+    out=None,
+):
+    """Asks stages what tasks ask.
+
+    Args:
+        current: a `run.Run`.
+        stages: names of finished stages that write text, or ("all",).
+        tasks: bundled names, YAML files, folders of YAML files.
+        limit: documents of each task; 0 for all.
+        batch_size: rows worked on at once.
+        apply_chat_template: through the model's own, for stages that speak in turns.
+        num_fewshot: examples before each question; None for what the task says.
+        seed: of generations that are sampled.
+        out: where the results are kept; None for WORKDIR/evaluations.json.
+
+    Returns:
+        all records that are kept: [{"stage", "task", "limit", "shots", "chat",
+        "documents", "metrics": {name: {"value", "stderr"}}}].
+    """
+    names = _stages(current, stages)
+    _quiet()
+    specs, manager = _tasks(tasks)
+    path = Path(out or current.root / FILE)
+    shared_mesh = current.mesh()
+    with jax.set_mesh(shared_mesh):
+        for name in names:
+            language = Language(
+                current.load(name, shared_mesh),
+                current.tokenizer,
+                batch_size=behaviour.whole_rows(batch_size, shared_mesh),
+            )
+            # A base model knows no turns.
+            chat = apply_chat_template and current.chat_format(name)
+            asked = dict(limit=limit, shots=num_fewshot, chat=chat)
+            found = _ask(language, specs, manager, seed=seed, **asked)
+            # By what was asked for, so that stages are columns of one table.
+            asked["chat"] = apply_chat_template
+            _keep(path, [{"stage": name, **asked, **one} for one in found])
+    return read(path)
+
+
+def read(path):
+    """The records of an evaluations.json; [] where there is none."""
+    found = workdir.read_json(path, [])
+    whole = {*KEY, "metrics"}
+    return [one for one in found if isinstance(one, dict) and whole <= one.keys()]
+
+
+def _keep(path, records):
+    """Adds records; those of the same stage, task and way of asking are replaced."""
+    kept = {tuple(one[k] for k in KEY): one for one in [*read(path), *records]}
+    workdir.write_json(path, list(kept.values()))
+
+
+def _stages(current, stages):
+    known = behaviour.speaking_stages(current)
+    if tuple(stages) == ("all",):
+        if not known:
+            raise UserError(f"{current.root}: no finished stage that writes text yet")
+        return known
+    for name in stages:
+        if name not in current.config.stages:
+            raise UserError(
+                schema.unknown("--stage", name, current.config.stages.keys())
+            )
+        if name not in known:
+            kind = current.config.stages[name].kind
+            why = "is not finished"
+            if kind not in behaviour.SPEAKING:
+                why = f"is of kind {kind} and writes no text"
+            raise UserError(
+                f"--stage={name}: {why}; expected some of: {', '.join(known) or 'none'}"
+            )
+    return list(dict.fromkeys(stages))
+
+
+# -- the harness -----------------------------------------------------------------------
+
+
+def _quiet():
+    """No remarks that drown the table; and no processes, for a fork of JAX may hang."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "eval: lm-evaluation-harness is not installed: pip install "
+            "'stagecraft[eval]'"
+        )
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # One for each length that texts are padded to: which attention runs.
+    logging.getLogger("stagecraft").setLevel(logging.WARNING)
+
+
+def _tasks(tasks):
+    """What the harness is to load, and the `TaskManager` that knows it."""
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise UserError(
+            "--tasks is missing: bundled names, YAML files or folders of them, as in "
+            "--tasks=hellaswag,my_task.yaml"
+        )
+    folders = [part for part in tasks if Path(part).is_dir()]
+    yamls = [part for part in tasks if part.endswith((".yaml", ".yml"))]
+    for part in yamls:
+        if not Path(part).is_file():
+            raise UserError(f"--tasks={part}: no such file")
+    bundled = [part for part in tasks if part not in folders + yamls]
+    manager = TaskManager(include_path=folders or None, include_defaults=bool(bundled))
+    specs = [*bundled, *yamls]
+    for name in bundled:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.4)
+            hint = f"the nearest: {', '.join(near)}" if near else "none is like it"
+            raise UserError(f"--tasks={name}: no such task, file or folder; {hint}")
+    for folder in folders:
+        inside = Path(folder).resolve()
+        entries = [manager.task_index[name] for name in manager.all_subtasks]
+        found = [
+            entry.name
+            for entry in entries
+            if entry.yaml_path and inside in Path(entry.yaml_path).resolve().parents
+        ]
+        if not found:
+            raise UserError(f"--tasks={folder}: no task (.yaml) in this folder")
+        specs += found
+    specs = list(dict.fromkeys(specs))
+    try:
+        manager.load(specs)
+    except Exception as error:  # YAML, templates, data sets: anything may be wrong
+        raise UserError(f"--tasks: cannot load {_line(specs, error)}") from error
+    return specs, manager
+
+
+def _line(specs, error):
+    reason = " ".join(str(error).split())
+    return f"{', '.join(specs)} ({type(error).__name__}: {reason})"
+
+
+def model(language, *, seed=0):
+    """A `Language` as a model of the harness's own type, for `simple_evaluate`."""
+    from lm_eval.api.model import LM
+
+    class Model(Answers, LM):
+        pass
+
+    return Model(language, seed=seed)
+
+
+def _ask(language, specs, manager, *, limit, chat, shots, seed):
+    """[{"task", "documents", "metrics"}] of one stage's model."""
+    import lm_eval
+
+    got = lm_eval.simple_evaluate(
+        model=model(language, seed=seed),
+        tasks=list(specs),
+        task_manager=manager,
+        num_fewshot=shots,
+        limit=limit or None,
+        apply_chat_template=chat,
+        bootstrap_iters=BOOTSTRAP,
+        log_samples=False,
+    )
+    counts = got.get("n-samples", {})
+    return [
+        {
+            "task": task,
+            "documents": counts.get(task, {}).get("effective"),
+            "metrics": metrics(values),
+        }
+        for task, values in got["results"].items()
+    ]
+
+
+def metrics(values):
+    """{name: {"value", "stderr"}} of the harness's figures of one task.
+
+    >>> metrics({"alias": "qa", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 1})
+    {'acc': {'value': 0.5, 'stderr': 0.1}, 'f1 (x)': {'value': 1, 'stderr': None}}
+    """
+    found = {}
+    for key, value in values.items():
+        name, _, kind = key.partition(",")
+        if not kind or name.endswith("_stderr") or not files.number(value):
+            continue
+        error = values.get(f"{name}_stderr,{kind}")
+        label = name if kind == "none" else f"{name} ({kind})"
+        found[label] = {
+            "value": value,
+            "stderr": error if files.number(error) else None,
+        }
+    return found
+
+
+# -- side by side ----------------------------------------------------------------------
+
+
+def side_by_side(records, order=()):
+    """Records as a table with one column a stage.
+
+    Args:
+        records: see `evaluate`.
+        order: stages in the order of the graph; others come last.
+
+    Returns:
+        the stages; [{"task", "metric", "how", "cells": {stage: {"value", "stderr"}}}].
+    """
+    present = dict.fromkeys(one["stage"] for one in records)
+    stages = [s for s in order if s in present]
+    stages += [s for s in present if s not in stages]
+    rows = {}
+    for one in records:
+        for metric, cell in one["metrics"].items():
+            key = (one["task"], metric, _how(one))
+            rows.setdefault(key, {})[one["stage"]] = cell
+    table = [
+        {"task": task, "metric": metric, "how": how, "cells": cells}
+        for (task, metric, how), cells in sorted(rows.items(), key=lambda row: row[0])
+    ]
+    return stages, table
+
+
+def _how(record):
+    """How a task was asked, in words: "5-shot, chat, first 100"."""
+    said = []
+    if record["shots"] is not None:
+        said.append(f"{record['shots']}-shot")
+    said += ["chat"] * bool(record["chat"])
+    if record["limit"]:
+        said.append(f"first {record['limit']}")
+    return ", ".join(said)
+
+
+def show(records, order=(), file=None):
+    """Prints records, stages side by side."""
+    stages, rows = side_by_side(records, order)
+    table = Table(title="tasks", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for name in stages:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_cell(row["cells"].get(name)) for name in stages]
+        label = f"{row['task']} {row['metric']}"
+        table.add_row(f"{label}\n  {row['how']}" if row["how"] else label, *cells)
+    Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def _cell(cell):
+    if cell is None:
+        return ""
+    error = f" ±{cell['stderr']:.3f}" if cell["stderr"] is not None else ""
+    return f"{cell['value']:.4g}{error}"
