@@ -142,7 +142,7 @@ def written(answers, context, count):
 
 
 def test_generations_are_greedy_and_cut_at_until(answers):
-    contexts = ["the cat", "a", "so long that it does not fit " * 2, "b"]
+    contexts = ["a", "the cat", "so long that it does not fit " * 2, "b"]
     whole = [written(answers, context, 20) for context in contexts]
     limit = {"until": [], "max_gen_toks": 20}
     assert answers.generate_until(asked(*((c, limit) for c in contexts))) == whole
