@@ -74,7 +74,7 @@ def test_your_text_runs_on_files(tmp_path):
     given = [f"model={mine}", "lora=2"]
     given += [a for a in arg.split(",") if a != f"text={text}"]
     config = load_experiment("your_text").get_config(",".join(given))
-    assert [*config.stages] == ["sft", "reward", "dpo", "ppo"]
+    assert {*config.stages} == {"sft", "reward", "dpo", "ppo"}
     again = run.run(single_device(config), tmp_path / "again")
     assert again["sft"]["eval_loss"] > 0
     assert saved.info(tmp_path / "again" / "ppo")["lora"]

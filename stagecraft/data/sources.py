@@ -6,6 +6,7 @@ before anything trains.
 """
 
 import difflib
+import functools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -406,4 +407,10 @@ class _Said:
             path, more = found[0][0], len(found) - 1
             name = f"{path} and {more} more" if more else path
             rows = sum(count for _, count in found)
-            _log.info("%s: %s, %d %s", name, container, rows, what)
+            _say(f"{name}: {container}, {rows} {what}")
+
+
+@functools.cache
+def _say(line):
+    """Logs a line once: several stages may read one file."""
+    _log.info(line)

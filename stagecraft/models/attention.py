@@ -59,8 +59,8 @@ def attention(
     request = kernels.Request(t, channels, query.dtype.name, softcap)
     choice = kernels.choose(kernel, request, strict=strict)
     window = window if window < t else 0
-    span = f", {window} at a time" if window else ""
-    kernels.say(f"attention over {t} tokens{span}", choice)
+    span = f" in a window of {window}" if window else ""
+    kernels.say(f"attention{span}", choice)
     run = functools.partial(
         KERNELS[choice.kernel], window=window, softcap=softcap, scale=scale
     )

@@ -122,7 +122,7 @@ def test_of_duplicates_the_best_stays_and_its_score_is_a_column(corpus, result):
 def test_pretraining_reads_the_text_and_the_shards(corpus, result):
     out, told = result
     texts = [r["text"] for r in prose.read(out)]
-    assert sources.texts(out / "text") == texts
+    assert [*sources.texts(out / "text")] == texts
     model = Tokenizer.load(corpus["root"] / "t.model")
     found = shards.Shards(out / "shards").check_tokenizer(model.digest, 320).verify()
     assert len(found) == len(texts) and found.tokens == told["tokens"]
