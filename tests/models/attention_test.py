@@ -222,8 +222,7 @@ def test_a_choice_is_said_once(caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
-        "attention over 75 tokens: xla (instead of cudnn: cudnn runs on a GPU, and "
-        "this is a CPU)"
+        "attention: xla (instead of cudnn: cudnn runs on a GPU, and this is a CPU)"
     )
     with pytest.raises(UserError, match="cudnn"):
         jax.eval_shape(functools.partial(run, strict=True), *arrays())
