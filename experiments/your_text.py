@@ -50,6 +50,11 @@ RATES = {
 }
 
 
+def gentle(lr, steps):
+    """A learning rate that warms up, in a short stage too."""
+    return dict(lr=lr, warmup_steps=min(20, steps // 4))
+
+
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
@@ -112,7 +117,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps,
             batch_size=16,
-            optimizer=dict(lr=rates["pretrain"], warmup_steps=20),
+            optimizer=gentle(rates["pretrain"], arg.steps),
             every=dict(save=100),
             **shared,
         )
@@ -130,7 +135,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps // 2,
             batch_size=16,
-            optimizer=dict(lr=rates["sft"]),
+            optimizer=gentle(rates["sft"], arg.steps // 2),
             every=dict(save=100),
             **shared,
         )
@@ -148,7 +153,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=dict(lr=rates["reward"]),
+            optimizer=gentle(rates["reward"], arg.steps // 4),
             **shared,
         )
         c.stages.dpo = defaults.stage(
@@ -158,7 +163,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=dict(lr=rates["dpo"]),
+            optimizer=gentle(rates["dpo"], arg.steps // 4),
             **shared,
         )
     if arg.comparisons and arg.prompts:
