@@ -177,7 +177,8 @@ def gradient(model, args):
         targets = jnp.roll(args[0], -1, axis=1)
         stats = model.token_logps(hidden, targets, block_size=5)
         total = jnp.where(args[2] > 0, stats.logps, 0).sum()
-        return total + sum(balance.loss.sum() for balance in rest)
+        total += sum(balance.loss.sum() for balance in rest)
+        return total / (args[2] > 0).sum()  # a token's, as in training
 
     return jax.jit(jax.value_and_grad(loss))(model)
 
@@ -201,7 +202,7 @@ def test_the_layer_loop_changes_no_number(case, monkeypatch):
     )
     got, found = gradient(other, args)
     assert got == pytest.approx(float(value), rel=1e-5)
-    close(found, expected, atol=1e-4)
+    close(found, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", ["gemma 2", "qwen 3 moe", "gpt-2"])
@@ -219,7 +220,7 @@ def test_the_mesh_does_not_matter(case):
         key = jax.random.key(0)
         sample = sampling.generate(placed, *mesh.put(prompts, made), key, **settings)
     assert got == pytest.approx(float(expected), rel=1e-5)
-    close(sharded, plain, atol=2e-4)
+    close(sharded, plain, atol=1e-5)
     alone = sampling.generate(model, *prompts, key, **settings)
     np.testing.assert_array_equal(sample.tokens, alone.tokens)
 
