@@ -23,7 +23,7 @@ _FAILURES = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError
 
 
 class Step(PipelineStep):
-    """A step with a tally.
+    """A step with a tally; each kind has `each(data, tally, rank)`: what goes on.
 
     Args:
         name: its name, and that of its folder of tallies.
@@ -42,10 +42,6 @@ class Step(PipelineStep):
         tally = Tally(self.examples)
         yield from self.each(data, tally, rank)
         tally.save(self.work / "tallies" / self.name, rank)
-
-    def each(self, data, tally, rank):
-        """Documents that go on."""
-        raise NotImplementedError
 
 
 class Read(Step):

@@ -232,14 +232,7 @@ def _prefill(model, ids, mask, samples, room):
 
     def step(x, layer, kind):
         def attend(query, key, value):
-            attended = attention_lib.attention(
-                *(query, key, value, segments),
-                window=kind.window,
-                softcap=c.attention_softcap,
-                scale=c.scale,
-                kernel=c.attention,
-                strict=c.strict_kernels,
-            )
+            attended = model.attend(query, key, value, segments, kind)
             return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
         x, cache, _ = layer(x, angles[kind], attend)

@@ -225,15 +225,7 @@ class Transformer(nnx.Module):
             x, total = carry
 
             def attend(query, key, value):
-                attended = attention_lib.attention(
-                    *(query, key, value, segments),
-                    window=kind.window,
-                    softcap=c.attention_softcap,
-                    scale=c.scale,
-                    kernel=c.attention,
-                    strict=c.strict_kernels,
-                )
-                return attended, None
+                return self.attend(query, key, value, segments, kind), None
 
             x, _, routing = layer(x, angles[kind], attend)
             if total is not None and kind.sparse:
@@ -243,6 +235,18 @@ class Transformer(nnx.Module):
         carry = (self.lookup(ids, positions), total)
         (x, total), _ = self.through(step, carry, unroll=self.unroll, remat=c.remat)
         return self.norm(x), total
+
+    def attend(self, query, key, value, segments, kind):
+        """Attention over whole sequences, as a layer of this `Kind` has it."""
+        c = self.config
+        return attention_lib.attention(
+            *(query, key, value, segments),
+            window=kind.window,
+            softcap=c.attention_softcap,
+            scale=c.scale,
+            kernel=c.attention,
+            strict=c.strict_kernels,
+        )
 
     def through(self, step, carry, *, unroll=1, remat="none"):
         """Carries something through the layers, from the first to the last.

@@ -6,14 +6,13 @@ import json
 import sys
 
 import fsspec
+import pyarrow as pa
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from stagecraft.data import containers, files, sources
 from stagecraft.errors import UserError
-
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-zstandard = pytest.importorskip("zstandard")
 
 TURNS = [
     {"role": "user", "content": "é?"},
