@@ -24,6 +24,7 @@ FLOORS = (
     ("bench", "curate", "experiment"),
     ("run",),
     ("exchange",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
