@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from stagecraft.errors import UserError
 from stagecraft.models import translation as t
+from stagecraft.models.translation_rope import rope, rope_by_type
 
 
 class Family(NamedTuple):
@@ -39,7 +40,7 @@ class Family(NamedTuple):
     layers: str = "model.layers.{l}."
 
 
-SIZES = t.renamed(
+OUTER = dict(
     vocab_size="vocab_size",
     width="hidden_size",
     layers="num_hidden_layers",
@@ -48,7 +49,9 @@ SIZES = t.renamed(
     norm_eps="rms_norm_eps",
     init_std="initializer_range",
 )
+SIZES = t.renamed(**OUTER)
 FF = t.renamed(ff_width="intermediate_size")
+ROPE = rope()
 BASE = (SIZES, t.heads())
 # transformers' own, where they are not the sizes of one particular model.
 DEFAULTS = {
@@ -121,7 +124,7 @@ LLAMA = Family(
     "llama",
     ("Llama", "Llama"),
     DEFAULTS | {"max_position_embeddings": 2048},
-    (*BASE, FF, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias"), t.rope()),
+    (*BASE, FF, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias"), ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -129,7 +132,7 @@ MISTRAL = Family(
     "mistral",
     ("Mistral", "Mistral"),
     DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072},
-    (*BASE, FF, PLAIN, t.activation(), t.window(types=False), t.rope()),
+    (*BASE, FF, PLAIN, t.activation(), t.window(types=False), ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -137,7 +140,7 @@ QWEN2 = Family(
     "qwen2",
     ("Qwen2", "Qwen2"),
     DEFAULTS | {"sliding_window": 4096, "max_window_layers": 28},
-    (*BASE, FF, PLAIN, t.implied(qkv_bias=True), t.activation(), QWEN_WINDOW, t.rope()),
+    (*BASE, FF, PLAIN, t.implied(qkv_bias=True), t.activation(), QWEN_WINDOW, ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -145,7 +148,7 @@ QWEN3 = Family(
     "qwen3",
     ("Qwen3", "Qwen3"),
     DEFAULTS | {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    (*BASE, FF, QK_NORM, BIASES, t.activation(), QWEN_WINDOW, t.rope()),
+    (*BASE, FF, QK_NORM, BIASES, t.activation(), QWEN_WINDOW, ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -155,7 +158,7 @@ QWEN3_MOE = Family(
     DEFAULTS
     | {"sliding_window": 4096, "num_experts_per_tok": 8, "norm_topk_prob": False},
     (
-        *(*BASE, FF, QK_NORM, BIASES, t.activation(), t.rope(), t.sparse()),
+        *(*BASE, FF, QK_NORM, BIASES, t.activation(), ROPE, t.sparse()),
         t.window(switch=True, types=False),
         t.either("experts", "num_experts", "num_local_experts"),
         t.renamed(
@@ -178,7 +181,7 @@ MIXTRAL = Family(
     ("Mixtral", "Mixtral"),
     DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
     (
-        *(*BASE, PLAIN, t.activation(), t.rope(theta=1e6), t.window(types=False)),
+        *(*BASE, PLAIN, t.activation(), rope(theta=1e6), t.window(types=False)),
         t.renamed(
             experts="num_local_experts",
             experts_per_token="num_experts_per_tok",
@@ -221,7 +224,7 @@ GEMMA2 = Family(
         "final_logit_softcapping": 30.0,
     },
     (
-        *(*GEMMA, PLAIN, t.rope()),
+        *(*GEMMA, PLAIN, ROPE),
         t.optional(attention_softcap="attn_logit_softcapping"),
         t.window(lambda hf, i: i % 2 == 0, idle=4096),
     ),
@@ -240,7 +243,7 @@ GEMMA3 = Family(
         "sliding_window_pattern": 6,
     },
     (
-        *(*GEMMA, QK_NORM, t.rope_by_type()),
+        *(*GEMMA, QK_NORM, rope_by_type()),
         # Its attn_logit_softcapping is a key that transformers reads and does not use.
         t.window(lambda hf, i: (i + 1) % hf["sliding_window_pattern"] != 0, idle=4096),
     ),
@@ -252,7 +255,7 @@ OLMO2 = Family(
     ("Olmo2", "Olmo2"),
     DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
     (
-        *(*BASE, FF, BIASES, t.activation(), t.rope()),
+        *(*BASE, FF, BIASES, t.activation(), ROPE),
         t.implied(qk_norm=True, qk_norm_over="projection", norm_place="post"),
         t.refused("clip_qkv", "clipped queries, keys and values"),
     ),
@@ -265,7 +268,7 @@ SMOLLM3 = Family(
     DEFAULTS | {"tie_word_embeddings": True},
     (
         *(*BASE, FF, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias")),
-        *(t.rotating(), t.rope(theta=2e6)),
+        *(t.rotating(), rope(theta=2e6)),
         t.window(
             lambda hf, i: (i + 1) % hf.get("no_rope_layer_interval", 4) == 0,
             switch=True,
@@ -273,6 +276,25 @@ SMOLLM3 = Family(
     ),
     TOP,
     LLAMA_LAYER,
+)
+STABLELM = Family(
+    "stablelm",
+    ("StableLm", "StableLm"),
+    DEFAULTS
+    | {"layer_norm_eps": 1e-5, "use_qkv_bias": False, "max_position_embeddings": 4096},
+    (
+        t.renamed(**OUTER | dict(norm_eps="layer_norm_eps")),
+        *(t.heads(whole=True), FF, PLAIN, t.implied(norm="layer"), t.activation()),
+        *(t.flag("use_qkv_bias", "qkv_bias"), rope(share=0.25)),
+        t.refused("use_parallel_residual", "parallel attention and feed-forward"),
+        t.refused("qk_layernorm", "LayerNorm on queries and keys"),
+    ),
+    TOP | {"norm/bias": ("model.norm.bias", "d -> d")},
+    LLAMA_LAYER
+    | {
+        "attention_norm/bias": ("input_layernorm.bias", "d -> d"),
+        "ff_norm/bias": ("post_attention_layernorm.bias", "d -> d"),
+    },
 )
 GPT2 = Family(
     "gpt2",
@@ -344,7 +366,7 @@ FAMILIES = {
     family.name: family
     for family in (
         *(LLAMA, QWEN3, QWEN2, MISTRAL, OLMO2, SMOLLM3, GEMMA2, GEMMA3),
-        *(MIXTRAL, QWEN3_MOE, GPT2),
+        *(MIXTRAL, QWEN3_MOE, STABLELM, GPT2),
     )
 }
 # A model of images and text: the text's decoder is read, the rest left.

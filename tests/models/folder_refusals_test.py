@@ -185,6 +185,10 @@ def test_quantised_weights(tmp_path, arrays):
         ),
         (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
         (
+            dict(model_type="stablelm", use_parallel_residual=True),
+            ["use_parallel_residual=True", "parallel attention"],
+        ),
+        (
             dict(quantization_config={"quant_method": "gptq"}),
             ["quantised weights (gptq)"],
         ),

@@ -172,6 +172,10 @@ FAMILY_FIELDS = {
         **dict(experts=4, experts_per_token=3, expert_width=10, tied=False),
         **dict(sparse=(False, True), experts_renormalize=False),
     ),
+    "stablelm": dict(
+        **dict(norm="layer", qk_norm=False, qkv_bias=True, rope_share=0.5),
+        **dict(head_dim=8, heads=1, kv_heads=1),
+    ),
     "gpt2": dict(
         **dict(norm="layer", positions="learned", gated=False, qk_norm=False),
         **dict(qkv_bias=True, out_bias=True, ff_bias=True, kv_heads=4, head_dim=2),
@@ -228,6 +232,11 @@ KEYS = {
         LAST + "mlp.gate_proj.weight": (F, D),
         "model.layers.1.mlp.gate.weight": (4, D),
         "model.layers.1.mlp.experts.3.up_proj.weight": (10, D),
+    },
+    "stablelm": {
+        LAST + "self_attn.q_proj.bias": (8,),
+        LAST + "post_attention_layernorm.bias": (D,),
+        "model.norm.bias": (D,),
     },
     "gpt2": {
         "transformer.wpe.weight": (32, D),

@@ -189,6 +189,18 @@ def smollm3(rng):
     return out | dict(rope_parameters=rope(rng, channels, "default", "yarn"))
 
 
+def stablelm(rng):
+    out = sizes(rng, head_dim=False) | dict(
+        layer_norm_eps=choice(rng, 1e-5, 1e-3), use_qkv_bias=coin(rng)
+    )
+    channels = out["hidden_size"] // out["num_attention_heads"]
+    share = choice(rng, 0.25, 0.5, 1.0)
+    scaling = rope(rng, int(channels * share), "default", "linear", "dynamic", "yarn")
+    if scaling["rope_type"] == "dynamic":
+        out["max_position_embeddings"] = SHORT
+    return out | dict(rope_parameters=scaling | {"partial_rotary_factor": share})
+
+
 def gpt2(rng):
     heads = choice(rng, 2, 4)
     return dict(
@@ -215,6 +227,7 @@ FAMILIES = {
     "gemma3_text": ("Gemma3Text", gemma3_text),
     "olmo2": ("Olmo2", olmo2),
     "smollm3": ("SmolLM3", smollm3),
+    "stablelm": ("StableLm", stablelm),
     "gpt2": ("GPT2", gpt2),
 }
 HEADS = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
