@@ -267,6 +267,11 @@ class ModelConfig:
                 f"model.head_dim: must be even (rotary pairs), got {self.head_dim}"
                 f"{share}"
             )
+        if self.rope_scaling == "dynamic" and self.rotary_channels == 2:
+            raise UserError(
+                "model.rope_scaling: 'dynamic' stretches the base by a power of "
+                "d / (d - 2), which 2 rotating channels have none of; expected 4 or more"
+            )
         names, values = ROPE_SCALING[self.rope_scaling], self.rope_arguments
         if len(names) != len(values):
             raise UserError(

@@ -328,6 +328,13 @@ def test_capped_logits_without_all_of_them(cap):
         ({"rope_share": 0.4}, ["even", "8", "0.4"]),
         (
             {
+                **{"rope_share": 0.25, "rope_scaling": "dynamic"},
+                "rope_arguments": (2, 8),
+            },
+            ["model.rope_scaling", "2 rotating channels"],
+        ),
+        (
+            {
                 "rope_scaling": "longrope",
                 "rope_arguments": ((1.0,), (1.0,) * 4, 8, 1.0),
             },

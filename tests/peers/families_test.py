@@ -195,7 +195,10 @@ def stablelm(rng):
     )
     channels = out["hidden_size"] // out["num_attention_heads"]
     share = choice(rng, 0.25, 0.5, 1.0)
-    scaling = rope(rng, int(channels * share), "default", "linear", "dynamic", "yarn")
+    kinds = ("default", "linear", "yarn", "dynamic")
+    if channels * share == 2:  # where transformers' dynamic divides by zero
+        kinds = kinds[:3]
+    scaling = rope(rng, channels, *kinds)
     if scaling["rope_type"] == "dynamic":
         out["max_position_embeddings"] = SHORT
     return out | dict(rope_parameters=scaling | {"partial_rotary_factor": share})
