@@ -270,7 +270,7 @@ class ModelConfig:
         if self.rope_scaling == "dynamic" and self.rotary_channels == 2:
             raise UserError(
                 "model.rope_scaling: 'dynamic' stretches the base by a power of "
-                "d / (d - 2), which 2 rotating channels have none of; expected 4 or more"
+                "d / (d - 2), which 2 rotating channels have not; expected 4 or more"
             )
         names, values = ROPE_SCALING[self.rope_scaling], self.rope_arguments
         if len(names) != len(values):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.peers
 
 
 def error(logits, exact):
-    """Root mean square error of a token's logits, in shares of their spread: the median.
+    """Root mean square error of a token, in shares of the logits' spread: the median.
 
     Where rounding lets a token choose another expert its logits are other ones; the
     median is that of the tokens that chose alike.

@@ -325,12 +325,27 @@ def test_the_same_on_eight_devices(both, parity_rng):
     np.testing.assert_allclose(got, ours(model, ids), atol=1e-4)
 
 
+def by_length(peer):
+    """Whether the longest row of a batch sets the wavelengths of all."""
+    rope_ = getattr(peer.config, "rope_parameters", None) or {}
+    return rope_.get("rope_type") in ("dynamic", "longrope")
+
+
+def rewards(peer, ids, seen):
+    """What transformers' reward model says of rows, each of its own length."""
+    if not by_length(peer):
+        return theirs(peer, ids, attention_mask=seen)[:, 0]
+    found = []
+    for row, count in zip(ids, seen.sum(1), strict=True):
+        theirs(peer, ids[:1, :1])  # one long sequence sets those of the next, too
+        found.append(theirs(peer, row[None, :count])[0, 0])
+    return np.array(found)
+
+
 def greedy(peer, ids, seen):
     """What transformers' generate says, 64 tokens a row."""
-    rope_ = getattr(peer.config, "rope_parameters", None) or {}
-    if len(ids) > 1 and rope_.get("rope_type") in ("dynamic", "longrope"):
-        # There the longest row of a batch sets the wavelengths of all, and one long
-        # sequence those of the next: each row alone, after a short one.
+    if len(ids) > 1 and by_length(peer):
+        # Each row alone, after a short one.
         rows = []
         for row, real in zip(ids, seen, strict=True):
             theirs(peer, ids[:1, :1])
@@ -382,7 +397,7 @@ def test_reward_models(family, tmp_path, parity_seed, parity_rng):
     ids[1, 15:], ids[2, 9:] = 0, 0
     last = np.array([19, 14, 8])
     seen = (ids != 0).astype(np.int64)
-    expected = theirs(peer, ids, attention_mask=seen)[:, 0]
+    expected = rewards(peer, ids, seen)
     positions = np.tile(np.arange(20), (3, 1))
     got = np.asarray(model(ids, positions, seen))[np.arange(3), last]
     np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -393,9 +408,7 @@ def test_reward_models(family, tmp_path, parity_seed, parity_rng):
         tmp_path / "out", attn_implementation="eager"
     ).eval()
     assert type(again) is type(peer) and again.config.num_labels == 1
-    np.testing.assert_allclose(
-        theirs(again, ids, attention_mask=seen)[:, 0], expected, atol=1e-5
-    )
+    np.testing.assert_allclose(rewards(again, ids, seen), expected, atol=1e-5)
     back = huggingface.load(tmp_path / "out", bridge.single())
     assert tree.digest(back) == tree.digest(model)
 
