@@ -204,6 +204,20 @@ def test_every_family_there_and_back(tmp_path, name):
     assert families.matching(unnamed).name == name or not plain
 
 
+def test_heads_that_fill_the_width_have_no_key(tmp_path):
+    """StableLM's readers divide the width by the heads, whatever head_dim says."""
+    config = family_config("stablelm")
+    huggingface.save(Transformer(config, jax.random.key(0)), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    said = json.loads(path.read_text())
+    assert "head_dim" not in said
+    path.write_text(json.dumps(said | {"head_dim": 4}))
+    assert huggingface.config(tmp_path / "out") == config
+    odd = dataclasses.replace(config, family="", head_dim=16)
+    with pytest.raises(UserError, match="head_dim"):
+        families.matching(odd)
+
+
 # What each family's folder must hold, as its published checkpoints do.
 LAST = "model.layers.2."
 KEYS = {

@@ -106,4 +106,44 @@ _FAMILIES = (
     ),
 )
 
-MUTANTS = _ATTENTION + _BLOCKWISE + _FAMILIES
+_SPELLING = (
+    *in_file(
+        "stagecraft/models/translation_rope.py",
+        "tests/models/huggingface_test.py tests/models/folder_refusals_test.py",
+        (
+            "the share of rotating channels is always the family's own",
+            "float(given.get(SHARE) or hf.get(SHARE) or share)",
+            "float(share)",
+        ),
+        (
+            "a share that the family does not heed is passed over",
+            "if key != heeded and value != 1.0:",
+            "if False:",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/translation.py",
+        "tests/models/huggingface_test.py",
+        (
+            "heads that do not fill the width leave as if they did",
+            'named or hf["hidden_size"] // count',
+            'hf.get("head_dim") or hf["hidden_size"] // count',
+        ),
+        (
+            "a size of heads is written where no reader heeds it",
+            'return out if whole else out | {"head_dim": c.head_dim}',
+            'return out | {"head_dim": c.head_dim}',
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/config.py",
+        "tests/models/families_test.py",
+        (
+            "dynamic scaling of two channels divides by zero",
+            'self.rope_scaling == "dynamic" and self.rotary_channels == 2',
+            "False",
+        ),
+    ),
+)
+
+MUTANTS = _SPELLING + _ATTENTION + _BLOCKWISE + _FAMILIES
