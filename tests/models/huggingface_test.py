@@ -214,7 +214,7 @@ def test_heads_that_fill_the_width_have_no_key(tmp_path):
     path.write_text(json.dumps(said | {"head_dim": 4}))
     assert huggingface.config(tmp_path / "out") == config
     odd = dataclasses.replace(config, family="", head_dim=16)
-    with pytest.raises(UserError, match="head_dim"):
+    with pytest.raises(UserError, match="no family of"):
         families.matching(odd)
 
 
