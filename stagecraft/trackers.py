@@ -104,6 +104,8 @@ class Mlflow:
         return run.info.run_id
 
     def scalars(self, step, values):
+        # Where it keeps files, "loss" cannot also be the folder of "loss/policy".
+        values = {name.replace("/", "."): value for name, value in values.items()}
         self._mlflow.log_metrics(values, step=step)
 
     def texts(self, step, samples):

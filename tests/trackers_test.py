@@ -104,7 +104,9 @@ def test_mlflow_gives_the_id_itself(fake, tmp_path):
     assert calls[3][1:] == (({"loss": 1.0},), {"step": 1})
     assert known(tmp_path) == {"mlflow": "r7"}
     again = fake("mlflow", start_run=begun)
-    write(tmp_path, "mlflow")
+    with trackers.watching("mlflow", tmp_path, name="run/sft", config={}) as watch:
+        watch.scalars(1, {"loss": 1.0, "loss/policy": 2.0})
+    assert again[-2][1] == ({"loss": 1.0, "loss.policy": 2.0},)
     assert again[1][2] == {"run_id": "r7"}
     assert "log_dict" not in [name for name, _, _ in again[:3]]
 
