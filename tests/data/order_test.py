@@ -90,24 +90,36 @@ def test_the_same_thousand_batches_on_any_number_of_hosts(folders, want, hosts):
     assert found == want
 
 
-def test_the_same_batches_by_workers_and_after_a_resume(folders, want, parity_rng):
-    # One pool for all that is to be seen of it, since a worker takes seconds to start.
+@pytest.mark.parametrize("hosts, workers", [(1, 2), (2, 2), (4, 0)])
+def test_all_the_rest_after_a_resume_elsewhere(
+    folders, want, parity_rng, hosts, workers
+):
+    """Up to a random step by one host and two workers, then by others to the end."""
     iterator = mixed(folders, workers=2).iterator()
     stop = int(parity_rng.integers(100, STEPS - 100))
     assert [fingerprint(next(iterator)) for _ in range(stop)] == want[:stop]
     state = json.loads(json.dumps(iterator.get_state()))
     assert state == {"next_index": stop}
-    # On with two hosts and no worker, ...
-    parts = [mixed(folders).iterator(process_index=i, process_count=2) for i in (0, 1)]
+    iterator.close()
+    parts = [
+        mixed(folders, workers=workers).iterator(process_index=i, process_count=hosts)
+        for i in range(hosts)
+    ]
     for part in parts:
         part.set_state(state)
-    found = [fingerprint(joined([next(p) for p in parts])) for _ in range(50)]
-    assert found == want[stop : stop + 50]
-    # ... and with workers again.
-    state = parts[0].get_state()
-    iterator.set_state(state)
-    found = [fingerprint(next(iterator)) for _ in range(20)]
-    assert found == want[stop + 50 : stop + 70]
+    rest = STEPS - stop
+    found = [fingerprint(joined([next(p) for p in parts])) for _ in range(rest)]
+    assert found == want[stop:]
+    for part in parts:
+        part.close()
+
+
+def test_an_iterator_goes_back_with_its_workers(folders, want):
+    iterator = mixed(folders, workers=2).iterator()
+    for step in (900, 7):
+        iterator.set_state({"next_index": step})
+        found = [fingerprint(next(iterator)) for _ in range(5)]
+        assert found == want[step : step + 5]
     iterator.close()
 
 
