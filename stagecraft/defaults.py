@@ -181,17 +181,23 @@ def _language_model():
             buckets=(),  # row lengths to pad to with packing="none"
             turns="all",  # learn every turn of the assistant, or the "last" alone
             weights=(),  # of the loss, one for each comma-separated part of `files`
-            # What part of the stream each part of `files` has, by "tokens" or
-            # "examples"; () goes through all of them in epochs.
-            shares=(),
-            share_by="tokens",
-            curriculum="",  # shares by step: "0: .9, .1; 1000: .5, .5"
-            epochs=(),  # how often each part may be seen at most; 0 for no limit
+            **_mixture(),
+            share_by="tokens",  # or "examples", which records always are
             cache="",  # folder of tokenised text; "" is WORKDIR/cache
             workers=0,  # processes that put batches together; 0 for a thread
         )
     )
     return c
+
+
+def _mixture():
+    return dict(
+        # What part of the stream each comma-separated part of `files` has; () goes
+        # through all of them in epochs.
+        shares=(),
+        curriculum="",  # shares by step: "0: .9, .1; 1000: .5, .5"
+        epochs=(),  # how often each part may be seen at most; 0 for no limit
+    )
 
 
 def _pairs(kind, objective):
@@ -205,6 +211,7 @@ def _pairs(kind, objective):
             heldout_share=0.0,
             length=128,
             buckets=(),
+            **_mixture(),
             workers=0,
         )
     )
@@ -240,13 +247,14 @@ def _unpaired_preference():
     return c
 
 
-def _prompts():
+def _prompts(**more):
     return ConfigDict(
         dict(
             files="",
             fields="",
             prompt_length=0,  # tokens; 0 for all there is room for
             workers=0,
+            **more,
         )
     )
 
@@ -260,7 +268,7 @@ def _rewards(c):
 
 def _online_preference():
     c = _rewards(_pair_options(_base("online_preference", "dpo")))
-    c.data = _prompts()
+    c.data = _prompts(**_mixture())
     c.sampling = sampling()
     c.missing_eos_penalty = 1.0
     return c
@@ -269,7 +277,7 @@ def _online_preference():
 def _group_policy():
     c = _rewards(_base("group_policy", "ppo_policy"))
     c.batch_size = 16  # prompts; rows are group_size times as many
-    c.data = _prompts()
+    c.data = _prompts(**_mixture())
     c.reference_from = ""  # "": the parent
     c.sampling = sampling()
     c.group_size = 8  # completions of each prompt
@@ -296,17 +304,12 @@ def _group_policy():
 def _policy():
     c = _base("policy", "ppo_policy")
     c.batch_size = 64
-    c.data = ConfigDict(
-        dict(
-            files="",
-            fields="",
-            prompt_length=0,
-            ptx="",  # text whose loss is added to the policy's (PPO-ptx)
-            ptx_rows=0,  # of a batch, beside the prompts
-            ptx_length=64,
-            cache="",
-            workers=0,
-        )
+    c.data = _prompts(
+        ptx="",  # text whose loss is added to the policy's (PPO-ptx)
+        ptx_rows=0,  # of a batch, beside the prompts
+        ptx_length=64,
+        cache="",
+        **_mixture(),
     )
     c.reference_from = ""  # "": the parent
     c = _rewards(c)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stagecraft import defaults, losses, mesh, optimizer, schema, trackers, worlds
 from stagecraft.anatomy import summary
-from stagecraft.data import feed, language
+from stagecraft.data import feed, language, mixture
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, lora, saved, sources
 from stagecraft.models.config import ModelConfig, check_mesh
@@ -135,11 +135,11 @@ def _check(c):
 
 def _check_data(where, stage):
     schema.positive(f"{where}.data.workers", stage.data.workers, zero=True)
-    if stage.kind == "language_model":
-        try:
-            language.check(stage.data)
-        except UserError as error:
-            raise UserError(f"{where}.{error}") from None
+    check = language.check if stage.kind == "language_model" else mixture.check
+    try:
+        check(stage.data)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def _check_role(c, name, role, kinds):

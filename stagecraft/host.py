@@ -1,7 +1,11 @@
-"""The host's memory allocator, told that a training step asks for the same again."""
+"""What the host is told: to keep memory for the next step, to end what is left over."""
 
 import ctypes
+import functools
+import multiprocessing
+import os
 import sys
+import threading
 
 # glibc's mallopt: parameters by number, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -24,3 +28,21 @@ def keep_memory():
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_ARENA_MAX, 1)
+
+
+@functools.cache
+def end_with_parent():
+    """Ends a worker process when the one it works for is gone, killed or not.
+
+    A worker that waits to hand over what it made would wait for ever. Does nothing in a
+    process that is nobody's worker.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

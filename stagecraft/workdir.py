@@ -26,22 +26,23 @@ def write_text(path, text):
 
 def write_bytes(path, data):
     """Writes a file by rename: a reader sees the old one or the new, never a part."""
-    path = Path(path)
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write here ({error.strerror}); choose another --workdir"
-        ) from error
-    try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{path}: cannot write here ({error.strerror}); free space, or choose "
+            "another --workdir or output folder"
+        ) from error
 
 
 def write_json(path, value):

@@ -1,5 +1,6 @@
 """Files of a run are written whole or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -13,10 +14,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     workdir.write_json(path, {"a": 1})
 
     def broken(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="disk full"):
+    told = r"config\.json: cannot write here .No space left on device.; free space"
+    with pytest.raises(UserError, match=told):
         workdir.write_json(path, {"a": 2})
     assert workdir.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -25,7 +25,7 @@ from stagecraft.errors import UserError
 from stagecraft.text import tokenizer
 
 # Work of another version of these steps is not gone on with.
-VERSION = 1
+VERSION = 2
 RULES = ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb")
 
 
@@ -107,7 +107,7 @@ def curate(config, *, executor="local", workers=2):
         _say(f"{out}: finished already")
         return before
     work = Path(c.work or f"{out}.work") / identity[:16]
-    with alone(work):
+    with alone(work), _writing(work):
         for rank, parts in enumerate(found.tasks):
             workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
         phases = pipeline.phases(c, work, len(found.tasks), found, identity)
@@ -212,6 +212,18 @@ def alone(work):
                 "stop it"
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def _writing(work):
+    """What the disk refuses is told in one line; the workers tell their own."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or work}: {error.strerror or error}; put it right, and "
+            "the same command goes on"
+        ) from error
 
 
 def _remove_if_empty(folder):

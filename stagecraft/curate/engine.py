@@ -9,13 +9,13 @@ import contextlib
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+from stagecraft import host
 from stagecraft.errors import UserError
 
 NAMES = ("local", "ray", "slurm")
@@ -199,13 +199,7 @@ def _attend():
 
     logger.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    host.end_with_parent()
     # datatrove logs to the terminal as well as to the task's file; the file is enough.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 

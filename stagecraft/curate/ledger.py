@@ -7,8 +7,10 @@ the order of the tasks they are the same however many workers there were.
 from pathlib import Path
 
 from stagecraft import workdir
+from stagecraft.curate import personal
 
 _SHOWN = 600  # characters of an example
+_LOOKED_AT = 100_000  # of its text, so that none that is cut off is half a secret
 
 
 class Tally:
@@ -82,8 +84,18 @@ class Tally:
     def _example(self, reason, text, about):
         kept = self.examples.setdefault(reason, [])
         if len(kept) < self.limit:
-            cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-            kept.append({**about, "text": cut})
+            if "note" in about:
+                about["note"] = shown(about["note"])
+            kept.append({**about, "text": shown(text)})
+
+
+def shown(text):
+    """What a page shows of a text: its beginning, personal data replaced.
+
+    Also where the text itself keeps it, and where it was removed: a page is passed on.
+    """
+    text, _ = personal.scrub(text[:_LOOKED_AT])
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def merged(folder, tasks, limit):

@@ -201,9 +201,8 @@ class Publish(PipelineStep):
                         task, number = example["twin"]
                         rows = steps.kept(self.work, task)
                         row = next(itertools.islice(rows, number, None))
-                        text = row["text"]
                         example["stays"] = row["id"]
-                        example["other"] = text[:600] + ("…" if len(text) > 600 else "")
+                        example["other"] = ledger.shown(row["text"])
                 reasons.append((reason, examples))
             found[name] = reasons
         return found

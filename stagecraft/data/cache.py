@@ -67,12 +67,15 @@ def _tokenised(paths, mapping, tokenizer, folder):
         counts = len(known), known.tokens
         _log.info("%s: tokens from the cache, %d documents, %d tokens", name, *counts)
         return known
-    with _alone(target):
+    with _alone(target) as alone:
+        there = target.exists()
         # Another process may have done it while this one waited.
         if (known := _known(target)) is not None:
             return known
-        # What is damaged, and what a process that was killed here left unfinished.
-        for rest in (target, *folder.glob(f".{target.name}.*")):
+        # What is damaged, and what a process that was killed here left unfinished;
+        # without locks it may be another's that is still at work.
+        unfinished = folder.glob(f".{target.name}.*") if alone else ()
+        for rest in (*[target] * there, *unfinished):
             shutil.rmtree(rest, ignore_errors=True)
         documents = sources.texts(paths, mapping)
         try:
@@ -84,9 +87,7 @@ def _tokenised(paths, mapping, tokenizer, folder):
                 settings=settings,
             )
         except UserError:
-            if not shards.is_folder(
-                target
-            ):  # where there are no locks: done by another
+            if alone or not shards.is_folder(target):
                 raise
     return shards.Shards(target)
 
@@ -104,7 +105,10 @@ def _known(target):
 
 @contextlib.contextmanager
 def _alone(target):
-    """Holds other processes off; without locks in the system, the last rename wins."""
+    """Holds other processes off, and says whether it can.
+
+    Without locks in the system several may work, and the first rename wins.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(f"{target}.lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -118,8 +122,9 @@ def _alone(target):
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX)
+            locks = True
         except ImportError:
-            pass
-        yield
+            locks = False
+        yield locks
     finally:
         os.close(handle)

@@ -7,12 +7,12 @@ A files spec names user's files, or "world:NAME" (what the embedded world wrote)
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stagecraft import defaults, schema
-from stagecraft.data import files, language, packing, pipeline, sources
+from stagecraft.data import files, language, mixture, packing, pipeline, sources
 from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
 from stagecraft.text import chat
@@ -106,48 +106,100 @@ def build(stage, tokenizer, root, config):
 # -- comparisons and prompts -----------------------------------------------------------
 
 
-def _comparisons(stage, specs, tokenizer, config, cache):
-    data, mapping = stage.data, sources.fields(stage.data.fields)
-    found = sources.comparisons(specs["files"], mapping)
+class _Row(NamedTuple):
+    """A record that becomes a row.
+
+    Attributes:
+        record: as `sources` read it.
+        part: the number of the part of data.files that it is from.
+        documents: (ids, mask) of each sequence of the row.
+    """
+
+    record: Any
+    part: int
+    documents: tuple = ()
+
+
+def _read(read, spec, data):
+    """The records of a files spec, by `sources.comparisons` or its like: `_Row`s.
+
+    Only where sources are mixed is it asked which part of the spec one is from.
+    """
+    mixture.check(data)
+    parts = mixture.split(spec) if mixture.wanted(data) else [spec]
+    mapping = sources.fields(data.fields)
+    return [
+        _Row(record, number)
+        for number, part in enumerate(parts)
+        for record in read(part, mapping)
+    ]
+
+
+def _split(read, specs, data, config):
+    """Records to learn from, and those held out."""
+    found = _read(read, specs["files"], data)
     kept, held = pipeline.hold_out(found, data.heldout_share, config.seed)
     if "heldout" in specs:
-        held += sources.comparisons(specs["heldout"], mapping)
+        more = read(specs["heldout"], sources.fields(data.fields))
+        held += [_Row(record, -1) for record in more]
+    return kept, held
+
+
+def _mixed(stage, kept, size, seed):
+    """The `Mixture` of the rows a stage learns from, and what is told about it.
+
+    Args:
+        kept: `_Row`s.
+        size: rows of a batch.
+        seed: of the order.
+    """
+    if not mixture.wanted(stage.data):
+        return None, {}
+    at = np.array([row.part for row in kept])
+    count = len(mixture.split(stage.data.files))
+    members = [np.flatnonzero(at == part) for part in range(count)]
+    return mixture.make(stage.data, members, None, stage.steps, size, seed)
+
+
+def _comparisons(stage, specs, tokenizer, config, cache):
+    data = stage.data
+    kept, held = _split(sources.comparisons, specs, data, config)
     if stage.kind == "preference":  # every two of a ranking are a pair
         kept, held = _expanded(kept), _expanded(held)
 
-    def fitting(comparisons):
-        rows = [
-            tuple(
+    def fitting(rows):
+        found = []
+        for row in rows:
+            one = row.record
+            documents = tuple(
                 # Only the last turn is what was compared; earlier answers are context.
                 language.rendered(
                     [*one.prompt, *answer], tokenizer, one.tools, turns="last"
                 )
                 for answer in one.answers
             )
-            for one in comparisons
-        ]
-        both = zip(comparisons, rows, strict=True)
-        return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]
+            found.append(row._replace(documents=documents))
+        return [r for r in found if _longest([r]) <= data.length]
 
     fit, fit_held = fitting(kept), fitting(held)
-    pairs, total = _pairs_in(c for c, _ in fit), _pairs_in(kept)
+    pairs, total = _pairs_in(fit), _pairs_in(kept)
     report = {"pairs": pairs, "dropped": total - pairs}
     if not fit:
         raise UserError(
             f"data.files={data.files}: all {total} pairs are longer than "
             f"data.length={data.length} tokens; raise it"
         )
-    everything = [c for c, _ in fit + fit_held]
+    everything = [row.record for row in fit + fit_held]
 
     def arrays(rows, length, start):
-        out = packing.pad_answers([documents for _, documents in rows], length)
+        out = packing.pad_answers([row.documents for row in rows], length)
         out["index"] = np.arange(start, start + len(rows), dtype=np.int32)
         # Training and held-out rows have the same arrays, whichever of them need one.
         if any(len(c.answers) > 2 for c in everything):
             out["present"] = out["segments"].any(-1)
         for name, absent in (("preference", 1.0), ("margin", 0.0)):
             if any(getattr(c, name) is not None for c in everything):
-                values = [getattr(c, name) for c, _ in rows]
+                values = [getattr(row.record, name) for row in rows]
                 values = [absent if v is None else v for v in values]
                 out[name] = np.array(values, np.float32)
         return out
@@ -176,26 +228,17 @@ def _reference(spec, stage, tokenizer):
 
 
 def _judgements(stage, specs, tokenizer, config, cache):
-    data, mapping = stage.data, sources.fields(stage.data.fields)
+    data = stage.data
     # The two answers of a pair stay on one side of the split.
-    found = sources.judgements(specs["files"], mapping)
-    kept, held = pipeline.hold_out(found, data.heldout_share, config.seed)
-    if "heldout" in specs:
-        held += sources.judgements(specs["heldout"], mapping)
+    kept, held = _split(sources.judgements, specs, data, config)
 
     def fitting(groups):
-        rows = [
-            (
-                j.label,
-                language.rendered(
-                    [*j.prompt, *j.completion], tokenizer, j.tools, turns="last"
-                ),
-            )
-            for group in groups
-            for j in group
-        ]
-        fit = [(label, (d,)) for label, d in rows if len(d[0]) <= data.length]
-        return fit, len(rows)
+        rows = []
+        for one, part in ((j, row.part) for row in groups for j in row.record):
+            messages = [*one.prompt, *one.completion]
+            document = language.rendered(messages, tokenizer, one.tools, turns="last")
+            rows.append(_Row(one, part, (document,)))
+        return [row for row in rows if _longest([row]) <= data.length], len(rows)
 
     fit, total = fitting(kept)
     if not fit:
@@ -203,7 +246,7 @@ def _judgements(stage, specs, tokenizer, config, cache):
             f"data.files={data.files}: all {total} answers are longer than "
             f"data.length={data.length} tokens; raise it"
         )
-    desirable = sum(label for label, _ in fit)
+    desirable = sum(row.record.label for row in fit)
     if desirable in (0, len(fit)):
         raise UserError(
             f"data.files={data.files}: every label is {bool(desirable)}; expected "
@@ -216,34 +259,38 @@ def _judgements(stage, specs, tokenizer, config, cache):
     }
 
     def arrays(rows, length, start):
-        out = packing.pad([document for _, (document,) in rows], length)
+        out = packing.pad([row.documents[0] for row in rows], length)
         out["index"] = np.arange(start, start + len(rows), dtype=np.int32)
-        out["label"] = np.array([label for label, _ in rows], bool)
+        out["label"] = np.array([row.record.label for row in rows], bool)
         return out
 
     return _padded(arrays, fit, fitting(held)[0], report, stage, config)
 
 
-def _expanded(comparisons):
+def _expanded(rows):
     """Each ranking as its pairs."""
     return [
-        one._replace(answers=pair)
-        for one in comparisons
-        for pair in itertools.combinations(one.answers, 2)
+        row._replace(record=row.record._replace(answers=pair))
+        for row in rows
+        for pair in itertools.combinations(row.record.answers, 2)
     ]
 
 
-def _pairs_in(comparisons):
-    return sum(math.comb(len(one.answers), 2) for one in comparisons)
+def _pairs_in(rows):
+    return sum(math.comb(len(row.record.answers), 2) for row in rows)
+
+
+def _longest(rows):
+    return max(len(ids) for row in rows for ids, _ in row.documents)
 
 
 def _prompts(stage, specs, tokenizer, config, cache):
-    data, mapping = stage.data, sources.fields(stage.data.fields)
-    found = sources.prompts(specs["files"], mapping)
+    data = stage.data
+    found = _read(sources.prompts, specs["files"], data)
     room = config.model.max_length - stage.sampling.max_new_tokens
     limit = min(data.prompt_length or room, room)
     rows = []
-    for one in found:
+    for one in (row.record for row in found):
         known = {"tools": one.tools} if one.tools else {}
         messages = chat.as_messages(one.prompt)
         ids = chat.generation_prompt(messages, tokenizer, **known)
@@ -256,9 +303,10 @@ def _prompts(stage, specs, tokenizer, config, cache):
                 "model.max_length"
             )
         rows.append(ids)
-    made = dict(
-        prompts=[one.prompt for one in found], records=[one.record for one in found]
-    )
+    prompts = [row.record.prompt for row in found]
+    # Under our name for it, whatever theirs is: verifiers look for it there.
+    records = [row.record.record | {"prompt": row.record.prompt} for row in found]
+    made = dict(prompts=prompts, records=records)
     if stage.kind in defaults.RECORDS:
         return made
     arrays = packing.pad_prompts(rows, min(packing.rounded(max(map(len, rows))), limit))
@@ -267,14 +315,18 @@ def _prompts(stage, specs, tokenizer, config, cache):
     asked = stage.batch_size
     if stage.kind == "group_policy":  # some are dropped once they are scored
         asked *= stage.oversample
+    seed = pipeline.order_seed(stage, config)
+    mixed, told = _mixed(stage, found, asked, seed)
+    beside = _pretraining(data, specs, tokenizer, config, cache, report)
     dataset = Dataset(
         [(arrays, asked)],
-        seed=pipeline.order_seed(stage, config),
+        seed=seed,
+        mixture=mixed,
         workers=data.workers,
-        beside=_pretraining(data, specs, tokenizer, config, cache, report),
-        report=report,
+        beside=beside,
+        report=report | told,
     )
-    return made | dict(dataset=dataset, samples=made["prompts"][:4])
+    return made | dict(dataset=dataset, samples=prompts[:4])
 
 
 def _pretraining(data, specs, tokenizer, config, cache, report):
@@ -305,27 +357,27 @@ def _padded(arrays, kept, held, report, stage, config):
 
     Args:
         arrays: (rows, length, number of the first) -> {name: array [N, ...]}.
-        kept, held: rows to learn from and to evaluate on, each with its documents.
+        kept, held: `_Row`s to learn from and to evaluate on.
 
     Returns:
         {"dataset", "heldout", "samples"}.
     """
-
-    def longest(rows):
-        return packing.rounded(max(len(ids) for _, row in rows for ids, _ in row))
-
-    length = min(longest(kept), stage.data.length)
+    length = min(packing.rounded(_longest(kept)), stage.data.length)
+    seed = pipeline.order_seed(stage, config)
+    mixed, told = _mixed(stage, kept, stage.batch_size, seed)
     dataset = Dataset(
         [(arrays(kept, length, 0), stage.batch_size)],
-        seed=pipeline.order_seed(stage, config),
+        seed=seed,
+        mixture=mixed,
         buckets=stage.data.buckets,
         workers=stage.data.workers,
-        report=report,
+        report=report | told,
     )
     heldout = None
     if held:
         # Numbered on from the others, so that an index means one row.
-        length = min(max(length, longest(held)), stage.data.length)
+        longest = packing.rounded(max(length, _longest(held)))
+        length = min(longest, stage.data.length)
         found = arrays(held, length, len(kept))
         heldout = Dataset([(found, stage.batch_size)], seed=config.seed)
     return dict(dataset=dataset, heldout=heldout, samples=[])

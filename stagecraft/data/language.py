@@ -5,7 +5,6 @@ there are fewer, are held in memory. Several sources may be mixed in given share
 """
 
 import logging
-import math
 
 import numpy as np
 
@@ -26,8 +25,8 @@ def build(stage, specs, tokenizer, config, cache):
     """The training and held-out rows of a stage, and prompts to watch it on."""
     data = stage.data
     check(data)
-    parts = split(specs["files"])
-    if not (data.weights or _mixed(data)):
+    parts = mixture.split(specs["files"])
+    if not (data.weights or mixture.wanted(data)):
         parts = [specs["files"]]
     count = len(parts)
     if "heldout" in specs:  # one source more, of which nothing is learned
@@ -55,9 +54,11 @@ def build(stage, specs, tokenizer, config, cache):
         replay = text_rows(stored_, rows.length, weights=ones)
         others = [(replay, replayed)]
     seed, mixed = pipeline.order_seed(stage, config), None
-    if _mixed(data):
-        mixed = _mixture(documents, rows, members, stage, size, seed)
-        report |= _shares(documents, rows, mixed, split(data.files), stage, size)
+    if mixture.wanted(data):
+        members = members[: len(mixture.split(data.files))]
+        held_by_row = _per_row(documents, rows, members)
+        mixed, told = mixture.make(data, members, held_by_row, stage.steps, size, seed)
+        report |= told
     dataset = Dataset(
         [(first, size), *others],
         seed=seed,
@@ -82,36 +83,11 @@ def check(data):
     schema.choice("data.format", data.format, ("text", "demonstrations"))
     schema.choice("data.packing", data.packing, ("", *packing.STRATEGIES, "none"))
     schema.choice("data.turns", data.turns, chat.TURNS)
-    schema.choice("data.share_by", data.share_by, mixture.SHARE_BY)
     schema.positive("data.workers", data.workers, zero=True)
-    count = len(split(data.files))
     if data.weights:
+        count = len(mixture.split(data.files))
         mixture.check_shares("data.weights", data.weights, count)
-    if data.shares and data.curriculum:
-        raise UserError(
-            f"data.shares={tuple(data.shares)} with data.curriculum="
-            f"{data.curriculum!r}: give the shares of step 0 there, and no data.shares"
-        )
-    if data.shares:
-        mixture.check_shares("data.shares", data.shares, count)
-    if data.curriculum:
-        mixture.curriculum(data.curriculum, count)
-    caps = data.epochs
-    if caps and not _mixed(data):
-        raise UserError(
-            f"data.epochs={tuple(caps)}: caps sources that are mixed; give data.shares "
-            "or data.curriculum"
-        )
-    if caps and (len(caps) != count or not all(map(_is_cap, caps))):
-        raise UserError(
-            f"data.epochs={tuple(caps)}: expected for each of the {count} parts of "
-            "data.files how often it may be seen, 0 for no limit"
-        )
-
-
-def split(spec):
-    """The parts of a files spec."""
-    return [part.strip() for part in spec.split(",") if part.strip()]
+    mixture.check(data)
 
 
 def rendered(messages, tokenizer, tools, **settings):
@@ -131,15 +107,6 @@ def text_rows(documents, length, *, weights=None, prefix=""):
     """All of some text as packed rows."""
     made = packing.plan(documents.lengths, length)
     return packing.Rows(documents, made, length, weights=weights, prefix=prefix)
-
-
-def _is_cap(cap):
-    number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
-    return number and 0 <= cap < math.inf
-
-
-def _mixed(data):
-    return bool(data.shares or data.curriculum)
 
 
 def _read(parts, data, tokenizer, cache):
@@ -186,7 +153,7 @@ def _packed(documents, numbers, data, weights, *, apart=None):
         weights: f32 of each document, or None.
         apart: whether each source has rows of its own; None where they are mixed.
     """
-    apart = _mixed(data) if apart is None else apart
+    apart = mixture.wanted(data) if apart is None else apart
     # Text goes on in the next row; a conversation's later part would be an answer to
     # nothing, but its start is worth learning: unless asked otherwise, its end is cut.
     strategy = data.packing or ("bfd_split" if data.format == "text" else "bfd")
@@ -266,73 +233,15 @@ def _replayed(stage):
     return count
 
 
-# -- mixtures --------------------------------------------------------------------------
-
-
 def _per_row(documents, rows, members):
-    """{"tokens", "examples", "rows"}: what a row of each source holds, f64[S]."""
+    """{"tokens", "examples"}: what a row of each source holds, f64[S]."""
     made = rows.plan
     # A document cut into pieces is an example that lies in several rows.
     part = made.sizes / documents.lengths[made.documents]
     sums = {"tokens": made.sizes, "examples": part}
-    found = {"rows": np.array([len(member) for member in members])}
+    counts = np.array([max(len(member), 1) for member in members])
     at = documents.sources[made.documents]
-    for name, values in sums.items():
-        total = np.bincount(at, values, minlength=len(members))[: len(members)]
-        found[name] = total / np.maximum(found["rows"], 1)
-    return found
-
-
-def _mixture(documents, rows, members, stage, size, seed):
-    data = stage.data
-    parts = split(data.files)
-    members = members[: len(parts)]
-    held = _per_row(documents, rows, members)
-    if data.curriculum:
-        phases = mixture.curriculum(data.curriculum, len(parts))
-    else:
-        phases = [(0, tuple(data.shares))]
-    for part, count, *wanted in zip(
-        parts, held["rows"], *(shares for _, shares in phases), strict=True
-    ):
-        if any(wanted) and not count:
-            raise UserError(
-                f"{part}: has a share, but no row to learn from; set it to 0"
-            )
-    by = np.maximum(held[data.share_by], 1e-12)
-    found = mixture.Mixture(
-        members,
-        [(step * size, np.array(shares) / by) for step, shares in phases],
-        data.epochs or (0,) * len(parts),
-        seed,
-    )
-    if found.end is not None and found.end < stage.steps * size:
-        raise UserError(
-            f"data.epochs={tuple(data.epochs)}: every source is used up after "
-            f"{found.end // size} of {stage.steps} steps; raise a cap, or take fewer "
-            "steps"
-        )
-    return found
-
-
-def _shares(documents, rows, mixed, parts, stage, size):
-    """What each source comes to over all steps; said, and for the report."""
-    held = _per_row(documents, rows, mixed.members)
-    seen = mixed.counts(stage.steps * size)
-    totals = {name: seen * held[name] for name in ("tokens", "examples")}
-    found = []
-    for number, part in enumerate(parts):
-        one = {"files": part, "rows": int(held["rows"][number])}
-        one["epochs"] = float(seen[number] / max(one["rows"], 1))
-        for name, values in totals.items():
-            one[f"share_of_{name}"] = float(values[number] / values.sum())
-        found.append(one)
-        _log.info(
-            "%s: %.3f of the tokens, %.3f of the examples, %.2f epochs (shares by %s)",
-            part,
-            one["share_of_tokens"],
-            one["share_of_examples"],
-            one["epochs"],
-            stage.data.share_by,
-        )
-    return {"share_by": stage.data.share_by, "sources": found}
+    return {
+        name: np.bincount(at, values, minlength=len(members))[: len(members)] / counts
+        for name, values in sums.items()
+    }

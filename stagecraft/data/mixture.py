@@ -6,12 +6,14 @@ it, so that the row of any step is found without going through those before it. 
 change at steps (a curriculum), and where a source has been seen as often as it may.
 """
 
+import logging
 import math
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from stagecraft import schema
 from stagecraft.errors import UserError
 
 # Rows of a block: shares are kept to within half a row of it.
@@ -19,6 +21,7 @@ BLOCK = 2**16
 # Sources of up to so many rows are shuffled an epoch at a time.
 _SMALL = 2**17
 SHARE_BY = ("tokens", "examples")
+_log = logging.getLogger("stagecraft.data")
 
 
 class _Segment(NamedTuple):
@@ -179,6 +182,115 @@ def _quotas(weights):
     found[np.argsort(found - exact, kind="stable")[:missing]] += 1
     # However small its share, a source that has one comes.
     return np.maximum(found, np.array(weights) > 0)
+
+
+# -- from a stage's data config --------------------------------------------------------
+
+
+def split(spec):
+    """The parts of a files spec, each a source."""
+    return [part.strip() for part in spec.split(",") if part.strip()]
+
+
+def wanted(data):
+    """Whether a data config asks for a mixture."""
+    return "shares" in data and bool(data.shares or data.curriculum)
+
+
+def check(data):
+    """Refuses a mixture that cannot be meant; some kinds of stages know none."""
+    if "shares" not in data:
+        return
+    schema.choice("data.share_by", _share_by(data), SHARE_BY)
+    count = len(split(data.files))
+    if data.shares and data.curriculum:
+        raise UserError(
+            f"data.shares={tuple(data.shares)} with data.curriculum="
+            f"{data.curriculum!r}: give the shares of step 0 there, and no data.shares"
+        )
+    if data.shares:
+        check_shares("data.shares", data.shares, count)
+    if data.curriculum:
+        curriculum(data.curriculum, count)
+    caps = data.epochs
+    if caps and not wanted(data):
+        raise UserError(
+            f"data.epochs={tuple(caps)}: caps sources that are mixed; give data.shares "
+            "or data.curriculum"
+        )
+    if caps and (len(caps) != count or not all(map(_is_cap, caps))):
+        raise UserError(
+            f"data.epochs={tuple(caps)}: expected for each of the {count} parts of "
+            "data.files how often it may be seen, 0 for no limit"
+        )
+
+
+def make(data, members, held, steps, size, seed):
+    """The mixture that a data config asks for, and what it comes to; which is said.
+
+    Args:
+        data: a stage's data config.
+        members: for each part of data.files, the numbers of its rows.
+        held: {"tokens", "examples"}: what a row of each part holds on average, f64[S].
+            Records, a row each, need none.
+        steps: of the stage.
+        size: rows of a batch.
+        seed: of the order.
+
+    Returns:
+        a `Mixture`; {"share_by", "sources": [{"files", "rows", "epochs",
+        "share_of_tokens", ...}]}.
+    """
+    parts, by = split(data.files), _share_by(data)
+    held = held or {"examples": np.ones(len(parts))}
+    phases = [(0, tuple(data.shares))]
+    if data.curriculum:
+        phases = curriculum(data.curriculum, len(parts))
+    for part, rows, *shares in zip(
+        parts, members, *(shares for _, shares in phases), strict=True
+    ):
+        if any(shares) and not len(rows):
+            raise UserError(
+                f"{part}: has a share, but no row to learn from; set it to 0"
+            )
+    one = np.maximum(held[by], 1e-12)
+    found = Mixture(
+        members,
+        [(step * size, np.array(shares) / one) for step, shares in phases],
+        data.epochs or (0,) * len(parts),
+        seed,
+    )
+    if found.end is not None and found.end < steps * size:
+        raise UserError(
+            f"data.epochs={tuple(data.epochs)}: every source is used up after "
+            f"{found.end // size} of {steps} steps; raise a cap, or take fewer steps"
+        )
+    return found, {"share_by": by, "sources": _told(found, parts, held, steps * size)}
+
+
+def _told(found, parts, held, places):
+    """What each source comes to over all steps."""
+    seen, sources = found.counts(places), []
+    totals = {name: seen * values for name, values in held.items()}
+    for number, part in enumerate(parts):
+        one = {"files": part, "rows": len(found.members[number])}
+        one["epochs"] = float(seen[number] / max(one["rows"], 1))
+        for name, values in totals.items():
+            one[f"share_of_{name}"] = float(values[number] / values.sum())
+        sources.append(one)
+        shares = [f"{one[f'share_of_{name}']:.3f} of the {name}" for name in totals]
+        _log.info("%s: %s; %.2f epochs", part, ", ".join(shares), one["epochs"])
+    return sources
+
+
+def _share_by(data):
+    # Records come a row each: there is nothing else to count.
+    return data.get("share_by", "examples")
+
+
+def _is_cap(cap):
+    number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
+    return number and 0 <= cap < math.inf
 
 
 def curriculum(text, sources):

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from stagecraft import host
 from stagecraft.errors import UserError
 
 # What a row of padding holds where that is not 0.
@@ -205,22 +206,29 @@ class Batches:
 
     def _start(self):
         steps = grain.MapDataset.range(self.step, np.iinfo(np.int32).max)
-        made = steps.map(functools.partial(_batch, self.dataset, *self.process))
-        if not self.dataset.workers:
+        workers = self.dataset.workers
+        make = _workers_batch if workers else _batch
+        made = steps.map(functools.partial(make, self.dataset, *self.process))
+        if not workers:
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
             return iter(made.to_iter_dataset(read))
         if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own there
             flags.FLAGS.mark_as_parsed()
         # Each worker makes its own steps, one after the other.
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        workers = grain.MultiprocessingOptions(
-            num_workers=self.dataset.workers, per_worker_buffer_size=2
+        several = grain.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=2
         )
-        return iter(made.to_iter_dataset(read).mp_prefetch(workers))
+        return iter(made.to_iter_dataset(read).mp_prefetch(several))
 
 
 def _batch(dataset, process_index, process_count, step):
     return _mine(dataset.batch_at(step), process_index, process_count)
+
+
+def _workers_batch(*arguments):
+    host.end_with_parent()
+    return _batch(*arguments)
 
 
 def _mine(batch, index, count):

@@ -149,6 +149,28 @@ def test_the_page_shows_everything_as_data(result):
     assert all(re.search(r"b\.jsonl:\d+$", q["where"]) for q in quarantine)
 
 
+def test_no_example_tells_of_anybody(tmp_path):
+    """Neither what is removed nor what stays beside it, whole or cut off."""
+    padding = "the words of which there are many and then some more of them " * 20
+    long = f"{padding[: 600 - 12]} {SECRET}"  # its address is cut in two
+    rows = [{"text": f"one of us said: {SECRET}"}] * 2 + [{"text": long}] * 2
+    rows.append({"text": f"Der Mann und die Frau mit dem Kind sagen: {SECRET}"})
+    lines = [json.dumps(row) for row in rows] + [f'{{"text": "{SECRET}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    made = dict(files=f"{tmp_path}/a.jsonl", out=f"{tmp_path}/out", rules=("language",))
+    made |= dict(minhash={"on": False}, personal=dict(emails=False, phones=False))
+    told = curation.curate(made, workers=1)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("said: write to email@example.com") == 2  # and what stays
+    assert "sagen: write to email@example.com" in page
+    for part in ("ann.l", "firm", "555-0187", "8.8.8"):
+        assert part not in page
+    by = {step["name"]: sum(step["removed"].values()) for step in told["steps"]}
+    assert (by["read"], by["language"], by["exact duplicate"]) == (1, 1, 2)
+    # The text is as the settings have it.
+    assert "ann.lee@firm.org" in prose.read(tmp_path / "out")[0]["text"]
+
+
 def test_one_worker_writes_the_same_bytes(corpus, result, tmp_path):
     out, _ = result
     curation.curate(config(corpus, tmp_path / "one"), workers=1)

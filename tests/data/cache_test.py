@@ -53,6 +53,7 @@ def test_built_once_then_read(tokenizer, text, tmp_path, caplog):
     [made] = cache.tokens(str(text), {}, counting, tmp_path / "c")
     assert [d.tolist() for d in made] == [chat.document(w, tokenizer)[0] for w in WORDS]
     assert counting.count == len(WORDS)
+    caplog.clear()  # where an earlier test has the command line speak up
     with caplog.at_level(logging.INFO, logger="stagecraft.data"):
         [again] = cache.tokens(str(text), {}, counting, tmp_path / "c")
     assert counting.count == len(WORDS)

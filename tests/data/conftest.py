@@ -30,6 +30,8 @@ def _build(tokenizer, root, kind, records, *, max_length=64, **settings):
     stage.batch_size = settings.pop("batch_size", 4)
     if "max_new_tokens" in settings:
         stage.sampling.max_new_tokens = settings.pop("max_new_tokens")
+    if "oversample" in settings:
+        stage.oversample = settings.pop("oversample")
     stage.data.update({"files": str(root / "data.jsonl")} | settings)
     config = ConfigDict({"seed": 0, "model": {"max_length": max_length}})
     return feed.build(stage, tokenizer, root, config)

@@ -1,8 +1,15 @@
 """The same batches on any number of hosts and workers, and after a resume."""
 
+import contextlib
 import hashlib
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,25 +97,86 @@ def test_the_same_thousand_batches_on_any_number_of_hosts(folders, want, hosts):
     assert found == want
 
 
-def test_the_same_batches_by_workers_and_after_a_resume(folders, want, parity_rng):
-    # One pool for all that is to be seen of it, since a worker takes seconds to start.
-    iterator = mixed(folders, workers=2).iterator()
+@pytest.fixture
+def begun(folders):
+    """(workers, hosts) -> an iterator for each host; all end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(workers, hosts=1):
+            made = [
+                mixed(folders, workers=workers).iterator(
+                    process_index=i, process_count=hosts
+                )
+                for i in range(hosts)
+            ]
+            return [stack.enter_context(contextlib.closing(one)) for one in made]
+
+        yield begin
+
+
+@pytest.mark.parametrize("hosts, workers", [(1, 2), (2, 2), (4, 0)])
+def test_all_the_rest_after_a_resume_elsewhere(begun, want, parity_rng, hosts, workers):
+    """Up to a random step by one host and two workers, then by others to the end."""
+    [first] = begun(2)
     stop = int(parity_rng.integers(100, STEPS - 100))
-    assert [fingerprint(next(iterator)) for _ in range(stop)] == want[:stop]
-    state = json.loads(json.dumps(iterator.get_state()))
+    assert [fingerprint(next(first)) for _ in range(stop)] == want[:stop]
+    state = json.loads(json.dumps(first.get_state()))
     assert state == {"next_index": stop}
-    # On with two hosts and no worker, ...
-    parts = [mixed(folders).iterator(process_index=i, process_count=2) for i in (0, 1)]
+    first.close()
+    parts = begun(workers, hosts)
     for part in parts:
         part.set_state(state)
-    found = [fingerprint(joined([next(p) for p in parts])) for _ in range(50)]
-    assert found == want[stop : stop + 50]
-    # ... and with workers again.
-    state = parts[0].get_state()
-    iterator.set_state(state)
-    found = [fingerprint(next(iterator)) for _ in range(20)]
-    assert found == want[stop + 50 : stop + 70]
-    iterator.close()
+    rest = STEPS - stop
+    found = [fingerprint(joined([next(p) for p in parts])) for _ in range(rest)]
+    assert found == want[stop:]
+
+
+def test_an_iterator_goes_back_with_its_workers(begun, want):
+    [iterator] = begun(2)
+    for step in (900, 7):
+        iterator.set_state({"next_index": step})
+        found = [fingerprint(next(iterator)) for _ in range(5)]
+        assert found == want[step : step + 5]
+
+
+LEFT_ALONE = """
+import multiprocessing, numpy as np, os, signal
+from stagecraft.data.pipeline import Dataset
+
+if __name__ == "__main__":
+    rows = {"index": np.arange(8)}
+    batches = Dataset([(rows, 2)], seed=0, workers=2).iterator()
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "alone.py").write_text(LEFT_ALONE)
+    with open(tmp_path / "pids", "w") as out:  # a pipe would wait for the workers
+        command = [sys.executable, str(tmp_path / "alone.py")]
+        root = str(Path(__file__).parents[2])
+        subprocess.run(command, stdout=out, env=os.environ | {"PYTHONPATH": root})
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    for _ in range(100):
+        left = [pid for pid in pids if alive(pid)]
+        if not left:
+            return
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"{len(left)} workers are still there")
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")  # who has died may wait to be noticed
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_a_dataset_is_shipped_without_its_tokens(folders):

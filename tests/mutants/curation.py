@@ -135,13 +135,46 @@ _WHOLE = (
         "tests/curate/curation_test.py",
         (
             "workers outlive their parent",
-            "    parent.join()\n        os._exit(1)",
-            "    parent.join()",
+            "    host.end_with_parent()\n",
+            "",
+            "tests/curate/curation_test.py -k killed",
+        ),
+        (
+            "a full disk in a worker is a traceback",
+            "        except OSError as error:",
+            "        except ZeroDivisionError as error:",
+            "tests/curate/disk_full_test.py",
+        ),
+        (
+            "done is done again",
+            "    left = executor.get_incomplete_ranks()\n",
+            "    left = range(phase.tasks)\n",
+            "tests/curate/curation_test.py -k killed",
+        ),
+    ),
+    *in_file(
+        "stagecraft/curate/ledger.py",
+        "tests/curate/curation_test.py -k no_example_tells",
+        (
+            "examples tell of people",
+            "    text, _ = personal.scrub(text[:_LOOKED_AT])\n",
+            "",
+        ),
+        (
+            "what is cut off is not looked at",
+            "_LOOKED_AT = 100_000",
+            "_LOOKED_AT = 600",
         ),
     ),
     *in_file(
         "stagecraft/curate/publish.py",
         "tests/curate/curation_test.py",
+        (
+            "what stays tells of people",
+            'ledger.shown(row["text"])',
+            'row["text"]',
+            "tests/curate/curation_test.py -k no_example_tells",
+        ),
         (
             "the result is put together in place",
             "half.rename(out)",
@@ -152,6 +185,12 @@ _WHOLE = (
     *in_file(
         "stagecraft/curate/curation.py",
         "tests/curate/curation_test.py",
+        (
+            "a full disk before the first task is a traceback",
+            "with alone(work), _writing(work):",
+            "with alone(work):",
+            "tests/curate/disk_full_test.py",
+        ),
         (
             "evaluation files are not in the identity",
             "map(_contents, read)",

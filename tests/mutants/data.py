@@ -44,8 +44,8 @@ _FEED = in_file(
     "tests/data/comparisons_test.py tests/data/feed_test.py",
     (
         "feed swaps chosen and rejected",
-        "out = packing.pad_answers([documents for _, documents in rows], length)",
-        "out = packing.pad_answers([documents[::-1] for _, documents in rows], length)",
+        "out = packing.pad_answers([row.documents for row in rows], length)",
+        "out = packing.pad_answers([row.documents[::-1] for row in rows], length)",
     ),
     (
         "earlier turns are compared",
@@ -59,13 +59,37 @@ _FEED = in_file(
     ),
     (
         "pairs too long are cut",
-        "return [(c, r) for c, r in both if max(len(d[0]) for d in r) <= data.length]",
-        "return [(c, r) for c, r in both]",
+        "return [r for r in found if _longest([r]) <= data.length]",
+        "return found",
     ),
     (
         "labels inverted",
-        "np.array([label for label, _ in rows], bool)",
-        "np.array([not label for label, _ in rows], bool)",
+        "np.array([row.record.label for row in rows], bool)",
+        "np.array([not row.record.label for row in rows], bool)",
+    ),
+    (
+        "records of all parts are one source",
+        "_Row(record, number)\n",
+        "_Row(record, 0)\n",
+        "tests/data/record_mixture_test.py",
+    ),
+    (
+        "the mixture of records is left out",
+        "        mixture=mixed,\n        buckets",
+        "        buckets",
+        "tests/data/record_mixture_test.py",
+    ),
+    (
+        "prompts are mixed a batch of other size",
+        "_mixed(stage, found, asked, seed)",
+        "_mixed(stage, found, 1, seed)",
+        "tests/data/record_mixture_test.py",
+    ),
+    (
+        "verifiers find no renamed prompt",
+        ' | {"prompt": row.record.prompt}',
+        "",
+        "tests/data/record_mixture_test.py",
     ),
     (
         "oversampling forgotten",
@@ -98,6 +122,12 @@ _PIPELINE = in_file(
         '        self.step = state["next_index"]',
     ),
     (
+        "workers outlive a killed parent",
+        "    host.end_with_parent()\n",
+        "",
+        "tests/data/order_test.py",
+    ),
+    (
         "the mixture is left out",
         "if number == 0 and self.mixture:",
         "if number == 1 and self.mixture:",
@@ -118,7 +148,6 @@ _SOURCES = in_file(
 _LANGUAGE = in_file(
     "stagecraft/data/language.py",
     "tests/data/cache_test.py tests/data/feed_test.py",
-    ("shares by rows", "np.array(shares) / by)", "np.array(shares) / (0 * by + 1))"),
     ("held-out documents are learned", "np.array(kept, np.int64), held", "own, held"),
     (
         "text after a row's end is lost",
@@ -152,6 +181,24 @@ _MIXTURE = in_file(
     ),
     ("one row more than the cap", "+ at + 1\n", "+ at + 2\n"),
     ("caps forgotten", "for stop in [*stops, end] if", "for stop in [end] if"),
+    (
+        "shares by rows",
+        "np.array(shares) / one)",
+        "np.array(shares) / (0 * one + 1))",
+        "tests/data/cache_test.py",
+    ),
+    (
+        "a source without rows passes",
+        "if any(shares) and not len(rows):",
+        "if False:",
+        "tests/data/record_mixture_test.py",
+    ),
+    (
+        "caps that end too early pass",
+        "found.end < steps * size:",
+        "found.end < steps:",
+        "tests/data/record_mixture_test.py",
+    ),
     (
         "rows by chance order",
         "(np.arange(n) + u) / n for",
@@ -197,6 +244,11 @@ _CACHE = in_file(
         "    }",
     ),
     ("the content is not in the key", '"content": files.digest(paths),', ""),
+    (
+        "others at work are cleared away",
+        " if alone else ()",
+        "",
+    ),
     ("no lock", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass"),
     (
         "who waited works again",
