@@ -22,7 +22,7 @@ from stagecraft.data import feed
 from stagecraft.models import huggingface, lora
 from stagecraft.models import peft as folders
 from stagecraft.text import tokenizer as tokenizers
-from tests.peers import bridge
+from tests.peers import bridge, lora_test
 
 pytestmark = pytest.mark.peers
 
@@ -220,10 +220,12 @@ def test_twenty_steps(kind, adapter, parity_rng, parity_seed, tmp_path):
     # Out again: the same model, whole, and as an adapter.
     exchange.export(root, "child", tmp_path / "out")
     ours, base = opened(kind, tmp_path / "out"), opened(kind, folder)
+    says_what_ours_says(ours, root, parity_rng)
     final = trainer.model
     if adapter:
         exchange.export(root, "child", tmp_path / "adapter", adapter=True)
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        says_what_ours_says(again, root, parity_rng)
         same(again.merge_and_unload(), ours, 1e-5)
         final = final.merge_and_unload()
     same(final, ours, 1e-4, moved_from=opened(kind, folder))
@@ -242,3 +244,17 @@ def same(one, other, tolerance, moved_from=None):
         if name in start:
             moved = max(moved, float((value - start[name]).abs().max()))
     assert moved_from is None or moved > 30 * tolerance
+
+
+def says_what_ours_says(model, root, rng, tolerance=1e-4):
+    """A model of transformers, or PEFT's, has the logits of the run's own child."""
+    shared = bridge.single()
+    ids = rng.integers(3, model.config.vocab_size, (4, 12))
+    with jax.set_mesh(shared):
+        own = run.open_run(root).load("child", shared)
+        expected = lora_test.ours(own, ids)
+    # Theirs have no constant in a scalar head.
+    expected = expected - float(getattr(own, "bias", np.zeros(()))[...])
+    found = lora_test.theirs(model, ids)
+    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
+    assert expected.std() > 0.1

@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 
-from stagecraft import defaults, exchange, metrics, run
+from stagecraft import defaults, exchange, metrics, run, train, tree
 from stagecraft.models import huggingface, lora
 from stagecraft.models import peft as folders
 from stagecraft.stages import rollout
@@ -116,7 +116,11 @@ def write_adapters(c, folder):
 
 
 def theirs(folder, seed, adapter):
-    """TRL's iterations, from a process of its own: a list of {name: array}, losses."""
+    """TRL's iterations, from a process of its own.
+
+    Returns:
+        a list of {name: array}; the loss of each update; the critic's final weights.
+    """
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tests.peers.ppo_peer", str(seed), "sgd", folder),
@@ -130,11 +134,13 @@ def theirs(folder, seed, adapter):
     assert done.returncode == 0, done.stderr[-4000:]
     found = dict(np.load(folder / "out.npz"))
     losses = found.pop("losses")
+    names = [name for name in found if name.startswith("critic/")]
+    critic = {name.removeprefix("critic/"): found.pop(name) for name in names}
     told = [{} for _ in range(ITERATIONS)]
     for key, value in found.items():
         number, _, name = key.partition("/")
         told[int(number)][name] = value
-    return told, losses
+    return told, losses, critic
 
 
 def drawn(one, width):
@@ -172,7 +178,7 @@ def test_twenty_steps(adapter, parity_seed, parity_rng, tmp_path, monkeypatch):
         c = configured(folder, adapter)
         if adapter:
             write_adapters(c, folder)
-        told, losses = theirs(folder, seed, adapter)
+        told, losses, critic = theirs(folder, seed, adapter)
         ended = np.array([one["contain_eos_token"] for one in told])
         if ended.any() and not ended.all():
             break
@@ -194,6 +200,15 @@ def test_twenty_steps(adapter, parity_seed, parity_rng, tmp_path, monkeypatch):
         return made(*args, **kwargs)._replace(sample=sample)
 
     monkeypatch.setattr(rollout, "make", fed)
+    trained, kept = train.train, {}
+
+    def watched(made, *args, **kwargs):
+        state, result = trained(made, *args, **kwargs)
+        parts = state.model["value"], made.frozen and made.frozen["value"]
+        kept["value"] = lora.merge(*parts[::-1]) if adapter else parts[0]
+        return state, result
+
+    monkeypatch.setattr(train, "train", watched)
     root = folder / "run"
     run.run(c, root)
     rows = metrics.read(root / "child" / "metrics.jsonl")
@@ -206,17 +221,29 @@ def test_twenty_steps(adapter, parity_seed, parity_rng, tmp_path, monkeypatch):
         found = [row[name] for row in rows]
         wanted = [float(one[f"metrics/{name}"]) for one in told]
         np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=name)
+    # What the policy says of its tokens when it is asked again is what it sampled them
+    # by, after each of its updates.
+    assert max(row["val/rollout_logp_gap"] for row in rows) < 1e-4
     kl = [row["objective/kl"] for row in rows]
     assert abs(kl[0]) < 1e-4 < 1e-2 < abs(kl[-1])  # the reference stays, the policy not
+
+    found, moved = tree.named(kept["value"]), 0.0
+    start = from_folder_test.opened("reward", folder / "value")
+    for name, before in bridge.weights(start, C).items():
+        np.testing.assert_allclose(found[name], critic[name], atol=1e-4, err_msg=name)
+        moved = max(moved, np.abs(critic[name] - before).max())
+    assert found.keys() == critic.keys() and moved > 3e-3
 
     # Out again: the same model, whole, and as an adapter.
     exchange.export(root, "child", folder / "exported")
     base = opened(folder / "policy")
     ours, final = opened(folder / "exported"), opened(folder / "out" / "policy")
     from_folder_test.same(final, ours, 1e-4, moved_from=base)
+    from_folder_test.says_what_ours_says(ours, root, parity_rng)
     if adapter:
         exchange.export(root, "child", folder / "adapter", adapter=True)
-        again = peft.PeftModel.from_pretrained(base, folder / "adapter")
+        again = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+        from_folder_test.says_what_ours_says(again, root, parity_rng)
         from_folder_test.same(again.merge_and_unload(), ours, 1e-5)
     back = transformers.AutoTokenizer.from_pretrained(folder / "exported")
     assert back.chat_template == from_folder_test.TEMPLATE

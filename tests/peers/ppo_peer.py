@@ -174,7 +174,11 @@ def run(seed, optimizer, folder):
 
 
 def run_from(seed, optimizer, folder, iterations, adapter):
-    """The same of several iterations, from the folder's models to its out/policy."""
+    """The same of several iterations, from the folder's models to its out/policy.
+
+    Of the weights, those of the critic are among the arrays: transformers cannot write
+    the bias of its head.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "policy")
     tokenizer.padding_side = "left"
     made = read(folder, adapter)
@@ -186,8 +190,11 @@ def run_from(seed, optimizer, folder, iterations, adapter):
     out = {f"{i}/{k}": v for i, one in enumerate(seen) for k, v in one.items()}
     for i in range(iterations):
         out |= {f"{i}/metrics/{k}": v for k, v in log[i].items()}
-    final = made["policy"].merge_and_unload() if adapter else made["policy"]
-    final.save_pretrained(folder / "out" / "policy")
+    if adapter:
+        made |= {k: made[k].merge_and_unload() for k in ("policy", "value")}
+    made["policy"].save_pretrained(folder / "out" / "policy")
+    critic = bridge.weights(made["value"], C)
+    out |= {f"critic/{k}": v for k, v in critic.items()}
     return out | {"losses": losses}
 
 
