@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,8 @@ def _run_tests(root, arguments, log, found):
     sys.path[:] = [str(root), *outside]
     for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "stagecraft")]:
         del sys.modules[name]
+    # Nor do workers that the tests start import this file again, and by it the sources.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     sys.dont_write_bytecode = True
     import pytest
 

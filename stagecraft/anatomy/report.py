@@ -89,6 +89,7 @@ def write(folder):
         weights=_weights(run),
         cost=_cost(run),
         time=_time(run),
+        data=_data(run),
         lineage=_lineage(run),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
     )
@@ -369,6 +370,22 @@ def _time(run):
     longest = max((row["total"] for row in rows), default=1.0)
     used = [k for k in _ACTIVITIES if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
     return {"rows": rows, "longest": longest, "activities": used}
+
+
+def _data(run):
+    """What each stage learned from: [(stage, {label: value}, sources of a mixture)]."""
+    found = []
+    for stage in run.stages:
+        told = stage.info.get("data")
+        if not isinstance(told, dict) or not told:
+            continue
+        told = dict(told)
+        sources, by = told.pop("sources", []), told.pop("share_by", "")
+        facts = {k.replace("_", " "): v for k, v in told.items() if files.number(v)}
+        if told.get("curations"):
+            facts["curated"] = ", ".join(one[:12] for one in told["curations"])
+        found.append((stage, facts, {"by": by, "rows": sources} if sources else None))
+    return found
 
 
 def _lineage(run):

@@ -216,7 +216,7 @@ def alone(work):
 
 @contextlib.contextmanager
 def _writing(work):
-    """What the disk refuses is told in one line; the workers tell their own."""
+    """What the disk refuses is told in one line."""
     try:
         yield
     except OSError as error:

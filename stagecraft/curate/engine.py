@@ -163,13 +163,6 @@ def _run_here(phase, work, pool, workers, tell):
                 f"memory; {done} of {phase.tasks} tasks are done, and the same command "
                 f"goes on from there ({hint})"
             ) from None
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or work}: {error.strerror or error} in "
-                f"{phase.name!r}; put it right, and the same command goes on"
-            ) from error
         done += 1
         tell(phase, done, time.monotonic() - started)
 

@@ -48,6 +48,12 @@ class Stored:
         self.ends = np.cumsum([len(one) for one in self.shards]).tolist()
         self.bos = bos
 
+    @property
+    def curations(self):
+        """The identities of what `stagecraft curate` made, each once, in order."""
+        made = [one.manifest["settings"].get("curation") for one in self.shards]
+        return list(dict.fromkeys(filter(None, made)))
+
     @functools.cached_property
     def lengths(self):
         return np.concatenate([one.lengths for one in self.shards])

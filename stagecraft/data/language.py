@@ -214,12 +214,15 @@ def _report(documents, kept, rows, data, weights):
     if data.format != "text" and asked <= 3 * len(kept):
         # Nothing but bos and the two turn pieces is given: there are no prompts.
         _log.warning("data.files=%s: every token is supervised", data.files)
-    return {
+    found = {
         "documents": len(kept),
         "tokens": int(lengths.sum()),
         "supervised_share": float(targets.sum() / real),
         "fill": real / (len(rows) * rows.length),
     }
+    if isinstance(documents, Stored) and documents.curations:
+        found["curations"] = documents.curations
+    return found
 
 
 def _replayed(stage):

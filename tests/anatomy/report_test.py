@@ -132,6 +132,19 @@ def test_nothing_is_loaded_and_nothing_runs(run):
     assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
 
 
+def test_what_a_stage_learned_from_is_shown(run):
+    path = run / "tuned" / "stage.json"
+    source = dict(files=EVIL, rows=30, epochs=1.5, share_of_examples=0.625)
+    told = {"pairs": 1234, "dropped": 0, "share_by": "examples", "sources": [source]}
+    info = json.loads(path.read_text())
+    _json(path, info | {"data": told | {"curations": ["c0ffee" * 10]}})
+    text = report.write(run).read_text(encoding="utf-8")
+    words = " ".join(" ".join(_Page(text).words).split())
+    assert "pairs 1,234" in words and "dropped 0" in words
+    assert f"{EVIL} 62.5% of the examples, 1.50 epochs" in words
+    assert "shares by examples" in words and "curated c0ffeec0ffee" in words
+
+
 def test_what_a_model_wrote_is_escaped_and_keeps_its_spaces(run):
     text = report.write(run).read_text(encoding="utf-8")
     assert EVIL not in text

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import common
+from stagecraft import defaults, experiment, run
 from stagecraft.curate import curation, engine
-from stagecraft.data import shards, sources
+from stagecraft.data import feed, shards, sources
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 from stagecraft.text.tokenizer import Tokenizer
@@ -130,6 +132,39 @@ def test_pretraining_reads_the_text_and_the_shards(corpus, result):
         assert found[i].tolist() == chat.document(texts[i], model)[0]
     scores = [r["score"] for r in prose.read(out)]
     np.testing.assert_array_equal(found.column("score"), scores)
+
+
+def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_path):
+    out, told = result
+    c = defaults.experiment()
+    c.mesh = dict(data=1, fsdp=1, tensor=1)
+    c.tokenizer.path = str(corpus["root"] / "t.model")
+    c.model.update(common.tiny_model())
+    c.stages.pretrain = defaults.stage(
+        "language_model",
+        data=dict(files=str(out / "shards"), length=32),
+        optimizer=dict(warmup_steps=0),
+        steps=2,
+        batch_size=4,
+    )
+    run.run(c, tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "pretrain" / "stage.json").read_text())
+    assert info["finished"] and info["format"] == "text"
+    made = info["data"]
+    assert (made["documents"], made["tokens"]) == (told["documents"], told["tokens"])
+    # Whose page tells what was left out, and why.
+    assert made["curations"] == [told["identity"]]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert told["identity"][:12] in page and str(out / "shards") in page
+    # Shards and text are the same batches.
+    resolved, model = experiment.resolve(c), Tokenizer.load(c.tokenizer.path)
+    stage, found = resolved.stages.pretrain, []
+    for name in ("shards", "text"):
+        stage.data.files = str(out / name)
+        dataset = feed.build(stage, model, tmp_path / "run", resolved).dataset
+        found.append([dataset.batch_at(step) for step in range(20)])
+    for one, two in zip(*found, strict=True):
+        assert all((one[k] == two[k]).all() for k in one)
 
 
 def test_the_page_shows_everything_as_data(result):
