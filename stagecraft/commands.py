@@ -47,11 +47,11 @@ ASKED = (
 )
 
 
-def takes(*flags):
+def takes(*wanted):
     """Marks a command with its flags."""
 
     def mark(command):
-        command.flags = flags
+        command.flags = wanted
         return command
 
     return mark

@@ -97,9 +97,13 @@ def open_run(root):
             "stagecraft run --config=experiments/quickstart.py "
             f"--workdir={root}"
         )
-    config = experiment.resolve(stored, check=False)
     folder = root / TOKENIZER
-    return Run(root, config, tokenizers.load(folder) if folder.exists() else None)
+    if not folder.exists():
+        raise UserError(
+            f"{folder}: no tokenizer here: the run was stopped before it had one; the "
+            "same command goes on"
+        )
+    return Run(root, experiment.resolve(stored, check=False), tokenizers.load(folder))
 
 
 def run(config, root, only=()):

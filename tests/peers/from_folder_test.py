@@ -217,20 +217,33 @@ def test_twenty_steps(kind, adapter, parity_rng, parity_seed, tmp_path):
     assert len(losses) == len(trainer.losses) == bridge.STEPS
     np.testing.assert_allclose(losses, trainer.losses, atol=1e-4)
     assert np.ptp(losses) > 1e-2
-    # Out again: the same model, whole, and as an adapter.
-    exchange.export(root, "child", tmp_path / "out")
-    ours, base = opened(kind, tmp_path / "out"), opened(kind, folder)
-    says_what_ours_says(ours, root, parity_rng)
-    final = trainer.model
-    if adapter:
-        exchange.export(root, "child", tmp_path / "adapter", adapter=True)
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        says_what_ours_says(again, root, parity_rng)
-        same(again.merge_and_unload(), ours, 1e-5)
-        final = final.merge_and_unload()
-    same(final, ours, 1e-4, moved_from=opened(kind, folder))
-    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    leaves(root, trainer.model, kind, folder, adapter, parity_rng)
+    back = transformers.AutoTokenizer.from_pretrained(root / "out")
     assert back.chat_template == TEMPLATE
+
+
+def leaves(root, final, kind, folder, adapter, rng):
+    """Our run's child, exported, is the peer's model: whole, and as an adapter.
+
+    Args:
+        root: the work directory; the exports lie in its out and adapter.
+        final: the peer's model as it ends, transformers' or PEFT's.
+        kind: as of `opened`.
+        folder: the model that both began with.
+        adapter: whether our run trained one.
+        rng: draws the ids that are asked.
+    """
+    exchange.export(root, "child", root / "out")
+    ours, start = opened(kind, root / "out"), opened(kind, folder)
+    says_what_ours_says(ours, root, rng)
+    if isinstance(final, peft.PeftModel):
+        final = final.merge_and_unload()
+    same(final, ours, 1e-4, moved_from=start)
+    if adapter:
+        exchange.export(root, "child", root / "adapter", adapter=True)
+        again = peft.PeftModel.from_pretrained(start, root / "adapter").eval()
+        says_what_ours_says(again, root, rng)
+        same(again.merge_and_unload(), ours, 1e-5)
 
 
 def same(one, other, tolerance, moved_from=None):

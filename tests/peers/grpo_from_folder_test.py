@@ -18,7 +18,7 @@ import safetensors.torch
 import transformers
 import trl
 
-from stagecraft import defaults, exchange, experiment, metrics, run
+from stagecraft import defaults, experiment, metrics, run
 from stagecraft.data import feed
 from stagecraft.models import peft as folders
 from stagecraft.stages import rollout
@@ -34,7 +34,7 @@ from tests.peers.grpo_training_test import (
     make_recording,
     ours,
 )
-from tests.peers.ppo_from_folder_test import opened, tokenizer
+from tests.peers.ppo_from_folder_test import tokenizer
 
 pytestmark = pytest.mark.peers
 
@@ -94,7 +94,7 @@ def trained(folder, texts, out, lr, adapter):
         config.inference_mode = False
         settings = dict(peft_config=config)
     trainer = make_recording(trl.GRPOTrainer)(
-        model=opened(folder),
+        model=from_folder_test.opened("policy", folder),
         args=bridge.arguments(
             *(trl.GRPOConfig, out, dict(bridge.SGD, lr=lr)),
             **dict(rows=PROMPTS * GROUP, num_generations=GROUP),
@@ -168,14 +168,6 @@ def test_twenty_steps(adapter, parity_rng, parity_seed, tmp_path, monkeypatch):
     np.testing.assert_allclose([row["kl"] for row in rows], kl.mean(1), atol=1e-4)
     assert kl[0, 0] < 1e-4 < 1e-3 < kl[-1, -1]  # the reference stays, the policy not
 
-    # Out again: the same model, whole, and as an adapter.
-    exchange.export(root, "child", tmp_path / "out")
-    mine, base, final = opened(tmp_path / "out"), opened(folder), trainer.model
-    from_folder_test.says_what_ours_says(mine, root, parity_rng)
-    if adapter:
-        exchange.export(root, "child", tmp_path / "adapter", adapter=True)
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        from_folder_test.says_what_ours_says(again, root, parity_rng)
-        from_folder_test.same(again.merge_and_unload(), mine, 1e-5)
-        final = final.merge_and_unload()
-    from_folder_test.same(final, mine, 1e-4, moved_from=opened(folder))
+    from_folder_test.leaves(
+        *(root, trainer.model, "policy", folder, adapter, parity_rng)
+    )

@@ -16,18 +16,16 @@ import zlib
 
 import jax
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 
-from stagecraft import defaults, exchange, metrics, run, train, tree
+from stagecraft import defaults, metrics, run, train, tree
 from stagecraft.models import huggingface, lora
 from stagecraft.models import peft as folders
 from stagecraft.stages import rollout
 from tests.peers import bridge, from_folder_test
 from tests.peers.ppo_peer import EPOCHS, NEW, ROWS, SETTINGS, C
-from tests.peers.ppo_training_test import BESIDE, METRICS, ROOT
+from tests.peers.ppo_training_test import BESIDE, METRICS, ROOT, drawn
 
 pytestmark = pytest.mark.peers
 
@@ -143,24 +141,6 @@ def theirs(folder, seed, adapter):
     return told, losses, critic
 
 
-def drawn(one, width):
-    """A rollout of TRL's as our stage takes it, its prompts `width` wide."""
-    mask = ~one["padding_mask"]
-    tokens = np.where(mask, one["postprocessed_responses"], 0)
-    queries = one["queries"]
-    queries = np.pad(queries, ((0, 0), (width - queries.shape[1], 0)))
-    seen = np.concatenate([queries != bridge.PAD, mask], 1)
-    return {
-        "ids": np.concatenate([queries, tokens], 1).astype(np.int32),
-        "segments": seen.astype(np.int32),
-        "positions": ((seen.cumsum(1) - 1) * seen).astype(np.int32),
-        "tokens": tokens.astype(np.int32),
-        "mask": mask,
-        "behaviour_logps": np.where(mask, one["logprobs"], 0),
-        "ended": one["contain_eos_token"],
-    }
-
-
 def unpadded(ids, seen):
     return sorted(
         tuple(row[keep].tolist()) for row, keep in zip(ids, seen, strict=True)
@@ -234,22 +214,8 @@ def test_twenty_steps(adapter, parity_seed, parity_rng, tmp_path, monkeypatch):
         moved = max(moved, np.abs(critic[name] - before).max())
     assert found.keys() == critic.keys() and moved > 3e-3
 
-    # Out again: the same model, whole, and as an adapter.
-    exchange.export(root, "child", folder / "exported")
-    base = opened(folder / "policy")
-    ours, final = opened(folder / "exported"), opened(folder / "out" / "policy")
-    from_folder_test.same(final, ours, 1e-4, moved_from=base)
-    from_folder_test.says_what_ours_says(ours, root, parity_rng)
-    if adapter:
-        exchange.export(root, "child", folder / "adapter", adapter=True)
-        again = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
-        from_folder_test.says_what_ours_says(again, root, parity_rng)
-        from_folder_test.same(again.merge_and_unload(), ours, 1e-5)
-    back = transformers.AutoTokenizer.from_pretrained(folder / "exported")
+    final = from_folder_test.opened("policy", folder / "out" / "policy")
+    base = folder / "policy"
+    from_folder_test.leaves(root, final, "policy", base, adapter, parity_rng)
+    back = transformers.AutoTokenizer.from_pretrained(root / "out")
     assert back.chat_template == from_folder_test.TEMPLATE
-
-
-def opened(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()

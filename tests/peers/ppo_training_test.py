@@ -63,12 +63,12 @@ def peer(seed, optimizer, folder):
     return dict(np.load(folder / "out.npz")) | {"seed": seed}
 
 
-def drawn(theirs):
-    """The rollout as our stage takes it."""
+def drawn(theirs, width=PROMPT):
+    """A rollout of TRL's as our stage takes it, its prompts `width` wide."""
     mask = ~theirs["padding_mask"]
     tokens = np.where(mask, theirs["postprocessed_responses"], 0)
     queries = theirs["queries"]
-    queries = np.pad(queries, ((0, 0), (PROMPT - queries.shape[1], 0)))
+    queries = np.pad(queries, ((0, 0), (width - queries.shape[1], 0)))
     seen = np.concatenate([queries != bridge.PAD, mask], 1)
     return {
         "ids": np.concatenate([queries, tokens], 1).astype(np.int32),
