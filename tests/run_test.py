@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecraft import defaults, metrics, run, workdir
+from stagecraft import defaults, metrics, run, schema, workdir
 from stagecraft.errors import UserError
 from tests.text import families
 
@@ -262,3 +262,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
     for role, small in (("start", model(299)), ("reward", scalar)):
         with pytest.raises(UserError, match=f"{role}_from: its model embeds 299 ids"):
             run._check_vocabulary({role: small}, tokenizer)
+
+
+def test_a_run_stopped_before_its_tokenizer_is_one_line(tmp_path):
+    config = schema.plain(defaults.experiment())
+    workdir.write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match="no tokenizer here.*same command goes on"):
+        run.open_run(tmp_path)

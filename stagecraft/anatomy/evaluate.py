@@ -166,9 +166,15 @@ def _tasks(tasks):
         specs += found
     specs = list(dict.fromkeys(specs))
     try:
-        manager.load(specs)
+        loaded = manager.load(specs)
     except Exception as error:  # YAML, templates, data sets: anything may be wrong
         raise UserError(f"--tasks: cannot load {_line(specs, error)}") from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"--tasks={name}: runs what the model writes as code, which is never "
+                "done here; leave it out"
+            )
     return specs, manager
 
 

@@ -6,12 +6,14 @@ The model is exported and opened there; every answer to every request must be th
 import json
 
 import jax
+import lm_eval
 import numpy as np
 import pytest
 import yaml
 
 from stagecraft import mesh
 from stagecraft.anatomy import evaluate
+from stagecraft.errors import UserError
 from stagecraft.models import huggingface
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
@@ -20,7 +22,6 @@ from stagecraft.text import tokenizer as tokenizers
 from tests.text import families
 
 pytestmark = pytest.mark.peers
-lm_eval = pytest.importorskip("lm_eval")
 
 CONTEXT = 64
 DOCUMENTS = 10
@@ -167,3 +168,12 @@ def test_answers_are_those_of_its_own_backend(
         for metric, cell in values.items():
             got = metrics[task][metric]["value"]
             assert got == pytest.approx(cell["value"], rel=1e-4), (task, metric)
+
+
+def test_a_task_that_runs_code_is_refused(tmp_path, parity_rng):
+    write_tasks(tmp_path / "tasks", parity_rng, "llama3")
+    path = tmp_path / "tasks" / "free.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(found | {"unsafe_code": True}), encoding="utf-8")
+    with pytest.raises(UserError, match="--tasks=free: runs what the model writes"):
+        evaluate._tasks([str(tmp_path / "tasks")])
