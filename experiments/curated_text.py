@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import common
-from stagecraft import defaults, workdir, worlds
+from stagecraft import defaults, storage, worlds
 from stagecraft.curate import curation
 from stagecraft.worlds import junk
 
@@ -106,4 +106,4 @@ def curated(folder):
 
 def _write(path, rows):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    workdir.write_text(path, text)
+    storage.write_text(path, text)

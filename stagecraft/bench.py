@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from stagecraft import defaults, host, mesh, schema, train
+from stagecraft import defaults, process, schema, sharding, train
 from stagecraft.anatomy import cost
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
@@ -132,8 +132,8 @@ def bench(what, *, steps=8, dtype="float32"):
     if steps < 1:
         raise UserError(f"--steps={steps}: expected 1 or more")
     if jax.default_backend() == "cpu":
-        host.keep_memory()
-    shared = mesh.make(data=-1, fsdp=1, tensor=1)
+        process.keep_memory()
+    shared = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
     found = []
     with jax.set_mesh(shared):
         for name in what:
@@ -190,18 +190,18 @@ def _parents(kind, model_config, shared):
             "reward": ScalarModel(Transformer(model_config, key), key),
         }
 
-    found = mesh.born(make, shared)(jax.random.key(0))
+    found = sharding.init_sharded(make, shared)(jax.random.key(0))
     return found | {"reference": found["start"], "value": found["reward"]}
 
 
 def _samples(name, shared, steps, dtype):
     model_config = ModelConfig(**MODEL, dtype=dtype)
-    model = mesh.born(lambda key: Transformer(model_config, key), shared)(
+    model = sharding.init_sharded(lambda key: Transformer(model_config, key), shared)(
         jax.random.key(0)
     )
     info = describe(model)["model"]
     for rows in SAMPLES:
-        raw = mesh.put(_prompts(rows, 32, np.random.default_rng(0)), shared)
+        raw = sharding.shard_batch(_prompts(rows, 32, np.random.default_rng(0)), shared)
         seconds, first = [], None
         for number in range(steps + 1):
             started = time.perf_counter()

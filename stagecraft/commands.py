@@ -152,7 +152,7 @@ def report(rest):
     stagecraft report --workdir=runs/a
     """
     _no_more(rest)
-    from stagecraft.anatomy import report as page
+    from stagecraft.report import page as page
 
     path = _workdir()
     if not (path / "config.json").exists():
@@ -178,7 +178,7 @@ def compare(rest):
     held against a baseline, and a difference whose interval holds 0 is within noise.
     Prints the table and writes it as a page, with the numbers as JSON beside it.
     """
-    from stagecraft.anatomy import compare as sides
+    from stagecraft.report import compare as sides
 
     found = sides.compare(rest, stages=_listed(FLAGS.stages), baseline=FLAGS.baseline)
     path = sides.write(found, FLAGS.out)

@@ -97,7 +97,7 @@ def model():
 
 
 def optimizer():
-    """AdamW behind a clip by global norm; see `stagecraft.optimizer`."""
+    """AdamW behind a clip by global norm; see `stagecraft.optim`."""
     return ConfigDict(
         dict(
             # or "adam", "lion", "adafactor", "muon", "rmsprop", "sgd"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax
 
-from stagecraft import defaults, mesh, run, schema, workdir
+from stagecraft import defaults, run, schema, sharding, storage
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, peft, saved, sources
+from stagecraft.models import huggingface, locate, peft, saved
 from stagecraft.text import outward
 from stagecraft.text import tokenizer as tokenizers
 
@@ -31,12 +31,12 @@ def import_folder(folder, root, name="base"):
     folder, root = Path(folder), Path(root)
     if (root / "config.json").exists():
         raise UserError(f"{root}: holds a run already; choose another --workdir")
-    told = sources.info(folder)
-    tokenizer = tokenizers.load(sources.tokenizer_of(folder))
+    told = locate.info(folder)
+    tokenizer = tokenizers.load(locate.tokenizer_of(folder))
     check_vocabulary(folder, told["model"]["vocab_size"], tokenizer)
-    shared_mesh = mesh.make()
-    with jax.set_mesh(shared_mesh):
-        model = sources.load(f"{huggingface.PREFIX}{folder}", shared_mesh)
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        model = locate.load(f"{huggingface.PREFIX}{folder}", mesh)
         checkpoints = Checkpoints(root / name / "checkpoints")
         checkpoints.save(0, model, {"step": 0}, {})
         checkpoints.close()
@@ -44,23 +44,23 @@ def import_folder(folder, root, name="base"):
         tokenizers.keep(tokenizer, root / run.TOKENIZER)
     kind = "reward" if told["module"] == "scalar" else "language_model"
     parent = f"{huggingface.PREFIX}{folder}"
-    source = sources.digest(folder)
+    source = locate.digest(folder)
     entry = {"kind": kind, "start_from": parent, "tokenizer": tokenizer.digest}
     entry["parents"] = {"start_from": {"stage": parent, "id": source}}
-    entry["id"] = workdir.digest(entry)
-    workdir.write_json(root / "lineage.json", {"stages": {name: entry}})
+    entry["id"] = storage.digest(entry)
+    storage.write_json(root / "lineage.json", {"stages": {name: entry}})
     talks = tokenizer.template is not None or kind == "reward"
     info = {"kind": kind, "start_from": parent, "format": "chat" if talks else "text"}
     info |= {"tokenizer": tokenizer.digest, "data": {}, "steps": 0, "tokens": {}}
     info |= saved.describe(model)
     info["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-    workdir.write_json(root / name / "stage.json", info | {"finished": True})
+    storage.write_json(root / name / "stage.json", info | {"finished": True})
     config = defaults.experiment()
-    config.tokenizer.path = str(sources.tokenizer_of(folder))
+    config.tokenizer.path = str(locate.tokenizer_of(folder))
     for key in config.model:
         config.model[key] = told["model"][key]
     config.stages[name] = defaults.stage(kind, start_from=parent, steps=0)
-    workdir.write_json(root / "config.json", schema.plain(config))
+    storage.write_json(root / "config.json", schema.plain(config))
     return root / name
 
 
@@ -123,9 +123,9 @@ def export(
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
-    shared_mesh = current.mesh()
-    with jax.set_mesh(shared_mesh):
-        model = current.load(name, shared_mesh)
+    mesh = current.mesh()
+    with jax.set_mesh(mesh):
+        model = current.load(name, mesh)
         family = huggingface.save(
             model,
             folder,
@@ -165,13 +165,13 @@ def _export_adapter(current, name, folder, base, overwrite, extra):
             f"--adapter: {name} sits on the stage {Path(info['base']['name']).name}; "
             "export that one first and name its folder, --base=FOLDER"
         )
-    shared_mesh = current.mesh()
-    with jax.set_mesh(shared_mesh):
-        model, adapter = sources.load_adapter(stage, shared_mesh)
+    mesh = current.mesh()
+    with jax.set_mesh(mesh):
+        model, adapter = locate.load_adapter(stage, mesh)
         config = getattr(model, "body", model).config
         del model
         family = peft.save(
-            *(adapter, config, folder, shared_mesh),
+            *(adapter, config, folder, mesh),
             base=base or theirs,
             overwrite=overwrite,
             extra=extra,

@@ -5,15 +5,15 @@ Whatever can be refused is refused here, before anything is compiled or written.
 
 from pathlib import Path
 
-from stagecraft import defaults, losses, mesh, optimizer, schema, trackers, worlds
+from stagecraft import defaults, losses, optim, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
-from stagecraft.data import feed, language, mixture
+from stagecraft.data import corpus, feed, mixture
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, lora, saved, sources
+from stagecraft.models import huggingface, locate, lora, saved
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
-from stagecraft.stages import group, kinds, objective, policy
+from stagecraft.stages import group_policy, kinds, objective, policy
 
 # Which other stage a key may name, and what kinds that stage may be of.
 _LANGUAGE = (
@@ -93,7 +93,7 @@ def _take_model(c):
     folder = huggingface.folder_of(first)
     if folder is None and not (Path(first) / "stage.json").exists():
         return  # a name nobody knows, which is refused below
-    told = (sources.info(folder) if folder else saved.info(first))["model"]
+    told = (locate.info(folder) if folder else saved.info(first))["model"]
     given = c.model.max_length
     for key in c.model:
         if key in told and key not in THE_RUNS:
@@ -135,7 +135,7 @@ def _check(c):
 
 def _check_data(where, stage):
     schema.positive(f"{where}.data.workers", stage.data.workers, zero=True)
-    check = language.check if stage.kind == "language_model" else mixture.check
+    check = corpus.check if stage.kind == "language_model" else mixture.check
     try:
         check(stage.data)
     except UserError as error:
@@ -173,7 +173,9 @@ def _check_folder(c, where, folder, kinds, stage):
     if kinds == ("reward",):
         module = "scalar"
     try:
-        sources.examine(folder, mesh.make(**mesh_sizes(c, stage)), module=module)
+        locate.examine(
+            folder, sharding.make_mesh(**mesh_sizes(c, stage)), module=module
+        )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -258,7 +260,7 @@ def _check_training(c, where, stage):
             f"{rows} rows of one optimizer step"
         )
     sizes = mesh_sizes(c, stage)
-    shards = mesh.make(**sizes).shape
+    shards = sharding.make_mesh(**sizes).shape
     across = shards["data"] * shards["fsdp"]
     at_once = {f"batch_size={stage.batch_size}": rows // stage.micro_batches}
     if stage.kind == "group_policy":  # prompts, before each is sampled from often
@@ -278,9 +280,10 @@ def _check_training(c, where, stage):
         )
     ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model).validate()
     check_mesh(
-        ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model), mesh.make(**sizes)
+        ModelConfig(vocab_size=c.tokenizer.vocab_size, **c.model),
+        sharding.make_mesh(**sizes),
     )
-    optimizer.make(stage.optimizer, steps=stage.steps)
+    optim.make(stage.optimizer, steps=stage.steps)
     _check_objective(where, stage)
 
 
@@ -352,7 +355,7 @@ def _check_group(where, stage):
             f"{where}.group_size={stage.group_size}: advantage={stage.advantage!r} "
             "compares the completions of one prompt; expected 2 or more"
         )
-    schema.choice(f"{where}.advantage", stage.advantage, group.ADVANTAGES)
+    schema.choice(f"{where}.advantage", stage.advantage, group_policy.ADVANTAGES)
     scales = ("group", "batch", "none")
     schema.choice(f"{where}.scale_rewards", stage.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", stage.aggregation, losses.AGGREGATIONS)
@@ -417,7 +420,7 @@ def _check_objective(where, stage):
 
 
 def mesh_sizes(c, stage):
-    return {axis: stage.mesh[axis] or c.mesh[axis] for axis in mesh.AXES}
+    return {axis: stage.mesh[axis] or c.mesh[axis] for axis in sharding.AXES}
 
 
 def parents(c, name):

@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 from stagecraft import (
     defaults,
     experiment,
-    host,
-    mesh,
+    process,
     schema,
+    sharding,
+    storage,
     trackers,
     train,
-    workdir,
     worlds,
 )
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, saved, sources
+from stagecraft.models import huggingface, locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.signals import comparisons, selection, verifier
@@ -56,7 +56,7 @@ class Run:
         return self.root / name if name in self.config.stages else Path(name)
 
     def finished(self, name):
-        found = workdir.read_json(self.root / name / "stage.json")
+        found = storage.read_json(self.root / name / "stage.json")
         return bool(found and found["finished"])
 
     def mesh(self, name=None):
@@ -66,16 +66,16 @@ class Run:
             if stage
             else dict(self.config.mesh)
         )
-        return mesh.make(**sizes)
+        return sharding.make_mesh(**sizes)
 
-    def load(self, name, shared_mesh=None):
+    def load(self, name, mesh=None):
         """The parameters of a finished stage, or of "hf:FOLDER"."""
         folder = huggingface.folder_of(name)
         if folder is not None:
             model = self.config.model
-            how = {k: model[k] for k in sources.HOW}
-            return sources.load(name, shared_mesh or self.mesh(), **how)
-        return sources.load(self.folder(name), shared_mesh or self.mesh())
+            how = {k: model[k] for k in locate.HOW}
+            return locate.load(name, mesh or self.mesh(), **how)
+        return locate.load(self.folder(name), mesh or self.mesh())
 
     def chat_format(self, name):
         """Whether a stage speaks in chat turns (all but those trained on bare text).
@@ -90,7 +90,7 @@ class Run:
 def open_run(root):
     """The run of an existing work directory."""
     root = Path(root)
-    stored = workdir.read_json(root / "config.json")
+    stored = storage.read_json(root / "config.json")
     if stored is None:
         raise UserError(
             f"{root}: no run here (no config.json); start one with: "
@@ -119,7 +119,7 @@ def run(config, root, only=()):
     """
     started = time.perf_counter()
     if jax.default_backend() == "cpu":
-        host.keep_memory()
+        process.keep_memory()
     config = experiment.resolve(config)
     for name in only:
         if name not in config.stages:
@@ -151,9 +151,9 @@ def run(config, root, only=()):
 def _claim(current):
     """Writes WORKDIR/config.json, or checks that it is the same experiment's."""
     path = current.root / "config.json"
-    new, old = schema.plain(current.config), workdir.read_json(path)
+    new, old = schema.plain(current.config), storage.read_json(path)
     if old is None:
-        workdir.write_json(path, new)
+        storage.write_json(path, new)
         return
     found = schema.difference(experiment.identity(old), experiment.identity(new))
     if found:
@@ -161,7 +161,7 @@ def _claim(current):
             f"{current.root}: holds a run of another config ({found}); choose another "
             "--workdir, or give the same config to resume"
         )
-    workdir.write_json(path, new)
+    storage.write_json(path, new)
 
 
 def _check_parents(current, names):
@@ -203,7 +203,7 @@ def _tokenizer(config, root):
         first = experiment.outside(config)[0]
         folder_ = huggingface.folder_of(first)
         beside = Path(first).parent / TOKENIZER
-        source = sources.tokenizer_of(folder_) if folder_ else beside
+        source = locate.tokenizer_of(folder_) if folder_ else beside
         found = tokenizers.load(source)
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
@@ -225,7 +225,7 @@ def _check_vocabulary(roles, tokenizer):
 
 def _feeds(current, names):
     """Data of the stages whose files are there: read and checked before training."""
-    lineage = workdir.read_json(current.root / "lineage.json", {"stages": {}})
+    lineage = storage.read_json(current.root / "lineage.json", {"stages": {}})
     feeds = {}
     for name in names:
         stage = current.config.stages[name]
@@ -254,25 +254,25 @@ def _feed(current, name, lineage):
 def _run_stage(current, name, feeds):
     config, root = current.config, current.root
     stage, folder = config.stages[name], root / name
-    lineage = workdir.read_json(root / "lineage.json", {"stages": {}})
+    lineage = storage.read_json(root / "lineage.json", {"stages": {}})
     data = feeds.pop(name, None) or _feed(current, name, lineage)
     lineage["stages"][name] = _lineage(current, name, data, lineage)
-    workdir.write_json(root / "lineage.json", lineage)
-    shared_mesh = current.mesh(name)
+    storage.write_json(root / "lineage.json", lineage)
+    mesh = current.mesh(name)
     key = jax.random.key(config.seed)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if stage.get("seed"):
         key = jax.random.fold_in(key, stage.seed)
-    with jax.set_mesh(shared_mesh):
+    with jax.set_mesh(mesh):
         parents = experiment.parents(config, name)
         # One model for all the roles it plays.
-        loaded = {p: current.load(p, shared_mesh) for p in set(parents.values())}
+        loaded = {p: current.load(p, mesh) for p in set(parents.values())}
         roles = {role.removesuffix("_from"): loaded[p] for role, p in parents.items()}
         del loaded
         if stage.kind in defaults.RECORDS:
             _write_records(current, name, roles, data, key)
             return
-        made, hooks = _make(current, stage, shared_mesh, roles, data)
+        made, hooks = _make(current, stage, mesh, roles, data)
         info = {"kind": stage.kind, "start_from": stage.start_from, "finished": False}
         info["format"] = "text" if _is_text(stage) else "chat"
         info["tokenizer"] = current.tokenizer.digest
@@ -282,8 +282,8 @@ def _run_stage(current, name, feeds):
             parent = stage.start_from
             parent = parent if huggingface.folder_of(parent) else current.folder(parent)
             info["lora"] = schema.plain(stage.lora)
-            info["base"] = sources.reference(parent, folder, entry["id"])
-        workdir.write_json(folder / "stage.json", info)
+            info["base"] = locate.reference(parent, folder, entry["id"])
+        storage.write_json(folder / "stage.json", info)
         told = schema.plain(config) | {"stage": name}
         where = f"{root.resolve().name}/{name}"
         with trackers.watching(config.trackers, folder, name=where, config=told) as w:
@@ -294,14 +294,14 @@ def _run_stage(current, name, feeds):
                 hooks=hooks._replace(watch=w),
             )
     info |= saved.describe(train.deployable(state, made.frozen)) | result
-    workdir.write_json(folder / "stage.json", info | {"finished": True})
+    storage.write_json(folder / "stage.json", info | {"finished": True})
 
 
 def _is_text(stage):
     return stage.kind == "language_model" and stage.data.format == "text"
 
 
-def _make(current, stage, shared_mesh, roles, data):
+def _make(current, stage, mesh, roles, data):
     tokenizer = current.tokenizer
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **current.config.model)
     if roles:
@@ -320,8 +320,8 @@ def _make(current, stage, shared_mesh, roles, data):
         unseen = stage.start_from and not current.chat_format(stage.start_from)
         talks = not _is_text(stage)
         extra["fresh_pieces"] = tokenizer.control_ids if unseen and talks else ()
-    made = kinds.MAKE[stage.kind](stage, shape, shared_mesh, roles, **extra)
-    sample = _sampler(current, stage, shared_mesh, data.samples)
+    made = kinds.MAKE[stage.kind](stage, shape, mesh, roles, **extra)
+    sample = _sampler(current, stage, mesh, data.samples)
     finish = None
     if data.reference is not None:
         finish = functools.partial(
@@ -333,12 +333,12 @@ def _make(current, stage, shared_mesh, roles, data):
     return made, train.Hooks(data.heldout, sample, finish)
 
 
-def _sampler(current, stage, shared_mesh, prompts):
+def _sampler(current, stage, mesh, prompts):
     """(model, step) -> what the model says to a few prompts; None for scalar models."""
     if stage.kind == "reward":
         return None
     in_turns, room = not _is_text(stage), current.config.model.max_length // 2
-    shards = shared_mesh.shape["data"] * shared_mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def sample(model, step):
         language = Language(
@@ -385,7 +385,7 @@ def _write_records(current, name, roles, data, key):
         )
     info = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     result["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-    workdir.write_json(folder / "stage.json", info | result | {"finished": True})
+    storage.write_json(folder / "stage.json", info | result | {"finished": True})
 
 
 def _lineage(current, name, data, lineage):
@@ -395,7 +395,7 @@ def _lineage(current, name, data, lineage):
     entry = {
         "kind": config.stages[name].kind,
         "start_from": config.stages[name].start_from,
-        "config": workdir.digest(
+        "config": storage.digest(
             experiment.identity(schema.plain(config.stages[name])) | shared
         ),
         "tokenizer": current.tokenizer.digest,
@@ -406,10 +406,10 @@ def _lineage(current, name, data, lineage):
         known = lineage["stages"].get(parent)
         folder = huggingface.folder_of(parent)
         if folder is not None:
-            known = {"id": sources.digest(folder)}
+            known = {"id": locate.digest(folder)}
         elif known is None:
             path = Path(parent)
-            other = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
+            other = storage.read_json(path.parent / "lineage.json", {"stages": {}})
             known = other["stages"].get(path.name, {"id": ""})
         entry["parents"][role] = {"stage": parent, "id": known["id"]}
-    return entry | {"id": workdir.digest(entry)}
+    return entry | {"id": storage.digest(entry)}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from stagecraft import schema, workdir
+from stagecraft import schema, storage
 from stagecraft.errors import UserError
 
 # The name of what all runs belong to, in each tracker's own sense.
@@ -181,11 +181,11 @@ def watching(text, folder, *, name, config):
         config: plain nested dicts.
     """
     folder, started = Path(folder), {}
-    ids = workdir.read_json(folder / FILE, {})
+    ids = storage.read_json(folder / FILE, {})
 
     def start(tracker, key):
         ids[key] = tracker.start(name, config, folder, ids.get(key))
-        workdir.write_json(folder / FILE, ids)
+        storage.write_json(folder / FILE, ids)
 
     # One process speaks for all.
     for key in names(text) if jax.process_index() == 0 else ():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import cli, defaults, exchange, mesh, run, tree
+from stagecraft import cli, defaults, exchange, run, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface
 from stagecraft.models.config import ModelConfig
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
 
 
 def single():
-    return mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,18 @@ PACKAGE = ROOT / "stagecraft"
 # What each file or folder of the package stands on, from the ground up. Files of one
 # folder may import each other; files of one floor may where the list below says so.
 FLOORS = (
-    ("errors", "host", "masked", "tree", "mesh", "workdir", "schema", "defaults"),
+    (
+        "errors",
+        "process",
+        "masked",
+        "tree",
+        "sharding",
+        "storage",
+        "schema",
+        "defaults",
+    ),
     ("checkpoint", "metrics", "trackers"),
-    ("losses", "optimizer"),
+    ("losses", "optim"),
     ("text",),
     ("models",),
     ("data", "worlds"),
@@ -21,6 +30,7 @@ FLOORS = (
     ("stages",),
     ("train",),
     ("anatomy",),
+    ("report",),
     ("bench", "curate", "experiment"),
     ("run",),
     ("exchange",),

@@ -36,7 +36,7 @@ COPIED = ("stagecraft", "tests", "experiments", "pyproject.toml")
 WIDER = (
     *("tests/losses", "tests/masked_test.py", "tests/mutation_gaps_test.py"),
     *("tests/text", "tests/data", "tests/signals", "tests/models", "tests/stages"),
-    *("tests/optimizer", "tests/run_test.py"),
+    *("tests/optim", "tests/run_test.py"),
     *("stagecraft/losses", "stagecraft/data", "stagecraft/masked.py"),
 )
 SECONDS = 3600  # for one run of tests; more is no verdict

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecraft import defaults, metrics, run, schema, workdir
+from stagecraft import defaults, metrics, run, schema, storage
 from stagecraft.errors import UserError
 from tests.text import families
 
@@ -96,7 +96,7 @@ def test_killed_and_run_again_equals_uninterrupted(text, tmp_path):
     assert launch(script, root).wait(timeout=200) == 0
     assert losses(root) == losses(straight)
     summaries = [
-        workdir.read_json(where / "summary.json") for where in (root, straight)
+        storage.read_json(where / "summary.json") for where in (root, straight)
     ]
     for found in summaries:
         found.pop("seconds")
@@ -113,8 +113,8 @@ def test_a_half_written_checkpoint_is_ignored(text, tmp_path):
     run.run(config_for(text, 10), other)
     checkpoints = folder / "checkpoints"
     (checkpoints / "10").rename(checkpoints / "10.orbax-checkpoint-tmp-0")
-    info = workdir.read_json(folder / "stage.json")
-    workdir.write_json(folder / "stage.json", info | {"finished": False})
+    info = storage.read_json(folder / "stage.json")
+    storage.write_json(folder / "stage.json", info | {"finished": False})
     run.run(config_for(text, 10), root)
     assert losses(root) == expected
 
@@ -145,8 +145,8 @@ def test_changed_data_is_refused(text, tmp_path):
     root = tmp_path / "run"
     run.run(config_for(text, 5), root)
     folder = root / "pretrain"
-    info = workdir.read_json(folder / "stage.json")
-    workdir.write_json(folder / "stage.json", info | {"finished": False})
+    info = storage.read_json(folder / "stage.json")
+    storage.write_json(folder / "stage.json", info | {"finished": False})
     text.write_text(text.read_text() + "\n\nanother line")
     with pytest.raises(UserError, match="its data changed since the stage began"):
         run.run(config_for(text, 5), root)
@@ -184,7 +184,7 @@ def test_only_needs_its_parents(tmp_path, text):
 
 
 def test_lineage_names_what_a_stage_came_from(tiny_run):
-    stages = workdir.read_json(tiny_run / "lineage.json")["stages"]
+    stages = storage.read_json(tiny_run / "lineage.json")["stages"]
     assert stages["ppo"]["parents"]["reward_from"]["id"] == stages["reward"]["id"]
     assert stages["dpo"]["parents"]["reference_from"]["stage"] == "sft"
     assert stages["dpo"]["data"] == stages["reward"]["data"]
@@ -192,7 +192,7 @@ def test_lineage_names_what_a_stage_came_from(tiny_run):
 
 
 def test_the_summary_of_the_graph(tiny_run):
-    found = workdir.read_json(tiny_run / "summary.json")
+    found = storage.read_json(tiny_run / "summary.json")
     for key in (
         "pretrain.cloze_accuracy",
         "pretrain.copy_probability",
@@ -220,7 +220,7 @@ def test_the_summary_of_the_graph(tiny_run):
 
 
 def test_seconds_are_split(tiny_run):
-    info = workdir.read_json(tiny_run / "ppo" / "stage.json")
+    info = storage.read_json(tiny_run / "ppo" / "stage.json")
     seconds = info["seconds"]
     assert {"compile", "sample", "score", "update", "save", "total"} <= seconds.keys()
     parts = sum(v for k, v in seconds.items() if k != "total")
@@ -266,6 +266,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 
 def test_a_run_stopped_before_its_tokenizer_is_one_line(tmp_path):
     config = schema.plain(defaults.experiment())
-    workdir.write_json(tmp_path / "config.json", config)
+    storage.write_json(tmp_path / "config.json", config)
     with pytest.raises(UserError, match="no tokenizer here.*same command goes on"):
         run.open_run(tmp_path)

@@ -46,13 +46,13 @@ def through_stages(
             f"--config=... --workdir={current.root}"
         )
     answers = {}
-    shared_mesh = current.mesh()
-    with jax.set_mesh(shared_mesh):
+    mesh = current.mesh()
+    with jax.set_mesh(mesh):
         for name in names:
             language = Language(
-                current.load(name, shared_mesh),
+                current.load(name, mesh),
                 current.tokenizer,
-                batch_size=whole_rows(samples, shared_mesh),
+                batch_size=whole_rows(samples, mesh),
             )
             got = language.complete(
                 [prompt] * samples,
@@ -68,9 +68,9 @@ def through_stages(
     return answers
 
 
-def whole_rows(least, shared_mesh):
+def whole_rows(least, mesh):
     """The smallest batch of so many rows that divides over the mesh."""
-    shards = shared_mesh.shape["data"] * shared_mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-least // shards) * shards
 
 
@@ -100,12 +100,12 @@ def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
         raise UserError(
             f"--stage={name}: expected a finished stage that writes text: {known}"
         )
-    shared_mesh = current.mesh()
-    with jax.set_mesh(shared_mesh):
+    mesh = current.mesh()
+    with jax.set_mesh(mesh):
         language = Language(
-            current.load(name, shared_mesh),
+            current.load(name, mesh),
             current.tokenizer,
-            batch_size=whole_rows(1, shared_mesh),
+            batch_size=whole_rows(1, mesh),
         )
         in_turns, messages = current.chat_format(name), []
         for text in _lines():

@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from stagecraft import schema, workdir
+from stagecraft import schema, storage
 from stagecraft.anatomy import behaviour, files
 from stagecraft.anatomy.harness import Answers
 from stagecraft.errors import UserError
@@ -61,13 +61,13 @@ def evaluate(
     _quiet()
     specs, manager = _tasks(tasks)
     path = Path(out or current.root / FILE)
-    shared_mesh = current.mesh()
-    with jax.set_mesh(shared_mesh):
+    mesh = current.mesh()
+    with jax.set_mesh(mesh):
         for name in names:
             language = Language(
-                current.load(name, shared_mesh),
+                current.load(name, mesh),
                 current.tokenizer,
-                batch_size=behaviour.whole_rows(batch_size, shared_mesh),
+                batch_size=behaviour.whole_rows(batch_size, mesh),
             )
             # A base model knows no turns.
             chat = apply_chat_template and current.chat_format(name)
@@ -81,7 +81,7 @@ def evaluate(
 
 def read(path):
     """The records of an evaluations.json; [] where there is none."""
-    found = workdir.read_json(path, [])
+    found = storage.read_json(path, [])
     whole = {*KEY, "metrics"}
     return [one for one in found if isinstance(one, dict) and whole <= one.keys()]
 
@@ -89,7 +89,7 @@ def read(path):
 def _keep(path, records):
     """Adds records; those of the same stage, task and way of asking are replaced."""
     kept = {tuple(one[k] for k in KEY): one for one in [*read(path), *records]}
-    workdir.write_json(path, list(kept.values()))
+    storage.write_json(path, list(kept.values()))
 
 
 def _stages(current, stages):

@@ -14,11 +14,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from stagecraft import defaults, metrics, workdir, worlds
-from stagecraft.anatomy import behaviour, cost, report, weights
+from stagecraft import defaults, metrics, storage, worlds
+from stagecraft.anatomy import behaviour, cost, weights
 from stagecraft.errors import UserError
 from stagecraft.models import scores
 from stagecraft.models.language import Language, placed
+from stagecraft.report import page
 
 ROWS = 128  # held-out prompts answered at once
 
@@ -36,7 +37,7 @@ def conclude(current, *, changed, started):
         the summary.
     """
     path = current.root / "summary.json"
-    kept = workdir.read_json(path)
+    kept = storage.read_json(path)
     if kept and not changed:
         show(kept)
         return kept
@@ -46,13 +47,13 @@ def conclude(current, *, changed, started):
     prompt = current.config.measure.prompt or _world_prompt(current)
     if prompt and behaviour.speaking_stages(current):
         answers = behaviour.through_stages(current, prompt)
-        workdir.write_json(
+        storage.write_json(
             current.root / "prompt.json", {"prompt": prompt, "answers": answers}
         )
     found["seconds"] = _seconds(current, started)
     found["bounds"] = judge(found, current.config.measure.claims)
-    workdir.write_json(path, found)
-    report.write(current.root)
+    storage.write_json(path, found)
+    page.write(current.root)
     show(found)
     Console().print(f"report: {current.root / 'report.html'}", highlight=False)
     return found
@@ -156,7 +157,7 @@ def _base(current, name):
             kind, above = stages[parent].kind, stages[parent].start_from
         else:
             folder = current.folder(parent)
-            info = workdir.read_json(folder / "stage.json", {})
+            info = storage.read_json(folder / "stage.json", {})
             if not info.get("finished"):
                 return None
             kind, above = info["kind"], info["start_from"]
@@ -267,7 +268,7 @@ def _cost(current):
     """FLOPs of each stage, and their share of pretraining's."""
     flops = {}
     for name in _finished(current):
-        info = workdir.read_json(current.root / name / "stage.json")
+        info = storage.read_json(current.root / name / "stage.json")
         if info.get("model"):
             flops[name] = cost.stage_flops(
                 info["tokens"], info["model"], adapter="lora" in info
@@ -290,7 +291,7 @@ def _seconds(current, started):
     """Wall seconds by stage and in total; a resumed stage counts both its runs."""
     found, before = {}, 0.0
     for name in _finished(current):
-        info = workdir.read_json(current.root / name / "stage.json")
+        info = storage.read_json(current.root / name / "stage.json")
         found[name] = info["seconds"]["total"]
         before += found[name] - info.get("seconds_this_time", found[name])
         if name not in current.ran:

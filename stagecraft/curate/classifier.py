@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, sparse, special
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.errors import UserError
 
 FEATURES = 2**17
@@ -105,7 +105,7 @@ def train(good, bad, folder, penalty=1e-4):
     np.save(data, _fit(matrix, labels, penalty).astype(np.float32))
     name = hashlib.sha256(data.getvalue()).hexdigest()[:16]
     path = Path(folder) / f"quality-{name}.npy"
-    workdir.write_bytes(path, data.getvalue())
+    storage.write_bytes(path, data.getvalue())
     return path, measured
 
 

@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from stagecraft import defaults, schema, workdir
-from stagecraft.curate import classifier, inputs, language
+from stagecraft import defaults, schema, storage
+from stagecraft.curate import classifier, inputs, language_id
 from stagecraft.errors import UserError
 from stagecraft.text import tokenizer
 
@@ -41,7 +41,7 @@ def resolve(config):
     if len(set(c.rules)) < len(c.rules):
         raise UserError(f"rules={tuple(c.rules)}: names one twice")
     if c.language.keep:
-        schema.choice("language.keep", c.language.keep, language.NAMES)
+        schema.choice("language.keep", c.language.keep, language_id.NAMES)
     for key in ("document", "task_bytes", "examples"):
         schema.positive(key, c[key], zero=True)
     for key in ("n_grams", "buckets", "hashes"):
@@ -101,15 +101,15 @@ def curate(config, *, executor="local", workers=2):
     named = {k: v for k, v in schema.plain(c).items() if k not in publish.PLACES}
     read = [c.quality.good, c.quality.bad, c.contamination.files]
     contents = [found.digest, digest, _model(c.quality.model), *map(_contents, read)]
-    identity = workdir.digest([VERSION, _engine_version(), named, contents])
-    before = workdir.read_json(out / "curation.json", {})
+    identity = storage.digest([VERSION, _engine_version(), named, contents])
+    before = storage.read_json(out / "curation.json", {})
     if before.get("identity") == identity:
         _say(f"{out}: finished already")
         return before
     work = Path(c.work or f"{out}.work") / identity[:16]
     with alone(work), _writing(work):
         for rank, parts in enumerate(found.tasks):
-            workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
+            storage.write_json(work / "tasks" / f"{rank:05d}.json", parts)
         phases = pipeline.phases(c, work, len(found.tasks), found, identity)
         _say(
             f"{found.files} files, {found.size / 1e6:.1f} MB, in {len(found.tasks)} "
@@ -118,7 +118,7 @@ def curate(config, *, executor="local", workers=2):
         if not engine.run(phases, work, executor, workers, _Progress()):
             _say(f"handed to Slurm; {out} appears when its last job is done")
             return None
-    result = workdir.read_json(out / "curation.json")
+    result = storage.read_json(out / "curation.json")
     shutil.rmtree(work, ignore_errors=True)
     if not c.work:
         _remove_if_empty(work.parent)

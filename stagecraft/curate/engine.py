@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-from stagecraft import host
+from stagecraft import process
 from stagecraft.errors import UserError
 
 NAMES = ("local", "ray", "slurm")
@@ -192,7 +192,7 @@ def _attend():
 
     logger.remove()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    host.end_with_parent()
+    process.end_with_parent()
     # datatrove logs to the terminal as well as to the task's file; the file is enough.
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 

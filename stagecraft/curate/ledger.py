@@ -6,7 +6,7 @@ the order of the tasks they are the same however many workers there were.
 
 from pathlib import Path
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.curate import personal
 
 _SHOWN = 600  # characters of an example
@@ -52,7 +52,7 @@ class Tally:
     def save(self, folder, rank):
         """Writes the tally of a task."""
         parts = [self.flow, self.removed, self.changed, self.examples]
-        workdir.write_json(Path(folder) / f"{rank:05d}.json", parts)
+        storage.write_json(Path(folder) / f"{rank:05d}.json", parts)
 
     def add(self, parts):
         """Adds what `save` wrote."""
@@ -102,7 +102,7 @@ def merged(folder, tasks, limit):
     """The Tally of a step over all its tasks."""
     total = Tally(limit)
     for rank in range(tasks):
-        total.add(workdir.read_json(Path(folder) / f"{rank:05d}.json"))
+        total.add(storage.read_json(Path(folder) / f"{rank:05d}.json"))
     return total
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.curate import inputs, reader
 from stagecraft.errors import UserError
 
@@ -73,7 +73,7 @@ def build(spec, folder, n, common):
     told["runs"], told["common"] = int(keep.sum()), int((~keep).sum())
     np.save(Path(folder) / "runs.npy", unique[keep])
     np.save(Path(folder) / "owners.npy", owners[first][keep])
-    workdir.write_json(Path(folder) / "items.json", places)
+    storage.write_json(Path(folder) / "items.json", places)
     return told
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from datatrove.pipeline import dedup, filters
 from datatrove.utils.hashing import HashConfig
 
-from stagecraft import schema, workdir
+from stagecraft import schema, storage
 from stagecraft.curate import (
     classifier,
     duplicates,
     inputs,
-    language,
+    language_id,
     overlap,
     publish,
     reader,
@@ -127,10 +127,10 @@ def _rule(name, c, words):
     if name == "language":
         if not c.language.keep:
             return None
-        return language.Rule(c.language.keep, c.language.unknown)
+        return language_id.Rule(c.language.keep, c.language.unknown)
     settings = dict(c[name])
     if name == "gopher_quality":
-        stop = language.STOP_WORDS.get(c.language.keep)
+        stop = language_id.STOP_WORDS.get(c.language.keep)
         if c.language.keep not in ("", "en") and stop:
             settings["stop_words"] = sorted(stop)
         elif c.language.keep != "en":
@@ -149,7 +149,7 @@ def _classifier(q, work, c, about):
     if q.model:
         data = Path(q.model).read_bytes()
         path = work / Path(q.model).name
-        workdir.write_bytes(path, data)
+        storage.write_bytes(path, data)
         return str(path)
     if not q.good:
         return ""

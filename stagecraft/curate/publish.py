@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.curate import ledger, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
@@ -69,7 +69,7 @@ class Publish(PipelineStep):
 
     def run(self, data=None, rank=0, world_size=1):
         # Not in every worker that filters: it comes with much of jax.
-        from stagecraft.anatomy import page
+        from stagecraft.report import render
 
         limit = self.config["examples"]
         tallies = {
@@ -90,15 +90,15 @@ class Publish(PipelineStep):
             shutil.copyfile(self.model, half / Path(self.model).name)
         self._copy_quarantine(half / "quarantine.jsonl")
         examples = self._examples(tallies)
-        html = page.render(
+        html = render.render(
             "curation.html.jinja",
             found=summary,
             examples=examples,
             config=_flat(self.config),
             says=SAYS,
         )
-        workdir.write_text(half / "report.html", html)
-        workdir.write_json(half / "curation.json", summary)
+        storage.write_text(half / "report.html", html)
+        storage.write_json(half / "curation.json", summary)
         _swap(half, out)
 
     def _summary(self, tallies):
@@ -176,7 +176,7 @@ class Publish(PipelineStep):
         for rank in range(self.tasks):
             path = self.work / "ids" / f"{rank:05d}.npy"
             flat = np.load(path, mmap_mode="r")
-            about = workdir.read_json(path.with_suffix(".json"))
+            about = storage.read_json(path.with_suffix(".json"))
             ends = itertools.accumulate(about["lengths"])
             for end, length, source, score in zip(
                 ends, about["lengths"], about["sources"], about["scores"], strict=True

@@ -13,7 +13,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import get_filter_result
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.curate import classifier, duplicates, inputs, personal, reader
 from stagecraft.curate.ledger import Tally
 from stagecraft.text import chat, tokenizer
@@ -52,7 +52,7 @@ class Read(Step):
         self.keys, self.document = (text_key, source_key), document
 
     def each(self, data, tally, rank):
-        parts = workdir.read_json(self.work / "tasks" / f"{rank:05d}.json")
+        parts = storage.read_json(self.work / "tasks" / f"{rank:05d}.json")
         bad = []
         for part in parts:
             for found in reader.read(inputs.Part(*part), *self.keys, self.document):
@@ -258,7 +258,7 @@ class Write(Step):
             flat = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
             np.save(folder / f"{rank:05d}.npy", flat)
             about = {"lengths": lengths, "scores": scores, "sources": sources}
-            workdir.write_json(folder / f"{rank:05d}.json", about)
+            storage.write_json(folder / f"{rank:05d}.json", about)
 
 
 class Lines:
@@ -298,4 +298,4 @@ def kept(work, rank):
 def write_lines(path, rows):
     """Writes rows as JSON lines, whole."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    workdir.write_text(path, text)
+    storage.write_text(path, text)

@@ -15,8 +15,8 @@ import os
 import shutil
 from pathlib import Path
 
-from stagecraft import workdir
-from stagecraft.data import containers, files, shards, sources
+from stagecraft import storage
+from stagecraft.data import containers, files, readers, shards
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -61,7 +61,7 @@ def _tokenised(paths, mapping, tokenizer, folder):
         "key": mapping.get("text", "text"),
         "tokenizer": tokenizer.digest,
     }
-    target = folder / workdir.digest(settings)[:32]
+    target = folder / storage.digest(settings)[:32]
     if (known := _known(target)) is not None:
         name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
         counts = len(known), known.tokens
@@ -77,7 +77,7 @@ def _tokenised(paths, mapping, tokenizer, folder):
         unfinished = folder.glob(f".{target.name}.*") if alone else ()
         for rest in (*[target] * there, *unfinished):
             shutil.rmtree(rest, ignore_errors=True)
-        documents = sources.texts(paths, mapping)
+        documents = readers.texts(paths, mapping)
         try:
             shards.write(
                 target,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stagecraft import defaults, schema
-from stagecraft.data import files, language, mixture, packing, pipeline, sources
-from stagecraft.data.pipeline import Dataset
+from stagecraft.data import corpus, files, mixture, packing, readers
+from stagecraft.data.dataset import Dataset, hold_out, order_seed
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -67,7 +67,7 @@ def locate(spec, root):
 
 def texts(spec, root):
     """The documents a tokenizer is trained on."""
-    return sources.texts(locate(spec, root))
+    return readers.texts(locate(spec, root))
 
 
 def build(stage, tokenizer, root, config):
@@ -85,7 +85,7 @@ def build(stage, tokenizer, root, config):
         spec: files.digest(files.expand(locate(spec, root))) for spec in specs.values()
     }
     make = {
-        "language_model": language.build,
+        "language_model": corpus.build,
         "reward": _comparisons,
         "preference": _comparisons,
         "unpaired_preference": _judgements,
@@ -121,13 +121,13 @@ class _Row(NamedTuple):
 
 
 def _read(read, spec, data):
-    """The records of a files spec, by `sources.comparisons` or its like: `_Row`s.
+    """The records of a files spec, by `readers.comparisons` or its like: `_Row`s.
 
     Only where sources are mixed is it asked which part of the spec one is from.
     """
     mixture.check(data)
     parts = mixture.split(spec) if mixture.wanted(data) else [spec]
-    mapping = sources.fields(data.fields)
+    mapping = readers.fields(data.fields)
     return [
         _Row(record, number)
         for number, part in enumerate(parts)
@@ -138,9 +138,9 @@ def _read(read, spec, data):
 def _split(read, specs, data, config):
     """Records to learn from, and those held out."""
     found = _read(read, specs["files"], data)
-    kept, held = pipeline.hold_out(found, data.heldout_share, config.seed)
+    kept, held = hold_out(found, data.heldout_share, config.seed)
     if "heldout" in specs:
-        more = read(specs["heldout"], sources.fields(data.fields))
+        more = read(specs["heldout"], readers.fields(data.fields))
         held += [_Row(record, -1) for record in more]
     return kept, held
 
@@ -163,7 +163,7 @@ def _mixed(stage, kept, size, seed):
 
 def _comparisons(stage, specs, tokenizer, config, cache):
     data = stage.data
-    kept, held = _split(sources.comparisons, specs, data, config)
+    kept, held = _split(readers.comparisons, specs, data, config)
     if stage.kind == "preference":  # every two of a ranking are a pair
         kept, held = _expanded(kept), _expanded(held)
 
@@ -173,7 +173,7 @@ def _comparisons(stage, specs, tokenizer, config, cache):
             one = row.record
             documents = tuple(
                 # Only the last turn is what was compared; earlier answers are context.
-                language.rendered(
+                corpus.rendered(
                     [*one.prompt, *answer], tokenizer, one.tools, turns="last"
                 )
                 for answer in one.answers
@@ -213,8 +213,8 @@ def _comparisons(stage, specs, tokenizer, config, cache):
 def _reference(spec, stage, tokenizer):
     """Demonstrations as padded rows, their last turn under the mask."""
     found = [
-        language.rendered(one.messages, tokenizer, one.tools, turns="last")
-        for one in sources.demonstrations(spec)
+        corpus.rendered(one.messages, tokenizer, one.tools, turns="last")
+        for one in readers.demonstrations(spec)
     ]
     fit = [document for document in found if len(document[0]) <= stage.data.length]
     if not fit:
@@ -230,13 +230,13 @@ def _reference(spec, stage, tokenizer):
 def _judgements(stage, specs, tokenizer, config, cache):
     data = stage.data
     # The two answers of a pair stay on one side of the split.
-    kept, held = _split(sources.judgements, specs, data, config)
+    kept, held = _split(readers.judgements, specs, data, config)
 
     def fitting(groups):
         rows = []
         for one, part in ((j, row.part) for row in groups for j in row.record):
             messages = [*one.prompt, *one.completion]
-            document = language.rendered(messages, tokenizer, one.tools, turns="last")
+            document = corpus.rendered(messages, tokenizer, one.tools, turns="last")
             rows.append(_Row(one, part, (document,)))
         return [row for row in rows if _longest([row]) <= data.length], len(rows)
 
@@ -286,7 +286,7 @@ def _longest(rows):
 
 def _prompts(stage, specs, tokenizer, config, cache):
     data = stage.data
-    found = _read(sources.prompts, specs["files"], data)
+    found = _read(readers.prompts, specs["files"], data)
     room = config.model.max_length - stage.sampling.max_new_tokens
     limit = min(data.prompt_length or room, room)
     rows = []
@@ -315,7 +315,7 @@ def _prompts(stage, specs, tokenizer, config, cache):
     asked = stage.batch_size
     if stage.kind == "group_policy":  # some are dropped once they are scored
         asked *= stage.oversample
-    seed = pipeline.order_seed(stage, config)
+    seed = order_seed(stage, config)
     mixed, told = _mixed(stage, found, asked, seed)
     beside = _pretraining(data, specs, tokenizer, config, cache, report)
     dataset = Dataset(
@@ -346,8 +346,8 @@ def _pretraining(data, specs, tokenizer, config, cache, report):
             f"data.ptx_length={data.ptx_length}: longer than the context, "
             f"model.max_length={config.model.max_length}"
         )
-    documents = language.stored([specs["ptx"]], {}, tokenizer, cache)
-    packed = language.text_rows(documents, data.ptx_length, prefix="ptx_")
+    documents = corpus.stored([specs["ptx"]], {}, tokenizer, cache)
+    packed = corpus.text_rows(documents, data.ptx_length, prefix="ptx_")
     report["ptx_rows"] = len(packed)
     return [(packed, rows)]
 
@@ -363,7 +363,7 @@ def _padded(arrays, kept, held, report, stage, config):
         {"dataset", "heldout", "samples"}.
     """
     length = min(packing.rounded(_longest(kept)), stage.data.length)
-    seed = pipeline.order_seed(stage, config)
+    seed = order_seed(stage, config)
     mixed, told = _mixed(stage, kept, stage.batch_size, seed)
     dataset = Dataset(
         [(arrays(kept, length, 0), stage.batch_size)],

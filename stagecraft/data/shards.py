@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -60,7 +60,7 @@ class Shards:
         self.manifest = _manifest(self.path)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.tokens = self.manifest["tokens"]
-        self.digest = workdir.digest(
+        self.digest = storage.digest(
             [self.manifest["dtype"], [s["files"] for s in self.manifest["shards"]]]
         )
         counts = [shard["documents"] for shard in self.manifest["shards"]]
@@ -269,7 +269,7 @@ def write(
         }
         if not manifest["documents"]:
             raise UserError(f"{folder}: no document to write")
-        workdir.write_json(temporary / MANIFEST, manifest)
+        storage.write_json(temporary / MANIFEST, manifest)
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder)
     except OSError as error:

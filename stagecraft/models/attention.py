@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.models import blockwise, kernels, linear
 
 MASKED = blockwise.MASKED
@@ -178,11 +178,11 @@ KERNELS = {
 
 def _on_each_device(run, query, key, value, segments):
     """Runs a kernel under a mesh on each device's own rows and heads."""
-    if mesh.current() is None:
+    if sharding.current_mesh() is None:
         return run(query, key, value, segments)
-    rows = mesh.spec(("batch",))
+    rows = sharding.spec(("batch",))
     query_spec, key_spec = (
-        P(*rows, None, *mesh.spec((name,)), None) for name in ("heads", "kv_heads")
+        P(*rows, None, *sharding.spec((name,)), None) for name in ("heads", "kv_heads")
     )
     return jax.shard_map(
         run,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.models import kernels, linear
 from stagecraft.models.config import ModelConfig
 
@@ -108,7 +108,7 @@ def _on_each_device(mix, x, shares, chosen, weights):
         rows = [a.reshape(-1, a.shape[-1]) for a in (x, shares, chosen)]
         return mix(*rows, *weights).reshape(x.shape)
 
-    if mesh.current() is None:
+    if sharding.current_mesh() is None:
         return flat(x, shares, chosen, weights)
 
     def island(x, shares, chosen, weights):
@@ -123,9 +123,9 @@ def _on_each_device(mix, x, shares, chosen, weights):
         x, shares = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, shares))
         return jax.lax.psum(flat(x, shares, chosen, weights), "tensor")
 
-    rows = P(*mesh.spec(("batch",)), None, None)
-    wide = mesh.spec(("experts", "embed", "ff"))
-    narrow = mesh.spec(("experts", "ff", "embed"))
+    rows = P(*sharding.spec(("batch",)), None, None)
+    wide = sharding.spec(("experts", "embed", "ff"))
+    narrow = sharding.spec(("experts", "ff", "embed"))
     return jax.shard_map(
         island, in_specs=(rows, rows, rows, [wide, wide, narrow]), out_specs=rows
     )(x, shares, chosen, weights)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import linear
 
@@ -77,7 +77,10 @@ def token_logps(
     Raises:
         UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
     """
-    current, kinds = mesh.current(), _Kinds(softcap, stats, squares, entropy_gradient)
+    current, kinds = (
+        sharding.current_mesh(),
+        _Kinds(softcap, stats, squares, entropy_gradient),
+    )
     if current is None:
         return _local(hidden, embedding, targets, temperature, block_size, kinds, None)
     shards = current.shape["data"] * current.shape["fsdp"]
@@ -98,10 +101,10 @@ def token_logps(
             hidden, embedding, targets, temperature, block_size, kinds, axis="tensor"
         )
 
-    rows = mesh.spec(("batch",) + (None,) * (targets.ndim - 1))
+    rows = sharding.spec(("batch",) + (None,) * (targets.ndim - 1))
     return jax.shard_map(
         island,
-        in_specs=(P(*rows, None), mesh.spec(("vocab", "embed")), rows),
+        in_specs=(P(*rows, None), sharding.spec(("vocab", "embed")), rows),
         out_specs=rows,
     )(hidden, embedding, targets)
 

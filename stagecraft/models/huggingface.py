@@ -24,8 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import mesh as mesh_lib
-from stagecraft import tree
+from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import families, places, saved, tensors
 from stagecraft.models.config import ModelConfig
@@ -118,7 +117,7 @@ class Plan(NamedTuple):
     tensors: dict
 
 
-def examine(folder, shared_mesh, *, module=None, **changes):
+def examine(folder, mesh, *, module=None, **changes):
     """Looks at a folder's config and headers: all is there, and of the right shape.
 
     Args and errors as of `load`, of whose work it is the first part.
@@ -135,7 +134,7 @@ def examine(folder, shared_mesh, *, module=None, **changes):
             f"is a {needs[told['module']]}"
         )
     told["model"] |= changes
-    abstract = saved.abstract(told, shared_mesh)
+    abstract = saved.abstract(told, mesh)
     shapes = tree.named(abstract)
     weights = {k: v for k, v in shapes.items() if k != "bias"}
     model = ModelConfig(**told["model"])
@@ -144,12 +143,12 @@ def examine(folder, shared_mesh, *, module=None, **changes):
     return Plan(abstract, placed, _checked(folder, family, placed, shapes))
 
 
-def load(folder, shared_mesh, *, module=None, **changes):
+def load(folder, mesh, *, module=None, **changes):
     """Reads a model, each device its own part.
 
     Args:
         folder: with config.json and *.safetensors.
-        shared_mesh: where to put the parameters, which are float32 whatever the
+        mesh: where to put the parameters, which are float32 whatever the
             folder's dtype.
         module: "transformer" or "scalar", where only one will do.
         **changes: fields of `ModelConfig` that are the run's: dtype, remat.
@@ -160,11 +159,11 @@ def load(folder, shared_mesh, *, module=None, **changes):
     Raises:
         UserError: the folder is not whole, or not what its config.json says.
     """
-    plan = examine(folder, shared_mesh, module=module, **changes)
+    plan = examine(folder, mesh, module=module, **changes)
     abstract = plan.abstract
-    empty = mesh_lib.born(
+    empty = sharding.init_sharded(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        shared_mesh,
+        mesh,
     )
     arrays = tree.named(empty())
     names = list(arrays)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import losses, mesh
+from stagecraft import losses, sharding
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
 from stagecraft.text.chat import beginning, generation_prompt
@@ -228,4 +228,4 @@ def placed(*arrays):
     current = jax.sharding.get_mesh()
     if current.empty:
         return jax.tree.map(jnp.asarray, arrays)
-    return mesh.put(arrays, current)
+    return sharding.shard_batch(arrays, current)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stagecraft import mesh, schema, tree
+from stagecraft import schema, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import linear
 from stagecraft.models.transformer import ScalarModel
@@ -288,10 +288,10 @@ def _put(module, name, value):
     setattr(_at(module, "/".join(path)) if path else module, last, value)
 
 
-def made(settings, base, shared_mesh, *, scalar=False):
+def made(settings, base, mesh, *, scalar=False):
     """(key) -> a fresh adapter, sharded from birth; see `begin`."""
-    born = mesh.born(
-        functools.partial(_begin, settings=settings, scalar=scalar), shared_mesh
+    born = sharding.init_sharded(
+        functools.partial(_begin, settings=settings, scalar=scalar), mesh
     )
     return lambda key: born(base, key)
 
@@ -300,7 +300,7 @@ def _begin(base, key, *, settings, scalar):
     return begin(settings, base, key, scalar=scalar)
 
 
-def abstract(settings, base, shared_mesh, *, scalar=False):
+def abstract(settings, base, mesh, *, scalar=False):
     """An adapter as shapes with shardings."""
     shapes = jax.eval_shape(
         functools.partial(_begin, settings=settings, scalar=scalar),
@@ -309,5 +309,5 @@ def abstract(settings, base, shared_mesh, *, scalar=False):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        mesh.shardings(shapes, shared_mesh),
+        sharding.shardings(shapes, mesh),
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, lora, places, tensors
 from stagecraft.models.transformer import ScalarModel
@@ -52,14 +52,14 @@ def is_adapter(folder):
 # Writing
 
 
-def save(adapter, config, folder, shared_mesh, *, base, overwrite=False, extra=None):
+def save(adapter, config, folder, mesh, *, base, overwrite=False, extra=None):
     """Writes an adapter as PEFT does, whole or not at all.
 
     Args:
         adapter: a `lora.Adapter`.
         config: the `ModelConfig` of the model it sits on.
         folder: where to.
-        shared_mesh: the mesh the adapter lies on.
+        mesh: the mesh the adapter lies on.
         base: for base_model_name_or_path, what PEFT is to load it onto.
         overwrite: replace a folder that is there.
         extra: (folder) -> None, writes further files: the tokenizer's.
@@ -69,7 +69,7 @@ def save(adapter, config, folder, shared_mesh, *, base, overwrite=False, extra=N
     """
     folder = huggingface.free(folder, overwrite)
     family = families.matching(config)
-    host = jax.tree.map(np.asarray, mesh.replicate(adapter, shared_mesh)).parts
+    host = jax.tree.map(np.asarray, sharding.replicate(adapter, mesh)).parts
     bias = float(host.pop("bias")[...]) if "bias" in host else 0.0
     found, modules = {}, {}
     shapes = {name: _shape(part) for name, part in host.items()}
@@ -227,13 +227,13 @@ def digest(folder):
     return hasher.hexdigest()
 
 
-def read(folder, base, shared_mesh):
+def read(folder, base, mesh):
     """The `lora.Adapter` of a PEFT folder, for the model it sits on.
 
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
         base: a `Transformer` or a `ScalarModel`.
-        shared_mesh: where to put it.
+        mesh: where to put it.
 
     Returns:
         an `Adapter` of scale 1: each module's own is in its B.
@@ -253,7 +253,7 @@ def read(folder, base, shared_mesh):
     family = families.matching(body.config)
     rank = max([x.shape[0] for n, x in found.items() if ".lora_A." in n], default=1)
     settings = lora.Settings(rank, float(rank), "all", 0.0, False, embeddings=True)
-    blank = lora.abstract(settings, base, shared_mesh, scalar=scalar).parts
+    blank = lora.abstract(settings, base, mesh, scalar=scalar).parts
     shapes = {n: _shape(part) for n, part in blank.items() if n != "bias"}
     arrays, used = {}, set()
     for place in places.places(family, body.config, shapes):
@@ -281,7 +281,7 @@ def read(folder, base, shared_mesh):
         arrays["bias"] = np.float32(config.get(BIAS, own))
     parts = {name: _filled(blank[name], value) for name, value in arrays.items()}
     adapter = lora.Adapter(parts, settings)
-    return jax.device_put(adapter, mesh.shardings(adapter, shared_mesh))
+    return jax.device_put(adapter, sharding.shardings(adapter, mesh))
 
 
 def _check(folder, config):
@@ -369,7 +369,7 @@ def _filled(part, value):
     return part.replace(value)
 
 
-def load(folder, shared_mesh, **how):
+def load(folder, mesh, **how):
     """The model that an adapter makes of its base, merged; see `huggingface.load`."""
-    base = huggingface.load(base_of(folder), shared_mesh, **how)
-    return lora.merge(base, read(folder, base, shared_mesh))
+    base = huggingface.load(base_of(folder), mesh, **how)
+    return lora.merge(base, read(folder, base, mesh))

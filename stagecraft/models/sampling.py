@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import attention as attention_lib
 
@@ -287,14 +287,14 @@ def _decode(model, token, positions, visible, slot, cache):
 
 def _place(cache):
     return jax.tree.map(
-        lambda x: mesh.constrain(x, "batch", "kv_heads", None, None), cache
+        lambda x: sharding.constrain(x, "batch", "kv_heads", None, None), cache
     )
 
 
 def _last_logits(model, hidden):
     """[B, 1, D] -> f32[B, V], each row's vocabulary whole on one device."""
     logits = model.project_out(hidden[:, 0])
-    return mesh.constrain(logits, "batch", None)
+    return sharding.constrain(logits, "batch", None)
 
 
 def _draw(key, logits, temperature, top_k, top_p):

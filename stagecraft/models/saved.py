@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from stagecraft import checkpoint, mesh, workdir
+from stagecraft import checkpoint, sharding, storage
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.transformer import ScalarModel, Transformer
@@ -24,28 +24,28 @@ def describe(module):
     return {"module": kind, "model": dataclasses.asdict(body.config)}
 
 
-def abstract(info, shared_mesh):
+def abstract(info, mesh):
     """The module as shapes with shardings: nothing is allocated.
 
     Args:
         info: {"module", "model"}, from `describe`.
-        shared_mesh: where it is to live.
+        mesh: where it is to live.
     """
     config = ModelConfig(**info["model"])
-    check_mesh(config, shared_mesh)
+    check_mesh(config, mesh)
     make = MODULES[info["module"]]
     shapes = jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        mesh.shardings(shapes, shared_mesh),
+        sharding.shardings(shapes, mesh),
     )
 
 
 def info(folder):
     """A stage's stage.json; a UserError where there is no finished stage."""
     folder = Path(folder)
-    found = workdir.read_json(folder / "stage.json")
+    found = storage.read_json(folder / "stage.json")
     if found is None:
         raise UserError(
             f"{folder}: no stage here (no stage.json); expected WORKDIR/STAGE of a run"
@@ -55,15 +55,15 @@ def info(folder):
     return found
 
 
-def load(folder, shared_mesh):
+def load(folder, mesh):
     """Reads a finished stage's parameters, each device its own part.
 
     Args:
         folder: WORKDIR/STAGE.
-        shared_mesh: where to put them.
+        mesh: where to put them.
 
     Returns:
         a `Transformer` or a `ScalarModel`.
     """
-    module, _ = checkpoint.load_model(folder, abstract(info(folder), shared_mesh))
+    module, _ = checkpoint.load_model(folder, abstract(info(folder), mesh))
     return module

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.models import attention as attention_lib
 from stagecraft.models import heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
@@ -154,7 +154,7 @@ class Block(nnx.Module):
         else:
             y, routing = self.experts(y)
         x = x + _maybe(self.ff_post_norm, y)
-        return mesh.constrain(x, "batch", None, None), extra, routing
+        return sharding.constrain(x, "batch", None, None), extra, routing
 
 
 def _maybe(norm, x):
@@ -310,15 +310,15 @@ class Transformer(nnx.Module):
         # Gathered over `fsdp` first: a table split in both dimensions has no cheap
         # row lookup.
         table = self.embed[...].astype(self.config.dtype)
-        table = mesh.constrain(table, "vocab", None)
+        table = sharding.constrain(table, "vocab", None)
         x = table[ids]
         if self.config.embed_scale != 1:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.positions is not None:
             table = self.positions[...].astype(self.config.dtype)
-            table = mesh.constrain(table, None, None)
+            table = sharding.constrain(table, None, None)
             x = x + jnp.take(table, positions, axis=0, mode="clip")
-        return mesh.constrain(x, "batch", None, None)
+        return sharding.constrain(x, "batch", None, None)
 
     def angles(self, positions, segments):
         """{kind: rotary angles, or None} for the kinds of this model's layers.

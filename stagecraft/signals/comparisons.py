@@ -13,7 +13,7 @@ import math
 import jax
 import numpy as np
 
-from stagecraft import metrics, workdir, worlds
+from stagecraft import metrics, storage, worlds
 from stagecraft.errors import UserError
 from stagecraft.signals.reward import RewardModel
 from stagecraft.signals.selection import shuffled
@@ -105,7 +105,7 @@ def write(path, language, prompts, rate, config, key, *, name="comparisons"):
             f"{name}: the rater dropped all {len(asked)} pairs; are the answers "
             "identical (temperature 0?) or never to its liking?"
         )
-    workdir.write_text(path, "".join(lines))
+    storage.write_text(path, "".join(lines))
     limit = config.sampling.max_new_tokens
     return {
         "pairs": len(lines),

@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 
-from stagecraft import metrics, workdir
+from stagecraft import metrics, storage
 from stagecraft.errors import UserError
 from stagecraft.signals import verifier
 
@@ -70,7 +70,7 @@ def write(path, language, records, reward_model, verifiers, config, key, *, name
             f"{name}: none of the {sampled} answers was kept; did none end by itself, "
             f"or reach threshold={config.threshold}?"
         )
-    workdir.write_text(path, "".join(lines))
+    storage.write_text(path, "".join(lines))
     return {
         "demonstrations": len(lines),
         "dropped": sampled - len(lines),

@@ -8,7 +8,7 @@ Not here: dropout (one pass over small data needs none), label smoothing.
 
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.models.transformer import Transformer
@@ -18,13 +18,13 @@ OFFERS = {"logps": "B T", "log_z": "B T"}
 PLACES = {"tokens": "B T"}
 
 
-def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
+def make(config, model_config, mesh, parents, *, fresh_pieces=()):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config (see `stagecraft.defaults`).
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer} or {}: what training starts from.
         fresh_pieces: ids of pieces the parent has never seen, whose embeddings are to
             start from the mean (see `average_rows`).
@@ -34,13 +34,13 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
         segments i32[B, T], positions i32[B, T], and weight f32[B, T] where sources
         have weights.
     """
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal = make_objective(config)
     if "start" in parents:
-        trained = stage.trained(config, parents["start"], shared_mesh)
+        trained = stage.trained(config, parents["start"], mesh)
     else:
-        born = mesh.born(lambda k: Transformer(model_config, k), shared_mesh)
+        born = sharding.init_sharded(lambda k: Transformer(model_config, k), mesh)
         trained = stage.Trained(None, born)
     if trained.frozen is not None and fresh_pieces and not config.lora.embeddings:
         raise UserError(
@@ -54,16 +54,16 @@ def make(config, model_config, shared_mesh, parents, *, fresh_pieces=()):
         if fresh_pieces:
             average_rows(lora.join(trained.frozen, model), fresh_pieces)
         return stage.begin(
-            *(model, optimizer_, shared_mesh),
+            *(model, optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
         )
 
     return stage.Stage(
         init=init,
-        prepare=lambda state, raw, key: mesh.put(raw, shared_mesh),
+        prepare=lambda state, raw, key: sharding.shard_batch(raw, mesh),
         update=stage.make_update(
-            *(goal, optimizer_),
+            *(goal, optimizer),
             micro_batches=config.micro_batches,
             ema_decay=decay,
             frozen=trained.frozen,

@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.metrics import section
 from stagecraft.models import lora
 from stagecraft.stages import objective, rollout, stage
@@ -40,13 +40,13 @@ PLACES = {"policy": "B T"}
 FIRST = ("val/ratio", "policy/ratio_max", "policy/clipfrac_avg")
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
+def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer, "reward":
             ScalarModel, "value": ScalarModel}; the critic starts from `value`. Without
             a reward model and `value` it starts from the policy, its head new.
@@ -66,20 +66,20 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     starts = {"policy": parents["start"]}
     starts["value"] = parents.get("value", parents["start"])
     trained = {
-        part: stage.trained(config, start, shared_mesh, scalar=part == "value")
+        part: stage.trained(config, start, mesh, scalar=part == "value")
         for part, start in starts.items()
     }
     frozen = {part: one.frozen for part, one in trained.items()}
     frozen = frozen if config.lora.rank else None
     rolls = rollout.make(
-        config, shared_mesh, parents.get("reward"), verifiers, stop_ids=stop_ids
+        config, mesh, parents.get("reward"), verifiers, stop_ids=stop_ids
     )
 
     def init(key):
         return stage.begin(
             {part: one.born(key) for part, one in trained.items()},
             optimizers,
-            shared_mesh,
+            mesh,
             ema=decay > 0,
             dropout=stage.dropout(config, key),
             kl_coef=config.kl_coef,
@@ -92,7 +92,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     )
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, shared_mesh)
+        raw, index = stage.placed(raw, mesh)
         sample_key, order_key = jax.random.split(key)
         # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):
@@ -136,10 +136,10 @@ def make_optimizers(config):
 
     One clips the norm of both gradients together, two clip each.
     """
-    policy = optimizer.make(config.optimizer, steps=config.steps)
+    policy = optim.make(config.optimizer, steps=config.steps)
     if not config.value_optimizer.name:
         return policy
-    own = optimizer.make(config.value_optimizer, steps=config.steps)
+    own = optim.make(config.value_optimizer, steps=config.steps)
     return {"policy": policy, "value": own}
 
 
@@ -365,5 +365,5 @@ def _chunk(batch, now, minibatches):
 def _placed(part):
     """Rows of a minibatch, spread over the devices again."""
     return jax.tree.map(
-        lambda x: mesh.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
+        lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
     )

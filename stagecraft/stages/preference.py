@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.models import lora
 from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
@@ -26,13 +26,13 @@ OFFERS = {
 PLACES = {"rows": "B", "chosen": "B T", "document": "B T"}
 
 
-def make(config, model_config, shared_mesh, parents, *, dataset=None):
+def make(config, model_config, mesh, parents, *, dataset=None):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer}; often the same tree.
         dataset: the `Dataset` trained on, or None; when its rows come more than once,
             their reference log-probabilities are made once.
@@ -42,30 +42,30 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
         perhaps preference f32[B] and index i32[B]; `prepare` adds ref_logps f32[B, 2].
     """
     del model_config
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal, needs = make_objective(config)
     score = make_reference_score(config)
-    trained = stage.trained(config, parents["start"], shared_mesh)
+    trained = stage.trained(config, parents["start"], mesh)
     moving = config.sync_every > 0 and "ref_logps" in needs
     kept = None
     if "ref_logps" in needs and not moving and dataset is not None:
-        kept = once(config, dataset, parents["reference"], score, shared_mesh)
+        kept = once(config, dataset, parents["reference"], score, mesh)
 
     def init(key):
         state = stage.begin(
-            *(trained.born(key), optimizer_, shared_mesh),
+            *(trained.born(key), optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
         )
         if moving:
             first = moving_reference(state, trained.frozen, parents["reference"])
-            state.extra["reference"] = stage.make_copy(first, shared_mesh)()
+            state.extra["reference"] = stage.make_copy(first, mesh)()
         return state
 
     def prepare(state, raw, key):
         del key
-        batch, index = stage.placed(raw, shared_mesh)
+        batch, index = stage.placed(raw, mesh)
         if "ref_logps" not in needs:
             return batch
         known = kept(index) if kept is not None else None
@@ -94,7 +94,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
         prepare=prepare,
         update=stage.make_update(
             goal,
-            optimizer_,
+            optimizer,
             micro_batches=config.micro_batches,
             ema_decay=decay,
             carry=sync,
@@ -130,7 +130,7 @@ def synced(state, model, config):
     )
 
 
-def once(config, dataset, reference, score, shared_mesh):
+def once(config, dataset, reference, score, mesh):
     """Reference log-probabilities of every row, when training sees rows twice.
 
     Returns:
@@ -147,11 +147,11 @@ def once(config, dataset, reference, score, shared_mesh):
             return None
         if not found:
             rows = [
-                score(reference, stage.placed(raw, shared_mesh)[0])
+                score(reference, stage.placed(raw, mesh)[0])
                 for raw in dataset.epoch(config.batch_size)
             ]
             found.append(np.concatenate(jax.device_get(rows))[: dataset.rows])
-        return mesh.put(found[0][np.asarray(index)], shared_mesh)
+        return sharding.shard_batch(found[0][np.asarray(index)], mesh)
 
     return kept
 

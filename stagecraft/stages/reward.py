@@ -8,7 +8,7 @@ seems to begin.
 import jax
 import jax.numpy as jnp
 
-from stagecraft import masked, optimizer
+from stagecraft import masked, optim
 from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.models.language import placed
@@ -21,13 +21,13 @@ OFFERS = {"rewards": "B K", "present": "B K bool", "margin": "B", "preference": 
 PLACES = {"rows": "B"}
 
 
-def make(config, model_config, shared_mesh, parents):
+def make(config, model_config, mesh, parents):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`; the body's own when it has a parent.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer}, the SFT model, or a ScalarModel to go on from.
 
     Returns:
@@ -36,27 +36,27 @@ def make(config, model_config, shared_mesh, parents):
         f32[B].
     """
     del model_config
-    trained = stage.trained(config, parents["start"], shared_mesh, scalar=True)
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    trained = stage.trained(config, parents["start"], mesh, scalar=True)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal = make_objective(config)
 
     def init(key):
         return stage.begin(
-            *(trained.born(key), optimizer_, shared_mesh),
+            *(trained.born(key), optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
         )
 
     def prepare(state, raw, key):
         del state, key
-        return stage.placed(raw, shared_mesh)[0]
+        return stage.placed(raw, mesh)[0]
 
     return stage.Stage(
         init=init,
         prepare=prepare,
         update=stage.make_update(
-            *(goal, optimizer_),
+            *(goal, optimizer),
             micro_batches=config.micro_batches,
             ema_decay=decay,
             frozen=trained.frozen,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import masked, mesh
+from stagecraft import masked, sharding
 from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import sampling
@@ -41,12 +41,12 @@ class Rollout(NamedTuple):
     weights: tuple
 
 
-def make(config, shared_mesh, reward_model, verifiers, *, stop_ids, samples=1):
+def make(config, mesh, reward_model, verifiers, *, stop_ids, samples=1):
     """Builds the sampling and scoring of a stage.
 
     Args:
         config: the stage's resolved config: sampling, reward_weights.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         reward_model: a `ScalarModel`, or None.
         verifiers: a `signals.verifier.Verifiers`, or None.
         stop_ids: the tokens that end a completion.
@@ -78,7 +78,7 @@ def make(config, shared_mesh, reward_model, verifiers, *, stop_ids, samples=1):
             with section("verify"):
                 host = {k: np.asarray(rollout[k]) for k in ("tokens", "mask", "ended")}
                 found = verifiers(np.repeat(np.asarray(index), samples), **host)
-                columns += mesh.put(tuple(found.T.astype(np.float32)), shared_mesh)
+                columns += sharding.shard_batch(tuple(found.T.astype(np.float32)), mesh)
         return jnp.stack(columns, axis=1)
 
     return Rollout(sample, score, names, weights)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stagecraft import masked, mesh, optimizer
+from stagecraft import masked, optim, sharding
 from stagecraft.models import lora
 from stagecraft.models.transformer import ScalarModel
 
@@ -89,34 +89,34 @@ class Trained(NamedTuple):
     born: Callable
 
 
-def trained(config, parent, shared_mesh, *, scalar=False):
+def trained(config, parent, mesh, *, scalar=False):
     """What a stage trains of a parent, by the `lora` keys of its config.
 
     Args:
         config: the stage's resolved config.
         parent: a `Transformer` or a `ScalarModel`; the stage's to keep, not to change.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         scalar: whether the model has a scalar head: a new one on a `Transformer`.
     """
     if config.lora.rank:
         settings = lora.Settings(**config.lora)
         # Made at once as shapes: a target the model lacks is refused here.
-        lora.abstract(settings, parent, shared_mesh, scalar=scalar)
-        return Trained(parent, lora.made(settings, parent, shared_mesh, scalar=scalar))
-    copy = make_copy(parent, shared_mesh)
+        lora.abstract(settings, parent, mesh, scalar=scalar)
+        return Trained(parent, lora.made(settings, parent, mesh, scalar=scalar))
+    copy = make_copy(parent, mesh)
     if not scalar or isinstance(parent, ScalarModel):
         return Trained(None, lambda key: copy())
-    head = mesh.born(lambda k, body: ScalarModel(body, k), shared_mesh)
+    head = sharding.init_sharded(lambda k, body: ScalarModel(body, k), mesh)
     return Trained(None, lambda key: head(key, copy()))
 
 
-def begin(model, optimizers, shared_mesh, *, ema=False, dropout=None, **extra):
+def begin(model, optimizers, mesh, *, ema=False, dropout=None, **extra):
     """The state before the first step, every array on the devices that keep it.
 
     Args:
         model: the parameters, the state's own; one module or a dict of modules.
-        optimizers: an `optimizer.Optimizer`, or one for each part of the model.
-        shared_mesh: the mesh.
+        optimizers: an `optim.Optimizer`, or one for each part of the model.
+        mesh: the mesh.
         ema: whether to carry an average of the weights.
         dropout: a random key to carry, that of an adapter's dropout.
         **extra: scalars to carry.
@@ -124,16 +124,16 @@ def begin(model, optimizers, shared_mesh, *, ema=False, dropout=None, **extra):
     scalars = {k: jnp.asarray(v, jnp.float32) for k, v in extra.items()}
     if dropout is not None:
         scalars["dropout"] = jax.random.key_data(dropout)
-    step, carried = mesh.replicate((jnp.zeros((), jnp.int32), scalars), shared_mesh)
+    step, carried = sharding.replicate((jnp.zeros((), jnp.int32), scalars), mesh)
     if isinstance(optimizers, dict):
         opt_state = {
-            part: mesh.born_optimizer(one.tx, model[part], shared_mesh)
+            part: sharding.init_optimizer(one.tx, model[part], mesh)
             for part, one in optimizers.items()
         }
     else:
-        opt_state = mesh.born_optimizer(optimizers.tx, model, shared_mesh)
+        opt_state = sharding.init_optimizer(optimizers.tx, model, mesh)
     if ema:
-        carried["ema"] = make_copy(model, shared_mesh)()
+        carried["ema"] = make_copy(model, mesh)()
     return State(step, model, opt_state, carried)
 
 
@@ -141,31 +141,31 @@ def advance(state, model, opt_state, *, ema_decay=0.0, **extra):
     """The state one step on; `extra` replaces what it names."""
     carried = state.extra | extra
     if ema_decay:
-        carried["ema"] = optimizer.ema(state.extra["ema"], model, ema_decay)
+        carried["ema"] = optim.ema(state.extra["ema"], model, ema_decay)
     return State(state.step + 1, model, opt_state, carried)
 
 
-def placed(raw, shared_mesh):
+def placed(raw, mesh):
     """A raw batch on the mesh, and the numbers of its rows, which stay on the host.
 
     Args:
         raw: {name: array}, rows first, perhaps with "index" i32[B].
-        shared_mesh: the mesh.
+        mesh: the mesh.
 
     Returns:
         {name: array} without "index"; the index, or None.
     """
     rest = {k: v for k, v in raw.items() if k != "index"}
-    return mesh.put(rest, shared_mesh), raw.get("index")
+    return sharding.shard_batch(rest, mesh), raw.get("index")
 
 
-def make_copy(module, shared_mesh):
+def make_copy(module, mesh):
     """() -> a fresh copy of a parent's parameters, sharded alike.
 
     The child's state is donated at every update, the parent may go on as a frozen
     reference: they must not share buffers.
     """
-    shardings = mesh.shardings(module, shared_mesh)
+    shardings = sharding.shardings(module, mesh)
     copy = jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=shardings)
     return lambda: copy(module)
 
@@ -179,7 +179,7 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
 
     Args:
         objective: an `Objective`.
-        optimizers: an `optimizer.Optimizer`, or {part: Optimizer} for a model that is a
+        optimizers: an `optim.Optimizer`, or {part: Optimizer} for a model that is a
             dict of parts: each part then has its own clipping and learning rate.
         micro_batches: int; the batch is worked on in so many parts, one after the
             other, to save memory.
@@ -208,7 +208,7 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if micro_batches == 1:
             (loss, metrics), grads = grad_fn(state.model, batch, weights, key)
-            grads = mesh.constrain_tree(grads)
+            grads = sharding.constrain_tree(grads)
         else:
             split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, weights))
             split += (None if key is None else jax.random.split(key, micro_batches),)
@@ -221,7 +221,7 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
             def accumulate(carry, micro):
                 (loss, metrics), grads = grad_fn(state.model, *micro)
                 loss0, metrics0, grads0 = carry
-                grads = mesh.constrain_tree(jax.tree.map(jnp.add, grads0, grads))
+                grads = sharding.constrain_tree(jax.tree.map(jnp.add, grads0, grads))
                 return (loss0 + loss, masked.merge(metrics0, metrics), grads), None
 
             (loss, metrics, grads), _ = jax.lax.scan(accumulate, start, split)
@@ -238,12 +238,12 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
 def _apply(optimizers, grads, state, step, lr_scale):
     """One step of one optimizer, or of one for each part of the model."""
     if not isinstance(optimizers, dict):
-        return optimizer.apply(
+        return optim.apply(
             optimizers, grads, state.opt_state, state.model, step, lr_scale=lr_scale
         )
     model, opt_state, norms, squares = {}, {}, {}, 0.0
     for part, one in optimizers.items():
-        model[part], opt_state[part], told = optimizer.apply(
+        model[part], opt_state[part], told = optim.apply(
             one, grads[part], state.opt_state[part], state.model[part], step
         )
         squares += jnp.square(told["grad_norm"])
@@ -254,19 +254,19 @@ def _apply(optimizers, grads, state, step, lr_scale):
 
 
 def make_update(
-    objective, optimizer_, *, micro_batches=1, ema_decay=0.0, carry=None, frozen=None
+    objective, optimizer, *, micro_batches=1, ema_decay=0.0, carry=None, frozen=None
 ):
     """update(state, batch) -> (state, metrics): one batch, one optimizer step.
 
     Args:
         objective: an `Objective`.
-        optimizer_: an `optimizer.Optimizer`.
+        optimizer: an `optim.Optimizer`.
         micro_batches: parts the batch is worked on in.
         ema_decay: of the average of the weights; 0 keeps none.
         carry: (state, model, batch) -> {name: value} of State.extra to replace.
         frozen: the stage's.
     """
-    step = make_step(objective, optimizer_, micro_batches=micro_batches)
+    step = make_step(objective, optimizer, micro_batches=micro_batches)
 
     def update(state, batch, frozen):
         key = dropout_key(state)

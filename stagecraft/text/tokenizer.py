@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.errors import UserError
 from stagecraft.text import bytes_
-from stagecraft.text import huggingface as hf
+from stagecraft.text import tokenizer_json as hf
 
 CHAT_PIECES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -83,7 +83,7 @@ def keep(tokenizer, folder):
     half = folder.with_name(f".{folder.name}")
     shutil.rmtree(half, ignore_errors=True)
     for name, data in tokenizer.files.items():
-        workdir.write_bytes(half / name, data)
+        storage.write_bytes(half / name, data)
     half.rename(folder)
 
 
@@ -209,7 +209,7 @@ class Tokenizer:
             )
         except RuntimeError as error:
             raise UserError(_why(error, vocab_size)) from error
-        workdir.write_bytes(path, model.getvalue())
+        storage.write_bytes(path, model.getvalue())
         return cls(model.getvalue())
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import common
-from stagecraft import defaults, experiment, run
+from stagecraft import defaults, experiment, run, storage
 from stagecraft.curate import curation, engine
-from stagecraft.data import feed, shards, sources
+from stagecraft.data import feed, readers, shards
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 from stagecraft.text.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ def test_of_duplicates_the_best_stays_and_its_score_is_a_column(corpus, result):
 def test_pretraining_reads_the_text_and_the_shards(corpus, result):
     out, told = result
     texts = [r["text"] for r in prose.read(out)]
-    assert [*sources.texts(out / "text")] == texts
+    assert [*readers.texts(out / "text")] == texts
     model = Tokenizer.load(corpus["root"] / "t.model")
     found = shards.Shards(out / "shards").check_tokenizer(model.digest, 320).verify()
     assert len(found) == len(texts) and found.tokens == told["tokens"]
@@ -377,7 +377,6 @@ def test_datatroves_own_executor_runs_the_same_list(corpus, result, tmp_path):
     """What runs here runs where datatrove runs: its steps hold nothing of ours."""
     from datatrove.executor import LocalPipelineExecutor
 
-    from stagecraft import workdir
     from stagecraft.curate import inputs, pipeline
 
     out, told = result
@@ -385,7 +384,7 @@ def test_datatroves_own_executor_runs_the_same_list(corpus, result, tmp_path):
     found = inputs.survey(c.files, c.text_key, c.document, c.task_bytes)
     work = tmp_path / "work"
     for rank, parts in enumerate(found.tasks):
-        workdir.write_json(work / "tasks" / f"{rank:05d}.json", parts)
+        storage.write_json(work / "tasks" / f"{rank:05d}.json", parts)
     phases = pipeline.phases(c, work, len(found.tasks), found, told["identity"])
     engine.chain(phases, work, LocalPipelineExecutor, workers=1).run()
     assert prose.files(tmp_path / "out") == prose.files(out)

@@ -8,7 +8,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from stagecraft import workdir
+from stagecraft import storage
 from stagecraft.curate import curation, engine, publish, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
@@ -54,7 +54,7 @@ class Disk:
 WRITERS = {
     "lines": (steps.Lines, "write"),
     "arrays": (np, "save"),
-    "whole files": (workdir.os, "replace"),
+    "whole files": (storage.os, "replace"),
     "copies": (publish.shutil, "copyfile"),
     "shards": (shards._Writer, "add"),
 }

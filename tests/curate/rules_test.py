@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stagecraft.curate import classifier, language, overlap, personal, words
+from stagecraft.curate import classifier, language_id, overlap, personal, words
 from stagecraft.errors import UserError
 
 SAID = {
@@ -42,10 +42,10 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", language.NAMES)
+@pytest.mark.parametrize("name", language_id.NAMES)
 def test_languages(name):
-    assert language.recognise(SAID[name])[0] == name
-    rule = language.Rule(name, False)
+    assert language_id.recognise(SAID[name])[0] == name
+    rule = language_id.Rule(name, False)
     assert rule.filter(SimpleNamespace(text=SAID[name])) is True
     other = "de" if name != "de" else "en"
     told = rule.filter(SimpleNamespace(text=SAID[other]))
@@ -54,17 +54,17 @@ def test_languages(name):
 
 def test_few_kana_among_many_kanji_are_japanese():
     text = "東京都千代田区丸の内の会議室で経済産業省の会議が開催された。"
-    assert language.recognise(text)[0] == "ja"
+    assert language_id.recognise(text)[0] == "ja"
 
 
 @pytest.mark.parametrize(
     "text", ["", "12 34 $$", "qwerty zxcvb asdfg hjkl", "the cat, the dog", "def f(x):"]
 )
 def test_no_language(text):
-    assert language.recognise(text) == ("unknown", 0.0)
+    assert language_id.recognise(text) == ("unknown", 0.0)
     document = SimpleNamespace(text=text)
-    assert language.Rule("en", True).filter(document) is True
-    assert language.Rule("en", False).filter(document)[0] is False
+    assert language_id.Rule("en", True).filter(document) is True
+    assert language_id.Rule("en", False).filter(document)[0] is False
 
 
 def test_words_and_sentences():

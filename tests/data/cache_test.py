@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults
-from stagecraft.data import cache, language, shards
+from stagecraft.data import cache, corpus, shards
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -316,4 +316,4 @@ def test_mixtures_that_cannot_be_are_told(build, parts, settings, told):
 def test_the_config_is_refused_before_anything_is_read():
     stage = defaults.stage("language_model", data=dict(files="a,b", shares=(1.0,)))
     with pytest.raises(UserError, match="data.shares=.*each of the 2 parts"):
-        language.check(stage.data)
+        corpus.check(stage.data)

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from stagecraft.data import containers, files, sources
+from stagecraft.data import containers, files, readers
 from stagecraft.errors import UserError
 
 TURNS = [
@@ -82,7 +82,7 @@ def test_the_same_records_from_every_container(tmp_path, name):
         found += [record for _, record in containers.records(path)]
     # A struct's keys that a row lacks come as null from columns: they are left out.
     assert found == RECORDS
-    assert sources.demonstrations(tmp_path / name)[-1].messages == TURNS
+    assert readers.demonstrations(tmp_path / name)[-1].messages == TURNS
 
 
 def test_records_are_told_by_line_or_row(tmp_path):
@@ -111,7 +111,7 @@ def test_text_is_the_same_compressed_and_in_small_pieces(tmp_path, monkeypatch):
     text = "".join(f"line {i}\r\n" + "\n" * (i % 5 == 0) for i in range(900)) + "\n\n\n"
     text = "x\n" * 5 + text + "end\r"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    want = list(sources.texts(tmp_path / "a.txt"))
+    want = list(readers.texts(tmp_path / "a.txt"))
     # As the whole text split at blank lines would have it.
     assert "\n\n".join(want) == text.replace("\r\n", "\n")
     assert len(want) > 3
@@ -121,7 +121,7 @@ def test_text_is_the_same_compressed_and_in_small_pieces(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(files, "_CHUNK", 7)
     for name in ("a.txt", "a.txt.gz", "a.txt.zst"):
-        assert list(sources.texts(tmp_path / name)) == want
+        assert list(readers.texts(tmp_path / name)) == want
 
 
 def test_a_saved_set_in_a_folder_of_files_and_with_splits(tmp_path):
@@ -165,18 +165,18 @@ def test_a_parquet_file_without_the_column_is_told(tmp_path):
     path = write(tmp_path / "a.parquet", [{"body": "x", "id": 3}])
     told = r"a.parquet:1: no key 'text'; it has 'body', 'id'; rename keys with fields"
     with pytest.raises(UserError, match=told):
-        list(sources.texts(path))
-    assert list(sources.texts(path, {"text": "body"})) == ["x"]
+        list(readers.texts(path))
+    assert list(readers.texts(path, {"text": "body"})) == ["x"]
     with pytest.raises(UserError, match="empty"):
         none = pa.Table.from_pylist([], pa.schema([("text", pa.string())]))
         parquet.write_table(none, path)
-        list(sources.texts(path))
+        list(readers.texts(path))
 
 
 def test_a_list_with_something_else_in_it(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a"}, "b"]')
     with pytest.raises(UserError, match=r"a\.json:2: expected a JSON object, got str"):
-        list(sources.texts(tmp_path / "a.json"))
+        list(readers.texts(tmp_path / "a.json"))
 
 
 # -- remote storage --------------------------------------------------------------------
@@ -198,9 +198,9 @@ def test_remote_files_are_read_like_local_ones(tmp_path):
         "d.arrow",
     ]
     assert str(found[0]).startswith("memory://")
-    assert len(sources.demonstrations("memory://set")) == 20
+    assert len(readers.demonstrations("memory://set")) == 20
     assert [p.name for p in files.expand("memory://set/*.gz")] == ["c.jsonl.gz"]
-    assert list(sources.texts("memory://other/text.txt")) == ["Hello."]
+    assert list(readers.texts("memory://other/text.txt")) == ["Hello."]
     # The content counts, not the place.
     assert files.digest(found[:1]) == files.digest([tmp_path / "a.jsonl.zst"])
     memory.pipe_file("/bad/a.jsonl", b"{}\n[]\n")

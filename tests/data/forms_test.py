@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from stagecraft.data import forms, sources
+from stagecraft.data import forms, readers
 from stagecraft.errors import UserError
 
 
@@ -59,7 +59,7 @@ TALK = [user("p"), assistant("c")]
 def test_demonstrations_of_every_form(tmp_path, caplog, record, kind):
     path = jsonl(tmp_path / "a.jsonl", *[record | {"id": 7}] * 3)
     with caplog.at_level(logging.INFO, logger="stagecraft.data"):
-        assert sources.demonstrations(path) == [(TALK, None)] * 3
+        assert readers.demonstrations(path) == [(TALK, None)] * 3
     assert caplog.messages == [f"{path}: jsonl, 3 records of {kind}"]
 
 
@@ -68,7 +68,7 @@ def test_files_of_one_kind_are_said_in_one_line(tmp_path, caplog):
         jsonl(tmp_path / f"{name}.jsonl", {"text": "x"}, {"text": "y"})
     (tmp_path / "d.txt").write_text("z")
     with caplog.at_level(logging.INFO, logger="stagecraft.data"):
-        assert len(list(sources.texts(tmp_path))) == 7
+        assert len(list(readers.texts(tmp_path))) == 7
     assert caplog.messages == [
         f"{tmp_path}/a.jsonl and 2 more: jsonl, 6 records of text, standard",
         f"{tmp_path}/d.txt: txt, 1 documents of plain text",
@@ -94,7 +94,7 @@ WORSE = [assistant("r")]
 )
 def test_comparisons_of_every_form(tmp_path, record):
     path = jsonl(tmp_path / "a.jsonl", record)
-    [found] = sources.comparisons(path)
+    [found] = readers.comparisons(path)
     assert (found.prompt, found.answers) == (TALK[:1], (TALK[1:], WORSE))
 
 
@@ -111,7 +111,7 @@ def test_the_prompt_is_the_longest_common_opening(tmp_path):
             "rejected": [*TALK, user("z"), assistant("y")],
         },
     )
-    one, two, three = sources.comparisons(path)
+    one, two, three = readers.comparisons(path)
     assert (one.prompt, one.answers) == (long, ([assistant("x")], [assistant("y")]))
     assert (two.prompt, two.answers) == (TALK[:1], (TALK[1:], TALK[1:]))
     assert three.prompt == TALK
@@ -120,7 +120,7 @@ def test_the_prompt_is_the_longest_common_opening(tmp_path):
         tmp_path / "b.jsonl",
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
     )
-    [plain] = sources.comparisons(path)
+    [plain] = readers.comparisons(path)
     assert plain.prompt == [user("The sky is")]
     assert plain.answers == ([assistant(" blue.")], [assistant(" green.")])
 
@@ -131,7 +131,7 @@ def test_a_transcript_of_many_turns(tmp_path):
         tmp_path / "a.jsonl",
         {"chosen": human(*opening, "It is."), "rejected": human(*opening, "No. ")},
     )
-    [found] = sources.comparisons(path)
+    [found] = readers.comparisons(path)
     want = [user("Is it? \n\nHuman"), assistant("Yes."), user("And 42?")]
     assert found.prompt == want
     assert found.answers == ([assistant("It is.")], [assistant("No.")])
@@ -142,7 +142,7 @@ def test_prompts_of_every_form(tmp_path):
         ("p", [user("p")], SHARED[:1], human("p", ""), human("p"))
     ):
         path = jsonl(tmp_path / f"{number}.jsonl", {"prompt": prompt})
-        [found] = sources.prompts(path)
+        [found] = readers.prompts(path)
         assert found.prompt == ("p" if number == 0 else [user("p")])
         assert found.record == {"prompt": prompt}
 
@@ -154,24 +154,24 @@ SCHEMA = {"type": "function", "function": {"name": "f"}}
 def test_tools_are_carried(tmp_path, tools):
     more = {"tools": tools, "chat_template_kwargs": {}}
     path = jsonl(tmp_path / "a.jsonl", {"messages": TALK} | more)
-    assert sources.demonstrations(path)[0].tools == [SCHEMA]
+    assert readers.demonstrations(path)[0].tools == [SCHEMA]
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     path = jsonl(tmp_path / "b.jsonl", pair | more)
-    assert sources.comparisons(path)[0].tools == [SCHEMA]
-    assert {j.tools[0]["type"] for j in sources.judgements(path)[0]} == {"function"}
-    assert sources.prompts(path)[0].tools == [SCHEMA]
+    assert readers.comparisons(path)[0].tools == [SCHEMA]
+    assert {j.tools[0]["type"] for j in readers.judgements(path)[0]} == {"function"}
+    assert readers.prompts(path)[0].tools == [SCHEMA]
 
 
 @pytest.mark.parametrize("nothing", [None, [], "", "[]"])
 def test_no_tools(tmp_path, nothing):
     path = jsonl(tmp_path / "a.jsonl", {"messages": TALK, "tools": nothing})
-    assert sources.demonstrations(path)[0].tools is None
+    assert readers.demonstrations(path)[0].tools is None
 
 
 # -- doubt -----------------------------------------------------------------------------
 
 
-def told(path, read=sources.demonstrations):
+def told(path, read=readers.demonstrations):
     with pytest.raises(UserError) as error:
         found = read(path)
         list(found)
@@ -193,7 +193,7 @@ def test_mixed_forms_are_listed_with_counts_keys_and_first_lines(tmp_path):
     path = jsonl(
         tmp_path / "c.jsonl", pair, {"chosen": "not one", "rejected": "not two"}
     )
-    assert "mixed forms: 1 of preference, transcript" in told(path, sources.comparisons)
+    assert "mixed forms: 1 of preference, transcript" in told(path, readers.comparisons)
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_a_doubtful_record_is_told_by_line(tmp_path, record, why):
 def test_fields_settle_a_doubt(tmp_path):
     record = {"messages": TALK, "completion": "x", "prompt": "y"}
     path = jsonl(tmp_path / "a.jsonl", record)
-    mapping = sources.fields("messages=messages")
-    assert sources.demonstrations(path, mapping)[0].messages == TALK
-    mapping = sources.fields("completion=completion")
-    assert sources.demonstrations(path, mapping)[0].messages == [
+    mapping = readers.fields("messages=messages")
+    assert readers.demonstrations(path, mapping)[0].messages == TALK
+    mapping = readers.fields("completion=completion")
+    assert readers.demonstrations(path, mapping)[0].messages == [
         user("y"),
         assistant("x"),
     ]
@@ -255,8 +255,8 @@ def test_fields_settle_a_doubt(tmp_path):
 )
 def test_a_doubtful_pair_is_told_by_line(tmp_path, record, why):
     path = jsonl(tmp_path / "a.jsonl", record)
-    assert told(path, sources.comparisons).startswith(f"{path}:1: ")
-    assert why in told(path, sources.comparisons)
+    assert told(path, readers.comparisons).startswith(f"{path}:1: ")
+    assert why in told(path, readers.comparisons)
 
 
 def test_a_census_counts_what_it_sees():

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from stagecraft.data import mixture, packing, shards
+from stagecraft.data.dataset import Dataset
 from stagecraft.data.documents import Held, Stored
-from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
 
 STEPS = 1000
@@ -141,7 +141,7 @@ def test_an_iterator_goes_back_with_its_workers(begun, want):
 
 LEFT_ALONE = """
 import multiprocessing, numpy as np, os, signal
-from stagecraft.data.pipeline import Dataset
+from stagecraft.data.dataset import Dataset
 
 if __name__ == "__main__":
     rows = {"index": np.arange(8)}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import attention, blockwise, kernels
 from stagecraft.models.kernels import Request
@@ -153,7 +153,7 @@ def test_each_device_works_on_its_own_rows_and_heads(kernel):
     args = arrays(rows=4)
     run = functools.partial(attention.attention, kernel=kernel)
     expected = gradients(REFERENCE, settings, args)
-    with jax.set_mesh(mesh.make(2, 2, 2)):
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
         got = gradients(run, settings, args)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import mesh, tree
+from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import heads, layers, sampling, transformer
 from stagecraft.models.config import ModelConfig
@@ -211,14 +211,16 @@ def test_the_mesh_does_not_matter(case):
     rows = [packed([document(7, i), document(4, i + 9)]) for i in range(8)]
     args = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
     expected, plain = gradient(model, args)
-    made = mesh.make(2, 2, 2)
+    made = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(made):
-        placed = jax.device_put(model, mesh.shardings(model, made))
-        got, sharded = gradient(placed, mesh.put(args, made))
+        placed = jax.device_put(model, sharding.shardings(model, made))
+        got, sharded = gradient(placed, sharding.shard_batch(args, made))
         settings = dict(max_new_tokens=4, stop_ids=(), temperature=0.0)
         prompts = args[0][:, :6], np.ones((8, 6), bool)
         key = jax.random.key(0)
-        sample = sampling.generate(placed, *mesh.put(prompts, made), key, **settings)
+        sample = sampling.generate(
+            placed, *sharding.shard_batch(prompts, made), key, **settings
+        )
     assert got == pytest.approx(float(expected), rel=1e-5)
     close(sharded, plain, atol=1e-5)
     alone = sampling.generate(model, *prompts, key, **settings)

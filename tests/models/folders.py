@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, tensors
 
@@ -71,7 +71,7 @@ def put(folder, arrays, config=CONFIG, shards=1):
 
 
 def single():
-    return mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def refused(folder, *words):

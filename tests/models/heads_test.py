@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import heads
 
@@ -84,21 +84,21 @@ def test_values_and_gradients_equal_plain_numpy(block_size, temperature):
 @pytest.mark.parametrize("block_size", [None, 2])
 def test_every_mesh_equals_plain_numpy(shape, block_size):
     args = arrays()
-    made = mesh.make(*shape)
+    made = sharding.make_mesh(*shape)
     with jax.set_mesh(made):
         placed = (
-            mesh.put(args[0], made),
+            sharding.shard_batch(args[0], made),
             jax.device_put(
-                args[1], jax.NamedSharding(made, mesh.spec(("vocab", "embed")))
+                args[1], jax.NamedSharding(made, sharding.spec(("vocab", "embed")))
             ),
-            mesh.put(args[2], made),
+            sharding.shard_batch(args[2], made),
         )
         step = weighted(WEIGHTS, block_size=block_size, temperature=0.7, squares=True)
         (_, stats), gradients = step(*placed)
     assert stats.log_p2 is not None
     assert_stats(stats, numpy_stats(*args, 0.7), rtol=1e-6, atol=1e-5)
     for got in stats:
-        assert got.sharding.is_equivalent_to(mesh.batch_sharding(made, 2), 2)
+        assert got.sharding.is_equivalent_to(sharding.batch_sharding(made, 2), 2)
     for got, expected in zip(
         gradients, plain_gradient(*args, 0.7, WEIGHTS), strict=True
     ):
@@ -175,13 +175,13 @@ def test_gradients_by_differences(name, settings, shape):
     if shape is None:
         got = field_gradient(name, args, 0.7, block_size=7, **settings)
     else:
-        made = mesh.make(*shape)
+        made = sharding.make_mesh(*shape)
         with jax.set_mesh(made):
-            table = jax.NamedSharding(made, mesh.spec(("vocab", "embed")))
+            table = jax.NamedSharding(made, sharding.spec(("vocab", "embed")))
             placed = (
-                mesh.put(args[0], made),
+                sharding.shard_batch(args[0], made),
                 jax.device_put(args[1], table),
-                mesh.put(args[2], made),
+                sharding.shard_batch(args[2], made),
             )
             got = field_gradient(name, placed, 0.7, block_size=2, **settings)
     for one, other in zip(got, want, strict=True):
@@ -222,7 +222,7 @@ def test_logits_are_float32_from_bfloat16():
 def test_rows_that_do_not_divide_are_refused():
     hidden, embedding, targets = arrays(b=6)
     with (
-        jax.set_mesh(mesh.make()),
+        jax.set_mesh(sharding.make_mesh()),
         pytest.raises(UserError, match="6 rows do not divide .* 8 shards"),
     ):
         heads.token_logps(hidden, embedding, targets)
@@ -266,7 +266,7 @@ def test_all_logits_never_exist_at_once(shape):
     if shape is None:
         jaxprs = traced()
     else:
-        with jax.set_mesh(mesh.make(*shape)):
+        with jax.set_mesh(sharding.make_mesh(*shape)):
             jaxprs = traced()
     for jaxpr in jaxprs:
         assert len(sizes(jaxpr)) > 20
@@ -289,7 +289,7 @@ def test_no_traffic_in_the_loop_but_per_token_sums():
     """The embedding is gathered, and its gradient summed, outside the block loop."""
     block_size = 2
     args = arrays()
-    with jax.set_mesh(mesh.make(2, 2, 2)):
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
         step = weighted(WEIGHTS, block_size=block_size)
         jaxpr = jax.make_jaxpr(step)(*args).jaxpr
     moved = {True: [], False: []}

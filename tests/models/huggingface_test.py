@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stagecraft import mesh, tree
+from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, places, tensors
 from stagecraft.models.config import ModelConfig
@@ -66,7 +66,7 @@ def test_every_number_where_it_belongs(folder, arrays):
 def test_sharded_from_the_disk(folder):
     """Every device holds its own part, and the parts are the same model."""
     whole = huggingface.load(folder, single())
-    shared = mesh.make(2, 2, 2)
+    shared = sharding.make_mesh(2, 2, 2)
     spread = huggingface.load(folder, shared)
     assert tree.digest(whole) == tree.digest(spread)
     query = tree.named(spread)["layers/attention/query"]
@@ -124,7 +124,7 @@ def test_both_spellings_of_rotary_positions(tmp_path, arrays):
 
 
 def test_there_and_back_bit_for_bit(tmp_path, folder, arrays):
-    model = huggingface.load(folder, mesh.make(2, 2, 2))
+    model = huggingface.load(folder, sharding.make_mesh(2, 2, 2))
     huggingface.save(model, tmp_path / "out", shard_size=1000)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import defaults, experiment, mesh, tree
+from stagecraft import defaults, experiment, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import linear, lora
 from stagecraft.models.config import ModelConfig
@@ -184,9 +184,11 @@ def test_a_head_is_new_or_its_parents_and_embeddings_if_asked():
 
 
 def test_an_adapter_is_sharded_like_what_it_sits_on():
-    shared = mesh.make(1, 2, 2, devices=jax.devices()[:4])
+    shared = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
     with jax.set_mesh(shared):
-        base = mesh.born(lambda k: Transformer(CONFIG, k), shared)(jax.random.key(0))
+        base = sharding.init_sharded(lambda k: Transformer(CONFIG, k), shared)(
+            jax.random.key(0)
+        )
         adapter = lora.made(settings(), base, shared)(jax.random.key(1))
         spec = {n: x.sharding.spec for n, x in tree.named(adapter).items()}
         merged = lora.merge(base, adapter)

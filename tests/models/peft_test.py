@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stagecraft import defaults, mesh, tree
+from stagecraft import defaults, sharding, tree
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, lora, peft, sources
+from stagecraft.models import huggingface, locate, lora, peft
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 
@@ -28,7 +28,7 @@ GPT2 = ModelConfig(
 
 @pytest.fixture
 def shared():
-    found = mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    found = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(found):
         yield found
 
@@ -63,7 +63,7 @@ def test_a_folder_is_read_as_the_sum_of_its_matrices(base, shared, tmp_path):
     down = pair(rng, "model.layers.1.mlp.down_proj", FF, D, rank=3)
     patterns = dict(rank_pattern={"down_proj": 3}, alpha_pattern={"o_proj": 1})
     write(tmp_path / "adapter", query | out | down, **patterns)
-    found = tree.named(sources.load(f"hf:{tmp_path / 'adapter'}", shared))
+    found = tree.named(locate.load(f"hf:{tmp_path / 'adapter'}", shared))
 
     def moved(pairs, scale):
         a, b = (np.float32(x) for x in pairs.values())
@@ -75,8 +75,8 @@ def test_a_folder_is_read_as_the_sum_of_its_matrices(base, shared, tmp_path):
     expected["layers/ff/down"][1] += moved(down, 2)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
-    assert sources.tokenizer_of(tmp_path / "adapter") == tmp_path / "adapter/../base"
-    assert sources.info(tmp_path / "adapter")["model"]["width"] == D
+    assert locate.tokenizer_of(tmp_path / "adapter") == tmp_path / "adapter/../base"
+    assert locate.info(tmp_path / "adapter")["model"]["width"] == D
 
 
 def filled(settings, base, *, scalar=False):
@@ -101,7 +101,7 @@ def test_ours_is_written_by_their_names_and_comes_back(base, shared, tmp_path):
     assert told["target_modules"] == ["k_proj", "o_proj"]
     assert told["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert (told["r"], told["lora_alpha"], told["lora_dropout"]) == (2, 6.0, 0.1)
-    again = sources.load(f"hf:{folder}", shared)
+    again = locate.load(f"hf:{folder}", shared)
     for name, value in tree.named(lora.merge(base, adapter)).items():
         np.testing.assert_allclose(tree.named(again)[name], value, atol=1e-5)
     with pytest.raises(UserError, match="is there already and not empty"):
@@ -123,7 +123,7 @@ def test_three_weights_of_ours_in_one_module_of_theirs(shared, tmp_path):
     b = found["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"]
     assert b.shape == (3 * D, 4) and not b[D : 2 * D].any()  # keys have none
     assert not b[:D, 2:].any() and not b[2 * D :, :2].any()
-    again = sources.load(f"hf:{tmp_path / 'out'}", shared)
+    again = locate.load(f"hf:{tmp_path / 'out'}", shared)
     for name, value in tree.named(lora.merge(base, adapter)).items():
         np.testing.assert_allclose(tree.named(again)[name], value, atol=1e-5)
 
@@ -135,12 +135,12 @@ def test_a_reward_models_head_and_constant(base, shared, tmp_path):
     peft.save(adapter, CONFIG, tmp_path / "out", shared, base=tmp_path / "base")
     told = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert told["task_type"] == "SEQ_CLS" and told["modules_to_save"] == ["score"]
-    again = sources.load(f"hf:{tmp_path / 'out'}", shared)
+    again = locate.load(f"hf:{tmp_path / 'out'}", shared)
     assert isinstance(again, ScalarModel) and float(again.bias[...]) == 1.5
     assert np.array_equal(again.head[...], adapter.parts["head"][...])
-    assert sources.info(tmp_path / "out")["module"] == "scalar"
+    assert locate.info(tmp_path / "out")["module"] == "scalar"
     with pytest.raises(UserError, match="makes a scalar model, expected a transformer"):
-        sources.examine(tmp_path / "out", shared, module="transformer")
+        locate.examine(tmp_path / "out", shared, module="transformer")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_configs_that_are_refused(config, line, base, shared, tmp_path):
     arrays = pair(rng, "model.layers.0.mlp.up_proj", D, FF)
     write(tmp_path / "adapter", arrays, **config)
     with pytest.raises(UserError, match=line) as found:
-        sources.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
     assert "adapter_config.json" in str(found.value)
 
 
@@ -195,7 +195,7 @@ def test_tensors_that_are_refused(spoil, line, base, shared, tmp_path):
     arrays = spoil(pair(rng, "model.layers.0.mlp.up_proj", D, FF))
     write(tmp_path / "adapter", arrays)
     with pytest.raises(UserError, match=line):
-        sources.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
 
 
 def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
@@ -203,8 +203,8 @@ def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
     huggingface.save(Transformer(tied, jax.random.key(0)), tmp_path / "base")
     write(tmp_path / "adapter", {"model.embed_tokens.weight": np.ones((V, D))})
     with pytest.raises(UserError, match="its base has one table for both"):
-        sources.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
     (tmp_path / "adapter" / peft.WEIGHTS).unlink()
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="pickles are not opened"):
-        sources.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.load(f"hf:{tmp_path / 'adapter'}", shared)

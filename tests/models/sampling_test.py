@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import mesh, tree
+from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
 from stagecraft.models.config import ModelConfig
@@ -276,11 +276,11 @@ def test_the_prompts_run_once_however_many_samples(monkeypatch):
 def test_samples_on_a_mesh(shape):
     settings = {"max_new_tokens": N, "stop_ids": (3,), "temperature": 1.5, "samples": 2}
     expected = generate(RAGGED, **settings)
-    made = mesh.make(*shape)
+    made = sharding.make_mesh(*shape)
     with jax.set_mesh(made):
-        placed = jax.device_put(model(), mesh.shardings(model(), made))
+        placed = jax.device_put(model(), sharding.shardings(model(), made))
         sample = sampling.generate(
-            placed, *mesh.put(prompts(RAGGED), made), KEY, **settings
+            placed, *sharding.shard_batch(prompts(RAGGED), made), KEY, **settings
         )
     np.testing.assert_array_equal(sample.tokens, expected.tokens)
     np.testing.assert_array_equal(sample.ended, expected.ended)
@@ -290,10 +290,10 @@ def test_samples_on_a_mesh(shape):
 def test_the_mesh_does_not_matter(shape):
     settings = {"max_new_tokens": N, "stop_ids": (3,), "temperature": 1.5}
     expected = generate(RAGGED, **settings)
-    made = mesh.make(*shape)
+    made = sharding.make_mesh(*shape)
     with jax.set_mesh(made):
-        placed = jax.device_put(model(), mesh.shardings(model(), made))
-        rows = mesh.put(prompts(RAGGED), made)
+        placed = jax.device_put(model(), sharding.shardings(model(), made))
+        rows = sharding.shard_batch(prompts(RAGGED), made)
         sample = sampling.generate(placed, *rows, KEY, **settings)
     np.testing.assert_array_equal(sample.tokens, expected.tokens)
     np.testing.assert_array_equal(sample.mask, expected.mask)

@@ -105,7 +105,7 @@ _PEFT = in_file(
     ("the constant of a reward left out", "({BIAS: bias} if bias else {})", "{}"),
 )
 _DISK = in_file(
-    "stagecraft/models/sources.py",
+    "stagecraft/models/locate.py",
     "tests/stages/lora_test.py -k reads_back",
     ("another base is not noticed", 'if now != told["id"]:', "if False:"),
 )

@@ -77,7 +77,7 @@ _RULES = (
         ("short numbers are telephones", "return 8 <=", "return 4 <="),
     ),
     *in_file(
-        "stagecraft/curate/language.py",
+        "stagecraft/curate/language_id.py",
         "tests/curate/rules_test.py",
         ("kana count as Chinese", '_SHARE = {"ja": 0.05}', "_SHARE = {}"),
         (
@@ -135,7 +135,7 @@ _WHOLE = (
         "tests/curate/curation_test.py",
         (
             "workers outlive their parent",
-            "    host.end_with_parent()\n",
+            "    process.end_with_parent()\n",
             "",
             "tests/curate/curation_test.py -k killed",
         ),

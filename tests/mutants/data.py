@@ -100,8 +100,8 @@ _FEED = in_file(
 )
 
 _PIPELINE = in_file(
-    "stagecraft/data/pipeline.py",
-    "tests/data/pipeline_test.py",
+    "stagecraft/data/dataset.py",
+    "tests/data/dataset_test.py",
     ("padding rows have index 0", 'FILL = {"index": -1}', 'FILL = {"index": 0}'),
     ("rows in the order of the file", "            .shuffle()\n", ""),
     (
@@ -123,7 +123,7 @@ _PIPELINE = in_file(
     ),
     (
         "workers outlive a killed parent",
-        "    host.end_with_parent()\n",
+        "    process.end_with_parent()\n",
         "",
         "tests/data/order_test.py",
     ),
@@ -136,8 +136,8 @@ _PIPELINE = in_file(
 )
 
 _SOURCES = in_file(
-    "stagecraft/data/sources.py",
-    "tests/data/sources_test.py",
+    "stagecraft/data/readers.py",
+    "tests/data/readers_test.py",
     (
         "soft labels do not turn a judgement",
         "(first, not first)",
@@ -146,7 +146,7 @@ _SOURCES = in_file(
 )
 
 _LANGUAGE = in_file(
-    "stagecraft/data/language.py",
+    "stagecraft/data/corpus.py",
     "tests/data/cache_test.py tests/data/feed_test.py",
     ("held-out documents are learned", "np.array(kept, np.int64), held", "own, held"),
     (
@@ -301,7 +301,7 @@ _CONTAINERS = in_file(
 
 _FILES = in_file(
     "stagecraft/data/files.py",
-    "tests/data/containers_test.py tests/data/sources_test.py",
+    "tests/data/containers_test.py tests/data/readers_test.py",
     ("a cut-off zstd file passes", "    if begun:\n", "    if begun is None:\n"),
     (
         "one frame of a zstd file",

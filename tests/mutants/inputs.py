@@ -51,8 +51,8 @@ _TOKENIZER = in_file(
 )
 
 _HUGGING_FACE = in_file(
-    "stagecraft/text/huggingface.py",
-    "tests/text/huggingface_test.py",
+    "stagecraft/text/tokenizer_json.py",
+    "tests/text/tokenizer_json_test.py",
     ("pad as the folder says", "and named_pad not in taken", ""),
     ("stops at eos alone", "dict.fromkeys([*turn, *stops, self.eos])", "[self.eos]"),
     ("stops without the template's", "[*turn, *stops, self.eos]", "[*stops, self.eos]"),
@@ -229,8 +229,8 @@ _MASKED = in_file(
 )
 
 _OPTIMIZER = in_file(
-    "stagecraft/optimizer.py",
-    "tests/optimizer",
+    "stagecraft/optim.py",
+    "tests/optim",
     ("norms and biases decay", "mask=decayed)", "mask=None)"),
     (
         "EMA decay swapped",

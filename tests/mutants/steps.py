@@ -25,7 +25,7 @@ _STAGE = in_file(
     ),
     (
         "EMA starts and stays",
-        'carried["ema"] = optimizer.ema(state.extra["ema"], model, ema_decay)',
+        'carried["ema"] = optim.ema(state.extra["ema"], model, ema_decay)',
         'carried["ema"] = state.extra["ema"]',
         "tests/stages/preference_test.py -k average",
     ),
@@ -173,43 +173,43 @@ _PREFERENCE = in_file(
 )
 
 _UNPAIRED = in_file(
-    "stagecraft/stages/unpaired.py",
-    "tests/stages/unpaired_test.py",
+    "stagecraft/stages/unpaired_preference.py",
+    "tests/stages/unpaired_preference_test.py",
     (
         "kto rotates by nothing",
         "(jnp.arange(rows) - 1) % count",
         "jnp.arange(rows) % count",
-        "tests/stages/unpaired_test.py -k 'rotated or kto'",
+        "tests/stages/unpaired_preference_test.py -k 'rotated or kto'",
     ),
     (
         "kto rotates padding in",
         "count = jnp.maximum(real.sum(), 1)",
         "count = rows",
-        "tests/stages/unpaired_test.py -k 'rotated or padding or clamp'",
+        "tests/stages/unpaired_preference_test.py -k 'rotated or padding or clamp'",
     ),
     (
         "kto's z not clamped",
         'return jnp.maximum(masked.mean(ratio, batch["mask"].any(-1)), 0.0)',
         'return masked.mean(ratio, batch["mask"].any(-1))',
-        "tests/stages/unpaired_test.py -k 'clamp or kto'",
+        "tests/stages/unpaired_preference_test.py -k 'clamp or kto'",
     ),
     (
         "kto's z counts padding",
         'return jnp.maximum(masked.mean(ratio, batch["mask"].any(-1)), 0.0)',
         "return jnp.maximum(ratio.mean(), 0.0)",
-        "tests/stages/unpaired_test.py -k 'clamp or padding'",
+        "tests/stages/unpaired_preference_test.py -k 'clamp or padding'",
     ),
     (
         "bco's delta forgets the past",
         "return mean + added / jnp.maximum(total, 1.0), total",
         "return mean + added / jnp.maximum(masked.count(mask), 1.0), total",
-        "tests/stages/unpaired_test.py -k running",
+        "tests/stages/unpaired_preference_test.py -k running",
     ),
 )
 
 _ROLLOUT = in_file(
     "stagecraft/stages/rollout.py",
-    "tests/stages/group_test.py tests/stages/policy_test.py",
+    "tests/stages/group_policy_test.py tests/stages/policy_test.py",
     (
         "masks from the ids",
         "seen = jnp.concatenate([prompt_mask, got.mask], axis=1)",
@@ -231,19 +231,19 @@ _ROLLOUT = in_file(
         "verifiers get tiled prompts",
         "np.repeat(np.asarray(index), samples)",
         "np.tile(np.asarray(index), samples)",
-        "tests/stages/group_test.py -k rewards",
+        "tests/stages/group_policy_test.py -k rewards",
     ),
     (
         "reward weights ignored",
         "weighted = rewards * jnp.asarray(weights, rewards.dtype)[None, :]",
         "weighted = 1.0 * rewards",
-        "tests/stages/group_test.py -k rewards",
+        "tests/stages/group_policy_test.py -k rewards",
     ),
     (
         "one source suffices",
         "scored = jnp.isfinite(rewards).all(axis=1)\n    weighted",
         "scored = jnp.isfinite(rewards).any(axis=1)\n    weighted",
-        "tests/stages/group_test.py -k rewards tests/mutation_gaps_test.py",
+        "tests/stages/group_policy_test.py -k rewards tests/mutation_gaps_test.py",
     ),
     (
         "log-probs of the token after",
@@ -385,8 +385,8 @@ _POLICY = in_file(
 )
 
 _GROUP = in_file(
-    "stagecraft/stages/group.py",
-    "tests/stages/group_test.py",
+    "stagecraft/stages/group_policy.py",
+    "tests/stages/group_policy_test.py",
     (
         "no temperature in the update (group)",
         "    temperature = config.sampling.temperature\n    in_loss",
@@ -406,13 +406,13 @@ _GROUP = in_file(
         "groups that teach nothing are kept",
         "jnp.argsort(~teaches, stable=True)",
         "jnp.argsort(teaches, stable=True)",
-        "tests/stages/group_test.py -k keeps",
+        "tests/stages/group_policy_test.py -k keeps",
     ),
     (
         "oversampled groups in any order",
         "jnp.argsort(~teaches, stable=True)",
         "jnp.argsort(~teaches, stable=True, descending=True)",
-        "tests/stages/group_test.py -k keeps",
+        "tests/stages/group_policy_test.py -k keeps",
     ),
     (
         "cut off completions teach",
@@ -428,7 +428,7 @@ _GROUP = in_file(
         "KL in the reward is paid",
         "paid -= penalty",
         "paid += penalty",
-        "tests/stages/group_test.py -k baseline",
+        "tests/stages/group_policy_test.py -k baseline",
     ),
     (
         "no gradient where the policy sampled itself",
@@ -445,19 +445,19 @@ _GROUP = in_file(
         "aggregation by the batch's longest",
         "max_length=config.sampling.max_new_tokens,\n        )",
         'max_length=batch["mask"].sum(-1).max(),\n        )',
-        "tests/stages/group_test.py -k aggregation",
+        "tests/stages/group_policy_test.py -k aggregation",
     ),
     (
         "returns not whitened",
         "return losses.whiten(returns, mask & scored[:, None])",
         "return returns",
-        "tests/stages/group_test.py -k 'baseline or advantage'",
+        "tests/stages/group_policy_test.py -k 'baseline or advantage'",
     ),
 )
 
 _ONLINE = in_file(
-    "stagecraft/stages/online.py",
-    "tests/stages/online_test.py",
+    "stagecraft/stages/online_preference.py",
+    "tests/stages/online_preference_test.py",
     (
         "the worse of two is chosen",
         "first = (paid[:, 0] >= paid[:, 1])[:, None]",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from stagecraft import defaults, mesh, tree
+from stagecraft import defaults, sharding, tree
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 
@@ -318,7 +318,7 @@ def config(kind, optimizer=None, **changes):
 
 def single():
     """A mesh of one device."""
-    return mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def train(make, batches, model=None):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from stagecraft import mesh, tree
+from stagecraft import sharding, tree
 from stagecraft.models import huggingface, sampling
 from stagecraft.models.transformer import Transformer
 from tests.peers import bridge
@@ -316,7 +316,7 @@ def test_written_and_opened_by_transformers(both, tmp_path, parity_rng):
 
 def test_the_same_on_eight_devices(both, parity_rng):
     _, folder, model = both
-    shared = mesh.make(2, 2, 2)
+    shared = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(shared):
         spread = huggingface.load(folder, shared)
         assert tree.digest(spread) == tree.digest(model)

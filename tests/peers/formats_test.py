@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from stagecraft.data import forms, sources
+from stagecraft.data import forms, readers
 from tests.peers import bridge  # noqa: F401  (torch and the rest, or the test is left out)
 
 trl = pytest.importorskip("trl")
@@ -53,7 +53,7 @@ def test_prompts_that_are_implicit_in_conversations(parity_rng, tmp_path):
     ]
     # Some are alike to the end: the last turn is the answer then.
     records += [{"chosen": r["chosen"], "rejected": r["chosen"]} for r in records[:5]]
-    found = sources.comparisons(jsonl(tmp_path / "a.jsonl", records))
+    found = readers.comparisons(jsonl(tmp_path / "a.jsonl", records))
     for one, record in zip(found, records, strict=True):
         want = utils.maybe_extract_prompt(copy.deepcopy(record))
         assert one.prompt == want["prompt"]
@@ -67,7 +67,7 @@ def test_prompts_that_are_implicit_in_texts(parity_rng, tmp_path):
         chosen, rejected = (opening + text(parity_rng) for _ in range(2))
         if chosen != rejected:
             records.append({"chosen": chosen, "rejected": rejected})
-    found = sources.comparisons(jsonl(tmp_path / "a.jsonl", records))
+    found = readers.comparisons(jsonl(tmp_path / "a.jsonl", records))
     for one, record in zip(found, records, strict=True):
         want = utils.maybe_extract_prompt(dict(record))
         assert one.prompt == [{"role": "user", "content": want["prompt"]}]
@@ -82,7 +82,7 @@ def test_prompts_beside_whole_conversations(parity_rng, tmp_path):
         chosen, rejected = parted(parity_rng)
         prompt = chosen[-2]["content"]
         records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    found = sources.comparisons(jsonl(tmp_path / "a.jsonl", records))
+    found = readers.comparisons(jsonl(tmp_path / "a.jsonl", records))
     for one, record in zip(found, records, strict=True):
         want = utils.maybe_extract_prompt(copy.deepcopy(record))
         assert one.prompt == want["prompt"]
@@ -98,7 +98,7 @@ def test_from_and_value_become_role_and_content(parity_rng, tmp_path):
         messages = turns(parity_rng, 2 * int(parity_rng.integers(1, 4)))
         records.append({"conversations": shared(messages)})
     assert all(utils.is_conversational_from_value(r) for r in records)
-    found = sources.demonstrations(jsonl(tmp_path / "a.jsonl", records))
+    found = readers.demonstrations(jsonl(tmp_path / "a.jsonl", records))
     for one, record in zip(found, records, strict=True):
         want = utils.maybe_convert_to_chatml(copy.deepcopy(record))
         assert one.messages == want["messages"]
@@ -106,7 +106,7 @@ def test_from_and_value_become_role_and_content(parity_rng, tmp_path):
     for _ in range(50):
         chosen, rejected = map(shared, parted(parity_rng))
         pairs.append({"chosen": chosen, "rejected": rejected})
-    found = sources.comparisons(jsonl(tmp_path / "b.jsonl", pairs))
+    found = readers.comparisons(jsonl(tmp_path / "b.jsonl", pairs))
     for one, record in zip(found, pairs, strict=True):
         want = utils.maybe_convert_to_chatml(copy.deepcopy(record))
         want = utils.maybe_extract_prompt(want)
@@ -119,7 +119,7 @@ def test_pairs_as_judgements(parity_rng, tmp_path):
         {"prompt": text(parity_rng), "chosen": text(parity_rng), "rejected": "no"}
         for _ in range(30)
     ]
-    found = sources.judgements(jsonl(tmp_path / "a.jsonl", records))
+    found = readers.judgements(jsonl(tmp_path / "a.jsonl", records))
     want = utils.unpair_preference_dataset(datasets.Dataset.from_list(records))
     ours = sorted(
         (j.prompt[0]["content"], j.completion[0]["content"], j.label)
@@ -164,5 +164,5 @@ def test_what_datasets_saved_is_read_without_it(parity_rng, tmp_path, split):
     made.to_json(tmp_path / "set.jsonl")
     want = [records[row["number"]]["messages"] for row in made]
     for name in ("saved", "set.parquet", "set.jsonl"):
-        found = sources.demonstrations(tmp_path / name)
+        found = readers.demonstrations(tmp_path / name)
         assert [one.messages for one in found] == want

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trl
 
-from stagecraft.stages import group, rollout
+from stagecraft.stages import group_policy, rollout
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -140,7 +140,7 @@ def test_twenty_steps(
     feed = iter(zip(rollouts, trainer.paid, strict=True))
     now = {}
 
-    def make(config, shared_mesh, *args, **kwargs):
+    def make(config, mesh, *args, **kwargs):
         def sample(policy, raw, key):
             now["drawn"], now["paid"] = next(feed)
             return now["drawn"]
@@ -167,7 +167,7 @@ def test_twenty_steps(
     found = []
 
     def made(mesh):
-        built = group.make(config, C, mesh, parents, stop_ids=(bridge.END,))
+        built = group_policy.make(config, C, mesh, parents, stop_ids=(bridge.END,))
 
         def prepare(state, raw, key):
             batch = built.prepare(state, raw, key)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.anatomy import evaluate
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface
@@ -150,7 +150,7 @@ def test_answers_are_those_of_its_own_backend(
         batch_size=3,
     )
     want, wanted = answers(theirs, tmp_path / "tasks", **how)
-    with jax.set_mesh(mesh.make(1, 1, 1, devices=jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
         ours = evaluate.model(Language(model, tokenizer, batch_size=4))
         found, metrics = answers(ours, tmp_path / "tasks", **how)
     for task in ("free", "begun"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import defaults, optimizer
+from stagecraft import defaults, optim
 from tests.peers.bridge import torch
 
 pytestmark = pytest.mark.peers
@@ -36,10 +36,10 @@ def ours(params, grads, **settings):
     config = defaults.optimizer()
     flat = dict(schedule="constant", warmup_steps=0, clip_norm=0.0, weight_decay=0.0)
     config.update(flat | settings)
-    made = optimizer.make(config, steps=len(grads))
+    made = optim.make(config, steps=len(grads))
     params = jax.tree.map(jnp.asarray, params)
     state = made.tx.init(params)
-    step = jax.jit(lambda p, s, g, i: optimizer.apply(made, g, s, p, i)[:2])
+    step = jax.jit(lambda p, s, g, i: optim.apply(made, g, s, p, i)[:2])
     found = []
     for i, g in enumerate(grads):
         params, state = step(params, state, g, i)

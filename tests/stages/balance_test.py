@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import language_model
 from tests.stages import cases
@@ -14,14 +14,14 @@ from tests.stages import cases
 CONFIG = dataclasses.replace(cases.CONFIG, experts=4, expert_width=8, balance_coef=0.0)
 
 
-def once(shared_mesh, coef, **changes):
+def once(mesh, coef, **changes):
     config = dataclasses.replace(CONFIG, balance_coef=coef)
-    with jax.set_mesh(shared_mesh):
-        _, raw, stage = cases.stage("language_model", shared_mesh, **changes)
-        start = mesh.born(lambda key: Transformer(config, key), shared_mesh)(
+    with jax.set_mesh(mesh):
+        _, raw, stage = cases.stage("language_model", mesh, **changes)
+        start = sharding.init_sharded(lambda key: Transformer(config, key), mesh)(
             jax.random.key(3)
         )
-        made = language_model.make(stage, config, shared_mesh, {"start": start})
+        made = language_model.make(stage, config, mesh, {"start": start})
         state = made.init(jax.random.key(0))
         before = np.asarray(state.model.layers.experts.router[...])
         state, metrics = made.update(state, made.prepare(state, raw, None))
@@ -41,7 +41,7 @@ def test_the_loss_is_added_and_told():
 
 def test_it_is_that_of_the_whole_batch_on_any_mesh():
     alone, one = once(cases.single(), 0.5)
-    split, other = once(mesh.make(2, 2, 2), 0.5)
+    split, other = once(sharding.make_mesh(2, 2, 2), 0.5)
     for name in ("loss", "aux_loss", "router_load_max"):
         assert split[name] == pytest.approx(alone[name], rel=1e-5)
     np.testing.assert_allclose(other, one, atol=1e-6)

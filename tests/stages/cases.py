@@ -6,18 +6,18 @@ from unittest import mock
 import jax
 import numpy as np
 
-from stagecraft import defaults, mesh
+from stagecraft import defaults, sharding
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.stages import (
-    group,
+    group_policy,
     language_model,
-    online,
+    online_preference,
     policy,
     preference,
     reward,
     rollout,
-    unpaired,
+    unpaired_preference,
 )
 
 CONFIG = ModelConfig(
@@ -36,10 +36,10 @@ STOP = 5
 
 def single():
     """A mesh of one device."""
-    return mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
-def models(shared_mesh):
+def models(mesh):
     """{"policy", "reference", "reward"}: three different models on a mesh."""
 
     def make(key):
@@ -50,7 +50,7 @@ def models(shared_mesh):
             "reward": ScalarModel(Transformer(CONFIG, keys[2]), keys[2]),
         }
 
-    return mesh.born(make, shared_mesh)(jax.random.key(7))
+    return sharding.init_sharded(make, mesh)(jax.random.key(7))
 
 
 def documents(rows=16, length=24, seed=0):
@@ -123,10 +123,10 @@ BUILD = {
     "language_model": language_model.make,
     "reward": reward.make,
     "preference": preference.make,
-    "unpaired_preference": unpaired.make,
-    "online_preference": online.make,
+    "unpaired_preference": unpaired_preference.make,
+    "online_preference": online_preference.make,
     "policy": policy.make,
-    "group_policy": group.make,
+    "group_policy": group_policy.make,
 }
 BATCH = {
     "language_model": documents,
@@ -148,12 +148,12 @@ SETTINGS = {
 KINDS = tuple(PARENTS)
 
 
-def stage(kind, shared_mesh, *, verifiers=None, without=(), start=None, **changes):
+def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
     """A stage of one kind, its raw batch, and its config.
 
     Args:
         kind: one of `KINDS`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         verifiers: for stages that sample.
         without: roles that nobody plays.
         start: a model to start from in place of the policy.
@@ -164,11 +164,11 @@ def stage(kind, shared_mesh, *, verifiers=None, without=(), start=None, **change
     if samples:
         changes = dict(sampling=dict(max_new_tokens=10, temperature=0.7)) | changes
     config = defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
-    known = models(shared_mesh)
+    known = models(mesh)
     known |= {"start": start or known["policy"], "value": known["reward"]}
     roles = {name: known[name] for name in PARENTS[kind] if name not in without}
     extra = dict(stop_ids=(STOP,), verifiers=verifiers) if samples else {}
-    made = BUILD[kind](config, CONFIG, shared_mesh, roles, **extra)
+    made = BUILD[kind](config, CONFIG, mesh, roles, **extra)
     return made, BATCH[kind](), config
 
 

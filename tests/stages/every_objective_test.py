@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import losses, mesh, tree
+from stagecraft import losses, sharding, tree
 from tests.stages import cases
 
 KINDS = (
@@ -52,7 +52,7 @@ def update(kind, shared):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_equals_single(kind):
     one, change = update(kind, cases.single())
-    other, changed = update(kind, mesh.make(2, 2, 2))
+    other, changed = update(kind, sharding.make_mesh(2, 2, 2))
     assert one.keys() == other.keys() and np.isfinite(list(one.values())).all()
     for name, value in one.items():
         assert other[name] == pytest.approx(value, rel=2e-4, abs=2e-4), name

@@ -4,9 +4,18 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, defaults, exchange, mesh, metrics, run, tree, workdir
+from stagecraft import (
+    checkpoint,
+    defaults,
+    exchange,
+    metrics,
+    run,
+    sharding,
+    storage,
+    tree,
+)
 from stagecraft.errors import UserError
-from stagecraft.models import lora, sources
+from stagecraft.models import locate, lora
 from stagecraft.stages import stage as stages
 from tests.stages import cases
 from tests.stages.update_test import assert_same, once
@@ -99,12 +108,14 @@ def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
 
 def test_sharded_and_split_equal_single():
     one = once("reward", cases.single(), lora=LORA)
-    assert_same(one, once("reward", mesh.make(2, 2, 2), lora=LORA, micro_batches=2))
+    assert_same(
+        one, once("reward", sharding.make_mesh(2, 2, 2), lora=LORA, micro_batches=2)
+    )
     assert_same(one, once("reward", cases.single(), lora=LORA, micro_batches=4))
 
 
 def test_a_restored_state_goes_on_bit_for_bit_dropout_too(tmp_path):
-    shared = mesh.make(1, 2, 2, devices=jax.devices()[:4])
+    shared = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
     with jax.set_mesh(shared):
         changes = dict(lora=LORA | dict(dropout=0.3), optimizer=ADAM)
         made, raw, _ = cases.stage("preference", shared, **changes)
@@ -149,7 +160,7 @@ def records(tmp_path):
 
     def write(name, rows):
         path = tmp_path / name
-        path.write_text("".join(workdir.json.dumps(r) + "\n" for r in rows))
+        path.write_text("".join(storage.json.dumps(r) + "\n" for r in rows))
         return str(path)
 
     text = tmp_path / "text.txt"
@@ -208,10 +219,10 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         run.run(config, stopped, only=("pretrain", "sft"))
     monkeypatch.undo()
     run.run(config, stopped, only=("pretrain", "sft"))
-    shared = mesh.make(1, 1, 1, devices=jax.devices()[:1])
+    shared = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(shared):
         first, again = (
-            sources.load_adapter(root / "sft", shared) for root in (straight, stopped)
+            locate.load_adapter(root / "sft", shared) for root in (straight, stopped)
         )
         assert tree.digest(first) == tree.digest(again)
         lines = [
@@ -221,20 +232,20 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         assert lines[0] == lines[1] and len(lines[0]) == 6
         # On disk lies the adapter, not what it sits on.
         base, adapter = first
-        info = workdir.read_json(straight / "sft/stage.json")
+        info = storage.read_json(straight / "sft/stage.json")
         assert info["lora"]["rank"] == 2 and info["base"]["name"] == "../pretrain"
         small = size(straight / "reward/checkpoints")
         assert small < size(straight / "pretrain/checkpoints") / 2
         # Whoever reads the stage gets a plain model.
-        merged = sources.load(straight / "sft", shared)
+        merged = locate.load(straight / "sft", shared)
         assert tree.named(merged).keys() == tree.named(base).keys()
         assert tree.digest(merged) == tree.digest(lora.merge(base, adapter))
         current = run.open_run(straight)
         scalar = current.load("reward")
         assert tree.digest(scalar.body.embed[...]) == tree.digest(merged.embed[...])
-        reward = workdir.read_json(straight / "reward/stage.json")
+        reward = storage.read_json(straight / "reward/stage.json")
         assert reward["module"] == "scalar" and float(scalar.bias[...]) != 0
-    told = workdir.read_json(straight / "summary.json")
+    told = storage.read_json(straight / "summary.json")
     changed = told["weights"]["reward"]["by_kind"]
     assert changed["up"]["effective_rank"] <= 2 < changed["up"]["full_rank"]
     assert changed["norm"]["relative_change"] == 0 < changed["up"]["relative_change"]
@@ -247,15 +258,15 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
     assert (
         lines[0].endswith("models/base") and (tmp_path / "peft/tokenizer.json").exists()
     )
-    told = workdir.read_json(tmp_path / "peft/adapter_config.json")
+    told = storage.read_json(tmp_path / "peft/adapter_config.json")
     assert told["base_model_name_or_path"] == "models/base"
     with pytest.raises(UserError, match="pretrain trained all weights"):
         exchange.export(straight, "pretrain", tmp_path / "no", adapter=True)
     # Another base under it is noticed, and so is none.
     path = straight / "lineage.json"
-    lineage = workdir.read_json(path)
+    lineage = storage.read_json(path)
     lineage["stages"]["pretrain"]["id"] = "another"
-    workdir.write_json(path, lineage)
+    storage.write_json(path, lineage)
     with pytest.raises(UserError, match="is another model now"):
         current.load("sft")
     (straight / "pretrain").rename(straight / "gone")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, defaults, losses, masked, mesh, train, tree
-from stagecraft.data.pipeline import Dataset
+from stagecraft import checkpoint, defaults, losses, masked, sharding, train, tree
+from stagecraft.data.dataset import Dataset
 from stagecraft.stages import preference
 from tests.stages import cases
 
@@ -279,7 +279,7 @@ def test_rows_of_padding_are_not_sorted_in(run):
 
 
 def test_a_moving_reference_is_sharded_like_the_model():
-    shared = mesh.make(2, 2, 2)
+    shared = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(shared):
         made, _, _ = cases.stage("preference", shared, sync_every=1, ema_decay=0.5)
         state = made.init(jax.random.key(0))

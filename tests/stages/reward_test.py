@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, masked
-from stagecraft.data.pipeline import Dataset
+from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 from stagecraft.losses import calibration
 from stagecraft.stages import reward, stage

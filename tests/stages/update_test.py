@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, mesh, tree
+from stagecraft import checkpoint, sharding, tree
 from stagecraft.stages import stage as stages
 from tests.stages import cases
 
 
-def once(kind, shared_mesh, beside=None, **changes):
+def once(kind, mesh, beside=None, **changes):
     """Loss and the change of every parameter, after one step of plain SGD."""
-    with jax.set_mesh(shared_mesh):
-        made, raw, _ = cases.stage(kind, shared_mesh, **changes)
+    with jax.set_mesh(mesh):
+        made, raw, _ = cases.stage(kind, mesh, **changes)
         raw |= beside or {}
         state = made.init(jax.random.key(0))
         before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
@@ -55,7 +55,7 @@ def alone():
     ],
 )
 def test_sharded_equals_single(kind, sizes, alone):
-    assert_same(alone[kind], once(kind, mesh.make(*sizes)))
+    assert_same(alone[kind], once(kind, sharding.make_mesh(*sizes)))
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
@@ -72,7 +72,9 @@ def test_pretraining_rows_and_two_optimizers_on_a_mesh():
         value_optimizer=cases.OPTIMIZER | dict(lr=0.05),
     )
     one = once("policy", cases.single(), text, **changes)
-    other = once("policy", mesh.make(2, 2, 2), text, micro_batches=2, **changes)
+    other = once(
+        "policy", sharding.make_mesh(2, 2, 2), text, micro_batches=2, **changes
+    )
     assert_same(one, other)
     assert float(one[2]["loss/ptx_avg"]) == pytest.approx(
         float(other[2]["loss/ptx_avg"]), rel=1e-5
@@ -101,13 +103,13 @@ def test_rows_split_over_micro_batches_at_random_equal_the_whole(kind, alone):
 
 
 def test_micro_batches_on_a_mesh(alone):
-    found = once("language_model", mesh.make(2, 2, 2), micro_batches=4)
+    found = once("language_model", sharding.make_mesh(2, 2, 2), micro_batches=4)
     assert_same(alone["language_model"], found)
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_optimizer_state_is_sharded(kind):
-    shared = mesh.make(1, 4, 2)
+    shared = sharding.make_mesh(1, 4, 2)
     with jax.set_mesh(shared):
         made, _, _ = cases.stage(kind, shared, optimizer=dict(warmup_steps=0))
         state = made.init(jax.random.key(0))
@@ -121,7 +123,7 @@ def test_optimizer_state_is_sharded(kind):
 
 @pytest.mark.parametrize("kind", ["reward", "unpaired_preference", "policy"])
 def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
-    shared = mesh.make(2, 2, 2)
+    shared = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(shared):
         made, raw, _ = cases.stage(kind, shared, optimizer=dict(warmup_steps=0))
         state = made.init(jax.random.key(0))

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import mesh
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import heads
 from stagecraft.models.config import ModelConfig, check_mesh
@@ -55,14 +55,14 @@ def arrays(tree):
     ],
 )
 def test_make_takes_all_devices(asked, shape):
-    made = mesh.make(**asked)
+    made = sharding.make_mesh(**asked)
     assert made.axis_names == ("data", "fsdp", "tensor")
     assert tuple(made.shape.values()) == shape
     assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 def test_make_takes_given_devices():
-    made = mesh.make(devices=jax.devices()[:3])
+    made = sharding.make_mesh(devices=jax.devices()[:3])
     assert tuple(made.shape.values()) == (3, 1, 1)
 
 
@@ -80,28 +80,28 @@ def test_make_takes_given_devices():
 )
 def test_make_refuses(asked, words):
     with pytest.raises(UserError) as error:
-        mesh.make(**asked)
+        sharding.make_mesh(**asked)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_fewer_devices_than_there_are_may_be_asked_for():
-    made = mesh.make(data=3)
+    made = sharding.make_mesh(data=3)
     assert made.devices.ravel().tolist() == jax.devices()[:3]
 
 
 def test_constrain_does_nothing_without_a_mesh():
     x = jnp.ones((4, 2))
-    assert mesh.constrain(x, "batch", None) is x
-    jaxpr = jax.make_jaxpr(lambda x: mesh.constrain(x, "batch", None))(x)
+    assert sharding.constrain(x, "batch", None) is x
+    jaxpr = jax.make_jaxpr(lambda x: sharding.constrain(x, "batch", None))(x)
     assert not jaxpr.jaxpr.eqns
 
 
 def test_constrain_places_under_a_mesh():
-    made = mesh.make(4, 1, 2)
+    made = sharding.make_mesh(4, 1, 2)
     with jax.set_mesh(made):
-        got = jax.jit(lambda x: mesh.constrain(x * 2, "batch", None, "heads"))(
+        got = jax.jit(lambda x: sharding.constrain(x * 2, "batch", None, "heads"))(
             jnp.ones((8, 3, 4))
         )
     expected = jax.NamedSharding(made, P(("data", "fsdp"), None, "tensor"))
@@ -109,9 +109,9 @@ def test_constrain_places_under_a_mesh():
 
 
 def test_shardings_come_from_axes():
-    made = mesh.make(2, 2, 2)
+    made = sharding.make_mesh(2, 2, 2)
     abstract = jax.eval_shape(make_model, jax.random.key(0))
-    placed = mesh.shardings({"model": abstract, "step": jnp.zeros(())}, made)
+    placed = sharding.shardings({"model": abstract, "step": jnp.zeros(())}, made)
     model = placed["model"]
     for variable, spec in [
         (model.embed, P("tensor", "fsdp")),
@@ -123,22 +123,28 @@ def test_shardings_come_from_axes():
         (model.layers.ff.gate, P(None, "fsdp", "tensor")),
         (model.layers.ff.down, P(None, "tensor", "fsdp")),
     ]:
-        (sharding,) = arrays(variable)
-        assert sharding.spec == spec
+        (placement,) = arrays(variable)
+        assert placement.spec == spec
     assert placed["step"].spec == P()
     assert jax.tree.structure(model) == jax.tree.structure(abstract)
 
 
 def test_variables_without_axes_are_replicated():
-    placed = mesh.shardings({"x": nnx.Param(jnp.ones((4, 4)))}, mesh.make(2, 2, 2))
+    placed = sharding.shardings(
+        {"x": nnx.Param(jnp.ones((4, 4)))}, sharding.make_mesh(2, 2, 2)
+    )
     assert arrays(placed)[0].spec == P()
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def world(request):
     """(shape, mesh, model born on it)."""
-    made = mesh.make(*request.param)
-    return request.param, made, mesh.born(make_model, made)(jax.random.key(3))
+    made = sharding.make_mesh(*request.param)
+    return (
+        request.param,
+        made,
+        sharding.init_sharded(make_model, made)(jax.random.key(3)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +157,10 @@ def alone():
 def test_model_and_optimizer_are_sharded_from_birth(world, alone):
     shape, made, model = world
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = mesh.born_optimizer(tx, model, made)
+    state = sharding.init_optimizer(tx, model, made)
     adam = state[1][0]
     for array, expected, mu, nu in zip(
-        *map(arrays, (model, mesh.shardings(model, made), adam.mu, adam.nu)),
+        *map(arrays, (model, sharding.shardings(model, made), adam.mu, adam.nu)),
         strict=True,
     ):
         assert array.sharding.is_equivalent_to(expected, array.ndim)
@@ -170,20 +176,20 @@ def test_model_and_optimizer_are_sharded_from_birth(world, alone):
 
 
 def test_put_and_replicate():
-    made = mesh.make(2, 2, 2)
+    made = sharding.make_mesh(2, 2, 2)
     batch = make_batch()
-    placed = mesh.put(batch, made)
-    assert placed["ids"].sharding == mesh.batch_sharding(made, 2)
+    placed = sharding.shard_batch(batch, made)
+    assert placed["ids"].sharding == sharding.batch_sharding(made, 2)
     assert placed["ids"].addressable_shards[0].data.shape == (2, 12)
     np.testing.assert_array_equal(placed["ids"], batch["ids"])
-    whole = mesh.replicate({"x": np.arange(3)}, made)
+    whole = sharding.replicate({"x": np.arange(3)}, made)
     assert whole["x"].sharding.is_fully_replicated
     assert len(whole["x"].addressable_shards) == 8
 
 
 def test_put_refuses_rows_that_do_not_divide():
     with pytest.raises(UserError, match="6 rows do not divide .* = 8"):
-        mesh.put(np.zeros((6, 2)), mesh.make())
+        sharding.shard_batch(np.zeros((6, 2)), sharding.make_mesh())
 
 
 def test_loss_and_gradient_do_not_depend_on_the_mesh(world, alone, capfd):
@@ -192,10 +198,10 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(world, alone, capfd):
     @jax.jit
     def step(model, batch):
         value, gradient = jax.value_and_grad(loss)(model, batch)
-        return value, mesh.constrain_tree(gradient)
+        return value, sharding.constrain_tree(gradient)
 
     with jax.set_mesh(made):
-        value, gradient = step(model, mesh.put(make_batch(), made))
+        value, gradient = step(model, sharding.shard_batch(make_batch(), made))
     np.testing.assert_allclose(value, alone[1], rtol=1e-6)
     for got, expected in zip(arrays(gradient), arrays(alone[2]), strict=True):
         scale = np.abs(expected).max()
@@ -218,11 +224,11 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(world, alone, capfd):
 def test_check_mesh_refuses(changes, shape, words):
     config = ModelConfig(**{**vars(CONFIG), **changes})
     with pytest.raises(UserError) as error:
-        check_mesh(config, mesh.make(*shape))
+        check_mesh(config, sharding.make_mesh(*shape))
     for word in words:
         assert word in str(error.value)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_check_mesh_accepts(shape):
-    check_mesh(CONFIG, mesh.make(*shape))
+    check_mesh(CONFIG, sharding.make_mesh(*shape))

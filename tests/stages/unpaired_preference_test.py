@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stagecraft import losses, masked, tree
-from stagecraft.stages import unpaired
+from stagecraft.stages import unpaired_preference
 from tests.stages import cases
 
 BETA = 0.1
@@ -41,7 +41,7 @@ def test_rotated_rows_are_the_loop(empty):
     # A long prompt before a long completion: it does not fit, and is cut.
     batch["mask"][4], batch["mask"][3] = np.arange(16) >= 12, np.arange(16) >= 2
     batch["segments"][3:5] = 1
-    got = cases.host(jax.jit(unpaired.rotated)(batch))
+    got = cases.host(jax.jit(unpaired_preference.rotated)(batch))
     expected = rotated_by_hand(batch)
     assert len(expected[4][0]) == 16 < expected[4][1] + batch["mask"][3].sum()
     for row in range(9 + empty):
@@ -56,7 +56,7 @@ def test_rotated_rows_are_the_loop(empty):
 
 def test_one_row_alone_meets_itself():
     batch = padded(cases.judged(rows=1), 2)
-    got = cases.host(unpaired.rotated(batch))
+    got = cases.host(unpaired_preference.rotated(batch))
     np.testing.assert_array_equal(got["mask"], batch["mask"])
     np.testing.assert_array_equal(got["ids"][0], batch["ids"][0])
 
@@ -122,7 +122,7 @@ def test_the_reference_point_is_clamped_and_counts_only_real_rows(kto):
     made, raw, _, models, _, _ = kto
     del made
     raw = {k: v for k, v in raw.items() if k != "label"}
-    distance = jax.jit(unpaired._distance)
+    distance = jax.jit(unpaired_preference._distance)
     pair = models["policy"], models["reference"]
     with jax.set_mesh(cases.single()):
         there, back = (float(distance(*m, raw)) for m in (pair, pair[::-1]))
@@ -203,12 +203,14 @@ def test_running_mean_by_parts(seed):
         mask = rng.random(size) < 0.6
         mask[0] = size > 0
         every += values[mask].tolist()
-        mean, seen = unpaired.running_mean(mean, seen, values, mask)
+        mean, seen = unpaired_preference.running_mean(mean, seen, values, mask)
         assert float(mean) == pytest.approx(np.mean(every), rel=1e-5)
         assert float(seen) == len(every)
-    nothing = unpaired.running_mean(mean, seen, np.full(4, np.nan), np.zeros(4, bool))
+    nothing = unpaired_preference.running_mean(
+        mean, seen, np.full(4, np.nan), np.zeros(4, bool)
+    )
     assert [float(x) for x in nothing] == [float(mean), float(seen)]
-    first = unpaired.running_mean(0.0, 0.0, np.ones(4), np.zeros(4, bool))
+    first = unpaired_preference.running_mean(0.0, 0.0, np.ones(4), np.zeros(4, bool))
     assert [float(x) for x in first] == [0.0, 0.0]
 
 

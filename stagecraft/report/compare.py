@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special
 
-from stagecraft import workdir
-from stagecraft.anatomy import arms as grouping
-from stagecraft.anatomy import page
-from stagecraft.anatomy.report import MEANINGS
+from stagecraft import storage
 from stagecraft.errors import UserError
+from stagecraft.report import arms as grouping
+from stagecraft.report import render
+from stagecraft.report.page import MEANINGS
 
 CONFIDENCE = 0.95
 NOISE, ONE, FLAT = "within noise", "one seed: no interval", "no spread over seeds"
@@ -372,7 +372,7 @@ def write(found, out="compare.html"):
     out = Path(out)
     if out.suffix != ".html" or out.is_dir():
         raise UserError(f"--out={out}: expected a page to write, NAME.html")
-    text = page.render(
+    text = render.render(
         "compare.html.jinja",
         found=found,
         base=_brief(found["baseline"]),
@@ -382,8 +382,8 @@ def write(found, out="compare.html"):
         legend=_legend(found),
     )
     try:
-        workdir.write_text(out, text)
-        workdir.write_json(out.with_suffix(".json"), found)
+        storage.write_text(out, text)
+        storage.write_json(out.with_suffix(".json"), found)
     except UserError as error:
         raise UserError(f"--out={out}: cannot write there") from error
     return out

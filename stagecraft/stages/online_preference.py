@@ -10,20 +10,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optimizer
+from stagecraft import losses, masked, optim
 from stagecraft.metrics import section
 from stagecraft.models import lora
 from stagecraft.stages import rollout, stage
 from stagecraft.stages.preference import make_objective, make_reference_score
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
+def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
             ScalarModel.
         stop_ids: the tokens that end a turn.
@@ -34,21 +34,21 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         i32[B]; prepared ones are those of `preference`.
     """
     del model_config
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal, needs = make_objective(config)
     score = make_reference_score(config)
     reference = parents["reference"]
-    trained = stage.trained(config, parents["start"], shared_mesh)
+    trained = stage.trained(config, parents["start"], mesh)
     rolls = rollout.make(
-        *(config, shared_mesh, parents.get("reward"), verifiers),
+        *(config, mesh, parents.get("reward"), verifiers),
         stop_ids=stop_ids,
         samples=2,
     )
 
     def init(key):
         return stage.begin(
-            *(trained.born(key), optimizer_, shared_mesh),
+            *(trained.born(key), optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
         )
@@ -60,7 +60,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     )
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, shared_mesh)
+        raw, index = stage.placed(raw, mesh)
         with section("update"):
             jax.block_until_ready(state.model)
         policy = lora.join(trained.frozen, state.model)
@@ -83,7 +83,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
             "length": length,
         }
 
-    step = stage.make_step(goal, optimizer_, micro_batches=config.micro_batches)
+    step = stage.make_step(goal, optimizer, micro_batches=config.micro_batches)
 
     def update(state, batch, frozen):
         told = batch["metrics"]

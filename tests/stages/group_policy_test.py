@@ -9,7 +9,7 @@ import pytest
 
 from stagecraft import defaults, tree
 from stagecraft.signals.verifier import Verifiers
-from stagecraft.stages import group
+from stagecraft.stages import group_policy
 from tests.stages import cases
 
 TAU, NEW, G = 0.7, 10, 4
@@ -191,7 +191,7 @@ def test_the_loss_of_every_aggregation(grpo, name, estimator):
     """Of another policy than the one that sampled, so that ratios and clips count."""
     changes = dict(aggregation=name, kl_coef=0.1, kl_estimator=estimator)
     changes["sampling"] = dict(max_new_tokens=NEW, temperature=TAU)
-    goal, _ = group.make_objective(defaults.stage("group_policy", **changes))
+    goal, _ = group_policy.make_objective(defaults.stage("group_policy", **changes))
     kept, model = dict(grpo.kept), nudged(grpo.models["policy"])
     kept["mask"] = kept["mask"].copy()
     kept["mask"][3] = False  # a row that teaches nothing still is a completion
@@ -231,7 +231,7 @@ def nudged(model):
 
 def test_the_first_minibatch_has_not_moved(grpo):
     """Its loss is that of ratio 1, read off a one-minibatch objective."""
-    goal, _ = group.make_objective(grpo.config)
+    goal, _ = group_policy.make_objective(grpo.config)
     with jax.set_mesh(cases.single()):
         _, metrics = jax.jit(goal.terms)(grpo.models["policy"], dict(grpo.kept))
     ratio = metrics["val/ratio"].result(), metrics["policy/ratio_max"].result()
@@ -372,7 +372,7 @@ def test_every_kind_of_advantage(changes, penalized):
     penalty = np.where(mask, 0.3 * rng.normal(size=mask.shape), 0)
     config = defaults.stage("group_policy", group_size=G, **changes)
     args = [jnp.asarray(x, jnp.float32) for x in (scores, penalty)]
-    got = group._advantages(
+    got = group_policy._advantages(
         *(args[0], jnp.asarray(scored), jnp.asarray(mask)),
         args[1] if penalized else None,
         config,

@@ -40,7 +40,7 @@ RULES = {
 }
 
 
-def make(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     """A mesh with axes `("data", "fsdp", "tensor")`.
 
     Args:
@@ -120,7 +120,7 @@ def _map_specs(function, tree):
     )
 
 
-def born(make_fn, mesh: Mesh):
+def init_sharded(make_fn, mesh: Mesh):
     """A constructor whose arrays are sharded from birth.
 
     Nothing is ever built whole on one device: the shapes come from `jax.eval_shape`,
@@ -148,7 +148,7 @@ def born(make_fn, mesh: Mesh):
     return construct
 
 
-def born_optimizer(tx, params, mesh: Mesh):
+def init_optimizer(tx, params, mesh: Mesh):
     """Optimizer state whose moments are sharded like their parameters.
 
     `jax.jit(tx.init)` alone leaves the moments on one device; they keep the
@@ -159,7 +159,7 @@ def born_optimizer(tx, params, mesh: Mesh):
         params: modules (or a tree of them) with real or abstract arrays.
         mesh: the mesh to place on.
     """
-    return born(tx.init, mesh)(params)
+    return init_sharded(tx.init, mesh)(params)
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
@@ -167,7 +167,7 @@ def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",) + (None,) * (ndim - 1)))
 
 
-def put(batch, mesh: Mesh):
+def shard_batch(batch, mesh: Mesh):
     """Puts a host's rows of a batch on the mesh, as global arrays.
 
     Args:
@@ -199,7 +199,7 @@ def replicate(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def current():
+def current_mesh():
     """The mesh being traced under, or None: no mesh, or inside a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
@@ -217,7 +217,7 @@ def constrain(x, *axes):
     Returns:
         `x`; as it is when no mesh is set.
     """
-    if current() is None:
+    if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
@@ -227,6 +227,6 @@ def constrain_tree(tree):
 
     For gradients: the partitioner alone may leave them whole on every device.
     """
-    if current() is None:
+    if current_mesh() is None:
         return tree
     return _map_specs(jax.lax.with_sharding_constraint, tree)

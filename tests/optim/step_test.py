@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import checkpoint, defaults, mesh, optimizer, tree
+from stagecraft import checkpoint, defaults, optim, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from tests.optimizer.cases import Model, gradients, schedule_by_hand, settings, train
+from tests.optim.cases import Model, gradients, schedule_by_hand, settings, train
 
 
 def test_the_defaults_hold_every_setting_and_no_other():
     assert {*defaults.optimizer()} == {*settings()}
-    for name in optimizer.DIRECTIONS:
+    for name in optim.DIRECTIONS:
         config = defaults.optimizer()
         config.name, config.weight_decay = name, 0.0
-        optimizer.make(config, steps=100)
+        optim.make(config, steps=100)
 
 
 @pytest.mark.parametrize("warm", [0, 1, 4])
@@ -25,7 +25,7 @@ def test_the_defaults_hold_every_setting_and_no_other():
 def test_schedule(kind, warm):
     config = settings(schedule=kind, warmup_steps=warm, end_ratio=0.2)
     with jax.numpy_dtype_promotion("strict"):
-        schedule = optimizer.make(config, steps=10).schedule
+        schedule = optim.make(config, steps=10).schedule
         eager = [schedule(step) for step in range(14)]
         compiled = jax.jit(jax.vmap(schedule))(jnp.arange(14))
     want = [schedule_by_hand(s, kind, 0.01, warm, 10, 0.2) for s in range(14)]
@@ -35,7 +35,7 @@ def test_schedule(kind, warm):
 
 
 def test_schedule_starts_above_zero_peaks_and_ends():
-    schedule = optimizer.make(settings(warmup_steps=5), steps=20).schedule
+    schedule = optim.make(settings(warmup_steps=5), steps=20).schedule
     np.testing.assert_allclose(schedule(0), 0.002, rtol=1e-6)
     np.testing.assert_allclose(schedule(4), 0.01, rtol=1e-6)
     np.testing.assert_allclose(schedule(5), 0.01, rtol=1e-6)
@@ -65,12 +65,10 @@ def test_decay_is_by_name_not_by_shape():
         "bias": False,
     }
     for params in (Model(jax.random.key(0)), jax.eval_shape(Model, jax.random.key(0))):
-        mask = optimizer.decayed(params)
+        mask = optim.decayed(params)
         assert tree.named(mask) == want
         assert jax.tree.structure(mask) == jax.tree.structure(params)
-    two = optimizer.decayed(
-        {"value": {"head": 1, "bias": 1, "q_norm": 1, "rescaled": 1}}
-    )
+    two = optim.decayed({"value": {"head": 1, "bias": 1, "q_norm": 1, "rescaled": 1}})
     assert two == {
         "value": {"head": True, "bias": False, "q_norm": False, "rescaled": True}
     }
@@ -82,7 +80,7 @@ def test_decay_of_the_real_model():
     def make(key):
         return ScalarModel(Transformer(config, key), key)
 
-    mask = tree.named(optimizer.decayed(jax.eval_shape(make, jax.random.key(0))))
+    mask = tree.named(optim.decayed(jax.eval_shape(make, jax.random.key(0))))
     exempt = {name.split("/")[-1] for name, decay in mask.items() if not decay}
     assert exempt == {"scale", "bias"}
     for name in ("body/embed", "body/layers/attention/query", "head"):
@@ -102,12 +100,12 @@ def test_decay_is_decoupled_from_the_gradient():
 # ---------------------------------------------------------------------- how it is used
 
 
-@pytest.mark.parametrize("name", optimizer.DIRECTIONS)
+@pytest.mark.parametrize("name", optim.DIRECTIONS)
 def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
     config = ModelConfig(
         vocab_size=64, width=128, layers=2, heads=4, kv_heads=2, ff_width=256
     )
-    made = optimizer.make(settings(name=name), steps=10)
+    made = optim.make(settings(name=name), steps=10)
     steps = [0, 1]
 
     def make(key):
@@ -116,15 +114,15 @@ def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
 
     results = {}
     for sizes in ((1, 1, 1), (2, 2, 2)):
-        shared = mesh.make(*sizes)
+        shared = sharding.make_mesh(*sizes)
         with jax.set_mesh(shared):
-            params = mesh.born(make, shared)(jax.random.key(0))
-            state = mesh.born_optimizer(made.tx, params, shared)
+            params = sharding.init_sharded(make, shared)(jax.random.key(0))
+            state = sharding.init_optimizer(made.tx, params, shared)
             if sizes == (2, 2, 2):
                 check_placed(params, state)
             placed = jax.tree.map(lambda x: x.sharding, (params, state))
             step = jax.jit(
-                lambda p, s, g, i: optimizer.apply(made, g, s, p, i)[:2],
+                lambda p, s, g, i: optim.apply(made, g, s, p, i)[:2],
                 out_shardings=placed,
                 donate_argnums=(0, 1),
             )
@@ -173,7 +171,7 @@ def check_restored(folder, params, state):
 def test_ema_is_numpy(decay):
     average = params = Model(jax.random.key(0))
     want = {n: np.asarray(x, np.float64) for n, x in tree.named(params).items()}
-    step = jax.jit(optimizer.ema)
+    step = jax.jit(optim.ema)
     with jax.numpy_dtype_promotion("strict"):
         for i in range(1, 4):
             params = Model(jax.random.key(i))
@@ -190,8 +188,8 @@ def test_learning_rate_factors():
     params = {"policy": {"w": jnp.zeros(2)}, "value": {"w": jnp.zeros(2)}}
     grads = jax.tree.map(jnp.ones_like, params)
     config = settings(name="sgd", schedule="constant", warmup_steps=0, clip_norm=0.0)
-    made = optimizer.make(config, steps=1)
-    got, _, metrics = optimizer.apply(
+    made = optim.make(config, steps=1)
+    got, _, metrics = optim.apply(
         made, grads, made.tx.init(params), params, 0, {"policy": 1.0, "value": 3.0}
     )
     np.testing.assert_allclose(got["policy"]["w"], [-0.01, -0.01], rtol=1e-6)
@@ -199,15 +197,15 @@ def test_learning_rate_factors():
     np.testing.assert_allclose(metrics["update_norm"], np.sqrt(0.002), rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"], 0.01, rtol=1e-6)
     with pytest.raises(ValueError, match="lr_scale"):
-        optimizer.apply(made, grads, made.tx.init(params), params, 0, {"policy": 1.0})
+        optim.apply(made, grads, made.tx.init(params), params, 0, {"policy": 1.0})
 
 
 def test_the_step_counter_is_the_callers():
     params = {"w": jnp.zeros(1)}
-    made = optimizer.make(settings(name="sgd", clip_norm=0.0), steps=10)
+    made = optim.make(settings(name="sgd", clip_norm=0.0), steps=10)
     state = made.tx.init(params)
     for step in (jnp.int32(7), 7, np.int64(7)):
-        _, _, metrics = optimizer.apply(made, {"w": jnp.ones(1)}, state, params, step)
+        _, _, metrics = optim.apply(made, {"w": jnp.ones(1)}, state, params, step)
         want = schedule_by_hand(7, "cosine", 0.01, 3, 10, 0.1)
         np.testing.assert_allclose(metrics["learning_rate"], want, rtol=1e-5)
 
@@ -250,7 +248,7 @@ def test_the_step_counter_is_the_callers():
 )
 def test_impossible_settings_are_told_in_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
-        optimizer.make(settings(**changes), steps=10)
+        optim.make(settings(**changes), steps=10)
     assert "\n" not in str(error.value)
 
 
@@ -258,4 +256,4 @@ def test_a_missing_setting_is_told():
     config = settings()
     del config.b1
     with pytest.raises(UserError, match="optimizer.b1 is missing"):
-        optimizer.make(config, steps=10)
+        optim.make(config, steps=10)

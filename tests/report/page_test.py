@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from stagecraft.anatomy import charts, files, report
+from stagecraft.anatomy import files
 from stagecraft.errors import UserError
+from stagecraft.report import charts, page
 
 EVIL = "<script>alert(1)</script>"
 
@@ -119,17 +120,17 @@ class _Page(html.parser.HTMLParser):
 
 
 def test_nothing_is_loaded_and_nothing_runs(run):
-    text = report.write(run).read_text(encoding="utf-8")
-    page = _Page(text)
+    text = page.write(run).read_text(encoding="utf-8")
+    shown = _Page(text)
     assert not re.search(r"https?://", text)
     assert "@import" not in text and "url(http" not in text
-    names = {tag for tag, _ in page.tags}
+    names = {tag for tag, _ in shown.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
-    for _, attributes in page.tags:
+    for _, attributes in shown.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("href", "xlink:href", "src"):
             assert attributes.get(name, "#").startswith("#")
-    assert any("default-src 'none'" in a.get("content", "") for _, a in page.tags)
+    assert any("default-src 'none'" in a.get("content", "") for _, a in shown.tags)
 
 
 def test_what_a_stage_learned_from_is_shown(run):
@@ -138,7 +139,7 @@ def test_what_a_stage_learned_from_is_shown(run):
     told = {"pairs": 1234, "dropped": 0, "share_by": "examples", "sources": [source]}
     info = json.loads(path.read_text())
     _json(path, info | {"data": told | {"curations": ["c0ffee" * 10]}})
-    text = report.write(run).read_text(encoding="utf-8")
+    text = page.write(run).read_text(encoding="utf-8")
     words = " ".join(" ".join(_Page(text).words).split())
     assert "pairs 1,234" in words and "dropped 0" in words
     assert f"{EVIL} 62.5% of the examples, 1.50 epochs" in words
@@ -146,28 +147,28 @@ def test_what_a_stage_learned_from_is_shown(run):
 
 
 def test_what_a_model_wrote_is_escaped_and_keeps_its_spaces(run):
-    text = report.write(run).read_text(encoding="utf-8")
+    text = page.write(run).read_text(encoding="utf-8")
     assert EVIL not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\n  two" in text
     assert "Q &amp; A?" in text
 
 
 def test_the_page_is_sound_html_and_says_what_was_measured(run):
-    page = _Page(report.write(run).read_text(encoding="utf-8"))
-    assert len(page.ids) == len(set(page.ids))
-    words = " ".join(page.words)
+    shown = _Page(page.write(run).read_text(encoding="utf-8"))
+    assert len(shown.ids) == len(set(shown.ids))
+    words = " ".join(shown.words)
     for told in ("≥ 0.85", "✗ ≤ 1", "own figure", "1 min 1 s", "1,234", "−0.500"):
         assert told in words
     assert "missing" not in words
-    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    labels = [a["aria-label"] for tag, a in shown.tags if tag == "svg"]
     assert any("tuned, Loss: training from 3.00 at step 1" in one for one in labels)
     assert any("judge leads to policy" in one for one in labels)
     assert not any("flat" in one for one in labels)  # a constant is no curve
 
 
 def test_the_same_files_give_the_same_bytes(run):
-    first = report.write(run).read_bytes()
-    assert report.write(run).read_bytes() == first
+    first = page.write(run).read_bytes()
+    assert page.write(run).read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_the_same_files_give_the_same_bytes(run):
 )
 def test_a_missing_file_is_named_and_the_rest_is_shown(run, gone):
     (run / gone).unlink()
-    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
     assert gone in words and "missing" in words
     assert "tuned" in words
 
@@ -188,7 +189,7 @@ def test_an_unfinished_run_shows_what_exists(run):
     (run / "judge").rmdir()
     with (run / "policy" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # cut off in the middle of a line
-    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
     assert "judge: not started" in words
     assert "policy: not finished; its curves end at step 5" in words
     assert "summary.json has no part" in words
@@ -197,7 +198,7 @@ def test_an_unfinished_run_shows_what_exists(run):
 def test_damaged_files_are_named_not_fatal(run):
     (run / "summary.json").write_text('{"seconds": ')
     (run / "lineage.json").write_text("[]")
-    words = " ".join(_Page(report.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
     assert "summary.json: cannot be read" in words
     assert "lineage.json: cannot be read" in words
 
@@ -205,39 +206,39 @@ def test_damaged_files_are_named_not_fatal(run):
 def test_only_metrics(tmp_path):
     (tmp_path / "mine").mkdir()
     _lines(tmp_path / "mine" / "metrics.jsonl", [{"step": 1, "objective/kl": 2.0}])
-    words = " ".join(_Page(report.write(tmp_path).read_text(encoding="utf-8")).words)
+    words = " ".join(_Page(page.write(tmp_path).read_text(encoding="utf-8")).words)
     assert "KL to the reference" in words
 
 
 def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
-    assert "real tasks" not in report.write(run).read_text()
+    assert "real tasks" not in page.write(run).read_text()
     asked = {"task": EVIL, "limit": 9, "shots": None, "chat": True}
     records = [
         {"stage": stage, **asked, "metrics": {"acc": {"value": v, "stderr": e}}}
         for stage, v, e in (("tuned", 0.625, 0.0125), ("base", 0.375, None))
     ]
     _json(run / "evaluations.json", records)
-    text = report.write(run).read_text()
+    text = page.write(run).read_text()
     section = text[text.index("real tasks") :].partition("</table>")[0]
     assert EVIL not in section and "acc; chat, first 9" in section
     assert section.index("base") < section.index("tuned")  # the graph's order
     assert section.index("0.375") < section.index("0.625") and "± 0.013" in section
     (run / "evaluations.json").write_text("[{")
-    assert "evaluations.json: not a JSON file" in report.write(run).read_text()
+    assert "evaluations.json: not a JSON file" in page.write(run).read_text()
 
 
 def test_not_a_run(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
-        report.write(tmp_path / "typo")
+        page.write(tmp_path / "typo")
     with pytest.raises(UserError, match="holds no run"):
-        report.write(tmp_path)
+        page.write(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_matplotlib_missing_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'stagecraft\[report\]'"):
-        report.write(run)
+        page.write(run)
 
 
 def test_parents_come_before_children_whatever_the_order(run):
@@ -265,8 +266,8 @@ def test_time_never_counts_sampling_twice(run):
     record["seconds"] = {"prepare": 6.0, "sample": 2.0, "score": 3.0, "update": 4.0}
     record["seconds"]["total"] = 10.0
     _json(path, record)
-    report.write(run)
-    rows = report._time(files.read(run))["rows"]
+    page.write(run)
+    rows = page._time(files.read(run))["rows"]
     parts = next(row["parts"] for row in rows if row["stage"].name == "policy")
     assert parts["prepare"] == pytest.approx(1.0)
     assert sum(parts.values()) == pytest.approx(10.0)

@@ -222,7 +222,7 @@ def layerwise(make):
     Layers are stacked in one array ([L, D, F]), but a matrix to orthogonalise, or a
     second moment to factor, is one layer's. The state's arrays keep the logical axes of
     their parameters' dimensions, those of factored moments too, so that
-    `mesh.born_optimizer` can place them.
+    `sharding.init_optimizer` can place them.
 
     Args:
         make: ({name: logical axes of one layer's array}) -> the transformation of a

@@ -10,9 +10,9 @@ import numpy as np
 
 from stagecraft import schema
 from stagecraft.data import cache as token_cache
-from stagecraft.data import mixture, packing, pipeline, sources
+from stagecraft.data import mixture, packing, readers
+from stagecraft.data.dataset import Dataset, hold_out, order_seed
 from stagecraft.data.documents import Held, Stored
-from stagecraft.data.pipeline import Dataset
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -33,7 +33,7 @@ def build(stage, specs, tokenizer, config, cache):
         parts = [*parts, specs["heldout"]]
     documents, opening = _read(parts, data, tokenizer, cache)
     own = np.flatnonzero(documents.sources < count)
-    kept, held = pipeline.hold_out(own, data.heldout_share, config.seed)
+    kept, held = hold_out(own, data.heldout_share, config.seed)
     held = np.concatenate([held, np.flatnonzero(documents.sources >= count)])
     kept, held = np.array(kept, np.int64), held.astype(np.int64)
     weights = None
@@ -53,7 +53,7 @@ def build(stage, specs, tokenizer, config, cache):
         ones = np.ones(len(stored_.lengths), np.float32) if data.weights else None
         replay = text_rows(stored_, rows.length, weights=ones)
         others = [(replay, replayed)]
-    seed, mixed = pipeline.order_seed(stage, config), None
+    seed, mixed = order_seed(stage, config), None
     if mixture.wanted(data):
         members = members[: len(mixture.split(data.files))]
         held_by_row = _per_row(documents, rows, members)
@@ -111,7 +111,7 @@ def text_rows(documents, length, *, weights=None, prefix=""):
 
 def _read(parts, data, tokenizer, cache):
     """The documents of each part, and (number) -> what to watch the model on."""
-    mapping = sources.fields(data.fields)
+    mapping = readers.fields(data.fields)
     if data.format == "text":
         documents = stored(parts, mapping, tokenizer, cache)
         without = {tokenizer.bos, tokenizer.eos}
@@ -123,7 +123,7 @@ def _read(parts, data, tokenizer, cache):
 
         return documents, words
 
-    read = [sources.demonstrations(part, mapping) for part in parts]
+    read = [readers.demonstrations(part, mapping) for part in parts]
     documents = Held(
         [
             [

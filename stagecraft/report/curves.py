@@ -1,6 +1,7 @@
 """A run's metrics as small charts: which to draw, in which words, and their numbers."""
 
-from stagecraft.anatomy import charts, files
+from stagecraft.anatomy import files
+from stagecraft.report import charts
 
 # One chart each: title, unit, and the series it may show as (metric, label, marked).
 CHARTS = (

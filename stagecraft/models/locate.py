@@ -6,7 +6,7 @@ and handed out as a plain model, so that nobody else needs to know.
 
 from pathlib import Path
 
-from stagecraft import checkpoint, workdir
+from stagecraft import checkpoint, storage
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, lora, peft, saved
 from stagecraft.models.translation import THE_RUNS
@@ -15,12 +15,12 @@ from stagecraft.models.translation import THE_RUNS
 HOW = tuple(key for key in THE_RUNS if key not in ("init_std", "family"))
 
 
-def load(name, shared_mesh, **how):
+def load(name, mesh, **how):
     """Reads a model, adapters merged into the weights they sit on.
 
     Args:
         name: WORKDIR/STAGE, or "hf:FOLDER".
-        shared_mesh: where to put the parameters.
+        mesh: where to put the parameters.
         **how: fields of `ModelConfig` that are the run's, for a folder.
 
     Returns:
@@ -29,10 +29,10 @@ def load(name, shared_mesh, **how):
     folder = huggingface.folder_of(name)
     if folder is not None:
         reader = peft if peft.is_adapter(folder) else huggingface
-        return reader.load(folder, shared_mesh, **how)
+        return reader.load(folder, mesh, **how)
     if "lora" in saved.info(name):
-        return lora.merge(*load_adapter(name, shared_mesh))
-    return saved.load(name, shared_mesh)
+        return lora.merge(*load_adapter(name, mesh))
+    return saved.load(name, mesh)
 
 
 def info(folder):
@@ -40,15 +40,15 @@ def info(folder):
     return (peft if peft.is_adapter(folder) else huggingface).info(folder)
 
 
-def examine(folder, shared_mesh, *, module=None):
+def examine(folder, mesh, *, module=None):
     """Looks at a Hugging Face folder before anything is read of it."""
     if not peft.is_adapter(folder):
-        huggingface.examine(folder, shared_mesh, module=module)
+        huggingface.examine(folder, mesh, module=module)
         return
     found = peft.info(folder)["module"]
     if module not in (None, found):
         raise UserError(f"{folder}: makes a {found} model, expected a {module} one")
-    huggingface.examine(peft.base_of(folder), shared_mesh)
+    huggingface.examine(peft.base_of(folder), mesh)
 
 
 def digest(folder):
@@ -64,15 +64,15 @@ def tokenizer_of(folder):
     return folder
 
 
-def load_adapter(name, shared_mesh):
+def load_adapter(name, mesh):
     """The base of a stage that trained an adapter, and the `lora.Adapter`."""
     info = saved.info(name)
     if "lora" not in info:
         raise UserError(f"{name}: trained all weights and has no adapter")
     how = {key: info["model"][key] for key in HOW if key in info["model"]}
-    base = load(base_of(name, info), shared_mesh, **how)
+    base = load(base_of(name, info), mesh, **how)
     abstract = lora.abstract(
-        *(lora.Settings(**info["lora"]), base, shared_mesh),
+        *(lora.Settings(**info["lora"]), base, mesh),
         scalar=info["module"] == "scalar",
     )
     adapter, _ = checkpoint.load_model(name, abstract)
@@ -90,7 +90,7 @@ def base_of(name, info):
             "folder"
         )
     if folder is None:
-        lineage = workdir.read_json(path.parent / "lineage.json", {"stages": {}})
+        lineage = storage.read_json(path.parent / "lineage.json", {"stages": {}})
         now = lineage["stages"].get(path.name, {}).get("id", "")
     else:
         now = digest(folder)

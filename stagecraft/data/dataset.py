@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from stagecraft import host
+from stagecraft import process
 from stagecraft.errors import UserError
 
 # What a row of padding holds where that is not 0.
@@ -227,7 +227,7 @@ def _batch(dataset, process_index, process_count, step):
 
 
 def _workers_batch(*arguments):
-    host.end_with_parent()
+    process.end_with_parent()
     return _batch(*arguments)
 
 

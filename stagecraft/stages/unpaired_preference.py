@@ -8,7 +8,7 @@ rotated by one row. BCO measures itself against a running mean of all rewards.
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.models import lora
 from stagecraft.stages import objective, stage
 from stagecraft.stages.preference import moving_reference, once, synced
@@ -25,13 +25,13 @@ OFFERS = {
 PLACES = {"rows": "B"}
 
 
-def make(config, model_config, shared_mesh, parents, *, dataset=None):
+def make(config, model_config, mesh, parents, *, dataset=None):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer}.
         dataset: the `Dataset` trained on, or None; see `preference.make`.
 
@@ -40,7 +40,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
         bool[B] and perhaps index i32[B].
     """
     del model_config
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal, needs = make_objective(config)
     if "delta" in needs:  # a mean of log-ratios
@@ -48,28 +48,28 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
     beta = float(config.objective_args.get("beta", 0.1))
     score = jax.jit(lambda model, batch: row_logps(model, batch)[0])
     distance = jax.jit(_distance)
-    trained = stage.trained(config, parents["start"], shared_mesh)
+    trained = stage.trained(config, parents["start"], mesh)
     moving = config.sync_every > 0 and "ref_logps" in needs
     kept = None
     if "ref_logps" in needs and not moving and dataset is not None:
-        kept = once(config, dataset, parents["reference"], score, shared_mesh)
+        kept = once(config, dataset, parents["reference"], score, mesh)
 
     def init(key):
         extra = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
         state = stage.begin(
-            *(trained.born(key), optimizer_, shared_mesh),
+            *(trained.born(key), optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
             **extra,
         )
         if moving:
             first = moving_reference(state, trained.frozen, parents["reference"])
-            state.extra["reference"] = stage.make_copy(first, shared_mesh)()
+            state.extra["reference"] = stage.make_copy(first, mesh)()
         return state
 
     def prepare(state, raw, key):
         del key
-        batch, index = stage.placed(raw, shared_mesh)
+        batch, index = stage.placed(raw, mesh)
         policy, reference = lora.join(trained.frozen, state.model), parents["reference"]
         if moving:
             reference = lora.join(trained.frozen, state.extra["reference"])
@@ -110,7 +110,7 @@ def make(config, model_config, shared_mesh, parents, *, dataset=None):
         prepare=prepare,
         update=stage.make_update(
             goal,
-            optimizer_,
+            optimizer,
             micro_batches=config.micro_batches,
             ema_decay=decay,
             carry=carry,
@@ -200,7 +200,7 @@ def rotated(batch):
 def _distance(model, reference, batch):
     """KTO's z: the policy's mean log-ratio on rotated completions, at least 0."""
     turned = rotated(batch)
-    turned = {k: mesh.constrain(v, "batch", None) for k, v in turned.items()}
+    turned = {k: sharding.constrain(v, "batch", None) for k, v in turned.items()}
     ratio = row_logps(model, turned)[0] - row_logps(reference, turned)[0]
     return jnp.maximum(masked.mean(ratio, batch["mask"].any(-1)), 0.0)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stagecraft.anatomy import arms, compare
 from stagecraft.errors import UserError
+from stagecraft.report import arms, compare
 
 EVIL = "<script>alert(1)</script>"
 # Two-sided 95% quantiles of Student's t, from any printed table.

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 
-from stagecraft import defaults, schema, workdir
+from stagecraft import defaults, schema, storage
 from stagecraft.anatomy import files
 from stagecraft.anatomy.behaviour import SPEAKING
 from stagecraft.errors import UserError
@@ -117,7 +117,7 @@ def _run(folder):
             f"{folder}: no run here (no config.json); give folders that `stagecraft "
             "run` made"
         )
-    planned = workdir.read_json(folder / "config.json")
+    planned = storage.read_json(folder / "config.json")
     planned = planned.get("stages") if isinstance(planned, dict) else None
     if not isinstance(planned, dict) or not planned:
         raise UserError(f"{folder / 'config.json'}: not the config of a run")
@@ -210,7 +210,7 @@ def _check_finished(run, chosen, named):
 def _add(arms, repeats, run, stage):
     """Puts a stage of a run into its arm, unless it is there already."""
     settings = _settings(run, stage.name)
-    key = workdir.digest([short(stage.name), settings])
+    key = storage.digest([short(stage.name), settings])
     arm = arms.setdefault(key, Arm("", short(stage.name), stage.kind, settings, {}, []))
     numbered = _SEEDED.fullmatch(stage.name)
     seed = run.config.get("seed"), int(numbered[2]) if numbered else None
@@ -311,7 +311,7 @@ def _outside(text):
         (path.parent.parent, path.parent.name),  # RUN/STAGE/records.jsonl
     ):
         if (root / "config.json").exists():
-            config = workdir.read_json(root / "config.json")
+            config = storage.read_json(root / "config.json")
             if name == "world":
                 name = f"world:{path.name}"
             return (config, name) if config.get("stages") else None

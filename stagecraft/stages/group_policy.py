@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, mesh, optimizer
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.metrics import section
 from stagecraft.models import lora
 from stagecraft.stages import objective, rollout, stage
@@ -25,13 +25,13 @@ from stagecraft.stages.rollout import response_logps
 ADVANTAGES = ("group", "leave_one_out", "returns", "returns_baseline")
 
 
-def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None):
+def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
         model_config: a `ModelConfig`.
-        shared_mesh: the mesh.
+        mesh: the mesh.
         parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
             ScalarModel.
         stop_ids: the tokens that end a turn.
@@ -43,20 +43,20 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         batch_size * group_size completions of those kept.
     """
     del model_config
-    optimizer_ = optimizer.make(config.optimizer, steps=config.steps)
+    optimizer = optim.make(config.optimizer, steps=config.steps)
     decay = config.ema_decay
     goal, needs = make_objective(config)
     reference = parents["reference"]
-    trained = stage.trained(config, parents["start"], shared_mesh)
+    trained = stage.trained(config, parents["start"], mesh)
     rolls = rollout.make(
-        *(config, shared_mesh, parents.get("reward"), verifiers),
+        *(config, mesh, parents.get("reward"), verifiers),
         stop_ids=stop_ids,
         samples=config.group_size,
     )
 
     def init(key):
         return stage.begin(
-            *(trained.born(key), optimizer_, shared_mesh),
+            *(trained.born(key), optimizer, mesh),
             ema=decay > 0,
             dropout=stage.dropout(config, key),
         )
@@ -72,7 +72,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
     )
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, shared_mesh)
+        raw, index = stage.placed(raw, mesh)
         sample_key, order_key = jax.random.split(key)
         with section("update"):
             jax.block_until_ready(state.model)
@@ -101,7 +101,7 @@ def make(config, model_config, shared_mesh, parents, *, stop_ids, verifiers=None
         init=init,
         prepare=prepare,
         update=stage.jit_update(
-            _make_update(config, goal, optimizer_, decay), trained.frozen
+            _make_update(config, goal, optimizer, decay), trained.frozen
         ),
         evaluate=stage.make_evaluate(goal, trained.frozen),
         work=work,
@@ -190,7 +190,7 @@ def _informative(scores, scored, config):
 
 def _placed(x, shape):
     """[N, G, ...] as [N G, ...], spread over the devices."""
-    return mesh.constrain(x.reshape(-1, *shape), "batch", *(None,) * len(shape))
+    return sharding.constrain(x.reshape(-1, *shape), "batch", *(None,) * len(shape))
 
 
 def _group_std(scores, scored, config):
@@ -279,8 +279,8 @@ def make_objective(config):
     return stage.Objective(reductions, terms, {"kl": config.kl_coef}), loss_fn.needs
 
 
-def _make_update(config, goal, optimizer_, decay):
-    step = stage.make_step(goal, optimizer_, micro_batches=config.micro_batches)
+def _make_update(config, goal, optimizer, decay):
+    step = stage.make_step(goal, optimizer, micro_batches=config.micro_batches)
 
     def update(state, batch, frozen):
         keys = stage.dropout_keys(state, len(batch["order"]))
@@ -289,7 +289,7 @@ def _make_update(config, goal, optimizer_, decay):
             (model, opt_state), (rows, key) = carry, xs
             part = jax.tree.map(lambda x: x[rows], batch["rollout"])
             part = jax.tree.map(
-                lambda x: mesh.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
+                lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
             )
             seen = state._replace(model=model, opt_state=opt_state)
             model, opt_state, metrics = step(seen, part, state.step, frozen, key)

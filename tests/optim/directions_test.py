@@ -7,10 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
-from stagecraft import optimizer, tree
+from stagecraft import optim, tree
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from tests.optimizer.cases import Model, gradients, schedule_by_hand, settings, train
+from tests.optim.cases import Model, gradients, schedule_by_hand, settings, train
 
 
 def adamw_by_numpy(config, params, grads, steps):
@@ -290,8 +290,8 @@ def test_muon_takes_the_layers_matrices_of_the_real_model():
         return ScalarModel(Transformer(config, key), key)
 
     model = jax.eval_shape(make, jax.random.key(0))
-    variables = optimizer._variables(model)
-    found = {n: optimizer.matrix_axes(n, axes) for n, (_, axes) in variables.items()}
+    variables = optim._variables(model)
+    found = {n: optim.matrix_axes(n, axes) for n, (_, axes) in variables.items()}
     attention = "body/layers/attention"
     assert {n: tuple(d) for n, d in found.items() if d} == {
         f"{attention}/query": ((0,), (1, 2)),
@@ -302,4 +302,4 @@ def test_muon_takes_the_layers_matrices_of_the_real_model():
         "body/layers/ff/up": ((0,), (1,)),
         "body/layers/ff/down": ((0,), (1,)),
     }
-    assert optimizer.matrix_axes("up", ("experts", "embed", "ff")) == ((1,), (2,))
+    assert optim.matrix_axes("up", ("experts", "embed", "ff")) == ((1,), (2,))

@@ -7,10 +7,11 @@ forbids the rest. Whatever a model wrote is data and escaped as such.
 import datetime
 import json
 
-from stagecraft.anatomy import charts, cost, curves, evaluate, files, page
-from stagecraft.anatomy.curves import show
+from stagecraft.anatomy import cost, evaluate, files
 from stagecraft.errors import UserError
-from stagecraft.workdir import write_text
+from stagecraft.report import charts, curves, render
+from stagecraft.report.curves import show
+from stagecraft.storage import write_text
 
 MEANINGS = {
     "cloze_accuracy": (
@@ -73,7 +74,7 @@ def write(folder):
         UserError: not a run's directory, or Matplotlib is missing.
     """
     run = files.read(folder)
-    text = page.render(
+    text = render.render(
         "report.html.jinja",
         run=run,
         facts=_facts(run),

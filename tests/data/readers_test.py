@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecraft.data import containers, files, sources
+from stagecraft.data import containers, files, readers
 from stagecraft.errors import UserError
 
 
@@ -83,14 +83,14 @@ def test_digest_is_of_contents_in_order(tmp_path):
 
 def test_a_short_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
-    assert list(sources.texts(str(tmp_path))) == ["One.\n\nTwo.\n"]
+    assert list(readers.texts(str(tmp_path))) == ["One.\n\nTwo.\n"]
 
 
 def test_a_long_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     paragraphs = [f"Paragraph {i}.\n" + "word " * (i % 90) for i in range(200)]
     text = "\n\n".join(paragraphs)
     (tmp_path / "a.txt").write_text(text)
-    found = list(sources.texts(str(tmp_path)))
+    found = list(readers.texts(str(tmp_path)))
     assert "\n\n".join(found) == text
     assert len(found) > 10
     assert max(map(len, found)) <= containers.DOCUMENT + 200
@@ -103,24 +103,24 @@ def test_a_long_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
 
 def test_line_ends_of_another_system_are_blank_lines_too(tmp_path):
     (tmp_path / "a.txt").write_bytes(("x" * 1500 + "\r\n\r\n" + "y" * 1500).encode())
-    assert list(sources.texts(str(tmp_path))) == ["x" * 1500, "y" * 1500]
+    assert list(readers.texts(str(tmp_path))) == ["x" * 1500, "y" * 1500]
 
 
 def test_texts_of_jsonl_plain_and_compressed(tmp_path):
     jsonl(tmp_path / "a.jsonl", {"text": "é \n\n x", "other": 1}, {"text": ""})
     jsonl(tmp_path / "b.jsonl.gz", {"text": "z"})
-    assert list(sources.texts(str(tmp_path))) == ["é \n\n x", "", "z"]
+    assert list(readers.texts(str(tmp_path))) == ["é \n\n x", "", "z"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "World"}')
-    assert list(sources.texts(str(tmp_path))) == ["Hello", "World"]
+    assert list(readers.texts(str(tmp_path))) == ["Hello", "World"]
 
 
 def test_blank_lines_and_other_line_ends_between_records(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\r\n\r\n{"text": "b"}')
-    assert list(sources.texts(str(tmp_path))) == ["a", "b"]
+    assert list(readers.texts(str(tmp_path))) == ["a", "b"]
 
 
 # -- records ---------------------------------------------------------------------------
@@ -139,13 +139,13 @@ def test_demonstrations_in_both_shapes_and_with_other_keys(tmp_path):
         )
     ):
         jsonl(tmp_path / f"{number}.jsonl", record)
-    assert sources.demonstrations(tmp_path) == [(PROMPT + ANSWER, None)] * 3
+    assert readers.demonstrations(tmp_path) == [(PROMPT + ANSWER, None)] * 3
     other = jsonl(tmp_path / "b.jsonl", {"question": "p", "answer": "c"})
-    mapping = sources.fields("prompt=question+completion=answer")
+    mapping = readers.fields("prompt=question+completion=answer")
     assert mapping == {"prompt": "question", "completion": "answer"}
-    assert sources.demonstrations(other, mapping) == [(PROMPT + ANSWER, None)]
+    assert readers.demonstrations(other, mapping) == [(PROMPT + ANSWER, None)]
     third = jsonl(tmp_path / "c.jsonl", {"turns": PROMPT + ANSWER})
-    found = sources.demonstrations(third, sources.fields("messages = turns"))
+    found = readers.demonstrations(third, readers.fields("messages = turns"))
     assert found == [(PROMPT + ANSWER, None)]
 
 
@@ -153,8 +153,8 @@ def test_comparisons_as_text_and_messages(tmp_path):
     pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
     jsonl(tmp_path / "a.jsonl", pair)
     jsonl(tmp_path / "b.jsonl", dict(prompt=PROMPT, chosen=ANSWER, rejected=WORSE))
-    want = sources.Comparison(PROMPT, (ANSWER, WORSE))
-    assert sources.comparisons(tmp_path) == [want] * 2
+    want = readers.Comparison(PROMPT, (ANSWER, WORSE))
+    assert readers.comparisons(tmp_path) == [want] * 2
     assert want.preference is want.margin is want.tools is None
 
 
@@ -166,10 +166,10 @@ def test_comparisons_with_how_sure_and_by_how_much(tmp_path):
         pair | {"preference": 1},
         pair | {"p_chosen": 0.5},
     )
-    found = sources.comparisons(str(path))
+    found = readers.comparisons(str(path))
     assert [c[2:4] for c in found] == [(0.75, -2.0), (1.0, None), (None, None)]
     assert isinstance(found[1].preference, float)
-    renamed = sources.comparisons(str(path), sources.fields("preference=p_chosen"))
+    renamed = readers.comparisons(str(path), readers.fields("preference=p_chosen"))
     assert [c.preference for c in renamed] == [None, None, 0.5]
 
 
@@ -182,7 +182,7 @@ def test_rankings(tmp_path):
     )
     third = [{"role": "assistant", "content": "x"}]
     cut = [WORSE[0] | {"ended": False}]
-    assert sources.comparisons(str(path)) == [
+    assert readers.comparisons(str(path)) == [
         (PROMPT, (ANSWER, WORSE, third), None, None, None),
         (PROMPT, (ANSWER, cut), None, None, None),
         (PROMPT, (ANSWER, WORSE), None, None, None),
@@ -199,14 +199,14 @@ def test_judgements_and_pairs_as_judgements(tmp_path):
         one | {"label": False, "completion_ended": False},
     )
     want = [[(PROMPT, ANSWER, True, None)], [(PROMPT, cut, False, None)]]
-    assert sources.judgements(path) == want
-    renamed = sources.fields("label=label+completion=completion")
-    assert sources.judgements(path, renamed) == want
+    assert readers.judgements(path) == want
+    renamed = readers.fields("label=label+completion=completion")
+    assert readers.judgements(path, renamed) == want
     path = jsonl(
         tmp_path / "b.jsonl", pair | {"rejected_ended": False}, pair | {"preference": 0}
     )
     cut = [WORSE[0] | {"ended": False}]
-    assert sources.judgements(path) == [
+    assert readers.judgements(path) == [
         [(PROMPT, ANSWER, True, None), (PROMPT, cut, False, None)],
         [(PROMPT, ANSWER, False, None), (PROMPT, WORSE, True, None)],
     ]
@@ -216,19 +216,19 @@ def test_judgements_and_pairs_as_judgements(tmp_path):
 def test_prompts_know_where_they_came_from(tmp_path, prompt):
     records = [{"prompt": prompt, "answer": [4, 2]}, {"prompt": prompt}]
     path = jsonl(tmp_path / "a.jsonl", *records)
-    assert sources.prompts(str(path)) == [
+    assert readers.prompts(str(path)) == [
         (prompt, f"{path}:1", records[0], None),
         (prompt, f"{path}:2", records[1], None),
     ]
 
 
 def test_fields_refuses_what_would_be_ignored():
-    assert sources.fields("") == {}
+    assert readers.fields("") == {}
     for text in ("prompt", "prompt=", "prompt= ", "=x"):
         with pytest.raises(UserError, match="our=theirs"):
-            sources.fields(text)
+            readers.fields(text)
     with pytest.raises(UserError, match="mean 'prompt'"):
-        sources.fields("promt=question")
+        readers.fields("promt=question")
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -263,7 +263,7 @@ def test_a_bad_line_is_told_by_file_and_line(tmp_path, line, told):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([good, b"", good, line, good]))
     with pytest.raises(UserError, match=told) as error:
-        sources.demonstrations(str(path))
+        readers.demonstrations(str(path))
     assert str(error.value).startswith(f"{path}:4: ")
     assert "\n" not in str(error.value)
 
@@ -271,7 +271,7 @@ def test_a_bad_line_is_told_by_file_and_line(tmp_path, line, told):
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\\ud83d\\ude00"}')
-    assert list(sources.texts(str(path))) == ["\U0001f600"]
+    assert list(readers.texts(str(path))) == ["\U0001f600"]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
 def test_a_bad_comparison_is_told(tmp_path, record, told):
     path = jsonl(tmp_path / "a.jsonl", record)
     with pytest.raises(UserError, match=told) as error:
-        sources.comparisons(str(path))
+        readers.comparisons(str(path))
     assert str(error.value).startswith(f"{path}:1: ")
     assert "\n" not in str(error.value)
 
@@ -324,7 +324,7 @@ def test_a_bad_judgement_is_told(tmp_path, record, told):
     good = {"prompt": "p", "completion": "c", "label": True}
     path = jsonl(tmp_path / "a.jsonl", good, record)
     with pytest.raises(UserError, match=told) as error:
-        sources.judgements(str(path))
+        readers.judgements(str(path))
     assert str(error.value).startswith(f"{path}:2: ")
     assert "\n" not in str(error.value)
 
@@ -332,14 +332,14 @@ def test_a_bad_judgement_is_told(tmp_path, record, told):
 def test_a_prompt_must_leave_the_answer_to_the_model(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": PROMPT + ANSWER})
     with pytest.raises(UserError, match=r"a\.jsonl:2: the last message"):
-        sources.prompts(str(path))
+        readers.prompts(str(path))
 
 
 def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nthr\xe9e\n")
     with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8"):
-        list(sources.texts(str(path)))
+        list(readers.texts(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_text_that_is_not_utf8_is_told_by_line(tmp_path):
 def test_an_empty_file_is_told(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name}: empty"):
-        list(sources.texts(str(tmp_path)))
+        list(readers.texts(str(tmp_path)))
 
 
 def test_a_damaged_gzip_file_is_told(tmp_path):
@@ -369,7 +369,7 @@ def test_a_damaged_gzip_file_is_told(tmp_path):
     ):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut-off"):
-            list(sources.texts(str(path)))
+            list(readers.texts(str(path)))
         with pytest.raises(UserError, match="damaged or cut-off"):
             files.digest([path])
 
@@ -378,10 +378,10 @@ def test_records_where_text_is_are_told(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello")
     for read in (
-        sources.demonstrations,
-        sources.comparisons,
-        sources.judgements,
-        sources.prompts,
+        readers.demonstrations,
+        readers.comparisons,
+        readers.judgements,
+        readers.prompts,
     ):
         with pytest.raises(UserError, match=r"a\.txt: .* expected \.jsonl"):
             read(str(path))
@@ -391,6 +391,6 @@ def test_an_answer_that_was_cut_off_is_marked(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = {"prompt": "a", "chosen": "b", "rejected": "c d", "rejected_ended": False}
     path.write_text(json.dumps(row) + "\n")
-    [(_, (chosen, rejected), *_)] = sources.comparisons(str(path))
+    [(_, (chosen, rejected), *_)] = readers.comparisons(str(path))
     assert "ended" not in chosen[0]
     assert rejected == [{"role": "assistant", "content": "c d", "ended": False}]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stagecraft.data import packing
-from stagecraft.data.pipeline import Dataset
+from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 
 

@@ -2,14 +2,14 @@
 
 import jinja2
 
-from stagecraft.anatomy import charts
-from stagecraft.anatomy.curves import show
+from stagecraft.report import charts
+from stagecraft.report.curves import show
 
 
 def render(template, **values):
     """A page of `anatomy/TEMPLATE`; whatever is put into it is data and escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stagecraft", "anatomy"),
+        loader=jinja2.PackageLoader("stagecraft", "report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

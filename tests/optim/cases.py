@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from stagecraft import optimizer
+from stagecraft import optim
 
 
 def settings(**changes):
@@ -60,8 +60,8 @@ def gradients(params, steps):
 
 
 def train(config, params, grads, steps, **arguments):
-    made = optimizer.make(config, steps=steps)
-    state, step = made.tx.init(params), jax.jit(optimizer.apply, static_argnums=0)
+    made = optim.make(config, steps=steps)
+    state, step = made.tx.init(params), jax.jit(optim.apply, static_argnums=0)
     for i, g in enumerate(grads):
         params, state, metrics = step(made, g, state, params, i, **arguments)
     return params, state, metrics
