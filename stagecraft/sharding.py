@@ -148,6 +148,36 @@ def init_sharded(make_fn, mesh: Mesh):
     return construct
 
 
+def abstract(function, *args, mesh: Mesh):
+    """What a function returns, as shapes with the shardings of their axes.
+
+    Args:
+        function: of modules, arrays or keys, as `init_sharded` takes.
+        *args: its arguments, real or abstract.
+        mesh: the mesh the arrays would be placed on.
+
+    Returns:
+        The function's result with a `jax.ShapeDtypeStruct` in place of every array:
+        nothing is computed or allocated.
+    """
+    shapes = jax.eval_shape(function, *args)
+    return with_shardings(shapes, shardings(shapes, mesh))
+
+
+def with_shardings(shapes, placement):
+    """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings.
+
+    Args:
+        shapes: any tree of arrays or shapes.
+        placement: shardings; a tree of the same form, or a prefix of it.
+    """
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        jax.tree.broadcast(placement, shapes),
+    )
+
+
 def init_optimizer(tx, params, mesh: Mesh):
     """Optimizer state whose moments are sharded like their parameters.
 
@@ -178,7 +208,7 @@ def shard_batch(batch, mesh: Mesh):
     Raises:
         UserError: the rows do not divide over `data` times `fsdp`.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
 
     def place(array):
         array = np.asarray(array)
@@ -194,9 +224,19 @@ def shard_batch(batch, mesh: Mesh):
     return jax.tree.map(place, batch)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split: data times fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
 def replicate(tree, mesh: Mesh):
     """Puts a tree of arrays whole on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return jax.device_put(tree, whole(mesh))
 
 
 def current_mesh():
@@ -220,6 +260,11 @@ def constrain(x, *axes):
     if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def constrain_rows(x):
+    """Fixes the rows of an array to the batch axes; a scalar stays as it is."""
+    return constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x
 
 
 def constrain_tree(tree):

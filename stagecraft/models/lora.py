@@ -302,12 +302,5 @@ def _begin(base, key, *, settings, scalar):
 
 def abstract(settings, base, mesh, *, scalar=False):
     """An adapter as shapes with shardings."""
-    shapes = jax.eval_shape(
-        functools.partial(_begin, settings=settings, scalar=scalar),
-        *(base, jax.random.key(0)),
-    )
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.shardings(shapes, mesh),
-    )
+    begin = functools.partial(_begin, settings=settings, scalar=scalar)
+    return sharding.abstract(begin, base, jax.random.key(0), mesh=mesh)

@@ -34,11 +34,8 @@ def abstract(info, mesh):
     config = ModelConfig(**info["model"])
     check_mesh(config, mesh)
     make = MODULES[info["module"]]
-    shapes = jax.eval_shape(lambda key: make(config, key), jax.random.key(0))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.shardings(shapes, mesh),
+    return sharding.abstract(
+        lambda key: make(config, key), jax.random.key(0), mesh=mesh
     )
 
 

@@ -10,103 +10,105 @@ other kernels than the trainer (both are one model here, and `val/rollout_logp_g
 says how far they are apart).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optim, sharding
+from stagecraft import losses, masked, optim, schema, sharding
+from stagecraft.data import prompts
+from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import lora
-from stagecraft.stages import objective, rollout, stage
+from stagecraft.stages import checks, objective, rollout, stage, update
+from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
+from stagecraft.stages.stage import Program
 
 ADVANTAGES = ("group", "leave_one_out", "returns", "returns_baseline")
 
 
-def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
-            ScalarModel.
-        stop_ids: the tokens that end a turn.
-        verifiers: a `signals.verifier.Verifiers`, or None.
+        context: the `Context`; parents {"start", "reference": Transformer} and perhaps
+            "reward": ScalarModel.
 
     Returns:
         a `Stage`; raw batches are prompt_ids i32[N, P], prompt_mask bool[N, P], index
         i32[N], with N = batch_size * oversample prompts; trained on are the
         batch_size * group_size completions of those kept.
     """
-    del model_config
+    mesh, reference = context.mesh, context.parents["reference"]
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal, needs = make_objective(config)
-    reference = parents["reference"]
-    trained = stage.trained(config, parents["start"], mesh)
-    rolls = rollout.make(
-        *(config, mesh, parents.get("reward"), verifiers),
-        stop_ids=stop_ids,
-        samples=config.group_size,
-    )
+    loss_objective, needs = make_objective(config)
+    needs_reference = config.kl_coef > 0 or "ref_logps" in needs
+    trained = stage.trained(config, context.parents["start"], mesh)
+    beginning = stage.begin(config, trained, optimizer, mesh)
+    rollouts = rollout.make(config, context, samples=config.group_size)
+    frozen = beginning.frozen
+    by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
+    placement = dict(rollout=by_rows, order=whole, metrics=whole)
 
-    def init(key):
-        return stage.begin(
-            *(trained.born(key), optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
+    def judge(policy, reference, samples, rewards, key):
+        return score_groups(
+            config, rollouts, policy, reference, samples, rewards, key, needs_reference
         )
 
-    judge = jax.jit(
-        functools.partial(
-            _judge,
-            config=config,
-            names=rolls.names,
-            weights=rolls.weights,
-            needs_reference=config.kl_coef > 0 or "ref_logps" in needs,
-        )
-    )
+    judge_jitted = stage.jit(judge, placement)
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, mesh)
+        raw, index = stage.split_index(raw, mesh)
         sample_key, order_key = jax.random.split(key)
         with section("update"):
             jax.block_until_ready(state.model)
-        policy = lora.join(trained.frozen, state.model)
-        drawn = rolls.sample(policy, raw, sample_key)
+        policy = lora.join(frozen, state.model)
+        samples = rollouts.sample(policy, raw, sample_key)
         with section("score"):
-            rewards = rolls.score(drawn, index)
-            batch = judge(policy, reference, drawn, rewards, order_key)
+            rewards = rollouts.score(samples, index)
+            batch = judge_jitted(policy, reference, samples, rewards, order_key)
             return jax.block_until_ready(batch)
+
+    def prepared(raw):
+        policy = beginning.abstract_model()
+        programs, samples, rewards = rollouts.programs(policy, raw)
+        arguments = (policy, stage.abstract(reference, mesh), samples, rewards)
+        arguments += (stage.abstract_key(),)
+        programs["judge"] = Program(judge, arguments, placement)
+        return programs, programs["judge"].results()
 
     def work(raw):
         prompts, prompt = raw["prompt_ids"].shape
         length = prompt + config.sampling.max_new_tokens
         sampled = prompts * config.group_size * length
-        kept = config.batch_size * config.group_size * length
-        passes = (config.kl_coef > 0 or "ref_logps" in needs) + _several_steps(config)
+        trained = config.batch_size * config.group_size * length
         return {
-            "trained": config.epochs * kept,
-            "scored": passes * kept,
-            "scalar_scored": ("reward" in parents) * sampled,
+            "trained": config.epochs * trained,
+            "scored": (needs_reference + _several_steps(config)) * trained,
+            "scalar_scored": ("reward" in context.parents) * sampled,
             "sampled": sampled,
             "length": length,
         }
 
-    return stage.Stage(
-        init=init,
+    return update.assemble(
+        mesh,
+        beginning,
+        update=update.make_minibatch_update(config, loss_objective, optimizer),
         prepare=prepare,
-        update=stage.jit_update(
-            _make_update(config, goal, optimizer, decay), trained.frozen
-        ),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
+        prepared=prepared,
+        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
         work=work,
-        frozen=trained.frozen,
     )
+
+
+def _score_metrics(config):
+    """What a held-out rollout shows beside each reward: the score as it is learned."""
+
+    def metrics(samples, scores, scored):
+        return {"reward": masked.Mean.of(_shaped(scores, samples, config), scored)}
+
+    return metrics
 
 
 def _several_steps(config):
@@ -114,68 +116,76 @@ def _several_steps(config):
     return config.epochs * config.minibatches > 1
 
 
-def _judge(
-    model, reference, drawn, rewards, key, *, config, names, weights, needs_reference
+def score_groups(
+    config, rollouts, policy, reference, samples, rewards, key, needs_reference
 ):
-    """Advantages and what else an update needs, for the groups that are kept."""
+    """Advantages and what else an update needs, for the groups that are kept.
+
+    Args:
+        config: the stage's resolved config.
+        rollouts: the stage's `Rollouts`: names and weights of the rewards.
+        policy: a `Transformer` before the update; reference: another.
+        samples: a rollout of R completions; rewards: f32[R, S].
+        key: random key of the minibatches.
+        needs_reference: whether the reference's log-probabilities are needed.
+
+    Returns:
+        {"rollout": {name: [R, ...]}, "order", "metrics"}, as
+        `update.make_minibatch_update` takes it.
+    """
     of, groups = masked.Mean.of, (-1, config.group_size)
-    told = rollout.source_metrics(rewards, names)
-    told |= rollout.completion_metrics(drawn["mask"], drawn["ended"])
-    scores, scored = rollout.total(rewards, weights)
-    scores = _shaped(scores, drawn, config)
-    told |= {
-        "reward": of(scores, scored),
-        "frac_reward_zero_std": of(
-            losses.frac_reward_zero_std(scores.reshape(groups), scored.reshape(groups))
-        ),
-    }
+    metrics = rollout.source_metrics(rewards, rollouts.names)
+    metrics |= rollout.completion_metrics(samples["mask"], samples["ended"])
+    scores, scored = rollout.total(rewards, rollouts.weights)
+    scores = _shaped(scores, samples, config)
+    no_spread = losses.frac_reward_zero_std(
+        scores.reshape(groups), scored.reshape(groups)
+    )
+    metrics |= {"reward": of(scores, scored), "frac_reward_zero_std": of(no_spread)}
     if config.oversample > 1:
         chosen = _informative(scores.reshape(groups), scored.reshape(groups), config)
-        drawn, scores, scored = jax.tree.map(
-            lambda x: _placed(x.reshape(*groups, *x.shape[1:])[chosen], x.shape[1:]),
-            (drawn, scores, scored),
+        samples, scores, scored = jax.tree.map(
+            lambda x: _rows_of(x.reshape(*groups, *x.shape[1:])[chosen], x.shape[1:]),
+            (samples, scores, scored),
         )
-    mask = drawn["mask"]
-    kept = {k: drawn[k] for k in ("ids", "segments", "positions", "tokens")}
-    ref = penalty = None
+    mask = samples["mask"]
+    arrays = {k: samples[k] for k in ("ids", "segments", "positions", "tokens")}
+    penalty = None
     if _several_steps(config) or needs_reference:
-        old = response_logps(model, drawn, config.sampling.temperature)
-        kept["old_logps"] = old.logps
-        gap = jnp.abs(drawn["behaviour_logps"] - old.logps)
-        told["val/rollout_logp_gap"] = of(gap, mask)
-        told["val/rollout_logp_gap_max"] = masked.Max.of(gap, mask)
+        old = response_logps(policy, samples, config.sampling.temperature)
+        arrays["old_logps"] = old.logps
+        gap = jnp.abs(samples["behaviour_logps"] - old.logps)
+        metrics["val/rollout_logp_gap"] = of(gap, mask)
+        metrics["val/rollout_logp_gap_max"] = masked.Max.of(gap, mask)
     if needs_reference:
-        ref = response_logps(reference, drawn, config.sampling.temperature)
-        kept["ref_logps"] = ref.logps
+        ref = response_logps(reference, samples, config.sampling.temperature)
+        arrays["ref_logps"] = ref.logps
         kl = losses.k1(old.logps, ref.logps)
-        told["objective/kl"] = of(masked.sum(kl, mask, axis=-1))
+        metrics["objective/kl"] = of(masked.sum(kl, mask, axis=-1))
         if config.kl_placement == "reward":
             penalty = config.kl_coef * masked.clear(kl, mask)
     advantages = _advantages(scores, scored, mask, penalty, config)
-    told["reward_std"] = of(_group_std(scores, scored, config))
+    metrics["reward_std"] = of(_group_std(scores, scored, config))
     # Rows no source could score, and with the filter those cut off, teach nothing.
     mask = mask & scored[:, None]
     if config.mask_truncated:
-        mask = losses.overlong_filter(mask, drawn["ended"])
-    kept |= {"mask": mask, "advantages": masked.clear(advantages, mask)}
-    keys = jax.random.split(key, config.epochs)
-    rows = mask.shape[0]
-    order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
+        mask = losses.overlong_filter(mask, samples["ended"])
+    arrays |= {"mask": mask, "advantages": masked.clear(advantages, mask)}
     return {
-        "rollout": kept,
-        "order": order.reshape(config.epochs * config.minibatches, -1),
-        "metrics": told,
+        "rollout": arrays,
+        "order": update.shuffled_minibatches(config, len(mask), key),
+        "metrics": metrics,
     }
 
 
-def _shaped(scores, drawn, config):
+def _shaped(scores, samples, config):
     """Scores less what is taken for having no end, or coming near the limit."""
     scores = losses.missing_eos(
-        scores, drawn["ended"], penalty=config.missing_eos_penalty
+        scores, samples["ended"], penalty=config.missing_eos_penalty
     )
     if config.overlong_cache:
         limit = config.sampling.max_new_tokens
-        lengths = drawn["mask"].sum(-1)
+        lengths = samples["mask"].sum(-1)
         scores += losses.soft_overlong(
             lengths, limit=limit, cache=config.overlong_cache
         )
@@ -188,9 +198,9 @@ def _informative(scores, scored, config):
     return jnp.argsort(~teaches, stable=True)[: config.batch_size]
 
 
-def _placed(x, shape):
+def _rows_of(x, shape):
     """[N, G, ...] as [N G, ...], spread over the devices."""
-    return sharding.constrain(x.reshape(-1, *shape), "batch", *(None,) * len(shape))
+    return sharding.constrain_rows(x.reshape(-1, *shape))
 
 
 def _group_std(scores, scored, config):
@@ -210,37 +220,39 @@ def _advantages(scores, scored, mask, penalty, config):
     by_token = config.advantage.startswith("returns")
     if penalty is not None and not by_token:
         scores = scores - penalty.sum(axis=1)
-    grouped, known = scores.reshape(groups), scored.reshape(groups)
+    grouped, in_groups = scores.reshape(groups), scored.reshape(groups)
     if config.advantage == "group":
-        found = losses.group_advantages(grouped, known, scale=config.scale_rewards)
+        values = losses.group_advantages(grouped, in_groups, scale=config.scale_rewards)
     elif config.advantage == "leave_one_out":
         normalize = config.normalize_advantages
-        found = losses.leave_one_out(grouped, known, normalize=normalize)
+        values = losses.leave_one_out(grouped, in_groups, normalize=normalize)
     else:
         if config.advantage == "returns_baseline":
-            scores = losses.group_advantages(grouped, known, scale="none").reshape(-1)
+            scores = losses.group_advantages(grouped, in_groups, scale="none").reshape(
+                -1
+            )
         nothing = jnp.zeros(mask.shape, jnp.float32)
-        paid = losses.kl_reward(scores, nothing, nothing, mask, kl_coef=0.0)
+        rewards = losses.kl_reward(scores, nothing, nothing, mask, kl_coef=0.0)
         if penalty is not None:
-            paid -= penalty
-        returns = losses.discounted_returns(paid, mask, discount=config.discount)
+            rewards -= penalty
+        returns = losses.discounted_returns(rewards, mask, discount=config.discount)
         return losses.whiten(returns, mask & scored[:, None])
-    return jnp.where(mask, found.reshape(-1, 1), 0.0)
+    return jnp.where(mask, values.reshape(-1, 1), 0.0)
 
 
 def make_objective(config):
-    """The policy loss over a minibatch of judged groups."""
+    """The policy loss over a minibatch of scored groups."""
     loss_fn = objective.combine(config, OFFERS, PLACES)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 
     def reductions(batch):
-        found = losses.aggregate(
+        reduction = losses.aggregate(
             config.aggregation,
             batch["mask"],
             max_length=config.sampling.max_new_tokens,
         )
-        return {"policy": found, "kl": found}
+        return {"policy": reduction, "kl": reduction}
 
     def terms(model, batch):
         mask = batch["mask"]
@@ -259,48 +271,74 @@ def make_objective(config):
         }
         if "ref_logps" in batch:
             offered["ref_logps"] = masked.clear(batch["ref_logps"], mask)
-        found, metrics = loss_fn.apply(offered)
+        loss, metrics = loss_fn.apply(offered)
         if in_loss:
-            found["kl"], told = losses.kl_in_loss(
+            loss["kl"], kl_metrics = losses.kl_in_loss(
                 offered["logps"],
                 offered["ref_logps"],
                 offered["old_logps"],
                 estimator=config.kl_estimator,
                 bias_correction=config.kl_bias_correction,
             )
-            metrics = metrics | told
+            metrics = metrics | kl_metrics
         metrics = objective.measured(metrics, {1: mask.any(-1), 2: mask})
         metrics["entropy"] = masked.Mean.of(stats.entropy, mask)
         metrics["policy_loss"] = masked.Mean.weighted(
-            found["policy"], reductions(batch)["policy"]
+            loss["policy"], reductions(batch)["policy"]
         )
-        return found, metrics
+        return loss, metrics
 
-    return stage.Objective(reductions, terms, {"kl": config.kl_coef}), loss_fn.needs
+    return update.Objective(reductions, terms, {"kl": config.kl_coef}), loss_fn.needs
 
 
-def _make_update(config, goal, optimizer, decay):
-    step = stage.make_step(goal, optimizer, micro_batches=config.micro_batches)
-
-    def update(state, batch, frozen):
-        keys = stage.dropout_keys(state, len(batch["order"]))
-
-        def minibatch(carry, xs):
-            (model, opt_state), (rows, key) = carry, xs
-            part = jax.tree.map(lambda x: x[rows], batch["rollout"])
-            part = jax.tree.map(
-                lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
-            )
-            seen = state._replace(model=model, opt_state=opt_state)
-            model, opt_state, metrics = step(seen, part, state.step, frozen, key)
-            return (model, opt_state), metrics
-
-        start = (state.model, state.opt_state)
-        (model, opt_state), metrics = jax.lax.scan(
-            minibatch, start, (batch["order"], keys)
+def _check(where, config, experiment, mesh):
+    checks.rewards(where, config)
+    schema.positive(f"{where}.oversample", config.oversample)
+    if config.group_size < 2 and config.advantage != "returns":
+        raise UserError(
+            f"{where}.group_size={config.group_size}: advantage={config.advantage!r} "
+            "compares the completions of one prompt; expected 2 or more"
         )
-        told = masked.fold(metrics) | batch["metrics"]
-        state = stage.advance(state, model, opt_state, ema_decay=decay)
-        return state, masked.results(told)
+    schema.choice(f"{where}.advantage", config.advantage, ADVANTAGES)
+    scales = ("group", "batch", "none")
+    schema.choice(f"{where}.scale_rewards", config.scale_rewards, scales)
+    schema.choice(f"{where}.aggregation", config.aggregation, losses.AGGREGATIONS)
+    # In the reward the penalty is the log-ratio itself, whatever the estimator's name.
+    checks.kl(where, config, {"reward": (), "loss": ("k2", "k3")})
+    if config.kl_bias_correction and config.kl_estimator != "k3":
+        raise UserError(
+            f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
+            f"{config.kl_estimator!r}"
+        )
+    if not 0 <= config.overlong_cache <= config.sampling.max_new_tokens:
+        raise UserError(
+            f"{where}.overlong_cache={config.overlong_cache}: expected from 0 (off) to "
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
+        )
+    checks.sampling(where, config)
+    rows = checks.epochs(where, config, config.batch_size * config.group_size)
+    # Prompts, before each is sampled from several times.
+    prompts = config.batch_size * config.oversample
+    at_once = {f"oversample={config.oversample}": prompts}
+    checks.training(where, config, experiment, mesh, KIND, rows=rows, at_once=at_once)
+    names = map(str.strip, str(config.objective).split(","))
+    whole = [name for name in names if name in losses.BY_SEQUENCE]
+    if whole and config.aggregation != "grpo":
+        raise UserError(
+            f"{where}.objective={config.objective!r}: {whole[0]} has one loss a "
+            "completion, so it needs aggregation='grpo', the mean over completions"
+        )
 
-    return update
+
+KIND = Kind(
+    name="group_policy",
+    make=make,
+    data=prompts.build,
+    check=_check,
+    roles=START | REFERENCE | REWARD,
+    model="transformer",
+    samples=True,
+    losses=losses.TABLES["group_policy"],
+    offers=OFFERS,
+    places=PLACES,
+)

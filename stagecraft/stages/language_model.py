@@ -8,74 +8,66 @@ Not here: dropout (one pass over small data needs none), label smoothing.
 
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optim, sharding
+from stagecraft import losses, masked, optim
+from stagecraft.data import corpus
 from stagecraft.errors import UserError
-from stagecraft.models import lora
-from stagecraft.models.transformer import Transformer
-from stagecraft.stages import objective, stage
+from stagecraft.stages import checks, objective, stage, update
+from stagecraft.stages.kind import Kind, Role
 
 OFFERS = {"logps": "B T", "log_z": "B T"}
 PLACES = {"tokens": "B T"}
 
 
-def make(config, model_config, mesh, parents, *, fresh_pieces=()):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config (see `stagecraft.defaults`).
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer} or {}: what training starts from.
-        fresh_pieces: ids of pieces the parent has never seen, whose embeddings are to
-            start from the mean (see `average_rows`).
+        context: the `Context`; parents {"start": Transformer} or {}: what training
+            starts from. The embeddings of `unseen_ids` start from the mean of all
+            others (see `average_rows`).
 
     Returns:
         a `Stage`; raw and prepared batches are ids i32[B, T], mask bool[B, T],
         segments i32[B, T], positions i32[B, T], and weight f32[B, T] where sources
         have weights.
     """
+    mesh, unseen = context.mesh, context.unseen_ids
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal = make_objective(config)
-    if "start" in parents:
-        trained = stage.trained(config, parents["start"], mesh)
+    loss_objective = make_objective(config)
+    if "start" in context.parents:
+        trained = stage.trained(config, context.parents["start"], mesh)
     else:
-        born = sharding.init_sharded(lambda k: Transformer(model_config, k), mesh)
-        trained = stage.Trained(None, born)
-    if trained.frozen is not None and fresh_pieces and not config.lora.embeddings:
+        trained = stage.fresh(context.model_config, mesh)
+    if trained.frozen is not None and unseen and not config.lora.embeddings:
         raise UserError(
             "lora.embeddings=False: start_from was trained on bare text and has never "
             "seen the pieces of a chat, whose embeddings an adapter leaves alone; set "
             "lora.embeddings=True"
         )
 
-    def init(key):
-        model = trained.born(key)
-        if fresh_pieces:
-            average_rows(lora.join(trained.frozen, model), fresh_pieces)
-        return stage.begin(
-            *(model, optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-        )
+    def change(model):
+        average_rows(model, unseen)
 
-    return stage.Stage(
-        init=init,
-        prepare=lambda state, raw, key: sharding.shard_batch(raw, mesh),
-        update=stage.make_update(
-            *(goal, optimizer),
-            micro_batches=config.micro_batches,
-            ema_decay=decay,
-            frozen=trained.frozen,
-        ),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
-        work=lambda raw: {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]},
-        frozen=trained.frozen,
+    beginning = stage.begin(
+        config, trained, optimizer, mesh, change=change if unseen else None
+    )
+
+    def work(raw):
+        return {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
+
+    return update.assemble(
+        mesh,
+        beginning,
+        update=update.make_update(config, loss_objective, optimizer),
+        prepare=lambda state, raw, key: stage.split_index(raw, mesh)[0],
+        objective=loss_objective,
+        work=work,
     )
 
 
 def make_objective(config):
-    """The objective over a language-model batch, as `stage.make_update` takes it."""
+    """The objective over a language-model batch, as `update.make_update` takes it."""
     loss_fn = objective.combine(config, OFFERS, PLACES)
 
     def reductions(batch):
@@ -116,7 +108,7 @@ def make_objective(config):
             }
         return loss, metrics
 
-    return stage.Objective(reductions, terms, {})
+    return update.Objective(reductions, terms, {})
 
 
 def average_rows(model, pieces):
@@ -134,7 +126,41 @@ def average_rows(model, pieces):
         if parameter is None:
             continue
         table = parameter[...]
-        kept = jnp.ones(table.shape[0], bool).at[rows].set(False)
-        mean = jnp.where(kept[:, None], table, 0).sum(0) / kept.sum()
+        others = jnp.ones(table.shape[0], bool).at[rows].set(False)
+        mean = jnp.where(others[:, None], table, 0).sum(0) / others.sum()
         parameter[...] = table.at[rows].set(mean)
     return model
+
+
+def _format(config):
+    return "text" if config.data.format == "text" else "chat"
+
+
+def _check(where, config, experiment, mesh):
+    checks.length(where, config, experiment)
+    parent = experiment.stages.get(config.start_from)
+    bare = parent is not None and parent.kind == KIND.name and _format(parent) == "text"
+    learns_turns = _format(config) == "chat" and bool(config.lora.rank)
+    if learns_turns and bare and not config.lora.embeddings:
+        raise UserError(
+            f"{where}.lora.embeddings=False: {config.start_from} learns from bare text "
+            "and never sees the pieces of a chat, whose embeddings an adapter leaves "
+            "alone; set it to True"
+        )
+    checks.training(where, config, experiment, mesh, KIND, check_data=corpus.check)
+
+
+KIND = Kind(
+    name="language_model",
+    make=make,
+    data=corpus.build,
+    check=_check,
+    roles={"start": Role(("transformer",))},
+    model="transformer",
+    supervised=True,
+    format=_format,
+    losses=losses.TABLES["language_model"],
+    offers=OFFERS,
+    places=PLACES,
+    unit="nats a token",
+)

@@ -5,71 +5,77 @@ say which is better, and takes one step of a pair loss on them (Guo et al. 2024,
 arxiv.org/abs/2402.04792). The reference stays where training began.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optim
+from stagecraft import losses, masked, optim, sharding
+from stagecraft.data import prompts
 from stagecraft.metrics import section
 from stagecraft.models import lora
-from stagecraft.stages import rollout, stage
-from stagecraft.stages.preference import make_objective, make_reference_score
+from stagecraft.stages import checks, rollout, stage, update
+from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
+from stagecraft.stages.preference import (
+    OFFERS,
+    PLACES,
+    make_objective,
+    reference_logps,
+)
+from stagecraft.stages.stage import Program
 
 
-def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
-            ScalarModel.
-        stop_ids: the tokens that end a turn.
-        verifiers: a `signals.verifier.Verifiers`, or None.
+        context: the `Context`; parents {"start", "reference": Transformer} and perhaps
+            "reward": ScalarModel.
 
     Returns:
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
-        i32[B]; prepared ones are those of `preference`.
+        i32[B]; prepared ones are those of `preference`, and "metrics".
     """
-    del model_config
+    mesh, reference = context.mesh, context.parents["reference"]
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal, needs = make_objective(config)
-    score = make_reference_score(config)
-    reference = parents["reference"]
-    trained = stage.trained(config, parents["start"], mesh)
-    rolls = rollout.make(
-        *(config, mesh, parents.get("reward"), verifiers),
-        stop_ids=stop_ids,
-        samples=2,
-    )
+    loss_objective, needs = make_objective(config)
+    trained = stage.trained(config, context.parents["start"], mesh)
+    beginning = stage.begin(config, trained, optimizer, mesh)
+    rollouts = rollout.make(config, context, samples=2)
+    frozen = beginning.frozen
+    by_rows = sharding.batch_sharding(mesh)
+    placement = (by_rows, sharding.whole(mesh))
 
-    def init(key):
-        return stage.begin(
-            *(trained.born(key), optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-        )
+    def rank(samples, rewards):
+        return rank_pairs(config, rollouts, samples, rewards)
 
-    rank = jax.jit(
-        functools.partial(
-            _rank, config=config, names=rolls.names, weights=rolls.weights
-        )
-    )
+    def score_reference(model, pairs):
+        return reference_logps(config, model, pairs)
+
+    rank_jitted = stage.jit(rank, placement)
+    score_jitted = stage.jit(score_reference, by_rows)
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, mesh)
+        raw, index = stage.split_index(raw, mesh)
         with section("update"):
             jax.block_until_ready(state.model)
-        policy = lora.join(trained.frozen, state.model)
-        drawn = rolls.sample(policy, raw, key)
+        policy = lora.join(frozen, state.model)
+        samples = rollouts.sample(policy, raw, key)
         with section("score"):
-            batch, told = rank(drawn, rolls.score(drawn, index))
+            pairs, metrics = rank_jitted(samples, rollouts.score(samples, index))
             if "ref_logps" in needs:
-                batch["ref_logps"] = score(reference, batch)
-            return jax.block_until_ready(batch | {"metrics": told})
+                pairs["ref_logps"] = score_jitted(reference, pairs)
+            return jax.block_until_ready(pairs | {"metrics": metrics})
+
+    def prepared(raw):
+        policy = beginning.abstract_model()
+        programs, samples, rewards = rollouts.programs(policy, raw)
+        programs["rank"] = Program(rank, (samples, rewards), placement)
+        pairs, metrics = programs["rank"].results()
+        if "ref_logps" in needs:
+            arguments = (stage.abstract(reference, mesh), pairs)
+            programs["reference"] = Program(score_reference, arguments, by_rows)
+            pairs = pairs | {"ref_logps": programs["reference"].results()}
+        return programs, pairs | {"metrics": metrics}
 
     def work(raw):
         prompts, prompt = raw["prompt_ids"].shape
@@ -78,55 +84,90 @@ def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
         return {
             "trained": tokens,
             "scored": ("ref_logps" in needs) * tokens,
-            "scalar_scored": ("reward" in parents) * tokens,
+            "scalar_scored": ("reward" in context.parents) * tokens,
             "sampled": tokens,
             "length": length,
         }
 
-    step = stage.make_step(goal, optimizer, micro_batches=config.micro_batches)
-
-    def update(state, batch, frozen):
-        told = batch["metrics"]
-        pairs = {k: v for k, v in batch.items() if k != "metrics"}
-        model, opt_state, metrics = step(
-            *(state, pairs, state.step, frozen), stage.dropout_key(state)
-        )
-        state = stage.advance(state, model, opt_state, ema_decay=decay)
-        return state, masked.results(metrics | told)
-
-    return stage.Stage(
-        init=init,
+    return update.assemble(
+        mesh,
+        beginning,
+        update=update.make_update(config, loss_objective, optimizer),
         prepare=prepare,
-        update=stage.jit_update(update, trained.frozen),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
+        prepared=prepared,
+        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
         work=work,
-        frozen=trained.frozen,
     )
 
 
-def _rank(drawn, rewards, *, config, names, weights):
-    """Two completions a prompt as pairs, the better first (the first of equals)."""
-    scores, scored = rollout.total(rewards, weights)
-    paid = losses.missing_eos(
-        scores, drawn["ended"], penalty=config.missing_eos_penalty
+def _score_metrics(config):
+    def metrics(samples, scores, scored):
+        return {
+            "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored)
+        }
+
+    return metrics
+
+
+def _paid(config, scores, samples):
+    """f32[R]: the scores, lowered where a completion never ended."""
+    return losses.missing_eos(
+        scores, samples["ended"], penalty=config.missing_eos_penalty
     )
+
+
+def rank_pairs(config, rollouts, samples, rewards):
+    """Two completions a prompt as pairs, the better first (the first of equals).
+
+    Args:
+        config: the stage's resolved config.
+        rollouts: the stage's `Rollouts`: names and weights of the rewards.
+        samples: a rollout of R = 2 B completions; rewards: f32[R, S].
+
+    Returns:
+        ids, segments, positions, mask, each [B, 2, T]; {metric: Mean or Max}.
+    """
+    scores, scored = rollout.total(rewards, rollouts.weights)
+    paid = _paid(config, scores, samples)
     paid, both = paid.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)
     first = (paid[:, 0] >= paid[:, 1])[:, None]
     order = jnp.where(first, jnp.array([[0, 1]]), jnp.array([[1, 0]]))  # [B, 2]
-    prompt = drawn["ids"].shape[1] - drawn["mask"].shape[1]
-    arrays = {k: drawn[k] for k in ("ids", "segments", "positions")}
+    prompt = samples["ids"].shape[1] - samples["mask"].shape[1]
+    arrays = {k: samples[k] for k in ("ids", "segments", "positions")}
     arrays["mask"] = jnp.pad(
-        drawn["mask"] & jnp.repeat(both, 2)[:, None], ((0, 0), (prompt, 0))
+        samples["mask"] & jnp.repeat(both, 2)[:, None], ((0, 0), (prompt, 0))
     )
     pairs = {
         k: jnp.take_along_axis(v.reshape(-1, 2, v.shape[-1]), order[:, :, None], axis=1)
         for k, v in arrays.items()
     }
-    of, ended = masked.Mean.of, drawn["ended"].astype(jnp.float32)
-    told = {
+    of, ended = masked.Mean.of, samples["ended"].astype(jnp.float32)
+    metrics = {
         "objective/scores": of(paid.reshape(-1), scored),
         "objective/scores_margin": of(jnp.abs(paid[:, 0] - paid[:, 1]), both),
         "val/contain_eos_token": of(ended),
     }
-    told |= rollout.source_metrics(rewards, names)
-    return pairs, told | rollout.completion_metrics(drawn["mask"], drawn["ended"])
+    metrics |= rollout.source_metrics(rewards, rollouts.names)
+    metrics |= rollout.completion_metrics(samples["mask"], samples["ended"])
+    return pairs, metrics
+
+
+def _check(where, config, experiment, mesh):
+    checks.rewards(where, config)
+    checks.sampling(where, config)
+    loss = checks.training(where, config, experiment, mesh, KIND)
+    checks.pairs(where, config, loss)
+
+
+KIND = Kind(
+    name="online_preference",
+    make=make,
+    data=prompts.build,
+    check=_check,
+    roles=START | REFERENCE | REWARD,
+    model="transformer",
+    samples=True,
+    losses=losses.TABLES["online_preference"],
+    offers=OFFERS,
+    places=PLACES,
+)

@@ -19,11 +19,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optim, sharding
+from stagecraft import losses, masked, optim, schema, sharding
+from stagecraft.data import prompts
+from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import lora
-from stagecraft.stages import objective, rollout, stage
+from stagecraft.stages import checks, objective, rollout, stage, update
+from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind, Role
 from stagecraft.stages.rollout import response_logps
+from stagecraft.stages.stage import Program
 
 OFFERS = {
     "logps": "B T",
@@ -40,71 +44,63 @@ PLACES = {"policy": "B T"}
 FIRST = ("val/ratio", "policy/ratio_max", "policy/clipfrac_avg")
 
 
-def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer, "reference": Transformer, "reward":
-            ScalarModel, "value": ScalarModel}; the critic starts from `value`. Without
-            a reward model and `value` it starts from the policy, its head new.
-        stop_ids: the tokens that end a turn.
-        verifiers: a `signals.verifier.Verifiers`, or None.
+        context: the `Context`; parents {"start", "reference": Transformer, "reward",
+            "value": ScalarModel}; the critic starts from `value`. Without a reward
+            model and `value` it starts from the policy, its head new.
 
     Returns:
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
         i32[B], and ptx_ids and so on [R, T] when pretraining text is mixed in.
     """
-    del model_config
+    mesh, parents = context.mesh, context.parents
     optimizers = make_optimizers(config)
-    decay = config.ema_decay
-    goal, needs = make_objective(config)
-    reference = parents["reference"]
-    # Without a parent of its own the critic starts from the policy, its head new.
-    starts = {"policy": parents["start"]}
-    starts["value"] = parents.get("value", parents["start"])
-    trained = {
-        part: stage.trained(config, start, mesh, scalar=part == "value")
-        for part, start in starts.items()
+    loss_objective, _ = make_objective(config)
+    parts = {
+        "policy": stage.trained(config, parents["start"], mesh),
+        "value": stage.trained(
+            config, parents.get("value", parents["start"]), mesh, scalar=True
+        ),
     }
-    frozen = {part: one.frozen for part, one in trained.items()}
-    frozen = frozen if config.lora.rank else None
-    rolls = rollout.make(
-        config, mesh, parents.get("reward"), verifiers, stop_ids=stop_ids
-    )
+    beginning = stage.begin(config, parts, optimizers, mesh, kl_coef=config.kl_coef)
+    rollouts = rollout.make(config, context)
+    frozen, reference = beginning.frozen, parents["reference"]
+    by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
+    placement = dict(rollout=by_rows, order=whole, kl=whole, metrics=whole)
 
-    def init(key):
-        return stage.begin(
-            {part: one.born(key) for part, one in trained.items()},
-            optimizers,
-            mesh,
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-            kl_coef=config.kl_coef,
+    def judge(model, reference, samples, rewards, key, kl_coef):
+        return score_rollout(
+            config, rollouts, model, reference, samples, rewards, key, kl_coef
         )
 
-    judge = jax.jit(
-        functools.partial(
-            _judge, config=config, names=rolls.names, weights=rolls.weights
-        )
-    )
+    judge_jitted = stage.jit(judge, placement)
 
     def prepare(state, raw, key):
-        raw, index = stage.placed(raw, mesh)
+        raw, index = stage.split_index(raw, mesh)
         sample_key, order_key = jax.random.split(key)
         # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):
             jax.block_until_ready(state.model)
         model = lora.join(frozen, state.model)
-        drawn = rolls.sample(model["policy"], raw, sample_key)
+        samples = rollouts.sample(model["policy"], raw, sample_key)
         with section("score"):
-            rewards = rolls.score(drawn, index)
+            rewards = rollouts.score(samples, index)
             coef = state.extra["kl_coef"]
-            batch = judge(model, reference, drawn, rewards, order_key, coef)
-            ptx = {k: v for k, v in raw.items() if k.startswith("ptx_")}
-            return jax.block_until_ready(batch) | ({"ptx": ptx} if ptx else {})
+            batch = judge_jitted(model, reference, samples, rewards, order_key, coef)
+            return jax.block_until_ready(batch) | _pretraining_rows(raw)
+
+    def prepared(raw):
+        model = beginning.abstract_model()
+        programs, samples, rewards = rollouts.programs(model["policy"], raw)
+        arguments = (model, stage.abstract(reference, mesh), samples, rewards)
+        arguments += (stage.abstract_key(), beginning.abstract.extra["kl_coef"])
+        programs["judge"] = Program(judge, arguments, placement)
+        text = _pretraining_rows(stage.abstract_rows(raw, mesh))
+        return programs, programs["judge"].results() | text
 
     def work(raw):
         rows, prompt = raw["prompt_ids"].shape
@@ -121,14 +117,34 @@ def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
             "length": prompt + config.sampling.max_new_tokens,
         }
 
-    return stage.Stage(
-        init=init,
+    return update.assemble(
+        mesh,
+        beginning,
+        update=_make_update(config, loss_objective, optimizers),
         prepare=prepare,
-        update=stage.jit_update(_make_update(config, goal, optimizers, decay), frozen),
-        evaluate=stage.make_evaluate(goal, frozen),
+        prepared=prepared,
+        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
         work=work,
-        frozen=frozen,
     )
+
+
+def _pretraining_rows(raw):
+    rows = {k: v for k, v in raw.items() if k.startswith("ptx_")}
+    return {"ptx": rows} if rows else {}
+
+
+def _score_metrics(config):
+    """What a held-out rollout shows: scores as they are paid, and who never ended."""
+
+    def metrics(samples, scores, scored):
+        return {
+            "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored),
+            "objective/missing_eos_rate": masked.Mean.of(
+                1.0 - samples["ended"].astype(jnp.float32), scored
+            ),
+        }
+
+    return metrics
 
 
 def make_optimizers(config):
@@ -153,100 +169,146 @@ def response_values(model, batch):
     return values[:, -new - 1 : -1], values[:, -1]
 
 
-def _judge(model, reference, drawn, rewards, key, kl_coef, *, config, names, weights):
-    """Everything an update needs that only frozen or not-yet-updated models know."""
-    temperature, placement = config.sampling.temperature, config.score_placement
-    ended = drawn["ended"]
-    scores, scored = rollout.total(rewards, weights)
+def score_rollout(config, rollouts, model, reference, samples, rewards, key, kl_coef):
+    """Everything an update needs that only frozen or not-yet-updated models know.
+
+    Args:
+        config: the stage's resolved config.
+        rollouts: the stage's `Rollouts`: names and weights of the rewards.
+        model: {"policy": Transformer, "value": ScalarModel} before the update.
+        reference: a `Transformer`.
+        samples: a rollout of R completions; rewards: f32[R, S].
+        key: random key of the minibatches.
+        kl_coef: f32[], the weight of the KL penalty.
+
+    Returns:
+        {"rollout": {name: [R, ...]}, "order", "kl", "metrics"}, as
+        `update.make_minibatch_update` takes it.
+    """
+    scores, scored = rollout.total(rewards, rollouts.weights)
     # A row that no source could score teaches nothing, nor does it scale the others.
-    mask = drawn["mask"] & scored[:, None]
-    old = response_logps(model["policy"], drawn, temperature)
-    ref = response_logps(reference, drawn, temperature)
-    counted = losses.value_mask(mask, placement)
-    values, after = response_values(model["value"], drawn)
-    values = jnp.where(counted, values, 0.0)
-    replace = config.missing_eos_score if config.replace_missing_eos else None
-    paid = losses.missing_eos(
-        scores, ended, penalty=config.missing_eos_penalty, replace=replace
-    )
+    mask = samples["mask"] & scored[:, None]
+    paid = _paid(config, scores, samples)
+    logps = log_probs(config, model["policy"], reference, samples)
+    targets = advantages(config, model["value"], samples, mask, logps, paid, kl_coef)
+    metrics, kl = diagnostics(config, samples, scored, logps, targets, paid, kl_coef)
+    metrics |= rollout.source_metrics(rewards, rollouts.names)
+    inputs = {k: samples[k] for k in ("ids", "segments", "positions", "tokens")}
+    return {
+        "rollout": inputs | {"mask": mask} | logps | targets,
+        "order": update.shuffled_minibatches(config, len(mask), key),
+        "kl": kl,
+        "metrics": metrics,
+    }
+
+
+def log_probs(config, policy, reference, samples):
+    """{"old_logps", "ref_logps"}: f32[R, N], nats, at the sampling temperature."""
+    temperature = config.sampling.temperature
+    return {
+        "old_logps": response_logps(policy, samples, temperature).logps,
+        "ref_logps": response_logps(reference, samples, temperature).logps,
+    }
+
+
+def advantages(config, critic, samples, mask, logps, paid, kl_coef):
+    """What the policy and the critic learn from: GAE on scores and the KL penalty.
+
+    Args:
+        critic: a `ScalarModel`.
+        samples: a rollout of R completions; mask: bool[R, N], tokens that count.
+        logps: as `log_probs` returns.
+        paid: f32[R], what each completion is paid at its end.
+        kl_coef: f32[].
+
+    Returns:
+        {"value_mask": bool, "old_values", "returns", "advantages": f32}, each [R, N].
+    """
+    placement, unbiased = config.score_placement, config.unbiased_whitening
+    value_mask = losses.value_mask(mask, placement)
+    values, after = response_values(critic, samples)
+    values = jnp.where(value_mask, values, 0.0)
     in_reward = config.kl_placement == "reward"
-    paid_tokens = losses.kl_reward(
+    rewards = losses.kl_reward(
         paid,
-        old.logps,
-        ref.logps,
+        logps["old_logps"],
+        logps["ref_logps"],
         mask,
         kl_coef=kl_coef if in_reward else 0.0,
         placement=placement,
         estimator=config.kl_estimator if in_reward else "k1",
     )
     if config.whiten_rewards:
-        paid_tokens = losses.whiten(
-            paid_tokens, counted, shift_mean=False, unbiased=config.unbiased_whitening
+        rewards = losses.whiten(
+            rewards, value_mask, shift_mean=False, unbiased=unbiased
         )
-    advantages, returns = losses.gae(
-        paid_tokens,
+    bootstrap = jnp.where(samples["ended"], 0.0, after)
+    token_advantages, returns = losses.gae(
+        rewards,
         values,
-        counted,
+        value_mask,
         discount=config.discount,
         lambda_=config.lambda_,
-        bootstrap=jnp.where(ended, 0.0, after) if config.bootstrap_truncated else None,
+        bootstrap=bootstrap if config.bootstrap_truncated else None,
     )
-    kl = masked.sum(losses.k1(old.logps, ref.logps), drawn["mask"], axis=-1)  # [B]
-    of, penalty = masked.Mean.of, kl_coef * kl * in_reward
-    told = {
+    return {
+        "value_mask": value_mask,
+        "old_values": values,
+        "returns": returns,
+        "advantages": losses.whiten(token_advantages, mask, unbiased=unbiased),
+    }
+
+
+def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
+    """TRL's metrics of a rollout, and its mean KL to the reference, f32[], in nats."""
+    mask, ended = samples["mask"], samples["ended"]
+    log_ratio = losses.k1(logps["old_logps"], logps["ref_logps"])
+    kl = masked.sum(log_ratio, mask, axis=-1)  # [R]
+    of, penalty = masked.Mean.of, kl_coef * kl * (config.kl_placement == "reward")
+    explained = losses.explained_variance(
+        targets["old_values"], targets["returns"], targets["value_mask"]
+    )
+    gap = jnp.abs(samples["behaviour_logps"] - logps["old_logps"])
+    metrics = {
         "objective/kl": of(kl),
-        "objective/kl_per_token": of(losses.k1(old.logps, ref.logps), drawn["mask"]),
-        "objective/entropy": of(masked.sum(-old.logps, drawn["mask"], axis=-1)),
+        "objective/kl_per_token": of(log_ratio, mask),
+        "objective/entropy": of(masked.sum(-logps["old_logps"], mask, axis=-1)),
         "objective/scores": of(paid, scored),
         "objective/non_score_reward": of(-penalty),
         "objective/rlhf_reward": of(paid - penalty, scored),
         "objective/kl_coef": of(kl_coef),
-        "objective/response_length": of(drawn["mask"].sum(-1).astype(jnp.float32)),
+        "objective/response_length": of(mask.sum(-1).astype(jnp.float32)),
         "objective/missing_eos_rate": of(1.0 - ended.astype(jnp.float32)),
         "val/num_eos_tokens": of(ended.sum().astype(jnp.float32)),
-        "val/explained_variance": of(
-            losses.explained_variance(values, returns, counted)
-        ),
-        "val/rollout_logp_gap": of(
-            jnp.abs(drawn["behaviour_logps"] - old.logps), drawn["mask"]
-        ),
-    } | rollout.source_metrics(rewards, names)
-    rows = drawn["tokens"].shape[0]
-    keys = jax.random.split(key, config.epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
-    kept = {k: drawn[k] for k in ("ids", "segments", "positions", "tokens")}
-    return {
-        "rollout": kept
-        | {
-            "mask": mask,
-            "value_mask": counted,
-            "old_logps": old.logps,
-            "ref_logps": ref.logps,
-            "old_values": values,
-            "advantages": losses.whiten(
-                advantages, mask, unbiased=config.unbiased_whitening
-            ),
-            "returns": returns,
-        },
-        "order": order.reshape(config.epochs * config.minibatches, -1),
-        "kl": kl.mean(),
-        "metrics": told,
+        "val/explained_variance": of(explained),
+        "val/rollout_logp_gap": of(gap, mask),
     }
+    return metrics, kl.mean()
+
+
+def _paid(config, scores, samples):
+    """f32[R]: the scores, lowered or replaced where a completion never ended."""
+    return losses.missing_eos(
+        scores,
+        samples["ended"],
+        penalty=config.missing_eos_penalty,
+        replace=config.missing_eos_score if config.replace_missing_eos else None,
+    )
 
 
 def make_objective(config):
-    """Policy and value losses over a minibatch of a judged rollout."""
+    """Policy and value losses over a minibatch of a scored rollout."""
     loss_fn = objective.combine(config, OFFERS, PLACES)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 
     def reductions(batch):
-        found = {"policy": batch["mask"], "value": batch["value_mask"]}
+        masks = {"policy": batch["mask"], "value": batch["value_mask"]}
         if in_loss:
-            found["kl"] = batch["mask"]
+            masks["kl"] = batch["mask"]
         if "ptx_ids" in batch:
-            found["ptx"] = _ptx_targets(batch)[1]
-        return {k: masked.Reduction.of(m) for k, m in found.items()}
+            masks["ptx"] = _ptx_targets(batch)[1]
+        return {k: masked.Reduction.of(m) for k, m in masks.items()}
 
     def terms(model, batch):
         mask = batch["mask"]
@@ -264,31 +326,31 @@ def make_objective(config):
             "mask": mask,
             "entropy": stats.entropy,
         }
-        found, metrics = loss_fn.apply(offered)
+        loss, metrics = loss_fn.apply(offered)
         values, _ = response_values(model["value"], batch)
-        found["value"], value_metrics = losses.ppo_value(
+        loss["value"], value_metrics = losses.ppo_value(
             values, batch["old_values"], batch["returns"], clip=config.value_clip
         )
         rows = mask.any(-1)
         if in_loss:
-            found["kl"], told = losses.kl_in_loss(
+            loss["kl"], kl_metrics = losses.kl_in_loss(
                 offered["logps"], offered["ref_logps"], estimator=config.kl_estimator
             )
-            metrics = metrics | told
+            metrics = metrics | kl_metrics
         metrics = objective.measured(metrics, {1: rows, 2: mask})
         metrics |= objective.measured(value_metrics, {2: batch["value_mask"]})
         metrics |= {
-            "loss/policy_avg": masked.Mean.of(found["policy"], mask),
-            "loss/value_avg": masked.Mean.of(found["value"], batch["value_mask"]),
+            "loss/policy_avg": masked.Mean.of(loss["policy"], mask),
+            "loss/value_avg": masked.Mean.of(loss["value"], batch["value_mask"]),
             "policy/entropy_avg": masked.Mean.of(stats.entropy, mask),
         }
         if "ptx_ids" in batch:
-            found["ptx"], targets = _ptx(model["policy"], batch)
-            metrics["loss/ptx_avg"] = masked.Mean.of(found["ptx"], targets)
-        return found, metrics
+            loss["ptx"], targets = _ptx(model["policy"], batch)
+            metrics["loss/ptx_avg"] = masked.Mean.of(loss["ptx"], targets)
+        return loss, metrics
 
     weights = {"value": config.value_coef, "kl": config.kl_coef, "ptx": config.ptx_coef}
-    return stage.Objective(reductions, terms, weights), loss_fn.needs
+    return update.Objective(reductions, terms, weights), loss_fn.needs
 
 
 def _ptx_targets(batch):
@@ -305,65 +367,79 @@ def _ptx(policy, batch):
     return losses.next_token(stats.logps)[0], mask
 
 
-def _make_update(config, goal, optimizers, decay):
+def _make_update(config, loss_objective, optimizers):
     own = isinstance(optimizers, dict)
-    step = stage.make_step(
-        goal,
+    return update.make_minibatch_update(
+        config,
+        loss_objective,
         optimizers,
-        micro_batches=config.micro_batches,
         lr_scale=None if own else {"policy": 1.0, "value": config.value_lr_scale},
+        beside=functools.partial(_pretraining_part, config.minibatches),
+        conclude=functools.partial(_conclude, config),
     )
 
-    def update(state, batch, frozen):
-        keys = stage.dropout_keys(state, len(batch["order"]))
 
-        def minibatch(carry, xs):
-            (model, opt_state, now), (rows, key) = carry, xs
-            part = jax.tree.map(lambda x: x[rows], batch["rollout"])
-            part = _placed(part | _chunk(batch, now, config.minibatches))
-            seen = state._replace(model=model, opt_state=opt_state)
-            # The schedule counts rollouts: one learning rate for a rollout's updates.
-            model, opt_state, metrics = step(seen, part, state.step, frozen, key)
-            return (model, opt_state, now + 1), metrics
-
-        start = (state.model, state.opt_state, jnp.zeros((), jnp.int32))
-        (model, opt_state, _), metrics = jax.lax.scan(
-            minibatch, start, (batch["order"], keys)
-        )
-        first = jax.tree.map(lambda x: x[0], metrics)
-        told = masked.fold(metrics) | batch["metrics"]
-        told |= {f"{k}_first": first[k] for k in FIRST if k in first}
-        if "val/ratio" in metrics:  # how much the ratio differs between minibatches
-            ratios = metrics["val/ratio"].total / metrics["val/ratio"].count
-            told["val/ratio_var"] = masked.Mean.of(jnp.var(ratios))
-        kl_coef = state.extra["kl_coef"]
-        if config.kl_target > 0:
-            kl_coef = losses.adaptive(
-                kl_coef,
-                batch["kl"],
-                target=config.kl_target,
-                horizon=config.kl_horizon,
-                batch_size=batch["order"].size // config.epochs,
-            )
-        state = stage.advance(state, model, opt_state, ema_decay=decay, kl_coef=kl_coef)
-        return state, masked.results(told)
-
-    return update
-
-
-def _chunk(batch, now, minibatches):
+def _pretraining_part(minibatches, batch, number):
     """A minibatch's own rows of pretraining text, the same ones in every epoch."""
     if "ptx" not in batch:
         return {}
     size = batch["ptx"]["ptx_ids"].shape[0] // minibatches
-    at = (now % minibatches) * size
+    start = (number % minibatches) * size
     return {
-        k: jax.lax.dynamic_slice_in_dim(v, at, size) for k, v in batch["ptx"].items()
+        k: jax.lax.dynamic_slice_in_dim(v, start, size) for k, v in batch["ptx"].items()
     }
 
 
-def _placed(part):
-    """Rows of a minibatch, spread over the devices again."""
-    return jax.tree.map(
-        lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)), part
-    )
+def _conclude(config, state, batch, metrics):
+    """Metrics over the minibatches of an update, and the next KL coefficient."""
+    first = jax.tree.map(lambda x: x[0], metrics)
+    more = {f"{k}_first": first[k] for k in FIRST if k in first}
+    if "val/ratio" in metrics:  # how much the ratio differs between minibatches
+        ratios = metrics["val/ratio"].total / metrics["val/ratio"].count
+        more["val/ratio_var"] = masked.Mean.of(jnp.var(ratios))
+    kl_coef = state.extra["kl_coef"]
+    if config.kl_target > 0:
+        kl_coef = losses.adaptive(
+            kl_coef,
+            batch["kl"],
+            target=config.kl_target,
+            horizon=config.kl_horizon,
+            batch_size=batch["order"].size // config.epochs,
+        )
+    return more, {"kl_coef": kl_coef}
+
+
+def _check(where, config, experiment, mesh):
+    checks.sampling(where, config)
+    checks.rewards(where, config)
+    rows = checks.epochs(where, config, config.batch_size)
+    checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
+    schema.choice(f"{where}.score_placement", config.score_placement, ("A", "B"))
+    make_optimizers(config)
+    data = config.data
+    if bool(data.ptx) != bool(data.ptx_rows):
+        raise UserError(
+            f"{where}.data.ptx_rows={data.ptx_rows} with data.ptx={data.ptx!r}: set "
+            "both to mix pretraining text in, or neither"
+        )
+    parts = config.minibatches * config.micro_batches * sharding.row_shards(mesh)
+    if data.ptx_rows % parts:
+        raise UserError(
+            f"{where}.data.ptx_rows={data.ptx_rows}: expected a multiple of "
+            f"minibatches * micro_batches * devices along data and fsdp = {parts}"
+        )
+    checks.training(where, config, experiment, mesh, KIND, rows=rows)
+
+
+KIND = Kind(
+    name="policy",
+    make=make,
+    data=prompts.build,
+    check=_check,
+    roles=START | REFERENCE | REWARD | {"value": Role(("scalar",), fallback="reward")},
+    model="transformer",
+    samples=True,
+    losses=losses.TABLES["policy"],
+    offers=OFFERS,
+    places=PLACES,
+)

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from stagecraft import losses, masked, optim, sharding
+from stagecraft.data import comparisons
 from stagecraft.models import lora
-from stagecraft.stages import objective, stage
+from stagecraft.stages import checks, objective, stage, update
+from stagecraft.stages.kind import REFERENCE, START, Kind
 from stagecraft.stages.reward import flatten_pairs, pair_rows
+from stagecraft.stages.stage import Program
 
 OFFERS = {
     "policy_logps": "B 2",
@@ -26,145 +29,141 @@ OFFERS = {
 PLACES = {"rows": "B", "chosen": "B T", "document": "B T"}
 
 
-def make(config, model_config, mesh, parents, *, dataset=None):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer, "reference": Transformer}; often the same tree.
-        dataset: the `Dataset` trained on, or None; when its rows come more than once,
-            their reference log-probabilities are made once.
+        context: the `Context`; parents {"start", "reference": Transformer}, often the
+            same tree; when the rows of its dataset come more than once, their
+            reference log-probabilities are made once.
 
     Returns:
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, 2, T], and
         perhaps preference f32[B] and index i32[B]; `prepare` adds ref_logps f32[B, 2].
     """
-    del model_config
+    mesh, reference = context.mesh, context.parents["reference"]
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal, needs = make_objective(config)
-    score = make_reference_score(config)
-    trained = stage.trained(config, parents["start"], mesh)
-    moving = config.sync_every > 0 and "ref_logps" in needs
-    kept = None
-    if "ref_logps" in needs and not moving and dataset is not None:
-        kept = once(config, dataset, parents["reference"], score, mesh)
+    loss_objective, needs = make_objective(config)
+    trained = stage.trained(config, context.parents["start"], mesh)
+    needs_reference = "ref_logps" in needs
+    moving = config.sync_every > 0 and needs_reference
+    beginning = stage.begin(
+        config, trained, optimizer, mesh, reference=reference if moving else None
+    )
+    frozen, by_rows = beginning.frozen, sharding.batch_sharding(mesh)
 
-    def init(key):
-        state = stage.begin(
-            *(trained.born(key), optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-        )
-        if moving:
-            first = moving_reference(state, trained.frozen, parents["reference"])
-            state.extra["reference"] = stage.make_copy(first, mesh)()
-        return state
+    def score(model, batch):
+        return reference_logps(config, model, batch)
+
+    score_jitted = stage.jit(score, by_rows)
+    stored = None
+    if needs_reference and not moving:
+        stored = stored_scores(config, context, reference, score_jitted)
 
     def prepare(state, raw, key):
         del key
-        batch, index = stage.placed(raw, mesh)
-        if "ref_logps" not in needs:
+        batch, index = stage.split_index(raw, mesh)
+        if not needs_reference:
             return batch
-        known = kept(index) if kept is not None else None
-        if known is None:
-            reference = parents["reference"]
+        logps = stored(index) if stored is not None else None
+        if logps is None:
+            model = reference
             if moving:
-                reference = lora.join(trained.frozen, state.extra["reference"])
-            known = score(reference, batch)
-        return batch | {"ref_logps": known}
+                model = lora.join(frozen, state.extra["reference"])
+            logps = score_jitted(model, batch)
+        return batch | {"ref_logps": logps}
 
-    def sync(state, model, batch):
-        del batch
-        return {"reference": synced(state, model, config)} if moving else {}
+    def prepared(raw):
+        batch = stage.abstract_rows(raw, mesh)
+        if not needs_reference:
+            return {}, batch
+        model = stage.abstract(reference, mesh)
+        if moving:
+            model = beginning.abstract_model(beginning.abstract.extra["reference"])
+        program = Program(score, (model, batch), by_rows)
+        return {"reference": program}, batch | {"ref_logps": program.results()}
 
     def work(raw):
-        found = {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
-        if kept is not None:  # every row once, spread over the steps
-            rows = raw["ids"].size // len(raw["ids"])
-            found["scored"] = dataset.rows * rows // config.steps
-        elif "ref_logps" in needs:
-            found["scored"] = raw["ids"].size
-        return found
+        tokens = {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
+        if stored is not None:  # every row once, spread over the steps
+            row = raw["ids"].size // len(raw["ids"])
+            tokens["scored"] = context.dataset.rows * row // config.steps
+        elif needs_reference:
+            tokens["scored"] = raw["ids"].size
+        return tokens
 
-    return stage.Stage(
-        init=init,
-        prepare=prepare,
-        update=stage.make_update(
-            goal,
-            optimizer,
-            micro_batches=config.micro_batches,
-            ema_decay=decay,
-            carry=sync,
-            frozen=trained.frozen,
+    return update.assemble(
+        mesh,
+        beginning,
+        update=update.make_update(
+            config, loss_objective, optimizer, sync(config) if moving else None
         ),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
+        prepare=prepare,
+        prepared=prepared,
+        objective=loss_objective,
         work=work,
-        frozen=trained.frozen,
     )
 
 
-def moving_reference(state, frozen, reference):
-    """Where a reference that moves begins, before it is copied.
-
-    Under an adapter it is an adapter too, on the same base: the policy's own as it
-    starts, which changes nothing yet.
-    """
-    return reference if frozen is None else state.model
-
-
-def synced(state, model, config):
-    """The reference, mixed with the policy every so many steps.
+def sync(config):
+    """The reference, mixed with the policy every sync_every steps.
 
     TR-DPO (Gorbatovski et al. 2024, arxiv.org/abs/2404.09656), the soft update; with
     sync_alpha=1 the hard one.
+
+    Returns:
+        (state, model, batch) -> {"reference": tree}, as `update.make_update` takes it.
     """
-    due = (state.step + 1) % config.sync_every == 0
-    alpha = jnp.where(due, config.sync_alpha, 0.0)
-    return jax.tree.map(
-        lambda ref, new: (ref + alpha * (new - ref)).astype(ref.dtype),
-        state.extra["reference"],
-        model,
-    )
+
+    def carry(state, model, batch):
+        del batch
+        due = (state.step + 1) % config.sync_every == 0
+        alpha = jnp.where(due, config.sync_alpha, 0.0)
+        reference = jax.tree.map(
+            lambda ref, new: (ref + alpha * (new - ref)).astype(ref.dtype),
+            state.extra["reference"],
+            model,
+        )
+        return {"reference": reference}
+
+    return carry
 
 
-def once(config, dataset, reference, score, mesh):
+def stored_scores(config, context, reference, score):
     """Reference log-probabilities of every row, when training sees rows twice.
 
     Returns:
         (index) -> f32[B, ...] of those rows, None for rows of other data; or None when
-        scoring batch by batch is less work, or several processes share the rows.
+        there is no dataset, when scoring batch by batch is less work, or when several
+        processes share the rows.
     """
-    if config.steps * config.batch_size <= dataset.rows or jax.process_count() > 1:
+    dataset, mesh = context.dataset, context.mesh
+    if dataset is None or jax.process_count() > 1:
+        return None
+    if config.steps * config.batch_size <= dataset.rows:
         return None
     # In the order of the data and in whole batches: a resumed run makes the same bits.
-    found = []
+    table = []
 
-    def kept(index):
+    def look_up(index):
         if index is None or index.min() < 0 or index.max() >= dataset.rows:
             return None
-        if not found:
-            rows = [
-                score(reference, stage.placed(raw, mesh)[0])
+        if not table:
+            batches = [
+                score(reference, stage.split_index(raw, mesh)[0])
                 for raw in dataset.epoch(config.batch_size)
             ]
-            found.append(np.concatenate(jax.device_get(rows))[: dataset.rows])
-        return sharding.shard_batch(found[0][np.asarray(index)], mesh)
+            table.append(np.concatenate(jax.device_get(batches))[: dataset.rows])
+        return sharding.shard_batch(table[0][np.asarray(index)], mesh)
 
-    return kept
+    return look_up
 
 
-def make_reference_score(config):
-    """(model, batch) -> f32[B, 2], summed as the stage's config says; jitted."""
-
-    @jax.jit
-    def score(model, batch):
-        _, stats, mask = pair_logps(model, batch)
-        return summed(stats.logps, mask, config)
-
-    return score
+def reference_logps(config, model, batch):
+    """f32[B, 2]: log-probabilities of completions, summed as the config says."""
+    _, stats, mask = pair_logps(model, batch)
+    return summed(stats.logps, mask, config)
 
 
 def summed(logps, mask, config):
@@ -210,7 +209,7 @@ def make_objective(config):
         }
         return loss, metrics
 
-    return stage.Objective(reductions, terms, {}), loss_fn.needs
+    return update.Objective(reductions, terms, {}), loss_fn.needs
 
 
 def _targets(batch, key):
@@ -239,3 +238,23 @@ def pair_logps(model, batch, *, squares=False):
     stats = model.token_logps(hidden, targets, squares=squares)
     stats, mask = jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
     return losses.sequence_logps(stats.logps, mask), stats, mask
+
+
+def _check(where, config, experiment, mesh):
+    checks.length(where, config, experiment)
+    checks.moving_reference(where, config)
+    loss = checks.training(where, config, experiment, mesh, KIND)
+    checks.pairs(where, config, loss)
+
+
+KIND = Kind(
+    name="preference",
+    make=make,
+    data=comparisons.pairs,
+    check=_check,
+    roles=START | REFERENCE,
+    model="transformer",
+    losses=losses.TABLES["preference"],
+    offers=OFFERS,
+    places=PLACES,
+)

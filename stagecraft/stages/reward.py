@@ -5,15 +5,19 @@ completion's mask is last true, which is its end-of-turn token: never where padd
 seems to begin.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from stagecraft import masked, optim
+from stagecraft import losses, masked, optim
+from stagecraft.data import comparisons
 from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.models.language import placed
 from stagecraft.models.scores import scores
-from stagecraft.stages import objective, stage
+from stagecraft.stages import checks, objective, stage, update
+from stagecraft.stages.kind import Kind, Role
 
 BUCKETS = 5  # of confidence, from 0.5 to 1
 
@@ -21,57 +25,39 @@ OFFERS = {"rewards": "B K", "present": "B K bool", "margin": "B", "preference": 
 PLACES = {"rows": "B"}
 
 
-def make(config, model_config, mesh, parents):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`; the body's own when it has a parent.
-        mesh: the mesh.
-        parents: {"start": Transformer}, the SFT model, or a ScalarModel to go on from.
+        context: the `Context`; parents {"start": Transformer}, the SFT model, or a
+            ScalarModel to go on from.
 
     Returns:
         a `Stage`; batches are ids, mask, segments, positions, each [B, K, T], best
         completion first (K = 2: chosen, rejected), and perhaps margin, preference
         f32[B].
     """
-    del model_config
-    trained = stage.trained(config, parents["start"], mesh, scalar=True)
+    mesh = context.mesh
+    trained = stage.trained(config, context.parents["start"], mesh, scalar=True)
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal = make_objective(config)
+    loss_objective = make_objective(config)
 
-    def init(key):
-        return stage.begin(
-            *(trained.born(key), optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-        )
+    def work(raw):
+        return {"scalar_trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
 
-    def prepare(state, raw, key):
-        del state, key
-        return stage.placed(raw, mesh)[0]
-
-    return stage.Stage(
-        init=init,
-        prepare=prepare,
-        update=stage.make_update(
-            *(goal, optimizer),
-            micro_batches=config.micro_batches,
-            ema_decay=decay,
-            frozen=trained.frozen,
-        ),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
-        work=lambda raw: {
-            "scalar_trained": raw["ids"].size,
-            "length": raw["ids"].shape[-1],
-        },
-        frozen=trained.frozen,
+    return update.assemble(
+        mesh,
+        stage.begin(config, trained, optimizer, mesh),
+        update=update.make_update(config, loss_objective, optimizer),
+        prepare=lambda state, raw, key: stage.split_index(raw, mesh)[0],
+        objective=loss_objective,
+        work=work,
     )
 
 
 def make_objective(config):
-    """The objective over a batch of pairs, as `stage.make_update` takes it."""
+    """The objective over a batch of pairs, as `update.make_update` takes it."""
     loss_fn = objective.combine(config, OFFERS, PLACES)
 
     def reductions(batch):
@@ -101,7 +87,7 @@ def make_objective(config):
         metrics["length_accuracy"] = masked.Mean.of(longer_wins(lengths), rows)
         return loss, metrics
 
-    return stage.Objective(reductions, terms, {})
+    return update.Objective(reductions, terms, {})
 
 
 def normalize(state, reference, batch_size, frozen=None):
@@ -188,3 +174,35 @@ def pair_scores(model, batch):
 def flatten_pairs(x):
     """[B, K, T] as [K B, T]; those of a row stay neighbours (and on one device)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _check(where, config, experiment, mesh):
+    checks.length(where, config, experiment)
+    checks.training(where, config, experiment, mesh, KIND)
+
+
+def _finish(config, data, frozen):
+    """Sets the mean reward of the demonstrations to 0, where there are any."""
+    if data.reference is None:
+        return None
+    return functools.partial(
+        normalize,
+        reference=data.reference,
+        batch_size=config.batch_size,
+        frozen=frozen,
+    )
+
+
+KIND = Kind(
+    name="reward",
+    make=make,
+    data=comparisons.rankings,
+    check=_check,
+    roles={"start": Role(("transformer", "scalar"), required=True)},
+    model="scalar",
+    losses=losses.TABLES["reward"],
+    offers=OFFERS,
+    places=PLACES,
+    unit="nats a pair",
+    finish=_finish,
+)

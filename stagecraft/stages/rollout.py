@@ -3,7 +3,6 @@
 A reward model scores on the device; verifiers (functions of text) score on the host.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,13 +13,15 @@ import numpy as np
 from stagecraft import masked, sharding
 from stagecraft.errors import UserError
 from stagecraft.metrics import section
-from stagecraft.models import sampling
+from stagecraft.models import lora, sampling
 from stagecraft.models.scores import scores
+from stagecraft.stages import stage
+from stagecraft.stages.stage import Program
 
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
 
-class Rollout(NamedTuple):
+class Rollouts(NamedTuple):
     """How a stage samples and scores.
 
     Attributes:
@@ -29,29 +30,32 @@ class Rollout(NamedTuple):
             i32[R, P + N], tokens i32[R, N], mask bool[R, N], behaviour_logps
             f32[R, N], ended bool[R], with R = B * samples rows, those of one prompt
             next to each other.
-        score: (rollout, raw) -> rewards f32[R, S], one column a source, not finite
-            where a row could not be scored.
+        score: (rollout, index) -> rewards f32[R, S], one column a source, not finite
+            where a row could not be scored; index i32[B] says which records the
+            prompts are.
+        programs: (policy, raw) -> ({name: Program}, rollout, rewards), all as shapes.
         names: the S sources.
         weights: their weights.
     """
 
     sample: Callable
     score: Callable
-    names: tuple
-    weights: tuple
+    programs: Callable
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
 
 
-def make(config, mesh, reward_model, verifiers, *, stop_ids, samples=1):
-    """Builds the sampling and scoring of a stage.
+def make(config, context, *, samples=1):
+    """Builds the sampling and scoring of a stage: `Rollouts`.
 
     Args:
         config: the stage's resolved config: sampling, reward_weights.
-        mesh: the mesh.
-        reward_model: a `ScalarModel`, or None.
-        verifiers: a `signals.verifier.Verifiers`, or None.
-        stop_ids: the tokens that end a completion.
+        context: the stage's `Context`; without "reward" among its parents only its
+            verifiers score.
         samples: completions of each prompt.
     """
+    mesh, verifiers = context.mesh, context.verifiers
+    reward_model = context.parents.get("reward")
     names = (REWARD_MODEL,) * (reward_model is not None)
     names += tuple(verifiers.names) if verifiers else ()
     weights = tuple(config.reward_weights) or (1.0,) * len(names)
@@ -60,32 +64,90 @@ def make(config, mesh, reward_model, verifiers, *, stop_ids, samples=1):
             f"reward_weights={weights}: expected one for each of the {len(names)} "
             f"rewards ({', '.join(names) or 'none: set reward_from or verifiers'})"
         )
-    draw = jax.jit(
-        functools.partial(_sample, config=config, stop_ids=stop_ids, samples=samples)
-    )
-    judge = jax.jit(_model_score)
+    by_rows = sharding.batch_sharding(mesh)
+
+    def generate(policy, raw, key):
+        return _generate(policy, raw, key, config, context.stop_ids, samples)
+
+    generate_jitted = stage.jit(generate, by_rows)
+    score_jitted = stage.jit(model_scores, by_rows)
 
     def sample(policy, raw, key):
         with section("sample"):
             arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
-            return jax.block_until_ready(draw(policy, arrays, key))
+            return jax.block_until_ready(generate_jitted(policy, arrays, key))
 
     def score(rollout, index):
         columns = []
         if reward_model is not None:
-            columns.append(judge(reward_model, rollout))
+            columns.append(score_jitted(reward_model, rollout))
         if verifiers:
             with section("verify"):
-                host = {k: np.asarray(rollout[k]) for k in ("tokens", "mask", "ended")}
-                found = verifiers(np.repeat(np.asarray(index), samples), **host)
-                columns += sharding.shard_batch(tuple(found.T.astype(np.float32)), mesh)
+                arrays = {
+                    k: np.asarray(rollout[k]) for k in ("tokens", "mask", "ended")
+                }
+                rewards = verifiers(np.repeat(np.asarray(index), samples), **arrays)
+                columns += sharding.shard_batch(
+                    tuple(rewards.T.astype(np.float32)), mesh
+                )
         return jnp.stack(columns, axis=1)
 
-    return Rollout(sample, score, names, weights)
+    def programs(policy, raw):
+        arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
+        arguments = (policy, stage.abstract_rows(arrays, mesh), stage.abstract_key())
+        every = {"sample": Program(generate, arguments, by_rows)}
+        rollout = every["sample"].results()
+        if reward_model is not None:
+            arguments = (stage.abstract(reward_model, mesh), rollout)
+            every["score"] = Program(model_scores, arguments, by_rows)
+        shape = (len(rollout["tokens"]), len(names))
+        rewards = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
+        return every, rollout, rewards
+
+    return Rollouts(sample, score, programs, names, weights)
 
 
-def _sample(policy, raw, key, *, config, stop_ids, samples):
-    got = sampling.generate(
+def make_evaluate(rollouts, frozen, mesh, metrics):
+    """Held-out prompts sampled and scored: `Stage.evaluate` of a stage that samples.
+
+    Args:
+        rollouts: the stage's `Rollouts`.
+        frozen: what the state's model is an adapter of, or None.
+        mesh: the mesh.
+        metrics: (rollout, scores f32[R], scored bool[R]) -> {metric: Mean or Max}, what
+            the stage's kind measures beside each source's rewards and the lengths;
+            only scored rows count.
+    """
+
+    def measure(rollout, rewards, rows):
+        values, scored = total(rewards, rollouts.weights)
+        return (
+            source_metrics(rewards, rollouts.names, rows)
+            | completion_metrics(rollout["mask"], rollout["ended"], rows)
+            | metrics(rollout, values, scored & rows)
+        )
+
+    measure_jitted = jax.jit(measure)
+
+    def evaluate(state, raw, key):
+        # The rows that fill up the last batch are no prompts; one token keeps them
+        # from being empty.
+        real = np.asarray(raw["index"]) >= 0
+        mask = np.array(raw["prompt_mask"])
+        mask[~real, -1] = True
+        raw, index = stage.split_index(raw | {"prompt_mask": mask}, mesh)
+        model = lora.join(frozen, state.model)
+        policy = model["policy"] if isinstance(model, dict) else model
+        rollout = rollouts.sample(policy, raw, key)
+        rewards = rollouts.score(rollout, np.maximum(index, 0))
+        rows = np.repeat(real, len(rollout["tokens"]) // len(real))
+        return measure_jitted(rollout, rewards, sharding.shard_batch(rows, mesh))
+
+    return evaluate
+
+
+def _generate(policy, raw, key, config, stop_ids, samples):
+    sampled = sampling.generate(
         policy,
         raw["prompt_ids"],
         raw["prompt_mask"],
@@ -97,20 +159,20 @@ def _sample(policy, raw, key, *, config, stop_ids, samples):
     prompt_ids, prompt_mask = (
         jnp.repeat(raw[k], samples, axis=0) for k in ("prompt_ids", "prompt_mask")
     )
-    seen = jnp.concatenate([prompt_mask, got.mask], axis=1)
+    seen = jnp.concatenate([prompt_mask, sampled.mask], axis=1)
     return {
-        "ids": jnp.concatenate([prompt_ids, got.tokens], axis=1),
+        "ids": jnp.concatenate([prompt_ids, sampled.tokens], axis=1),
         "segments": seen.astype(jnp.int32),
         "positions": jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen,
-        "tokens": got.tokens,
-        "mask": got.mask,
-        "behaviour_logps": got.logps,
-        "ended": got.ended,
+        "tokens": sampled.tokens,
+        "mask": sampled.mask,
+        "behaviour_logps": sampled.logps,
+        "ended": sampled.ended,
     }
 
 
-def _model_score(model, rollout):
-    """The reward model's word on each completion, f32[R], read at its last token."""
+def model_scores(model, rollout):
+    """The reward model's score of each completion, f32[R], read at its last token."""
     mask = rollout["mask"]
     prompt = rollout["ids"].shape[1] - mask.shape[1]
     whole = jnp.pad(mask, ((0, 0), (prompt, 0)))
@@ -133,33 +195,46 @@ def total(rewards, weights):
     return jnp.where(scored, weighted.sum(axis=1), 0.0), scored
 
 
-def source_metrics(rewards, names):
-    """ "rewards/NAME/mean" and "/std" of each source, over the rows it scored."""
-    told = {}
+def source_metrics(rewards, names, rows=None):
+    """ "rewards/NAME/mean" and "/std" of each source, over the rows it scored.
+
+    Args:
+        rewards: f32[R, S]; names: the S sources.
+        rows: bool[R], the rows that count; None for all.
+    """
+    metrics = {}
     for column, name in enumerate(names):
         values = rewards[:, column]
-        known = jnp.isfinite(values)
-        values = jnp.where(known, values, 0.0)
-        spread = jnp.sqrt(masked.var(values, known, unbiased=True))
-        told[f"rewards/{name}/mean"] = masked.Mean.of(values, known)
-        told[f"rewards/{name}/std"] = masked.Mean.of(spread)
+        finite = jnp.isfinite(values)
+        finite = finite if rows is None else finite & rows
+        values = jnp.where(finite, values, 0.0)
+        spread = jnp.sqrt(masked.var(values, finite, unbiased=True))
+        metrics[f"rewards/{name}/mean"] = masked.Mean.of(values, finite)
+        metrics[f"rewards/{name}/std"] = masked.Mean.of(spread)
     scored = jnp.isfinite(rewards).all(axis=1)
-    told["rewards/unscored"] = masked.Mean.of(1.0 - scored.astype(jnp.float32))
-    return told
+    metrics["rewards/unscored"] = masked.Mean.of(1.0 - scored.astype(jnp.float32), rows)
+    return metrics
 
 
-def completion_metrics(mask, ended):
-    """TRL's figures of how long completions are and how many were cut off."""
+def completion_metrics(mask, ended, rows=None):
+    """TRL's figures of how long completions are and how many were cut off.
+
+    Args:
+        mask: bool[R, N]; ended: bool[R].
+        rows: bool[R], the rows that count; None for all.
+    """
     length = mask.sum(-1).astype(jnp.float32)
     of = masked.Mean.of
+    clipped = 1.0 - ended.astype(jnp.float32)
+    ended = ended if rows is None else ended & rows
     return {
-        "completions/mean_length": of(length),
-        "completions/max_length": masked.Max.of(length),
-        "completions/min_length": masked.Min.of(length),
+        "completions/mean_length": of(length, rows),
+        "completions/max_length": masked.Max.of(length, rows),
+        "completions/min_length": masked.Min.of(length, rows),
         "completions/mean_terminated_length": of(length, ended),
         "completions/max_terminated_length": masked.Max.of(length, ended),
         "completions/min_terminated_length": masked.Min.of(length, ended),
-        "completions/clipped_ratio": of(1.0 - ended.astype(jnp.float32)),
+        "completions/clipped_ratio": of(clipped, rows),
     }
 
 

@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, optim, sharding
+from stagecraft.data import comparisons
+from stagecraft.errors import UserError
 from stagecraft.models import lora
-from stagecraft.stages import objective, stage
-from stagecraft.stages.preference import moving_reference, once, synced
+from stagecraft.stages import checks, objective, stage, update
+from stagecraft.stages.kind import REFERENCE, START, Kind
+from stagecraft.stages.preference import stored_scores, sync
+from stagecraft.stages.stage import Program
 
 OFFERS = {
     "policy_logps": "B",
@@ -25,101 +29,115 @@ OFFERS = {
 PLACES = {"rows": "B"}
 
 
-def make(config, model_config, mesh, parents, *, dataset=None):
+def make(config, context):
     """Builds the stage.
 
     Args:
         config: the stage's resolved config.
-        model_config: a `ModelConfig`.
-        mesh: the mesh.
-        parents: {"start": Transformer, "reference": Transformer}.
-        dataset: the `Dataset` trained on, or None; see `preference.make`.
+        context: the `Context`; parents {"start", "reference": Transformer}; for its
+            dataset see `preference.make`.
 
     Returns:
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, T], label
         bool[B] and perhaps index i32[B].
     """
-    del model_config
+    mesh, reference = context.mesh, context.parents["reference"]
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    decay = config.ema_decay
-    goal, needs = make_objective(config)
+    loss_objective, needs = make_objective(config)
     if "delta" in needs:  # a mean of log-ratios
         needs |= {"ref_logps"}
-    beta = float(config.objective_args.get("beta", 0.1))
-    score = jax.jit(lambda model, batch: row_logps(model, batch)[0])
-    distance = jax.jit(_distance)
-    trained = stage.trained(config, parents["start"], mesh)
+    trained = stage.trained(config, context.parents["start"], mesh)
     moving = config.sync_every > 0 and "ref_logps" in needs
-    kept = None
-    if "ref_logps" in needs and not moving and dataset is not None:
-        kept = once(config, dataset, parents["reference"], score, mesh)
-
-    def init(key):
-        extra = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
-        state = stage.begin(
-            *(trained.born(key), optimizer, mesh),
-            ema=decay > 0,
-            dropout=stage.dropout(config, key),
-            **extra,
-        )
-        if moving:
-            first = moving_reference(state, trained.frozen, parents["reference"])
-            state.extra["reference"] = stage.make_copy(first, mesh)()
-        return state
+    scalars = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
+    beginning = stage.begin(
+        config,
+        trained,
+        optimizer,
+        mesh,
+        reference=reference if moving else None,
+        **scalars,
+    )
+    frozen, by_rows = beginning.frozen, sharding.batch_sharding(mesh)
+    score_jitted = stage.jit(score, by_rows)
+    distance_jitted = stage.jit(reference_distance, sharding.whole(mesh))
+    stored = None
+    if "ref_logps" in needs and not moving:
+        stored = stored_scores(config, context, reference, score_jitted)
 
     def prepare(state, raw, key):
         del key
-        batch, index = stage.placed(raw, mesh)
-        policy, reference = lora.join(trained.frozen, state.model), parents["reference"]
+        batch, index = stage.split_index(raw, mesh)
+        policy, model = lora.join(frozen, state.model), reference
         if moving:
-            reference = lora.join(trained.frozen, state.extra["reference"])
-        known = kept(index) if kept is not None else None
-        if known is not None:
-            batch["ref_logps"] = known
-        elif "ref_logps" in needs:
-            batch["ref_logps"] = score(reference, batch)
+            model = lora.join(frozen, state.extra["reference"])
+        logps = stored(index) if stored is not None else None
+        if "ref_logps" in needs:
+            batch["ref_logps"] = score_jitted(model, batch) if logps is None else logps
         if "kl" in needs:
-            batch["kl"] = distance(policy, reference, batch)
+            batch["kl"] = distance_jitted(policy, model, batch)
         if "delta" in needs:
-            moved = running_mean(
-                state.extra["delta"],
-                state.extra["seen"],
-                beta * (score(policy, batch) - batch["ref_logps"]),
-                batch["mask"].any(-1),
-            )
-            batch["delta"], batch["seen"] = moved
+            rewards = _rewards(config, score_jitted(policy, batch), batch)
+            mean, count = state.extra["delta"], state.extra["seen"]
+            rows = batch["mask"].any(-1)
+            batch["delta"], batch["seen"] = running_mean(mean, count, rewards, rows)
         return batch
+
+    def prepared(raw):
+        batch = rows = stage.abstract_rows(raw, mesh)
+        policy = beginning.abstract_model()
+        model = stage.abstract(reference, mesh)
+        if moving:
+            model = beginning.abstract_model(beginning.abstract.extra["reference"])
+        programs = {}
+        if "ref_logps" in needs:
+            programs["reference"] = Program(score, (model, rows), by_rows)
+            batch = batch | {"ref_logps": programs["reference"].results()}
+        if "kl" in needs:
+            arguments = (policy, model, rows)
+            whole = sharding.whole(mesh)
+            programs["distance"] = Program(reference_distance, arguments, whole)
+            batch = batch | {"kl": programs["distance"].results()}
+        if "delta" in needs:
+            programs["policy"] = Program(score, (policy, rows), by_rows)
+            extra = beginning.abstract.extra
+            batch = batch | {k: extra[k] for k in ("delta", "seen")}
+        return programs, batch
+
+    move = sync(config)
 
     def carry(state, model, batch):
         extra = {k: batch[k] for k in ("delta", "seen") if "delta" in needs}
-        if moving:
-            extra["reference"] = synced(state, model, config)
-        return extra
+        return extra | (move(state, model, batch) if moving else {})
 
     def work(raw):
         tokens = raw["ids"].size
         passes = 2 * ("kl" in needs) + ("delta" in needs)
-        passes += "ref_logps" in needs and kept is None
+        passes += "ref_logps" in needs and stored is None
         scored = passes * tokens
-        if kept is not None:
-            scored += dataset.rows * raw["ids"].shape[-1] // config.steps
+        if stored is not None:
+            scored += context.dataset.rows * raw["ids"].shape[-1] // config.steps
         return {"trained": tokens, "scored": scored, "length": raw["ids"].shape[-1]}
 
-    return stage.Stage(
-        init=init,
+    return update.assemble(
+        mesh,
+        beginning,
+        update=update.make_update(config, loss_objective, optimizer, carry),
         prepare=prepare,
-        update=stage.make_update(
-            goal,
-            optimizer,
-            micro_batches=config.micro_batches,
-            ema_decay=decay,
-            carry=carry,
-            frozen=trained.frozen,
-        ),
-        evaluate=stage.make_evaluate(goal, trained.frozen),
+        prepared=prepared,
+        objective=loss_objective,
         work=work,
-        frozen=trained.frozen,
     )
+
+
+def score(model, batch):
+    """Summed log-probabilities of completions, f32[B]."""
+    return row_logps(model, batch)[0]
+
+
+def _rewards(config, policy_logps, batch):
+    """The implied rewards of a batch, f32[B]: beta times the log-ratio."""
+    beta = float(config.objective_args.get("beta", 0.1))
+    return beta * (policy_logps - batch["ref_logps"])
 
 
 def make_objective(config):
@@ -152,7 +170,7 @@ def make_objective(config):
         metrics["entropy"] = masked.Mean.of(stats.entropy, mask)
         return loss, metrics
 
-    return stage.Objective(reductions, terms, {}), loss_fn.needs
+    return update.Objective(reductions, terms, {}), loss_fn.needs
 
 
 def row_logps(model, batch):
@@ -197,7 +215,7 @@ def rotated(batch):
     }
 
 
-def _distance(model, reference, batch):
+def reference_distance(model, reference, batch):
     """KTO's z: the policy's mean log-ratio on rotated completions, at least 0."""
     turned = rotated(batch)
     turned = {k: sharding.constrain(v, "batch", None) for k, v in turned.items()}
@@ -211,3 +229,27 @@ def running_mean(mean, seen, values, mask):
     total = seen + masked.count(mask)
     added = masked.sum(values, mask) - masked.count(mask) * mean
     return mean + added / jnp.maximum(total, 1.0), total
+
+
+def _check(where, config, experiment, mesh):
+    checks.length(where, config, experiment)
+    checks.moving_reference(where, config)
+    loss = checks.training(where, config, experiment, mesh, KIND)
+    if "kl" in loss.needs and config.batch_size < 2:
+        raise UserError(
+            f"{where}.batch_size={config.batch_size}: {config.objective} measures each "
+            "prompt with another row's completion; expected 2 or more"
+        )
+
+
+KIND = Kind(
+    name="unpaired_preference",
+    make=make,
+    data=comparisons.judgements,
+    check=_check,
+    roles=START | REFERENCE,
+    model="transformer",
+    losses=losses.TABLES["unpaired_preference"],
+    offers=OFFERS,
+    places=PLACES,
+)

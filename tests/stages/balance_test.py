@@ -9,6 +9,7 @@ import pytest
 from stagecraft import sharding
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import language_model
+from stagecraft.stages.stage import Context
 from tests.stages import cases
 
 CONFIG = dataclasses.replace(cases.CONFIG, experts=4, expert_width=8, balance_coef=0.0)
@@ -21,7 +22,7 @@ def once(mesh, coef, **changes):
         start = sharding.init_sharded(lambda key: Transformer(config, key), mesh)(
             jax.random.key(3)
         )
-        made = language_model.make(stage, config, mesh, {"start": start})
+        made = language_model.make(stage, Context(mesh, config, {"start": start}))
         state = made.init(jax.random.key(0))
         before = np.asarray(state.model.layers.experts.router[...])
         state, metrics = made.update(state, made.prepare(state, raw, None))

@@ -9,16 +9,9 @@ import numpy as np
 from stagecraft import defaults, sharding
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from stagecraft.stages import (
-    group_policy,
-    language_model,
-    online_preference,
-    policy,
-    preference,
-    reward,
-    rollout,
-    unpaired_preference,
-)
+from stagecraft.stages import rollout
+from stagecraft.stages.kinds import KINDS as RECORDS
+from stagecraft.stages.stage import Context
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -110,24 +103,6 @@ def judged(rows=16, length=16, seed=0):
 OPTIMIZER = dict(name="sgd", lr=0.1, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
 
 
-PARENTS = {
-    "language_model": ("start",),
-    "reward": ("start",),
-    "preference": ("start", "reference"),
-    "unpaired_preference": ("start", "reference"),
-    "online_preference": ("start", "reference", "reward"),
-    "policy": ("start", "reference", "reward", "value"),
-    "group_policy": ("start", "reference", "reward"),
-}
-BUILD = {
-    "language_model": language_model.make,
-    "reward": reward.make,
-    "preference": preference.make,
-    "unpaired_preference": unpaired_preference.make,
-    "online_preference": online_preference.make,
-    "policy": policy.make,
-    "group_policy": group_policy.make,
-}
 BATCH = {
     "language_model": documents,
     "reward": pairs,
@@ -145,7 +120,15 @@ SETTINGS = {
         **dict(epochs=2, minibatches=2, kl_coef=0.1),
     ),
 }
-KINDS = tuple(PARENTS)
+KINDS = tuple(BATCH)
+
+
+def config(kind, **changes):
+    """A stage's config, small, with plain SGD; `changes` to it."""
+    changes = dict(optimizer=OPTIMIZER, steps=10, batch_size=16) | changes
+    if RECORDS[kind].samples:
+        changes = dict(sampling=dict(max_new_tokens=10, temperature=0.7)) | changes
+    return defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
 
 
 def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
@@ -159,17 +142,12 @@ def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
         start: a model to start from in place of the policy.
         **changes: to the config.
     """
-    changes = dict(optimizer=OPTIMIZER, steps=10, batch_size=16) | changes
-    samples = kind in ("policy", "group_policy", "online_preference")
-    if samples:
-        changes = dict(sampling=dict(max_new_tokens=10, temperature=0.7)) | changes
-    config = defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
+    stage_config = config(kind, **changes)
     known = models(mesh)
     known |= {"start": start or known["policy"], "value": known["reward"]}
-    roles = {name: known[name] for name in PARENTS[kind] if name not in without}
-    extra = dict(stop_ids=(STOP,), verifiers=verifiers) if samples else {}
-    made = BUILD[kind](config, CONFIG, mesh, roles, **extra)
-    return made, BATCH[kind](), config
+    roles = {name: known[name] for name in RECORDS[kind].roles if name not in without}
+    context = Context(mesh, CONFIG, roles, stop_ids=(STOP,), verifiers=verifiers)
+    return RECORDS[kind].make(stage_config, context), BATCH[kind](), stage_config
 
 
 # -- the judge: plain numpy from whole logits ------------------------------------------
@@ -221,19 +199,19 @@ def watched():
     seen, real = {}, rollout.make
 
     def make(*args, **settings):
-        found = real(*args, **settings)
+        rollouts = real(*args, **settings)
 
         def sample(*args):
-            drawn = found.sample(*args)
-            seen["drawn"] = host(drawn)
-            return drawn
+            samples = rollouts.sample(*args)
+            seen["drawn"] = host(samples)
+            return samples
 
         def score(*args):
-            rewards = found.score(*args)
+            rewards = rollouts.score(*args)
             seen["rewards"] = np.asarray(rewards)
             return rewards
 
-        return found._replace(sample=sample, score=score)
+        return rollouts._replace(sample=sample, score=score)
 
     with mock.patch.object(rollout, "make", make):
         yield seen

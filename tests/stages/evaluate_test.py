@@ -15,9 +15,9 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
         made, raw, _ = cases.stage("preference", shared, **changes)
         state = made.init(jax.random.key(0))
         halves = [{k: v[i::2] for k, v in raw.items()} for i in range(2)]
-        found = [made.evaluate(state, made.prepare(state, h, None)) for h in halves]
+        found = [made.evaluate(state, h, None) for h in halves]
         merged = masked.results(masked.merge(*found))
-        whole = masked.results(made.evaluate(state, made.prepare(state, raw, None)))
+        whole = masked.results(made.evaluate(state, raw, None))
         _, metrics = made.update(state, made.prepare(state, raw, None))
     parts = float(merged["loss/rows"] + merged["loss/chosen"])
     assert float(merged["loss"]) == pytest.approx(parts, rel=1e-6)

@@ -16,7 +16,8 @@ from stagecraft import (
 )
 from stagecraft.errors import UserError
 from stagecraft.models import locate, lora
-from stagecraft.stages import stage as stages
+from stagecraft.stages import preference, update
+from stagecraft.stages.stage import Context, State
 from tests.stages import cases
 from tests.stages.update_test import assert_same, once
 
@@ -66,7 +67,7 @@ def test_dpo_begins_at_log_2_with_one_copy_of_its_base():
         start = cases.models(shared)["policy"]
         config = defaults.stage("preference", lora=LORA, optimizer=cases.OPTIMIZER)
         roles = {"start": start, "reference": start}
-        made = cases.BUILD["preference"](config, cases.CONFIG, shared, roles)
+        made = preference.make(config, Context(shared, cases.CONFIG, roles))
         assert made.frozen is start
         state = made.init(jax.random.key(0))
         raw = cases.pairs()
@@ -77,16 +78,8 @@ def test_dpo_begins_at_log_2_with_one_copy_of_its_base():
         assert float(told["loss"]) < np.log(2)
 
 
-def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
+def test_the_base_is_an_argument_and_no_gradient_is_made_of_it():
     shared = cases.single()
-    seen = {}
-
-    def watch(update, frozen=None):
-        seen["update"] = update
-        return real(update, frozen)
-
-    real = stages.jit_update
-    monkeypatch.setattr(stages, "jit_update", watch)
     found = {}
     for rank in (0, 2):
         with jax.set_mesh(shared):
@@ -94,7 +87,8 @@ def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
             made, raw, _ = cases.stage("language_model", shared, **changes)
             state = made.init(jax.random.key(0))
             batch = made.prepare(state, raw, None)
-            program = jax.make_jaxpr(seen["update"])(state, batch, made.frozen)
+            update_program = made.programs(raw)["update"].function
+            program = jax.make_jaxpr(update_program)(state, batch, made.frozen)
         assert not [x for x in program.consts if np.size(x) > 64]
         # Products in the shape of up and gate, which nothing but a gradient has.
         found[rank] = [
@@ -129,7 +123,7 @@ def test_a_restored_state_goes_on_bit_for_bit_dropout_too(tmp_path):
         rest = [fresh.opt_state, fresh.extra, fresh.step]
         model, rest, _ = saver.restore(1, fresh.model, rest)
         saver.close()
-        restored = stages.State(rest[2], model, rest[0], rest[1])
+        restored = State(rest[2], model, rest[0], rest[1])
         assert tree.digest(restored) == tree.digest(state)
         batches = [made.prepare(s, raw, jax.random.key(2)) for s in (state, restored)]
         first = cases.host(state.model)
@@ -138,7 +132,7 @@ def test_a_restored_state_goes_on_bit_for_bit_dropout_too(tmp_path):
         assert float(one["loss"]) == float(other["loss"])
         assert tree.digest(restored) == tree.digest(state)
         # Another step drops other inputs: the key is folded with the step.
-        keys = [stages.dropout_key(state._replace(step=i)) for i in (1, 2)]
+        keys = [update.dropout_key(state._replace(step=i)) for i in (1, 2)]
         assert not np.array_equal(*map(jax.random.key_data, keys))
         assert tree.digest(first) != tree.digest(cases.host(state.model))
 

@@ -7,6 +7,7 @@ import pytest
 
 from stagecraft import defaults, losses, tree
 from stagecraft.stages import preference, reward
+from stagecraft.stages.stage import Context
 from tests.stages import cases
 
 
@@ -55,9 +56,8 @@ def test_dpo_at_the_reference_is_a_coin_toss_whose_gradient_is_half_beta():
     with jax.set_mesh(shared):
         start = cases.models(shared)["policy"]
         made, raw, config = cases.stage("preference", shared)
-        made = preference.make(
-            config, cases.CONFIG, shared, {"start": start, "reference": start}
-        )
+        roles = {"start": start, "reference": start}
+        made = preference.make(config, Context(shared, cases.CONFIG, roles))
         state = made.init(jax.random.key(0))
         batch = made.prepare(state, raw, None)
         before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}

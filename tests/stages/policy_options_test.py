@@ -256,9 +256,8 @@ def test_what_is_paid_then_is_the_score_alone(run):
         kl_coef=0.1,
         sampling=dict(max_new_tokens=NEW, temperature=TAU),
     )
-    judge = functools.partial(
-        policy._judge, config=config, names=("reward_model", "odd"), weights=(1.0, 0.0)
-    )
+    rewards = types.SimpleNamespace(names=("reward_model", "odd"), weights=(1.0, 0.0))
+    judge = functools.partial(policy.score_rollout, config, rewards)
     models, drawn = run.models, run.drawn
     parts = {"policy": models["policy"], "value": models["reward"]}
     with jax.set_mesh(cases.single()):

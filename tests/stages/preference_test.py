@@ -7,7 +7,7 @@ import pytest
 
 from stagecraft import checkpoint, defaults, losses, masked, sharding, train, tree
 from stagecraft.data.dataset import Dataset
-from stagecraft.stages import preference
+from stagecraft.stages import preference, stage
 from tests.stages import cases
 
 
@@ -139,14 +139,16 @@ def dataset(rows=10, **extra):
 def once():
     """Stages that may score once, with a spy on their reference passes."""
     shared, calls = cases.single(), []
-    real = preference.make_reference_score
+    real = stage.jit
 
-    def watched(config):
-        score = real(config)
+    def watched(function, *args, **settings):
+        jitted = real(function, *args, **settings)
+        if function.__name__ != "score":
+            return jitted
 
         def counted(model, batch):
             calls.append(batch["ids"].shape)
-            return score(model, batch)
+            return jitted(model, batch)
 
         return counted
 
@@ -156,10 +158,11 @@ def once():
         )
         found = cases.models(shared)
         roles = {"start": found["policy"], "reference": found["reference"]}
-        return preference.make(config, None, shared, roles, dataset=dataset(rows))
+        context = stage.Context(shared, None, roles, dataset=dataset(rows))
+        return preference.make(config, context)
 
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(shared):
-        patch.setattr(preference, "make_reference_score", watched)
+        patch.setattr(stage, "jit", watched)
         yield make, calls
 
 

@@ -8,7 +8,7 @@ from stagecraft import defaults, masked
 from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 from stagecraft.losses import calibration
-from stagecraft.stages import reward, stage
+from stagecraft.stages import reward, update
 from tests.stages import cases
 
 
@@ -36,10 +36,9 @@ def log_sigmoid(x):
 def evaluate(model, *batches, **changes):
     """The merged metrics of several batches, as a held-out set is measured."""
     goal = reward.make_objective(defaults.stage("reward", **changes))
-    run, total = stage.make_evaluate(goal), None
-    state = stage.State(0, model, None, {})
+    run, total = jax.jit(update.make_evaluate(goal)), None
     for batch in batches:
-        found = run(state, batch)
+        found = run(model, batch)
         total = found if total is None else masked.merge(total, found)
     return cases.told(masked.results(total))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagecraft import checkpoint, sharding, tree
-from stagecraft.stages import stage as stages
+from stagecraft.stages.stage import State
 from tests.stages import cases
 
 
@@ -136,7 +136,7 @@ def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
         model, rest, data = saver.restore(
             1, fresh.model, [fresh.opt_state, fresh.extra, fresh.step]
         )
-        restored = stages.State(rest[2], model, rest[0], rest[1])
+        restored = State(rest[2], model, rest[0], rest[1])
         assert data == {"x": 1}
         assert tree.digest(restored) == tree.digest(state)
         for leaf, other in zip(
