@@ -40,7 +40,7 @@ def make(config, context):
         i32[N], with N = batch_size * oversample prompts; trained on are the
         batch_size * group_size completions of those kept.
     """
-    mesh, reference = context.mesh, context.parents["reference"]
+    mesh, reference = context.mesh, context.parents.get("reference")
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     needs_reference = config.kl_coef > 0 or "ref_logps" in needs

@@ -35,7 +35,7 @@ def make(config, context):
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
         i32[B]; prepared ones are those of `preference`, and "metrics".
     """
-    mesh, reference = context.mesh, context.parents["reference"]
+    mesh, reference = context.mesh, context.parents.get("reference")
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     trained = stage.trained(config, context.parents["start"], mesh)

@@ -42,7 +42,7 @@ def make(config, context):
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, 2, T], and
         perhaps preference f32[B] and index i32[B]; `prepare` adds ref_logps f32[B, 2].
     """
-    mesh, reference = context.mesh, context.parents["reference"]
+    mesh, reference = context.mesh, context.parents.get("reference")
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     trained = stage.trained(config, context.parents["start"], mesh)

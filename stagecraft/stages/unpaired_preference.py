@@ -41,7 +41,7 @@ def make(config, context):
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, T], label
         bool[B] and perhaps index i32[B].
     """
-    mesh, reference = context.mesh, context.parents["reference"]
+    mesh, reference = context.mesh, context.parents.get("reference")
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     if "delta" in needs:  # a mean of log-ratios

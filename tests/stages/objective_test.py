@@ -276,12 +276,12 @@ def test_losses_over_the_whole_batch_are_known(name):
 
 def test_each_kind_offers_what_its_losses_ask_for():
     """Every name of every table can be built, and asks for nothing it cannot get."""
-    for kind, table in losses.TABLES.items():
-        offers, places = kinds.OFFERS[kind], kinds.PLACES[kind]
-        for name in table:
-            found = objective.combine(config(kind, objective=name), offers, places)
-            assert found.needs and found.needs <= set(offers), name
-            assert found.places and found.places <= set(places), name
+    for kind in kinds.KINDS.values():
+        for name in kind.losses:
+            stage = config(kind.name, objective=name)
+            loss = objective.combine(stage, kind.offers, kind.places)
+            assert loss.needs and loss.needs <= set(kind.offers), name
+            assert loss.places and loss.places <= set(kind.places), name
 
 
 def test_metrics_are_counted_under_the_mask_of_their_rank():

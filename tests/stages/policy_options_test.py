@@ -219,9 +219,9 @@ def test_an_average_of_policy_and_critic_survives_a_restart(run, tmp_path):
 def test_pretraining_rows_are_shared_out_to_the_minibatches():
     batch = {"ptx": {"ptx_ids": jnp.arange(12).reshape(6, 2)}}
     for now, start in ((0, 0), (1, 2), (2, 4), (3, 0), (4, 2)):
-        found = policy._chunk(batch, now, 3)["ptx_ids"]
+        found = policy._pretraining_part(3, batch, now)["ptx_ids"]
         np.testing.assert_array_equal(found, np.arange(12).reshape(6, 2)[start:][:2])
-    assert policy._chunk({}, 0, 3) == {}
+    assert policy._pretraining_part(3, {}, 0) == {}
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
