@@ -12,8 +12,15 @@ from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, lora, saved
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
-from stagecraft.signals import comparisons, verifier
-from stagecraft.stages import group_policy, kinds, objective, policy
+from stagecraft.signals import verifiers
+from stagecraft.stages import (
+    comparisons,
+    group_policy,
+    kinds,
+    objective,
+    policy,
+    selection,
+)
 
 # Which other stage a key may name, and what kinds that stage may be of.
 _LANGUAGE = (
@@ -181,7 +188,7 @@ def _check_folder(c, where, folder, kinds, stage):
 
 
 def _check_rewards(where, stage):
-    sources = bool(stage.reward_from) + len(verifier.find(stage.verifiers))
+    sources = bool(stage.reward_from) + len(verifiers.find(stage.verifiers))
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {stage.kind} stage "
@@ -196,23 +203,10 @@ def _check_rewards(where, stage):
 
 
 def _check_records(c, where, stage):
-    schema.positive(f"{where}.prompts", stage.prompts)
     if stage.kind == "selection":
-        schema.choice(f"{where}.keep", stage.keep, ("best", "above"))
-        schema.positive(f"{where}.samples", stage.samples)
-        return
-    if (stage.rater == "reward") != bool(stage.reward_from):
-        raise UserError(
-            f"{where}.rater={stage.rater!r} with reward_from={stage.reward_from!r}: "
-            "rater='reward' and reward_from go together"
-        )
-    if stage.soft_labels and stage.rater != "reward":
-        raise UserError(
-            f"{where}.soft_labels=True: needs rater='reward', whose scores give the "
-            "probability"
-        )
-    if stage.rater != "reward":
-        comparisons.rater(stage.rater, c.world.name)
+        selection.check(where, stage)
+    else:
+        comparisons.check(where, stage, c.world.name)
 
 
 def _check_training(c, where, stage):

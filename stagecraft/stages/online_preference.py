@@ -27,7 +27,7 @@ def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
         parents: {"start": Transformer, "reference": Transformer} and perhaps "reward":
             ScalarModel.
         stop_ids: the tokens that end a turn.
-        verifiers: a `signals.verifier.Verifiers`, or None.
+        verifiers: a `signals.verifiers.Verifiers`, or None.
 
     Returns:
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index

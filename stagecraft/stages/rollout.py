@@ -48,7 +48,7 @@ def make(config, mesh, reward_model, verifiers, *, stop_ids, samples=1):
         config: the stage's resolved config: sampling, reward_weights.
         mesh: the mesh.
         reward_model: a `ScalarModel`, or None.
-        verifiers: a `signals.verifier.Verifiers`, or None.
+        verifiers: a `signals.verifiers.Verifiers`, or None.
         stop_ids: the tokens that end a completion.
         samples: completions of each prompt.
     """

@@ -1,0 +1,114 @@
+"""Pairs of a model's own answers, and a rater's verdict on which is better."""
+
+import collections
+
+import jax
+import numpy as np
+
+from stagecraft import schema
+from stagecraft.errors import UserError
+from stagecraft.signals import protocol, raters
+from stagecraft.signals.protocol import Verdict
+from stagecraft.stages import records
+
+
+def check(where, config, world):
+    """Refuses a config of a comparisons stage that cannot work.
+
+    Args:
+        where: the stage in the config, for messages: "stages.comparisons".
+        config: the stage's config.
+        world: name of the experiment's world, "" without one.
+    """
+    schema.positive(f"{where}.prompts", config.prompts)
+    if (config.rater == "reward") != bool(config.reward_from):
+        raise UserError(
+            f"{where}.rater={config.rater!r} with reward_from={config.reward_from!r}: "
+            "rater='reward' and reward_from go together"
+        )
+    raters.check(where, config, world)
+
+
+def write(folder, language, asked, sources, config, key, *, lineage, name):
+    """Samples two answers a prompt, has them rated, writes {"prompt","chosen",...}.
+
+    Args:
+        folder: WORKDIR/STAGE: its records.jsonl is written whole at the end.
+        language: a `models.language.Language`.
+        asked: the prompts' records; taken in turn, in a shuffled order.
+        sources: a `signals.protocol.Sources`.
+        config: the stage's config: rater, prompts, batch_size, sampling, soft_labels.
+        key: random key.
+        lineage: the stage's entry in lineage.json.
+        name: for the progress line and messages.
+
+    Returns:
+        {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}.
+    """
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    rng = np.random.default_rng(seed)
+    order = records.shuffled(len(asked), config.prompts, rng)
+    rater = raters.make(config, sources, rng)
+
+    def complete(prompts, number):
+        return language.complete(prompts, seed=seed + number, **dict(config.sampling))
+
+    def rate(part, pairs):
+        verdicts = rater.rate([record["prompt"] for record in part], pairs)
+        return protocol.checked(verdicts, len(pairs), schema.plain(config.rater))
+
+    batches, seconds = records.collect(
+        folder,
+        records.header("comparisons", lineage, rater.identity, seed),
+        [asked[i] for i in order],
+        complete,
+        rate,
+        samples=2,
+        size=max(config.batch_size // 2, 1),
+        name=name,
+        rng=rng,
+    )
+    pairs, dropped = _pairs(batches, config.soft_labels)
+    if not pairs:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+        raise UserError(
+            f"{name}: the rater dropped all {len(order)} pairs ({reasons}); identical "
+            "answers come of sampling.temperature=0 or a model that has one answer"
+        )
+    records.write(folder, pairs)
+    limit = config.sampling.max_new_tokens
+    return {
+        "pairs": len(pairs),
+        "dropped": dropped.total(),
+        "dropped_by_reason": dict(sorted(dropped.items())),
+        "tokens": {"sampled": 2 * len(order) * limit},
+        "seconds": {"total": round(seconds, 3)},
+    }
+
+
+def _pairs(batches, soft_labels):
+    """Returns the records of rated pairs, and how many others there are by reason."""
+    pairs, dropped = [], collections.Counter()
+    for batch in batches:
+        for prompt, pair, said in zip(*batch, strict=True):
+            verdict = Verdict(*said)
+            # The same words twice teach nothing, whatever the rater says of them.
+            if protocol.same_text(pair):
+                dropped[protocol.IDENTICAL] += 1
+            elif verdict.probability is None:
+                dropped[verdict.reason] += 1
+            else:
+                pairs.append(_record(prompt, pair, verdict.probability, soft_labels))
+    return pairs, dropped
+
+
+def _record(prompt, pair, probability, soft_labels):
+    chosen, rejected = pair if probability >= 0.5 else pair[::-1]
+    record = {"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]}
+    if soft_labels:
+        record["preference"] = max(probability, 1 - probability)
+    # An answer that was cut off must not be learned as one that ended.
+    for side, (_, ended) in (("chosen", chosen), ("rejected", rejected)):
+        if not ended:
+            record[f"{side}_ended"] = False
+    return record
