@@ -115,3 +115,9 @@ def test_finding_them(monkeypatch):
 def test_what_cannot_be_imported_is_refused(spec):
     with pytest.raises(UserError, match=f"verifiers='{spec}': cannot import it"):
         verifiers.find(spec)
+
+
+def test_verifiers_are_told_apart_by_name_and_source():
+    assert verifiers.identity([]) == []
+    [[name, source]] = verifiers.identity([("mine", exact)])
+    assert name == "mine" and "def exact(" in source

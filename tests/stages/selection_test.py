@@ -1,7 +1,4 @@
-"""Best-of-n and rejection sampling: which answers are kept, and what is told of them.
-
-Judges by reward models too: pairs with the probability that the choice is right.
-"""
+"""Best-of-n and rejection sampling: which answers are kept, and what is reported."""
 
 import json
 
@@ -11,8 +8,8 @@ import pytest
 
 from stagecraft import defaults
 from stagecraft.errors import UserError
-from stagecraft.signals import comparisons, selection
-from stagecraft.signals.reward import RewardModel
+from stagecraft.stages import records, selection
+from tests.stages.answers import LINEAGE
 
 KEY = jax.random.key(0)
 
@@ -37,14 +34,22 @@ def last(prompts, completions):
     return [None if n % 6 == 5 else float(n % 7) for n in numbers]
 
 
-def write(path, language=None, verifiers=(("last", last),), **changes):
+def write(folder, language=None, verifiers=(("last", last),), **changes):
     config = defaults.stage("selection", prompts=6, batch_size=8, samples=4, **changes)
-    records = [{"prompt": f"p{i}"} for i in range(4)]
+    asked = [{"prompt": f"p{i}"} for i in range(4)]
     language = language or Language()
     told = selection.write(
-        *(path, language, records, None, list(verifiers), config, KEY), name="best"
+        folder,
+        language,
+        asked,
+        None,
+        list(verifiers),
+        config,
+        KEY,
+        lineage=LINEAGE,
+        name="best",
     )
-    lines = path.read_text().splitlines()
+    lines = (folder / records.RECORDS).read_text().splitlines()
     return language, told, [json.loads(line) for line in lines]
 
 
@@ -58,7 +63,7 @@ def answers(language):
 
 
 def test_the_best_finished_answer_of_each_prompt(tmp_path):
-    language, told, kept = write(tmp_path / "r.jsonl")
+    language, told, kept = write(tmp_path)
     every, expected = answers(language), []
     for group in range(6):
         own = [a for a in every if a[0] == group and a[2] is not None]
@@ -68,23 +73,23 @@ def test_the_best_finished_answer_of_each_prompt(tmp_path):
     assert all(r["completion"].startswith(r["prompt"] + " ") for r in kept)
     known = [a[2] for a in every if a[2] is not None]
     assert told["demonstrations"] == 6 and told["dropped"] == 18
+    cut = sum(n % 5 == 4 for n in range(24))
+    unscored = sum(n % 5 != 4 and n % 6 == 5 for n in range(24))
+    reasons = {"cut_off": cut, "unscored": unscored, "outscored": 18 - cut - unscored}
+    assert told["dropped_by_reason"] == reasons
     assert told["reward_mean"] == pytest.approx(np.mean(known))
     assert told["kept_reward_mean"] == pytest.approx(np.mean([a[2] for a in expected]))
     assert told["tokens"] == {"sampled": 24 * 32}
 
 
 def test_all_prompts_come_before_any_comes_again(tmp_path):
-    language, _, _ = write(tmp_path / "r.jsonl")
+    language, _, _ = write(tmp_path)
     assert language.asked == [p for p in language.asked[::4] for _ in range(4)]
     assert set(language.asked[:16]) == {"p0", "p1", "p2", "p3"}
-    assert sorted(selection.shuffled(3, 7, np.random.default_rng(0))[:6]) == [
-        *(0, 0, 1, 1, 2, 2)
-    ]
 
 
 def test_all_answers_above_a_threshold(tmp_path):
-    path = tmp_path / "r.jsonl"
-    language, told, kept = write(path, keep="above", threshold=3.0)
+    language, told, kept = write(tmp_path, keep="above", threshold=3.0)
     expected = [a for a in answers(language) if a[2] is not None and a[2] > 3]
     assert [r["completion"] for r in kept] == [a[1] for a in expected]
     assert told["demonstrations"] == len(expected) == 24 - told["dropped"]
@@ -95,9 +100,7 @@ def test_rewards_are_weighed(tmp_path):
         return [float(int(c.split()[-1]) % 2) for c in completions]
 
     both = (("last", last), ("size", size))
-    language, _, kept = write(
-        tmp_path / "r.jsonl", verifiers=both, reward_weights=(0.5, -2.0)
-    )
+    language, _, kept = write(tmp_path, verifiers=both, reward_weights=(0.5, -2.0))
     for group, record in enumerate(kept):
         own = [
             0.5 * a[2] - 2.0 * (n % 2)
@@ -110,41 +113,5 @@ def test_rewards_are_weighed(tmp_path):
 def test_nothing_kept_is_one_line(tmp_path):
     says = "best: none of the 24 answers was kept; .* threshold=99.0"
     with pytest.raises(UserError, match=says):
-        write(tmp_path / "r.jsonl", keep="above", threshold=99.0)
-    assert not (tmp_path / "r.jsonl").exists()
-
-
-class Judge(RewardModel):
-    """A reward model whose scores are the last number of an answer."""
-
-    def __init__(self):
-        pass
-
-    def __call__(self, prompts, answers):
-        return [float(text.split()[-1]) % 7 for text, _ in answers]
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_a_reward_model_compares_and_may_say_how_sure_it_is(tmp_path, soft):
-    config = defaults.stage(
-        "comparisons", prompts=6, batch_size=4, rater="reward", soft_labels=soft
-    )
-    path, language = tmp_path / "records.jsonl", Language()
-    told = comparisons.write(
-        *(path, language, ["a", "b", "c"], Judge(), config, KEY), name="judge"
-    )
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert told["pairs"] == len(kept) == 6 and told["dropped"] == 0
-    for number, record in enumerate(kept):
-        rewards = [float(n % 7) for n in (2 * number, 2 * number + 1)]
-        best = int(rewards[1] > rewards[0])
-        assert record["chosen"].endswith(f" {2 * number + best}")
-        assert record["rejected"].endswith(f" {2 * number + 1 - best}")
-        probability = 1 / (1 + np.exp(-abs(rewards[1] - rewards[0])))
-        if soft:
-            assert record["preference"] == pytest.approx(probability)
-        else:
-            assert "preference" not in record
-        for side, n in (("chosen", best), ("rejected", 1 - best)):
-            cut = (2 * number + n) % 5 == 4
-            assert (f"{side}_ended" in record) == cut
+        write(tmp_path, keep="above", threshold=99.0)
+    assert not (tmp_path / records.RECORDS).exists()
