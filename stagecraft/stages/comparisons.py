@@ -53,7 +53,8 @@ def write(folder, language, asked, sources, config, key, *, lineage, name):
     def complete(prompts, number):
         return language.complete(prompts, seed=seed + number, **dict(config.sampling))
 
-    def rate(part, pairs):
+    def rate(part, groups):
+        pairs = [tuple(group) for group in groups]
         verdicts = rater.rate([record["prompt"] for record in part], pairs)
         return protocol.checked(verdicts, len(pairs), schema.plain(config.rater))
 

@@ -33,6 +33,7 @@ class Seeded:
 
 def noisy(prompt, pair, rng):
     """A rater whose draws differ in number from pair to pair."""
+    assert isinstance(pair, tuple) and all(isinstance(a, tuple) for a in pair)
     if rng.random() < 0.2:
         return None
     return int(rng.normal() + rng.integers(2) > 0)
