@@ -36,11 +36,8 @@ def test_probabilities_are_bradley_terrys():
         # The better answer's is exact: nothing is lost by taking it from 1 twice.
         exact = 1 / (1 + math.exp(-abs(two - one)))
         assert max(verdict.probability, 1 - verdict.probability) == exact
-    assert [v.probability for v in rate((1, 1), (900, -900), (-900, 900))] == [
-        0.5,
-        1,
-        0,
-    ]
+    far = rate((1, 1), (900, -900), (-900, 900))
+    assert [verdict.probability for verdict in far] == [0.5, 1, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -20,10 +20,8 @@ def test_verdicts_are_the_worlds_own_draw_for_draw():
     rater = world.make(CONFIG, COUNTRIES, rng)
     choose = np.random.default_rng(0)
     pairs = [
-        tuple(
-            (ANSWERS[i], bool(choose.integers(2))) for i in choose.integers(4, size=2)
-        )
-        for _ in range(300)
+        tuple((ANSWERS[i], bool(choose.integers(2))) for i in two)
+        for two in choose.integers(4, size=(300, 2))
     ]
     prompts = ["What is the capital of France?"] * len(pairs)
     verdicts = rater.rate(prompts[:100], pairs[:100])

@@ -93,7 +93,7 @@ def test_a_rater_draws_on_where_the_order_of_prompts_left_off(tmp_path):
         twice = [p for p in prompts for _ in range(2)]
         answers = other.complete(twice, seed=seed + number)
         for i, prompt in enumerate(prompts):
-            two = answers[2 * i : 2 * i + 2]
+            two = tuple(answers[2 * i : 2 * i + 2])
             better = noisy(prompt, two, rng)
             if better is None or two[0][0] == two[1][0]:
                 same = two[0][0] == two[1][0]
