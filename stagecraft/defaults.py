@@ -261,7 +261,7 @@ def _prompts(**more):
 
 def _rewards(c):
     c.reward_from = ""  # a reward stage; may be "" where verifiers score
-    c.verifiers = ""  # "package.module:function, ...": see signals/verifier.py
+    c.verifiers = ""  # "package.module:function, ...": see signals/verifiers.py
     c.reward_weights = ()  # the reward model's, then each verifier's; () for 1 each
     return c
 

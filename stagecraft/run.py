@@ -26,9 +26,10 @@ from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
-from stagecraft.signals import comparisons, selection, verifier
+from stagecraft.signals import verifiers
+from stagecraft.signals.protocol import Sources
 from stagecraft.signals.reward import RewardModel
-from stagecraft.stages import kinds, reward
+from stagecraft.stages import comparisons, kinds, reward, selection
 from stagecraft.text import tokenizer as tokenizers
 
 TOKENIZER = "tokenizer"  # its folder in a work directory
@@ -310,9 +311,9 @@ def _make(current, stage, mesh, roles, data):
     extra = {}
     if stage.kind in ("policy", "group_policy", "online_preference"):
         extra["stop_ids"] = tokenizer.stops
-        found = verifier.find(stage.verifiers)
-        if found:
-            extra["verifiers"] = verifier.Verifiers(found, data.records, tokenizer)
+        functions = verifiers.find(stage.verifiers)
+        if functions:
+            extra["verifiers"] = verifiers.Verifiers(functions, data.records, tokenizer)
     if stage.kind in ("preference", "unpaired_preference"):
         extra["dataset"] = data.dataset
     if stage.kind == "language_model":
@@ -365,26 +366,26 @@ def _sampler(current, stage, mesh, prompts):
 
 
 def _write_records(current, name, roles, data, key):
-    """A stage that trains nothing: it samples, judges and writes records.jsonl."""
+    """Runs a stage that trains nothing: it samples, rates and writes records.jsonl."""
     stage, folder = current.config.stages[name], current.root / name
-    started = time.perf_counter()
+    lineage = storage.read_json(current.root / "lineage.json")["stages"][name]
     language = Language(roles["start"], current.tokenizer, batch_size=stage.batch_size)
-    path = folder / "records.jsonl"
     scorer = None
     if "reward" in roles:
-        scorer = RewardModel(roles["reward"], current.tokenizer)
+        parent = lineage["parents"]["reward_from"]
+        scorer = RewardModel(roles["reward"], current.tokenizer, parent["id"])
+    common = dict(lineage=lineage, name=name)
     if stage.kind == "comparisons":
-        rate = scorer or comparisons.rater(stage.rater, current.config.world.name)
+        sources = Sources(world=current.config.world.name, reward=scorer)
         result = comparisons.write(
-            path, language, data.prompts, rate, stage, key, name=name
+            folder, language, data.records, sources, stage, key, **common
         )
     else:
-        found = verifier.find(stage.verifiers)
+        functions = verifiers.find(stage.verifiers)
         result = selection.write(
-            path, language, data.records, scorer, found, stage, key, name=name
+            folder, language, data.records, scorer, functions, stage, key, **common
         )
     info = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
-    result["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     storage.write_json(folder / "stage.json", info | result | {"finished": True})
 
 

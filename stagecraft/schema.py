@@ -5,6 +5,7 @@ nearest known name.
 """
 
 import difflib
+import importlib
 
 from ml_collections import ConfigDict
 
@@ -86,6 +87,29 @@ def choice(where, value, allowed):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         options = ", ".join(map(repr, allowed))
         raise UserError(f"{where}={value!r}: expected one of {options}{hint}")
+
+
+def imported(where, spec):
+    """Returns the object that "package.module:name" names; a callable as it is.
+
+    Args:
+        where: the config's key, for the message.
+
+    >>> imported("objective", "math:sqrt")(4.0)
+    2.0
+    """
+    if callable(spec):
+        return spec
+    module, colon, name = spec.partition(":")
+    try:
+        if not colon:
+            raise ValueError("no colon in it")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{where}={spec!r}: cannot import it ({error}); expected "
+            "'package.module:function'"
+        ) from error
 
 
 def positive(where, value, *, zero=False):

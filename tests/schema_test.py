@@ -1,5 +1,7 @@
 """Configs refuse what they do not know, in one line with the nearest name."""
 
+import math
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -45,3 +47,13 @@ def test_difference_finds_the_first_key():
     two = schema.plain(ConfigDict(dict(a=1, b=dict(c=(1, 3)))))
     assert schema.difference(one, two) == "b.c: [1, 2] -> [1, 3]"
     assert schema.difference(one, one) == ""
+
+
+def test_what_a_spec_names_is_imported():
+    assert schema.imported("rater", "math:pi") == math.pi
+    assert schema.imported("rater", len) is len
+    for spec in ("nowhere_at_all:f", "json:nothing", "json", ":f"):
+        says = f"rater='{spec}': cannot import it .*; expected 'package.module:function"
+        with pytest.raises(UserError, match=says) as error:
+            schema.imported("rater", spec)
+        assert "\n" not in str(error.value)

@@ -4,6 +4,8 @@ A files spec names user's files, or "world:NAME" (what the embedded world wrote)
 "stage:NAME" (records another stage made); several are separated by commas.
 """
 
+import collections
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -163,7 +165,9 @@ def _mixed(stage, kept, size, seed):
 
 def _comparisons(stage, specs, tokenizer, config, cache):
     data = stage.data
-    kept, held = _split(readers.comparisons, specs, data, config)
+    dropped = collections.Counter()
+    read = functools.partial(readers.comparisons, dropped=dropped)
+    kept, held = _split(read, specs, data, config)
     if stage.kind == "preference":  # every two of a ranking are a pair
         kept, held = _expanded(kept), _expanded(held)
 
@@ -183,7 +187,7 @@ def _comparisons(stage, specs, tokenizer, config, cache):
 
     fit, fit_held = fitting(kept), fitting(held)
     pairs, total = _pairs_in(fit), _pairs_in(kept)
-    report = {"pairs": pairs, "dropped": total - pairs}
+    report = {"pairs": pairs, "dropped": total - pairs + dropped.total(), **dropped}
     if not fit:
         raise UserError(
             f"data.files={data.files}: all {total} pairs are longer than "
@@ -230,7 +234,9 @@ def _reference(spec, stage, tokenizer):
 def _judgements(stage, specs, tokenizer, config, cache):
     data = stage.data
     # The two answers of a pair stay on one side of the split.
-    kept, held = _split(readers.judgements, specs, data, config)
+    dropped = collections.Counter()
+    read = functools.partial(readers.judgements, dropped=dropped)
+    kept, held = _split(read, specs, data, config)
 
     def fitting(groups):
         rows = []
@@ -255,7 +261,8 @@ def _judgements(stage, specs, tokenizer, config, cache):
     report = {
         "answers": len(fit),
         "desirable": desirable,
-        "dropped": total - len(fit),
+        "dropped": total - len(fit) + 2 * dropped.total(),
+        **dropped,
     }
 
     def arrays(rows, length, start):

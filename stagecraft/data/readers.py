@@ -168,7 +168,7 @@ def demonstrations(spec, mapping=None):
     return found
 
 
-def comparisons(spec, mapping=None):
+def comparisons(spec, mapping=None, dropped=None):
     """Answers compared: {"prompt","chosen","rejected"}, or {"prompt","ranked"}.
 
     Each answer is a text or messages; "ranked" lists two or more, the best first.
@@ -178,27 +178,40 @@ def comparisons(spec, mapping=None):
     "ranked_ended", marks an answer that a length limit cut off, which then gets no end
     of turn.
 
+    A pair of one text twice teaches nothing and is left out; a ranking keeps the best
+    place of a text that it repeats.
+
+    Args:
+        dropped: a Counter to whose "identical" the pairs left out are added, or None.
+
     Returns:
         list[Comparison].
     """
-    return [
-        _comparison(where, record, mapping)
-        for where, record, _ in _records(
-            spec, "comparisons", forms.COMPARISONS, mapping
-        )
-    ]
+    compared, identical = [], 0
+    for where, record, _ in _records(spec, "comparisons", forms.COMPARISONS, mapping):
+        one = _comparison(where, record, mapping)
+        answers = _distinct(one.answers)
+        identical += math.comb(len(one.answers), 2) - math.comb(len(answers), 2)
+        if len(answers) > 1:
+            compared.append(one._replace(answers=answers))
+    _report_identical(spec, identical, compared, dropped)
+    return compared
 
 
-def judgements(spec, mapping=None):
+def judgements(spec, mapping=None, dropped=None):
     """Answers judged one by one: {"prompt","completion","label": true or false}.
 
     Pairs, told by their "chosen", are accepted too: the better answer is desirable, the
-    other is not. "completion_ended" false is as in `comparisons`.
+    other is not. "completion_ended" false is as in `comparisons`, and so are pairs of
+    one text twice.
+
+    Args:
+        dropped: as of `comparisons`; counts pairs.
 
     Returns:
         list of lists of Judgement, one a record: two of a pair, else one.
     """
-    found = []
+    found, identical = [], 0
     for where, record, kind in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
         if kind.form == "ranking":
             raise UserError(
@@ -207,6 +220,9 @@ def judgements(spec, mapping=None):
             )
         if kind.form == "preference":
             pair = _comparison(where, record, mapping)
+            if len(_distinct(pair.answers)) < 2:
+                identical += 1
+                continue
             # Where chosen is less likely the better one, it is the undesirable one.
             first = pair.preference is None or pair.preference >= 0.5
             found.append(
@@ -224,6 +240,7 @@ def judgements(spec, mapping=None):
         label = _field(where, record, "label", mapping, (bool,))
         tools = _told(where, forms.tools, record)
         found.append([Judgement(prompt, completion, label, tools)])
+    _report_identical(spec, identical, found, dropped)
     return found
 
 
@@ -272,6 +289,26 @@ def _comparison(where, record, mapping):
         _number(where, record, "margin", mapping, "a number"),
         tools,
     )
+
+
+def _distinct(answers):
+    """Returns answers without those whose text came before, whether or not it ended."""
+    texts = [[{**m, "ended": True} for m in answer] for answer in answers]
+    return tuple(a for i, a in enumerate(answers) if texts[i] not in texts[:i])
+
+
+def _report_identical(spec, count, rows, dropped):
+    """Counts and logs identical pairs; refuses files that hold nothing else."""
+    if not count:
+        return
+    if not rows:
+        raise UserError(
+            f"{spec}: chosen and rejected are the same text in all {count} pairs; "
+            "expected two different answers"
+        )
+    _say(f"{spec}: {count} pairs dropped: chosen and rejected are the same text")
+    if dropped is not None:
+        dropped["identical"] += count
 
 
 def _ranked(where, record, mapping, prompt):

@@ -1,1 +1,1 @@
-"""Where supervision comes from: text goes in, records on disk or scores come out."""
+"""Where supervision comes from: raters of pairs, reward models, verifiers of texts."""

@@ -1,29 +1,74 @@
-"""A reward model as a judge of texts, for stages that write records."""
+"""A reward model as a scorer of answers and as a rater of pairs: rater="reward"."""
 
+import functools
+import math
+
+from stagecraft import tree
 from stagecraft.models import scores
 from stagecraft.models.language import placed
+from stagecraft.signals import protocol
+from stagecraft.signals.protocol import UNSCORED, Verdict
 from stagecraft.text import chat
 
 
 class RewardModel:
-    """Scores answers to prompts.
+    """Scores answers to prompts, and rates pairs by the difference of their scores.
 
     Args:
         model: a `ScalarModel`.
         tokenizer: a `text.tokenizer.Tokenizer`.
+        lineage: id of the stage or folder that the model is from; "" where there is
+            none, and the parameters' digest stands for it.
     """
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, lineage=""):
+        self.model, self.tokenizer, self.lineage = model, tokenizer, lineage
 
-    def __call__(self, prompts, answers):
-        """Scores, list of float; answers are (text, ended)."""
+    @functools.cached_property
+    def identity(self):
+        return protocol.identity(
+            rater="reward",
+            model=self.lineage or tree.digest(self.model),
+            tokenizer=self.tokenizer.digest,
+        )
+
+    def scores(self, prompts, answers) -> list[float]:
+        """Returns the score of each (text, ended)."""
         rows = [
             self._ids(prompt, *answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         return scores.of_rows(self.model, rows, lambda batch: placed(batch)[0])
 
+    def rate(self, prompts, pairs):
+        """Returns the Bradley-Terry probability that the first of each pair is better.
+
+        `strength` is the absolute difference of the scores.
+        """
+        twice = [prompt for prompt in prompts for _ in range(2)]
+        values = self.scores(twice, [answer for pair in pairs for answer in pair])
+        return [
+            _verdict(second - first)
+            for first, second in zip(values[::2], values[1::2], strict=True)
+        ]
+
     def _ids(self, prompt, text, ended):
         answer = {"role": "assistant", "content": text, "ended": ended}
         return chat.render([*chat.as_messages(prompt), answer], self.tokenizer)[0]
+
+
+def _verdict(margin):
+    if not math.isfinite(margin):
+        return Verdict(reason=UNSCORED)
+    # Of the better one first: 1 - (1 - p) is p exactly for p from .5 to 1.
+    better = 1 / (1 + math.exp(-abs(margin)))
+    return Verdict(1 - better if margin > 0 else better, strength=abs(margin))
+
+
+def check(where, config, world):
+    """Refuses nothing: reward_from is checked with the stage's other roles."""
+
+
+def make(config, sources, rng):
+    """Returns the run's reward model."""
+    return sources.reward

@@ -5,7 +5,7 @@ from stagecraft.data import mixture
 from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.models.config import ModelConfig, check_mesh
-from stagecraft.signals import verifier
+from stagecraft.signals import verifiers
 from stagecraft.stages import objective
 
 
@@ -153,7 +153,7 @@ def sampling(where, config):
 
 def rewards(where, config):
     """Sources of rewards: a reward model, verifiers, or both."""
-    sources = bool(config.reward_from) + len(verifier.find(config.verifiers))
+    sources = bool(config.reward_from) + len(verifiers.find(config.verifiers))
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "

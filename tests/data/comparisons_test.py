@@ -151,3 +151,59 @@ def test_pairs_have_only_the_compared_answer_as_target(build, tokenizer):
             assert ids[last] == tokenizer.end and mask[last]
     with pytest.raises(UserError, match="all 2 pairs are longer"):
         build("reward", records[1:], length=64)
+
+
+SAME = {"prompt": "Say 0.", "chosen": "0", "rejected": "0"}
+
+
+def turns(pair):
+    """A pair with its answers as messages."""
+    sides = ("chosen", "rejected")
+    said = {k: [{"role": "assistant", "content": pair[k]}] for k in sides}
+    return pair | said
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        SAME,
+        SAME | {"rejected_ended": False},
+        turns(SAME),
+        SAME | {"preference": 0.9, "margin": 2.0},
+        {"chosen": "Say: 0", "rejected": "Say: 0"},
+        {"prompt": "Say 0.", "ranked": ["0", "0"]},
+    ],
+)
+@pytest.mark.parametrize("kind", ["reward", "preference"])
+def test_pairs_of_one_text_are_dropped_and_counted(build, tokenizer, kind, same):
+    pair = turns(PAIR) if isinstance(same.get("chosen"), list) else PAIR
+    made = build(kind, [pair, same, pair, same])
+    assert made.dataset.report == {"pairs": 2, "dropped": 2, "identical": 2}
+    assert answers(tokenizer, everything(made.dataset)) == [["Yes.", "No."]] * 2
+
+
+@pytest.mark.parametrize("kind", ["reward", "preference", "unpaired_preference"])
+def test_a_file_of_identical_pairs_alone_is_refused_in_one_line(build, kind):
+    pairs = [
+        {"prompt": f"Say {n}.", "chosen": str(n), "rejected": str(n)} for n in range(4)
+    ]
+    says = r"data.jsonl: chosen and rejected are the same text in all 4 pairs; expected"
+    with pytest.raises(UserError, match=says) as error:
+        build(kind, pairs)
+    assert "\n" not in str(error.value)
+
+
+def test_an_identical_pair_judges_nothing(build, tokenizer):
+    made = build("unpaired_preference", [PAIR, SAME])
+    report = {"answers": 2, "desirable": 1, "dropped": 2, "identical": 1}
+    assert made.dataset.report == report
+    assert answers(tokenizer, everything(made.dataset)) == ["Yes.", "No."]
+
+
+def test_a_ranking_keeps_the_best_place_of_a_repeated_answer(build, tokenizer):
+    ranked = {"prompt": "Is it?", "ranked": ["Yes.", "No.", "Yes.", "It is."]}
+    made = build("reward", [ranked])
+    assert made.dataset.report == {"pairs": 3, "dropped": 3, "identical": 3}
+    [texts] = answers(tokenizer, everything(made.dataset))
+    assert texts == ["Yes.", "No.", "It is."]
+    assert build("preference", [ranked]).dataset.report == made.dataset.report

@@ -103,7 +103,7 @@ def test_the_prompt_is_the_longest_common_opening(tmp_path):
     path = jsonl(
         tmp_path / "a.jsonl",
         {"chosen": [*long, assistant("x")], "rejected": [*long, assistant("y")]},
-        # Alike to the end: the last turn is the answer.
+        # Alike to the end: dropped, as below.
         {"chosen": TALK, "rejected": TALK},
         # They part at a question: what follows is one answer of several turns.
         {
@@ -111,9 +111,10 @@ def test_the_prompt_is_the_longest_common_opening(tmp_path):
             "rejected": [*TALK, user("z"), assistant("y")],
         },
     )
-    one, two, three = readers.comparisons(path)
+    one, three = readers.comparisons(path)
     assert (one.prompt, one.answers) == (long, ([assistant("x")], [assistant("y")]))
-    assert (two.prompt, two.answers) == (TALK[:1], (TALK[1:], TALK[1:]))
+    # The last turn is the answer.
+    assert forms.pair(None, TALK, TALK) == (TALK[:1], TALK[1:], TALK[1:])
     assert three.prompt == TALK
     assert three.answers[1] == [user("z"), assistant("y")]
     path = jsonl(

@@ -104,29 +104,55 @@ _SANDBOX = in_file(
 )
 
 _COMPARISONS = in_file(
-    "stagecraft/signals/comparisons.py",
-    "tests/signals tests/run_test.py",
+    "stagecraft/stages/comparisons.py",
+    "tests/stages/comparisons_test.py",
     (
-        "the rater's word turned round",
-        '"chosen": two[better][0]',
-        '"chosen": two[1 - better][0]',
+        "the rater's verdict turned round",
+        "pair if probability >= 0.5 else pair[::-1]",
+        "pair[::-1] if probability >= 0.5 else pair",
     ),
     (
         "soft labels of the worse one",
-        "(int(m > 0), 1 / (1 + math.exp(-abs(m))))",
-        "(int(m > 0), 1 / (1 + math.exp(abs(m))))",
+        "max(probability, 1 - probability)",
+        "min(probability, 1 - probability)",
     ),
+    ("identical answers are pairs", "if protocol.same_text(pair):", "if False:"),
+)
+
+_RECORDS = in_file(
+    "stagecraft/stages/records.py",
+    "tests/stages/records_test.py",
+    ("a torn line stays", "self._file.truncate(end)", "pass"),
+    ("entries are not synced", "os.fsync(self._file.fileno())", "pass"),
+    ("a journal is not replayed", "deque(lines[1:])", "deque()"),
+    (
+        "a rater's noise starts again",
+        'rng.bit_generator.state = rated["rng"]',
+        "pass",
+    ),
+    ("any journal will do", "if lines and (change :=", "if 0 and (change :="),
+)
+
+_RATERS = in_file(
+    "stagecraft/signals/reward.py",
+    "tests/signals/reward_test.py",
+    (
+        "a reward model prefers the worse one",
+        "1 - better if margin > 0 else better",
+        "1 - better if margin < 0 else better",
+    ),
+    ("a NaN is a tie", "if not math.isfinite(margin):", "if False:"),
 )
 
 _SELECTION = in_file(
-    "stagecraft/signals/selection.py",
-    "tests/signals",
-    ("the worst of n", "return [max(fit, key=scored", "return [min(fit, key=scored"),
-    ("answers that were cut off are kept", "if answers[r][1] and math", "if math"),
+    "stagecraft/stages/selection.py",
+    "tests/stages/selection_test.py",
+    ("the worst of n", "return [max(fit, key=scores", "return [min(fit, key=scores"),
+    ("answers that were cut off are kept", "if not ended:", "if False:"),
 )
 
-_VERIFIER = in_file(
-    "stagecraft/signals/verifier.py",
+_VERIFIERS = in_file(
+    "stagecraft/signals/verifiers.py",
     "tests/signals",
     (
         "a verifier's NaN is a 0",
@@ -254,6 +280,7 @@ _TRAIN = in_file(
 
 MUTANTS = (
     *(_CHAT + _TOKENIZER + _HUGGING_FACE + _TEMPLATE + _SANDBOX),
-    *(_COMPARISONS + _SELECTION + _VERIFIER + _MODEL + _SCORES + _HEADS + _SAMPLING),
+    *(_COMPARISONS + _RECORDS + _RATERS + _SELECTION + _VERIFIERS),
+    *(_MODEL + _SCORES + _HEADS + _SAMPLING),
     *(_RUN + _MASKED + _OPTIMIZER + _TRAIN),
 )

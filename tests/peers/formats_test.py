@@ -51,13 +51,16 @@ def test_prompts_that_are_implicit_in_conversations(parity_rng, tmp_path):
         dict(zip(("chosen", "rejected"), parted(parity_rng), strict=True))
         for _ in range(100)
     ]
-    # Some are alike to the end: the last turn is the answer then.
-    records += [{"chosen": r["chosen"], "rejected": r["chosen"]} for r in records[:5]]
     found = readers.comparisons(jsonl(tmp_path / "a.jsonl", records))
     for one, record in zip(found, records, strict=True):
         want = utils.maybe_extract_prompt(copy.deepcopy(record))
         assert one.prompt == want["prompt"]
         assert one.answers == (want["chosen"], want["rejected"])
+    # Where two are alike to the end, the last turn is the answer.
+    for record in ({"chosen": r["chosen"], "rejected": r["chosen"]} for r in records):
+        want = utils.maybe_extract_prompt(copy.deepcopy(record))
+        sides = want["prompt"], want["chosen"], want["rejected"]
+        assert forms.pair(None, **record) == sides
 
 
 def test_prompts_that_are_implicit_in_texts(parity_rng, tmp_path):

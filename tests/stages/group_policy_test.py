@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, tree
-from stagecraft.signals.verifier import Verifiers
+from stagecraft.signals.verifiers import Verifiers
 from stagecraft.stages import group_policy
 from tests.stages import cases
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft.signals.verifier import Verifiers
+from stagecraft.signals.verifiers import Verifiers
 from tests.stages import cases
 
 TAU = 0.7

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagecraft import checkpoint, defaults, train, tree
-from stagecraft.signals.verifier import Verifiers
+from stagecraft.signals.verifiers import Verifiers
 from stagecraft.stages import policy
 from tests.stages import cases
 

@@ -1,4 +1,4 @@
-"""Rewards by functions of text: a verifier says what a completion is worth.
+"""Rewards by functions of text: a verifier scores completions.
 
 A verifier is called as TRL calls its reward functions,
 
@@ -7,20 +7,20 @@ A verifier is called as TRL calls its reward functions,
 with lists of one entry a completion: `completions` are texts, `columns` the other keys
 of the prompts' records ("answer", ...), as far as the function names them or takes
 **kwargs; `ended` says which completions stopped by themselves. A completion on which it
-raises, or returns something not finite, is named in the log, left out and counted; the
-run lives.
+raises, or returns something not finite, is logged, left out and counted; the run goes
+on.
 """
 
-import importlib
 import inspect
 import logging
 import math
 
 import numpy as np
 
-from stagecraft.errors import UserError
+from stagecraft import schema
+from stagecraft.signals import protocol
 
-SHOWN = 3  # how many failures of one call are told in full
+SHOWN = 3  # failures of one call that are logged in full
 
 
 class Verifiers:
@@ -38,27 +38,27 @@ class Verifiers:
         self.tokenizer = tokenizer
 
     def __call__(self, index, tokens, mask, ended):
-        """Rewards of completions.
+        """Returns the rewards of completions.
 
         Args:
             index: i32[R], the record of each row's prompt.
             tokens: i32[R, N]; mask: bool[R, N], through the stop token; ended: bool[R].
 
         Returns:
-            f64[R, S], one column a verifier; NaN where it could not say.
+            f64[R, S], one column a verifier; NaN where it gave no reward.
         """
         records = [self.records[i] for i in index]
-        kept = [row[seen] for row, seen in zip(tokens, mask, strict=True)]
+        rows = [row[seen] for row, seen in zip(tokens, mask, strict=True)]
         texts = [
             self.tokenizer.decode([int(t) for t in (row[:-1] if end else row)])
-            for row, end in zip(kept, ended, strict=True)
+            for row, end in zip(rows, ended, strict=True)
         ]
         ended = [bool(e) for e in ended]
         return np.array(scores_of(self.functions, records, texts, ended), float).T
 
 
 def scores_of(functions, records, texts, ended):
-    """Each verifier's rewards of each text: S lists of floats, NaN for "cannot say".
+    """Returns each verifier's rewards of each text: S lists of floats, NaN for none.
 
     Args:
         functions: list of (name, function).
@@ -75,33 +75,38 @@ def scores_of(functions, records, texts, ended):
 
 
 def _score(name, function, prompts, texts, columns):
-    given, failed = _accepted(function, columns), ""
+    accepted, failed = _accepted(function, columns), ""
     try:
-        found = list(function(prompts, texts, **given))
-        if len(found) != len(texts):
-            raise ValueError(f"{len(found)} rewards for {len(texts)} completions")
-    except Exception:  # somebody else's code: find out which rows it was
-        found = []
+        rewards = list(function(prompts, texts, **accepted))
+        if len(rewards) != len(texts):
+            raise ValueError(f"{len(rewards)} rewards for {len(texts)} completions")
+    except Exception:  # the user's code: ask again row by row, to see which rows fail
+        rewards = []
         for row in range(len(texts)):
-            one = {k: [v[row]] for k, v in given.items()}
+            one = {k: [v[row]] for k, v in accepted.items()}
             try:
                 (value,) = function([prompts[row]], [texts[row]], **one)
             except Exception as error:
                 value, failed = math.nan, f" ({type(error).__name__}: {error})"
-            found.append(value)
-    values = [_number(value) for value in found]
+            rewards.append(value)
+    values = [_number(value) for value in rewards]
     bad = [row for row, value in enumerate(values) if math.isnan(value)]
     for row in bad[:SHOWN]:
         logging.warning(
             "verifier %s could not score a completion%s: prompt %.80r, completion "
             "%.80r; %d of %d rows left out",
-            *(name, failed, prompts[row], texts[row], len(bad), len(texts)),
+            name,
+            failed,
+            prompts[row],
+            texts[row],
+            len(bad),
+            len(texts),
         )
     return values
 
 
 def _number(value):
-    """A finite float, or NaN for whatever else a verifier returned."""
+    """Returns a finite float, or NaN for anything else that a verifier returned."""
     try:
         value = math.nan if value is None else float(value)
     except (TypeError, ValueError):
@@ -110,7 +115,7 @@ def _number(value):
 
 
 def _accepted(function, columns):
-    """The columns that a function names, or all if it takes **kwargs."""
+    """Returns the columns that a function names, or all if it takes **kwargs."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return columns
@@ -119,21 +124,17 @@ def _accepted(function, columns):
 
 
 def find(spec):
-    """[(name, function)] from "package.module:function, ...", or a function itself."""
+    """Returns [(name, function)] of "package.module:function, ..." or a function."""
     if callable(spec):
         return [(getattr(spec, "__name__", "verifier"), spec)]
-    found = []
+    functions = []
     for part in filter(None, (p.strip() for p in spec.split(","))):
-        module, colon, attribute = part.partition(":")
-        try:
-            if not colon:
-                raise ValueError("no colon in it")
-            function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"verifiers={part!r}: cannot import it ({error}); expected "
-                "'package.module:function'"
-            ) from error
-        name, taken = attribute, {n for n, _ in found}
-        found.append((name if name not in taken else part, function))
-    return found
+        function = schema.imported("verifiers", part)
+        name, names = part.partition(":")[2], {n for n, _ in functions}
+        functions.append((part if name in names else name, function))
+    return functions
+
+
+def identity(functions):
+    """Returns [[name, source]] of verifiers, which tells them from others."""
+    return [[name, protocol.source(function)] for name, function in functions]

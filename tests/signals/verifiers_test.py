@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagecraft.errors import UserError
-from stagecraft.signals import verifier
+from stagecraft.signals import verifiers
 
 RECORDS = [
     {"prompt": "1 + 1", "answer": 2},
@@ -21,7 +21,7 @@ WORDS = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
 def scores(function, texts=("2", "5", "6"), name="mine"):
     ended = [True] * len(texts)
-    (found,) = verifier.scores_of([(name, function)], RECORDS, list(texts), ended)
+    (found,) = verifiers.scores_of([(name, function)], RECORDS, list(texts), ended)
     return found
 
 
@@ -66,11 +66,11 @@ def test_a_verifier_that_always_raises_scores_nobody_and_the_log_stays_short(cap
         raise KeyError("x")
 
     with caplog.at_level(logging.WARNING):
-        (found,) = verifier.scores_of(
+        (found,) = verifiers.scores_of(
             [("broken", broken)], RECORDS * 5, ["a"] * 15, [True] * 15
         )
     assert np.isnan(found).all() and len(found) == 15
-    assert len(caplog.records) == verifier.SHOWN
+    assert len(caplog.records) == verifiers.SHOWN
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
@@ -87,7 +87,7 @@ def test_several_verifiers_are_columns_in_their_order():
     def size(prompts, completions):
         return [len(c) for c in completions]
 
-    made = verifier.Verifiers([("exact", exact), ("size", size)], RECORDS, WORDS)
+    made = verifiers.Verifiers([("exact", exact), ("size", size)], RECORDS, WORDS)
     assert made.names == ["exact", "size"]
     tokens = np.array([[4, 9, 0], [6, 0, 0], [3, 3, 3], [2, 9, 0]])
     mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]], bool)
@@ -102,16 +102,22 @@ def test_finding_them(monkeypatch):
     module = types.ModuleType("my_checks")
     module.exact, module.other = exact, lambda prompts, completions: [0] * len(prompts)
     monkeypatch.setitem(sys.modules, "my_checks", module)
-    assert verifier.find("") == []
-    assert verifier.find("my_checks:exact") == [("exact", exact)]
-    names = [n for n, _ in verifier.find("my_checks:exact, my_checks:other,")]
+    assert verifiers.find("") == []
+    assert verifiers.find("my_checks:exact") == [("exact", exact)]
+    names = [n for n, _ in verifiers.find("my_checks:exact, my_checks:other,")]
     assert names == ["exact", "other"]
-    assert verifier.find(exact) == [("exact", exact)]
-    twice = [n for n, _ in verifier.find("my_checks:exact,my_checks:exact")]
+    assert verifiers.find(exact) == [("exact", exact)]
+    twice = [n for n, _ in verifiers.find("my_checks:exact,my_checks:exact")]
     assert twice == ["exact", "my_checks:exact"]
 
 
 @pytest.mark.parametrize("spec", ["nowhere_at_all:f", "json:nothing", "json"])
 def test_what_cannot_be_imported_is_refused(spec):
     with pytest.raises(UserError, match=f"verifiers='{spec}': cannot import it"):
-        verifier.find(spec)
+        verifiers.find(spec)
+
+
+def test_verifiers_are_told_apart_by_name_and_source():
+    assert verifiers.identity([]) == []
+    [[name, source]] = verifiers.identity([("mine", exact)])
+    assert name == "mine" and "def exact(" in source

@@ -1,0 +1,132 @@
+"""What every rater of pairs is: prompts and pairs of answers go in, verdicts come out.
+
+A rater is one file of this folder with two functions, `make(config, sources, rng)` and
+`check(where, config, world)`, and one line in `signals.raters`.
+"""
+
+import inspect
+import math
+from typing import Any, NamedTuple, Protocol
+
+from stagecraft import storage
+from stagecraft.errors import UserError
+
+Answer = tuple[str, bool]  # a text, and whether it ended by itself
+Pair = tuple[Answer, Answer]
+
+IDENTICAL = "identical"
+UNSCORED = "unscored"
+
+
+class Verdict(NamedTuple):
+    """What a rater says of a pair.
+
+    Attributes:
+        probability: that the first answer is better, from 0 to 1; a tie is .5. None
+            where the rater has no verdict: a failure is never a number.
+        reason: why there is none: "identical", "unparsed", "timed_out", "too_long",
+            "unscored"; "" where there is one.
+        both_bad: neither answer is acceptable.
+        strength: by how much the better one is better, on the rater's own scale; None
+            where the rater has no scale.
+    """
+
+    probability: float | None = None
+    reason: str = ""
+    both_bad: bool = False
+    strength: float | None = None
+
+
+class Rater(Protocol):
+    """Rates pairs of answers, a batch at a time.
+
+    Attributes:
+        identity: hash of whatever decides its verdicts. A journal begun with one rater
+            is not continued with another.
+    """
+
+    identity: str
+
+    def rate(self, prompts: list, pairs: list[Pair]) -> list[Verdict]:
+        """Returns a verdict for each pair; prompts are texts or message lists."""
+
+
+class Sources(NamedTuple):
+    """What a run has that a rater may be made from.
+
+    Attributes:
+        world: name of the experiment's world, "" without one.
+        reward: a `signals.reward.RewardModel`, or None.
+    """
+
+    world: str = ""
+    reward: Any = None
+
+
+def same_text(pair: Pair) -> bool:
+    """Returns whether both answers are the same text, whether or not they ended."""
+    return pair[0][0] == pair[1][0]
+
+
+def checked(verdicts, count, rater) -> list[Verdict]:
+    """Returns what a rater returned, as JSON values; refuses what are not verdicts.
+
+    Args:
+        verdicts: what the rater returned.
+        count: of the pairs it was given.
+        rater: its name in the config, for the message.
+    """
+    if len(verdicts) != count:
+        raise UserError(
+            f"rater={rater!r}: returned {len(verdicts)} verdicts for {count} pairs; "
+            "expected one for each"
+        )
+    for verdict in verdicts:
+        if not isinstance(verdict, Verdict) or not _possible(verdict):
+            raise UserError(
+                f"rater={rater!r}: returned {verdict!r}; expected a Verdict with a "
+                "probability from 0 to 1, or with none and a reason"
+            )
+    return [
+        Verdict(_float(v.probability), v.reason, bool(v.both_bad), _float(v.strength))
+        for v in verdicts
+    ]
+
+
+def _float(value):
+    return None if value is None else float(value)
+
+
+def _possible(verdict):
+    if verdict.probability is None:
+        return bool(verdict.reason)
+    finite = verdict.strength is None or math.isfinite(verdict.strength)
+    return 0 <= verdict.probability <= 1 and not verdict.reason and finite
+
+
+def identity(**parts) -> str:
+    """Returns the hash of JSON values that decide a rater's verdicts."""
+    return storage.digest(parts)
+
+
+def source(function) -> str:
+    """Returns the source of the module that defines a function.
+
+    Of the function alone where the module has no file, as in a notebook; "" for
+    compiled code.
+    """
+    for code in (inspect.getmodule(function), function, type(function)):
+        try:
+            return inspect.getsource(code)
+        except (OSError, TypeError):
+            continue
+    return ""
+
+
+def refuse_soft_labels(where, config):
+    """Refuses soft labels, for raters that choose and give no probability."""
+    if config.soft_labels:
+        raise UserError(
+            f"{where}.soft_labels=True: needs rater='reward', whose scores give the "
+            "probability"
+        )

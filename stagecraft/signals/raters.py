@@ -1,0 +1,43 @@
+"""The raters by their names in a config; any other name is a function of the user's."""
+
+import difflib
+
+from stagecraft.errors import UserError
+from stagecraft.signals import function, reward, world
+
+RATERS = {"world": world, "reward": reward}
+
+
+def check(where, config, world):
+    """Refuses what a comparisons stage's rater cannot work with.
+
+    Args:
+        where: the stage in the config, for messages: "stages.comparisons".
+        config: the stage's config.
+        world: name of the experiment's world, "" without one.
+    """
+    _module(config.rater).check(where, config, world)
+
+
+def make(config, sources, rng):
+    """Returns the `protocol.Rater` that config.rater names.
+
+    Args:
+        config: the stage's config.
+        sources: a `protocol.Sources`.
+        rng: a numpy Generator for the rater's own noise.
+    """
+    return _module(config.rater).make(config, sources, rng)
+
+
+def _module(name):
+    if name in RATERS:
+        return RATERS[name]
+    if isinstance(name, str) and ":" not in name:
+        near = difflib.get_close_matches(name, RATERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"rater={name!r}: expected {', '.join(map(repr, RATERS))} or "
+            f"'package.module:function'{hint}"
+        )
+    return function

@@ -1,0 +1,34 @@
+"""The rules of the experiment's world as a rater: rater="world"."""
+
+from pathlib import Path
+
+from stagecraft import worlds
+from stagecraft.errors import UserError
+from stagecraft.signals import protocol
+from stagecraft.signals.function import Chooser
+
+
+def check(where, config, world):
+    """Refuses an experiment without a world, and soft labels."""
+    protocol.refuse_soft_labels(where, config)
+    _world(world)
+
+
+def make(config, sources, rng):
+    """Returns the rater that asks the world's `rate`, which draws from `rng`."""
+    module = _world(sources.world)
+    # A rating depends on the world's facts too: all files of the world count.
+    path = Path(module.__file__)
+    files = path.parent.glob("*.py") if hasattr(module, "__path__") else [path]
+    code = {file.name: file.read_text(encoding="utf-8") for file in files}
+    identity = protocol.identity(rater="world", world=sources.world, source=code)
+    return Chooser(module.rate, rng, identity, "world")
+
+
+def _world(name):
+    if not name:
+        raise UserError(
+            "rater='world' needs world.name; or name your own rater as "
+            "rater='package.module:function'"
+        )
+    return worlds.get(name)

@@ -1,0 +1,260 @@
+"""The journal and the one writer of stages that sample, rate and write records.
+
+WORKDIR/STAGE/journal.jsonl is appended and synced as a stage goes: a header that says
+whose journal it is, then for each batch of prompts an entry with the sampled answers
+and an entry with their verdicts. A stage that was killed replays its journal and goes
+on behind it, so nothing that it holds is sampled or rated twice. records.jsonl is a
+function of the journal alone, and written whole at the end.
+"""
+
+import collections
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from stagecraft import metrics, schema, storage
+from stagecraft.errors import UserError
+
+JOURNAL, RECORDS = "journal.jsonl", "records.jsonl"
+VERSION = 1  # of the journal's format
+
+
+class Recording(NamedTuple):
+    """What a stage that writes records is given beside its config.
+
+    Attributes:
+        folder: WORKDIR/STAGE; its records.jsonl is written whole at the end.
+        name: the stage's name, for the progress line and messages.
+        language: a `models.language.Language`.
+        asked: the prompts' records; taken in turn, in a shuffled order.
+        key: the stage's random key.
+        lineage: the stage's `lineage.LineageEntry`.
+        reward: a `signals.reward.RewardModel`, or None.
+        world: name of the experiment's world, "" without one.
+    """
+
+    folder: Path
+    name: str
+    language: Any
+    asked: list[dict]
+    key: jax.Array
+    lineage: Any
+    reward: Any = None
+    world: str = ""
+
+
+class Batch(NamedTuple):
+    """Prompts whose answers were sampled and rated together.
+
+    Attributes:
+        prompts: texts or message lists.
+        answers: for each prompt a list of (text, ended).
+        verdicts: for each prompt what was said of its answers, a JSON value.
+    """
+
+    prompts: list
+    answers: list
+    verdicts: list
+
+
+class Journal:
+    """A file of JSON lines that are appended, synced, and replayed when it is reopened.
+
+    Only process 0 writes; all processes replay.
+
+    Args:
+        path: the file.
+        header: JSON values that decide the entries; a journal with another header is
+            refused.
+    """
+
+    def __init__(self, path, header):
+        self.path = Path(path)
+        lines, end = _lines(self.path)
+        header = json.loads(json.dumps(header))
+        if lines and (change := schema.difference(lines[0], header)):
+            raise UserError(
+                f"{self.path}: is the journal of something else ({change}); choose "
+                "another --workdir, or delete it to begin this stage again"
+            )
+        self._replay = collections.deque(lines[1:])
+        self._file, self._since = None, time.perf_counter()
+        if jax.process_index() == 0:
+            with _writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab")
+                self._file.truncate(end)
+        if not lines:
+            self._append(header)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file is not None:
+            self._file.close()
+
+    def once(self, make, *args) -> tuple[dict, bool]:
+        """Returns the next entry, and whether it was replayed.
+
+        Args:
+            make: called with `args` where the journal does not hold the entry yet;
+                returns a dict of JSON values, to which its "seconds" are added.
+        """
+        if self._replay:
+            return self._replay.popleft(), True
+        entry = make(*args)
+        now = time.perf_counter()
+        seconds, self._since = round(now - self._since, 3), now
+        return self._append(entry | {"seconds": seconds}), False
+
+    def _append(self, entry):
+        """Returns the entry as reading the line again would."""
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        if self._file is not None:
+            with _writing(self.path):
+                self._file.write(line.encode("utf-8") + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return json.loads(line)
+
+
+class _writing:
+    """Turns a failure to write a file into one line."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self.path}: cannot write here ({error.strerror}); free space, or "
+                "choose another --workdir; the same command goes on from here"
+            ) from error
+
+
+def _lines(path):
+    """Returns the whole lines of a journal as JSON values, and the bytes they take.
+
+    A last line that was cut off is left out.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    *whole, _ = data.split(b"\n")
+    values, end = [], 0
+    for number, line in enumerate(whole, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if end + len(line) + 1 == len(data):
+                break
+            raise UserError(
+                f"{path}:{number}: not a line of JSON ({error}); the journal was "
+                "edited or damaged: delete it to begin this stage again"
+            ) from error
+        end += len(line) + 1
+    return values, end
+
+
+def header(kind, lineage, rater, seed):
+    """Returns a journal's header: all that decides what is sampled and what is said.
+
+    Args:
+        kind: of the stage.
+        lineage: the stage's `lineage.LineageEntry`.
+        rater: identity of what rates the answers.
+        seed: of the prompts' order, the sampling and the rater's noise.
+    """
+    return {
+        "journal": VERSION,
+        "kind": kind,
+        "config": lineage.config,
+        "tokenizer": lineage.tokenizer,
+        "data": lineage.data,
+        "parents": {role: one["id"] for role, one in lineage.parents.items()},
+        "rater": rater,
+        "seed": seed,
+    }
+
+
+def collect(
+    folder, header, asked, complete, rate, *, samples, size, name, rng=None
+) -> tuple[list[Batch], float]:
+    """Samples answers to prompts and rates them, as far as the journal has not.
+
+    Args:
+        folder: WORKDIR/STAGE.
+        header: see `header`.
+        asked: the prompts' records, in the order in which they are asked.
+        complete: (prompts, number of the batch) -> [(text, ended)], one a prompt.
+        rate: (records, [[(text, ended)] of each]) -> a JSON value for each record.
+        samples: answers to each prompt.
+        size: prompts of a batch.
+        name: for the progress line.
+        rng: a numpy Generator that `rate` draws from, or None. Its state is part of the
+            journal, so that it draws the same whenever a stage was killed.
+
+    Returns:
+        the batches, and the seconds they took in all processes that worked on them.
+    """
+    parts = [asked[i : i + size] for i in range(0, len(asked), size)]
+    batches, seconds = [], 0.0
+
+    def sample(number, prompts):
+        flat = complete([p for p in prompts for _ in range(samples)], number)
+        groups = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        return {"batch": number, "prompts": prompts, "answers": groups}
+
+    def judge(number, part, answers):
+        entry = {"batch": number, "verdicts": rate(part, answers)}
+        return entry | ({"rng": rng.bit_generator.state} if rng is not None else {})
+
+    progress = metrics.Progress(name, len(parts))
+    try:
+        with Journal(Path(folder) / JOURNAL, header) as journal:
+            for number, part in enumerate(parts):
+                prompts = [record["prompt"] for record in part]
+                sampled, _ = journal.once(sample, number, prompts)
+                # As sampling returns them: a rater need not know of the journal.
+                answers = [[tuple(a) for a in group] for group in sampled["answers"]]
+                rated, replayed = journal.once(judge, number, part, answers)
+                if rng is not None:
+                    rng.bit_generator.state = rated["rng"]
+                batches.append(Batch(sampled["prompts"], answers, rated["verdicts"]))
+                seconds += sampled["seconds"] + rated["seconds"]
+                if not replayed:
+                    progress.step(number + 1, {}, samples * len(part))
+    finally:
+        progress.close()
+    return batches, seconds
+
+
+def write(folder, records):
+    """Writes records.jsonl whole."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    storage.write_text(Path(folder) / RECORDS, "".join(lines))
+
+
+def seed(key) -> int:
+    """Returns the seed of a stage's sampling, from its random key."""
+    return int(jax.random.randint(key, (), 0, 2**31 - 1))
+
+
+def shuffled(rows, count, rng) -> list:
+    """Returns `count` of the rows in a random order, all before any comes again."""
+    order = []
+    while len(order) < count:
+        order += rng.permutation(len(rows)).tolist()
+    return [rows[i] for i in order[:count]]
+
+
+def format(config) -> str:
+    """What stage.json says such a stage reads and writes."""
+    del config
+    return "records"

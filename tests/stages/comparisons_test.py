@@ -1,0 +1,143 @@
+"""Pairs as records: which answer is chosen, what is dropped, and why."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from stagecraft import defaults
+from stagecraft.errors import UserError
+from stagecraft.signals.protocol import Verdict
+from stagecraft.signals.reward import RewardModel
+from stagecraft.stages import comparisons, records
+from tests.stages.answers import PROMPTS, Seeded, noisy, recording
+
+KEY = jax.random.key(0)
+
+
+def write(folder, language, reward=None, **changes):
+    config = defaults.stage(
+        "comparisons", **dict(prompts=6, batch_size=4, rater="reward") | changes
+    )
+    whole = recording(folder, language, "pairs", reward=reward)
+    told = comparisons.write(config, whole)
+    lines = (folder / records.RECORDS).read_bytes().decode().removesuffix("\n")
+    return told, [json.loads(line) for line in lines.split("\n")]
+
+
+class Counting:
+    """Answers n = 0, 1, 2 ... to one prompt after the other; some do not end."""
+
+    def __init__(self):
+        self.count = 0
+
+    def complete(self, prompts, *, seed, **sampling):
+        numbers = range(self.count, self.count + len(prompts))
+        self.count += len(prompts)
+        return [(f"{p} {n}", n % 5 != 4) for p, n in zip(prompts, numbers, strict=True)]
+
+
+class Scorer(RewardModel):
+    """A reward model whose scores are the last number of an answer modulo 7."""
+
+    identity = "scorer"
+
+    def __init__(self):
+        pass
+
+    def scores(self, prompts, answers):
+        return [float(text.split()[-1]) % 7 for text, _ in answers]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_reward_model_compares_and_may_say_how_sure_it_is(tmp_path, soft):
+    told, pairs = write(
+        tmp_path, Counting(), Scorer(), soft_labels=soft
+    )
+    assert told["pairs"] == len(pairs) == 6 and told["dropped"] == 0
+    assert told["dropped_by_reason"] == {}
+    assert told["tokens"] == {"sampled": 12 * 32}
+    for number, record in enumerate(pairs):
+        rewards = [float(n % 7) for n in (2 * number, 2 * number + 1)]
+        best = int(rewards[1] > rewards[0])
+        assert record["chosen"].endswith(f" {2 * number + best}")
+        assert record["rejected"].endswith(f" {2 * number + 1 - best}")
+        probability = 1 / (1 + np.exp(-abs(rewards[1] - rewards[0])))
+        if soft:
+            assert record["preference"] == pytest.approx(probability, rel=1e-15)
+        else:
+            assert "preference" not in record
+        for side, n in (("chosen", best), ("rejected", 1 - best)):
+            cut = (2 * number + n) % 5 == 4
+            assert (f"{side}_ended" in record) == cut
+
+
+def test_a_rater_draws_on_where_the_order_of_prompts_left_off(tmp_path):
+    """The stream of one generator, whose state the journal hands on."""
+    language = Seeded()
+    told, pairs = write(
+        tmp_path,
+        language,
+        rater="tests.stages.answers:noisy",
+        prompts=40,
+    )
+    seed = int(jax.random.randint(KEY, (), 0, 2**31 - 1))
+    rng = np.random.default_rng(seed)
+    asked = [PROMPTS[i] for _ in range(10) for i in rng.permutation(4)]
+    expected, reasons, other = [], [], Seeded()
+    for number in range(20):
+        prompts = [a["prompt"] for a in asked[2 * number : 2 * number + 2]]
+        twice = [p for p in prompts for _ in range(2)]
+        answers = other.complete(twice, seed=seed + number)
+        for i, prompt in enumerate(prompts):
+            two = tuple(answers[2 * i : 2 * i + 2])
+            better = noisy(prompt, two, rng)
+            if better is None or two[0][0] == two[1][0]:
+                same = two[0][0] == two[1][0]
+                reasons.append("identical" if same else "unscored")
+                continue
+            (chosen, whole), (rejected, ended) = two[better], two[1 - better]
+            record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            record |= {} if whole else {"chosen_ended": False}
+            expected.append(record | ({} if ended else {"rejected_ended": False}))
+    assert pairs == expected and language.seeds == other.seeds
+    assert told["dropped"] == len(reasons) == 40 - told["pairs"]
+    counts = {reason: reasons.count(reason) for reason in set(reasons)}
+    assert told["dropped_by_reason"] == counts and len(counts) == 2
+
+
+def first(prompt, pair, rng):
+    return 0
+
+
+def failing(prompts, pairs):
+    """A batched rater that fails in some way on all but one pair of a batch."""
+    return [Verdict(0.25), *[Verdict(reason="timed_out")] * (len(pairs) - 1)]
+
+
+def test_failures_are_counted_by_reason_and_are_no_pairs(tmp_path):
+    told, pairs = write(
+        tmp_path,
+        Counting(),
+        rater="tests.stages.comparisons_test:failing",
+        batch_size=6,
+        soft_labels=True,
+    )
+    assert (told["pairs"], told["dropped"]) == (2, 4)
+    assert told["dropped_by_reason"] == {"timed_out": 4}
+    assert [r["chosen"].split()[-1] for r in pairs] == ["1", "7"]
+    assert [r["preference"] for r in pairs] == [0.75, 0.75]
+
+
+class Same:
+    def complete(self, prompts, *, seed, **sampling):
+        return [("yes", i % 2 == 0) for i, _ in enumerate(prompts)]
+
+
+def test_the_same_answer_twice_is_no_pair_whatever_a_rater_says(tmp_path):
+    says = r"pairs: the rater dropped all 6 pairs \(6 identical\); .*temperature=0"
+    with pytest.raises(UserError, match=says) as error:
+        write(tmp_path, Same(), rater="tests.stages.comparisons_test:first")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / records.RECORDS).exists()
