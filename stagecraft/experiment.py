@@ -3,13 +3,11 @@
 Whatever can be refused is refused here, before anything is compiled or written.
 """
 
-from pathlib import Path
-
 from stagecraft import defaults, losses, optim, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import corpus, feed, mixture
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, locate, lora, saved
+from stagecraft.models import locate, lora
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
@@ -90,10 +88,10 @@ def _take_model(c):
     if not outside(c) or any(not stage.start_from for stage in c.stages.values()):
         return
     first = outside(c)[0]
-    folder = huggingface.folder_of(first)
-    if folder is None and not (Path(first) / "stage.json").exists():
-        return  # a name nobody knows, which is refused below
-    told = (locate.info(folder) if folder else saved.info(first))["model"]
+    source = locate.locate(first)
+    if not source.outward and source.record() is None:
+        return  # a name that stands for nothing, which is refused below
+    told = source.info()["model"]
     given = c.model.max_length
     for key in c.model:
         if key in told and key not in THE_RUNS:
@@ -152,30 +150,28 @@ def _check_role(c, name, role, kinds):
                 f"{' or '.join(kinds)}, the folder of a finished one, or hf:FOLDER"
             )
         return
-    folder = huggingface.folder_of(value)
-    if folder is not None:
-        _check_folder(c, f"{where}={value!r}", folder, kinds, stage)
-    elif value in c.stages:
+    source = locate.locate(value, stages=c.stages)
+    if source.outward:
+        _check_folder(c, f"{where}={value!r}", source, kinds, stage)
+    elif source.where == "here":
         if c.stages[value].kind not in kinds:
             raise UserError(
                 f"{where}={value!r}: that stage is of kind {c.stages[value].kind}, "
                 f"expected {' or '.join(kinds)}"
             )
-    elif "/" not in value and not Path(value).exists():
+    elif source.where == "nowhere":
         raise UserError(schema.unknown(f"{where}={value!r}", value, c.stages.keys()))
     else:
-        saved.info(value)
+        source.info()
 
 
-def _check_folder(c, where, folder, kinds, stage):
+def _check_folder(c, where, source, kinds, stage):
     """Looks at a Hugging Face folder that plays a role."""
     module = None if "reward" in kinds else "transformer"
     if kinds == ("reward",):
         module = "scalar"
     try:
-        locate.examine(
-            folder, sharding.make_mesh(**mesh_sizes(c, stage)), module=module
-        )
+        source.examine(sharding.make_mesh(**mesh_sizes(c, stage)), module=module)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

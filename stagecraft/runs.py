@@ -1,17 +1,30 @@
-"""Reads a work directory's files into one object, whatever is there or missing.
+"""A run and its files: what is finished, how to load it, what a report reads.
 
-A run may be unfinished, cut off in the middle of a line, or of another graph than the
-quickstart's: nothing here needs a stage by name, and what is missing is noted in words.
+`Run` is a work directory with its config: it knows what is finished and loads it.
+`read` takes the files as they are: a run may be unfinished, cut off in the middle of a
+line, or of any graph; nothing there needs a stage by name, and what is missing is noted
+in words.
 """
 
 import dataclasses
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from stagecraft import metrics
+import jax
+from ml_collections import ConfigDict
+
+from stagecraft import metrics, sharding, storage
 from stagecraft.errors import UserError
+from stagecraft.lineage import Lineage, LineageEntry, StageRecord
+from stagecraft.metrics import is_number
+from stagecraft.models import locate
+from stagecraft.models.language import Language
 
+__all__ = ["Lineage", "LineageEntry", "Run", "StageRecord", "read"]
+
+TOKENIZER = locate.TOKENIZER
 _FILES = {
     "config.json": "the run's settings",
     "lineage.json": "what each stage started from",
@@ -21,7 +34,108 @@ _FILES = {
 
 
 @dataclasses.dataclass
-class Stage:
+class Run:
+    """A work directory with its config: what is finished, and how to load it.
+
+    Attributes:
+        root: the work directory.
+        config: the resolved config.
+        tokenizer: see `text.tokenizer`; None before it is trained or read.
+        stages: names of the stages, parents first.
+        ran: names of the stages that this process ran.
+    """
+
+    root: Path
+    config: ConfigDict
+    tokenizer: Any = None
+    stages: Sequence[str] = ()
+    ran: list[str] = dataclasses.field(default_factory=list)
+
+    def source(self, name: str) -> locate.Source:
+        """Returns what a name stands for: a stage of this run, or one from outside."""
+        return locate.locate(name, self.root, self.config.stages)
+
+    def record(self, name: str) -> StageRecord | None:
+        """Reads a stage's record; None where the stage has not begun."""
+        return self.source(name).record()
+
+    def lineage(self) -> Lineage:
+        """Reads what the stages come from."""
+        return Lineage.read(self.root)
+
+    def finished(self, name: str) -> bool:
+        """Returns whether a stage is done."""
+        record = self.record(name)
+        return record is not None and record.finished
+
+    def mesh(self, name: str | None = None) -> jax.sharding.Mesh:
+        """Returns the run's mesh, or that of a stage."""
+        sizes = dict(self.config.mesh)
+        if name:
+            own = self.config.stages[name].mesh
+            sizes |= {axis: size for axis, size in own.items() if size}
+        return sharding.make_mesh(**sizes)
+
+    def model(self, name: str, mesh: jax.sharding.Mesh | None = None):
+        """Reads the parameters of a finished stage, or of a Hugging Face folder.
+
+        Args:
+            name: see `source`.
+            mesh: the mesh to put them on; the run's by default.
+
+        Returns:
+            a `Transformer` or a `ScalarModel`.
+        """
+        how = {key: self.config.model[key] for key in locate.HOW}
+        return self.source(name).load(mesh or self.mesh(), **how)
+
+    def language(
+        self, name: str, rows: int, mesh: jax.sharding.Mesh | None = None
+    ) -> Language:
+        """Reads a model that writes text, with the run's tokenizer.
+
+        Args:
+            name: see `source`.
+            rows: texts worked on at once, rounded up to what divides over the mesh.
+            mesh: the mesh to put the parameters on; the run's by default.
+        """
+        mesh = mesh or self.mesh()
+        return Language(
+            self.model(name, mesh), self.tokenizer, batch_size=whole_rows(rows, mesh)
+        )
+
+    def chat_format(self, name: str) -> bool:
+        """Returns whether a model writes in chat turns: all but those of bare text.
+
+        A Hugging Face folder's does where its tokenizer brings a chat template.
+        """
+        source = self.source(name)
+        if source.outward:
+            return self.tokenizer.template is not None
+        return StageRecord.read_finished(source.folder).format != "text"
+
+
+def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:
+    """Returns the smallest batch of at least `least` rows that divides over a mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-least // shards) * shards
+
+
+def read_config(root: str | Path) -> dict[str, Any] | None:
+    """Reads WORKDIR/config.json; None where there is no run."""
+    return storage.read_json(Path(root) / "config.json")
+
+
+def write_config(root: str | Path, config: dict[str, Any]) -> None:
+    """Writes WORKDIR/config.json."""
+    storage.write_json(Path(root) / "config.json", config)
+
+
+# -- the files as they are -------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StageFiles:
     """One stage's files.
 
     Attributes:
@@ -45,17 +159,19 @@ class Stage:
 
     def series(self, key):
         """(steps, values) of a metric, without the rows that do not have it."""
-        points = [(row["step"], row[key]) for row in self.rows if number(row.get(key))]
+        points = [
+            (row["step"], row[key]) for row in self.rows if is_number(row.get(key))
+        ]
         return [p[0] for p in points], [float(p[1]) for p in points]
 
     def keys(self):
         """Names of all metrics that hold numbers, in order of appearance."""
-        seen = {k: None for row in self.rows for k, v in row.items() if number(v)}
+        seen = {k: None for row in self.rows for k, v in row.items() if is_number(v)}
         return [key for key in seen if key not in ("step", "seconds")]
 
 
 @dataclasses.dataclass
-class Run:
+class RunFiles:
     """A work directory: its shared files ({} when missing), stages, what is missing."""
 
     folder: Path
@@ -67,15 +183,6 @@ class Run:
     missing: list
 
 
-def number(value):
-    """True for a finite int or float that is no bool."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    )
-
-
 def read(folder):
     """Reads a work directory.
 
@@ -83,7 +190,7 @@ def read(folder):
         folder: path of WORKDIR.
 
     Returns:
-        A Run; its `missing` says in words what was not found or could not be read.
+        a RunFiles; its `missing` says in words what was not found or could not be read.
 
     Raises:
         UserError: there is no such directory, or nothing in it is of a run.
@@ -117,12 +224,12 @@ def read(folder):
     for index, stage in enumerate(stages):
         stage.index = index
     shared = (config, lineage, files["summary.json"], files["prompt.json"])
-    return Run(folder, *shared, stages, missing)
+    return RunFiles(folder, *shared, stages, missing)
 
 
 def _stage(folder, planned, traced, names, missing):
     rows = metrics.read(folder / "metrics.jsonl")
-    rows = [row for row in rows if isinstance(row, dict) and number(row.get("step"))]
+    rows = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
     samples = metrics.read(folder / "samples.jsonl")
     samples = [row for row in samples if isinstance(row, dict) and "completion" in row]
     info = {}
@@ -143,7 +250,9 @@ def _stage(folder, planned, traced, names, missing):
         parents[start_from] = True
     parents.pop(folder.name, None)
     kind = _first(sources, "kind")
-    return Stage(folder.name, 0, kind, start_from, parents, info, traced, rows, samples)
+    return StageFiles(
+        folder.name, 0, kind, start_from, parents, info, traced, rows, samples
+    )
 
 
 def _sorted(stages):
