@@ -1,9 +1,8 @@
-"""A run and its files: what is finished, how to load it, what a report reads.
+"""A run: its config and tokenizer, what is finished, how to load it, and its files.
 
-`Run` is a work directory with its config: it knows what is finished and loads it.
-`read` takes the files as they are: a run may be unfinished, cut off in the middle of a
-line, or of any graph; nothing there needs a stage by name, and what is missing is noted
-in words.
+`Run` loads what is finished. `read` is for reports and takes the files in whatever
+state they are: a run may be unfinished, cut off in the middle of a line, or of any
+graph. It needs no stage by name, and says in words what is missing.
 """
 
 import dataclasses
@@ -17,12 +16,10 @@ from ml_collections import ConfigDict
 
 from stagecraft import metrics, sharding, storage
 from stagecraft.errors import UserError
-from stagecraft.lineage import Lineage, LineageEntry, StageRecord
+from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.metrics import is_number
 from stagecraft.models import locate
 from stagecraft.models.language import Language
-
-__all__ = ["Lineage", "LineageEntry", "Run", "StageRecord", "read"]
 
 TOKENIZER = locate.TOKENIZER
 _FILES = {
@@ -136,14 +133,15 @@ def write_config(root: str | Path, config: dict[str, Any]) -> None:
 
 @dataclasses.dataclass
 class StageFiles:
-    """One stage's files.
+    """The files of one stage, in whatever state they are.
 
     Attributes:
-        name: its name in the graph; index: its place in the order, and its colour.
+        name: the stage's name in the graph.
+        index: its place in the order, which decides its colour.
         kind, start_from: from stage.json, else lineage.json, else config.json.
         parents: {name of a stage it needs: True when it starts from its weights}.
         info: stage.json, {} when the stage is unfinished.
-        lineage: its part of lineage.json.
+        lineage: the stage's entry of lineage.json.
         rows, samples: metrics.jsonl and samples.jsonl.
     """
 
@@ -158,42 +156,43 @@ class StageFiles:
     samples: list
 
     def series(self, key):
-        """(steps, values) of a metric, without the rows that do not have it."""
+        """Returns (steps, values) of a metric, over the rows that have it."""
         points = [
             (row["step"], row[key]) for row in self.rows if is_number(row.get(key))
         ]
         return [p[0] for p in points], [float(p[1]) for p in points]
 
     def keys(self):
-        """Names of all metrics that hold numbers, in order of appearance."""
-        seen = {k: None for row in self.rows for k, v in row.items() if is_number(v)}
-        return [key for key in seen if key not in ("step", "seconds")]
+        """Returns the metrics that hold numbers, in order of appearance."""
+        names = {k: None for row in self.rows for k, v in row.items() if is_number(v)}
+        return [name for name in names if name not in ("step", "seconds")]
 
 
 @dataclasses.dataclass
 class RunFiles:
-    """A work directory: its shared files ({} when missing), stages, what is missing."""
+    """The files of a work directory, in whatever state they are.
+
+    Attributes:
+        folder: the work directory.
+        config, lineage, summary, prompt: its shared files; {} where one is missing.
+        stages: `StageFiles`, parents first.
+        missing: what is not there or cannot be read, a line each.
+    """
 
     folder: Path
     config: dict
     lineage: dict
     summary: dict
     prompt: dict
-    stages: list
-    missing: list
+    stages: list[StageFiles]
+    missing: list[str]
 
 
-def read(folder):
-    """Reads a work directory.
-
-    Args:
-        folder: path of WORKDIR.
-
-    Returns:
-        a RunFiles; its `missing` says in words what was not found or could not be read.
+def read(folder: str | Path) -> RunFiles:
+    """Reads the files of a work directory, in whatever state they are.
 
     Raises:
-        UserError: there is no such directory, or nothing in it is of a run.
+        UserError: there is no such directory, or it holds no file of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -204,20 +203,22 @@ def read(folder):
     for name, meaning in _FILES.items():
         files[name] = _json(folder / name, meaning, missing)
     config, lineage = files["config.json"], files["lineage.json"]
-    traced, planned = _dict(lineage, "stages"), _dict(config, "stages")
-    found = [
+    entries, planned = _dict(lineage, "stages"), _dict(config, "stages")
+    begun = [
         path.parent.name
         for pattern in ("*/stage.json", "*/metrics.jsonl", "*/samples.jsonl")
         for path in sorted(folder.glob(pattern))
     ]
-    names = list(dict.fromkeys([*planned, *traced, *found]))
+    names = list(dict.fromkeys([*planned, *entries, *begun]))
     if not names and not any(files.values()):
         raise UserError(
             f"workdir {folder}: holds no run (no config.json, no stage with metrics); "
             "give a directory that `run` made"
         )
     stages = [
-        _stage(folder / name, _dict(planned, name), _dict(traced, name), names, missing)
+        _stage(
+            folder / name, _dict(planned, name), _dict(entries, name), names, missing
+        )
         for name in names
     ]
     stages = _sorted(stages)
@@ -227,7 +228,7 @@ def read(folder):
     return RunFiles(folder, *shared, stages, missing)
 
 
-def _stage(folder, planned, traced, names, missing):
+def _stage(folder, planned, entry, names, missing):
     rows = metrics.read(folder / "metrics.jsonl")
     rows = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
     samples = metrics.read(folder / "samples.jsonl")
@@ -241,22 +242,22 @@ def _stage(folder, planned, traced, names, missing):
     else:
         state = "not finished" if folder.is_dir() else "not started"
         missing.append(f"{folder.name}: {state}")
-    sources = (info, traced, planned)
+    sources = (info, entry, planned)
     start_from = _first(sources, "start_from")
     needed = [value for key, value in planned.items() if key.endswith("_from")]
-    needed = _mentioned([traced.get("parents"), *needed], names)
+    needed = _mentioned([entry.get("parents"), *needed], names)
     parents = dict.fromkeys(needed, False)
     if start_from in names:
         parents[start_from] = True
     parents.pop(folder.name, None)
     kind = _first(sources, "kind")
     return StageFiles(
-        folder.name, 0, kind, start_from, parents, info, traced, rows, samples
+        folder.name, 0, kind, start_from, parents, info, entry, rows, samples
     )
 
 
 def _sorted(stages):
-    """Parents before children; otherwise in the order given."""
+    """Returns the stages, parents first, otherwise in their order."""
     done, left = {}, {stage.name: stage for stage in stages}
     while left:
         ready = [s for s in left.values() if not any(p in left for p in s.parents)]
@@ -267,7 +268,7 @@ def _sorted(stages):
 
 
 def _mentioned(value, names):
-    """Stage names anywhere in a nest of dicts and lists: as keys or as values."""
+    """Returns the stage names in nested dicts and lists, as keys or as values."""
     if isinstance(value, dict):
         here = [key for key in value if key in names]
         return here + [n for v in value.values() for n in _mentioned(v, names)]
@@ -289,7 +290,7 @@ def _dict(source, key):
 
 
 def _json(path, meaning, missing):
-    """A JSON object; {} and a note when it is missing, cut off or something else."""
+    """Reads a JSON object; {} and a note in `missing` where there is none."""
     where = path.name if path.name in _FILES else f"{path.parent.name}/{path.name}"
     if not path.exists():
         missing.append(f"{where}: {meaning}")
