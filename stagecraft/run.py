@@ -214,7 +214,7 @@ def _run_stage(run, name, feeds):
         if stage.kind in defaults.RECORDS:
             _write_records(run, name, roles, data, key)
             return
-        made, hooks = _make(run, stage, mesh, roles, data)
+        functions, hooks = _make(run, stage, mesh, roles, data)
         record = StageRecord(
             kind=stage.kind,
             start_from=stage.start_from,
@@ -222,13 +222,11 @@ def _run_stage(run, name, feeds):
             tokenizer=run.tokenizer.digest,
             data=data.dataset.report,
         )
-        if made.frozen is not None:
-            base, id_ = run.source(stage.start_from), lineage.stages[name].parents
+        if functions.frozen is not None:
+            parent = lineage.stages[name].parents["start_from"]
+            base = run.source(parent["stage"]).seen_from(folder)
             record.lora = schema.plain(stage.lora)
-            record.base = {
-                "name": base.seen_from(folder),
-                "id": id_["start_from"]["id"],
-            }
+            record.base = {"name": base, "id": parent["id"]}
         record.write(folder)
         settings = schema.plain(config) | {"stage": name}
         where = f"{run.root.resolve().name}/{name}"
@@ -236,7 +234,7 @@ def _run_stage(run, name, feeds):
             config.trackers, folder, name=where, config=settings
         ) as watch:
             state, result = train.train(
-                made,
+                functions,
                 stage,
                 data.dataset,
                 folder,
@@ -244,7 +242,7 @@ def _run_stage(run, name, feeds):
                 key=key,
                 hooks=hooks._replace(watch=watch),
             )
-    trained = saved.describe(train.deployable(state, made.frozen))
+    trained = saved.describe(train.deployable(state, functions.frozen))
     record = dataclasses.replace(record, finished=True, **trained, **result)
     record.write(folder)
 

@@ -327,7 +327,11 @@ _STORAGE = in_file(
     ("a folder that is there is lost", "old.rename(folder)", "pass"),
     ("what was killed stays", "shutil.rmtree(unfinished, ignore_errors=True)", "pass"),
     ("any folder is replaced", "if not (replace or _is_free(folder)):", "if False:"),
-    ("every process writes files", "    if not process.is_first():\n", "    if False:\n"),
+    (
+        "every process writes files",
+        "    if not process.is_first():\n",
+        "    if False:\n",
+    ),
 )
 
 MUTANTS = (
