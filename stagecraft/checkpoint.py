@@ -1,10 +1,10 @@
 """Checkpoints of a stage: parameters, optimizer state and data position, by Orbax.
 
 A checkpoint has three items, so that a child stage or an export reads the parameters
-alone: `model` (clean names such as layers/attention/query), `train` (optimizer state,
-step, whatever else the stage carries) and `data` (the data iterator's state). Orbax
-writes into a temporary folder and renames it, so that a checkpoint exists whole or
-not at all, whenever the process dies.
+alone: `model` (names such as layers/attention/query), `train` (optimizer state, step
+and the rest of the stage's state) and `data` (the data iterator's state). Orbax writes
+into a temporary folder and renames it, so that a checkpoint exists whole or not at all,
+whenever the process dies.
 """
 
 from pathlib import Path
@@ -18,24 +18,24 @@ from stagecraft.errors import UserError
 
 
 class Checkpoints:
-    """Save and restore in one folder; saving runs in the background.
+    """Saves and restores checkpoints of one folder; saving runs in the background.
 
     Args:
         folder: WORKDIR/STAGE/checkpoints.
         keep: how many of the newest to keep.
     """
 
-    def __init__(self, folder, *, keep=1):
+    def __init__(self, folder: str | Path, *, keep: int = 1):
         self.folder = Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest(self):
-        """The newest complete step, or None."""
+    def latest(self) -> int | None:
+        """Returns the newest complete step, or None."""
         return self._manager.latest_step()
 
     def save(self, step, model, train, data):
-        """Starts a save; arrays are copied out before this returns.
+        """Starts a save; arrays are copied before this returns.
 
         Args:
             step: int, steps done.
@@ -59,7 +59,7 @@ class Checkpoints:
         Returns:
             model, train, data.
         """
-        got = self._manager.restore(
+        items = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(_abstract(model)),
@@ -67,10 +67,10 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return _refill(model, got.model), _refill(train, got.train), got.data
+        return _refill(model, items.model), _refill(train, items.train), items.data
 
     def wait(self):
-        """Returns once every started save is complete on disk."""
+        """Waits until every started save is complete on disk."""
         self._manager.wait_until_finished()
 
     def close(self):
@@ -97,12 +97,12 @@ def load_model(folder, abstract):
         if step is None:
             raise UserError(f"{path}: no complete checkpoint; run that stage first")
         args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
-        got = manager.restore(step, args=args)
-    return _refill(abstract, got.model), step
+        items = manager.restore(step, args=args)
+    return _refill(abstract, items.model), step
 
 
 def _nest(pytree):
-    """{"layers/up": x} as {"layers": {"up": x}}: what Orbax calls a clean tree."""
+    """Returns {"layers": {"up": x}} for {"layers/up": x}: names as Orbax nests them."""
     out = {}
     for name, leaf in tree.named(pytree).items():
         *folders, last = name.split("/")
@@ -124,7 +124,7 @@ def _abstract(pytree):
 
 
 def _refill(pytree, nested):
-    """Puts restored arrays back into the structure they were named from."""
+    """Returns `pytree` with the restored arrays as its leaves."""
     flat = tree.named(nested)
     leaves = [flat[name] for name in tree.named(pytree)]
     return jax.tree.unflatten(jax.tree.structure(pytree), leaves)

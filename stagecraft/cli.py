@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from stagecraft import commands, schema
 from stagecraft.errors import UserError
@@ -21,7 +22,7 @@ DEBUG = commands.Flag("debug", False, "show the traceback of an error")
 
 
 def main(argv=None):
-    """The entry point; returns the exit status."""
+    """Runs a command; returns the exit status."""
     argv = list(sys.argv if argv is None else argv)
     debug = "--debug" in argv
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -60,12 +61,11 @@ def _dispatch(argv):
             f"unknown command {name!r}; {hint}commands: {', '.join(commands.COMMANDS)}"
         )
     command = commands.COMMANDS[name]
-    wanted = (*command.flags, DEBUG)
-    _define(wanted)
+    taken = (*command.flags, DEBUG)
     if any(a in ("-h", "--help", "--helpfull") for a in argv[2:]):
-        print(_help(name, command, wanted))
+        print(_help(name, command, taken))
         return 0
-    rest = _parse(argv[1:])
+    rest = _parse(argv[1:], taken)
     _quiet()
     command(rest[1:])
     return 0
@@ -74,51 +74,75 @@ def _dispatch(argv):
 # -- flags -----------------------------------------------------------------------------
 
 
-def _define(wanted):
-    """Defines a command's flags."""
+def _parse(argv, taken):
+    """Defines a command's flags and parses them; returns the other arguments.
+
+    What is wrong with them is a UserError.
+    """
     FLAGS.set_gnu_getopt(True)  # flags may stand behind folders and prompts
-    plain = {bool: flags.DEFINE_bool, float: flags.DEFINE_float}
-    for flag in wanted:
-        kind = flag.kind or type(flag.default)
-        if kind is commands.CONFIG:
-            from ml_collections import config_flags
-
-            config_flags.DEFINE_config_file(flag.name, flag.default, flag.help)
-        elif kind is int:
-            flags.DEFINE_integer(flag.name, flag.default, flag.help, flag.least)
-        else:
-            plain.get(kind, flags.DEFINE_string)(flag.name, flag.default, flag.help)
-
-
-def _parse(argv):
-    """Parses the flags; what goes wrong in them is a UserError."""
-    given = next((a for a in argv if a.startswith("--config=")), None)
-    if given:
-        path, _, argument = given.removeprefix("--config=").partition(":")
-        if not Path(path).is_file():
-            raise UserError(
-                f"--config={path}: no such file; experiments lie in experiments/"
-            )
-        # An experiment file may import its neighbours: experiments.common.
-        for folder in (str(Path(path).absolute().parent.parent), os.getcwd()):
-            if folder not in sys.path:
-                sys.path.insert(0, folder)
-        _check_overrides(_load(path, argument), argv)
     try:
+        for flag in taken:
+            if flag.kind is commands.CONFIG:
+                argv = _define_config(flag, argv)
+            else:
+                _define(flag)
         return FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{line} (see stagecraft {argv[0]} --help)") from error
 
 
+def _define(flag):
+    kind = flag.kind or type(flag.default)
+    if kind is int:
+        flags.DEFINE_integer(flag.name, flag.default, flag.help, flag.least)
+        return
+    by_kind = {bool: flags.DEFINE_bool, float: flags.DEFINE_float}
+    by_kind.get(kind, flags.DEFINE_string)(flag.name, flag.default, flag.help)
+
+
+def _define_config(flag, argv):
+    """Loads --config=FILE[:ARG] and defines its overrides, --config.KEY=VALUE.
+
+    The file runs here and never again: it may write the data that it names.
+
+    Returns:
+        the arguments without --config.
+    """
+    given, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == f"--{flag.name}":
+            given = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    if given is None:
+        flags.DEFINE_string(flag.name, flag.default, flag.help)
+        return rest
+    path, _, argument = given.partition(":")
+    if not Path(path).is_file():
+        raise UserError(
+            f"--config={path}: no such file; experiments lie in experiments/"
+        )
+    # An experiment file may import its neighbours: experiments.common.
+    for folder in (str(Path(path).absolute().parent.parent), os.getcwd()):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    config = _load(path, argument)
+    _check_overrides(config, rest)
+    config_flags.DEFINE_config_dict(flag.name, config, flag.help, sys_argv=rest)
+    return rest
+
+
 def _load(path, argument):
-    """What the experiment's get_config returns, before any override."""
+    """Returns what the experiment's get_config returns, before any override."""
     spec = importlib.util.spec_from_file_location("experiment_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path}: has no function get_config(arg)")
-    return module.get_config(argument)
+    config = module.get_config(argument)
+    return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 
 def _check_overrides(config, argv):
@@ -137,15 +161,15 @@ def _check_overrides(config, argv):
             node = node[key]
 
 
-class _Told(logging.Handler):
-    """Our own remarks, on what standard error is now: a live line steps aside."""
+class _Remarks(logging.Handler):
+    """Prints the library's own remarks to standard error, beside a live line."""
 
     def emit(self, record):
         print(f"stagecraft: {record.getMessage()}", file=sys.stderr)
 
 
 def _quiet():
-    """Libraries speak up only about what goes wrong."""
+    """Silences other libraries' remarks, except errors, and prints our own."""
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -154,7 +178,7 @@ def _quiet():
     own.setLevel(logging.INFO)
     own.propagate = False
     if not own.handlers:
-        own.addHandler(_Told())
+        own.addHandler(_Remarks())
 
 
 # -- help ------------------------------------------------------------------------------
@@ -173,11 +197,11 @@ def _overview():
     return "\n".join(lines)
 
 
-def _help(name, command, wanted):
+def _help(name, command, taken):
     lines = [f"stagecraft {name}: {command.__doc__.splitlines()[0]}"]
     lines += [line.removeprefix("    ") for line in command.__doc__.splitlines()[1:]]
     lines.append("flags:")
-    for flag in wanted:
+    for flag in taken:
         default = "" if flag.default in (None, "", False) else f" [{flag.default}]"
         lines.append(f"  --{flag.name:<16} {flag.help}{default}")
     return "\n".join(lines)

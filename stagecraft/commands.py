@@ -37,7 +37,7 @@ SAMPLING = (
     Flag("seed", 0, "of the sampling"),
 )
 # How tasks are asked.
-ASKED = (
+ASKING = (
     Flag("limit", 0, "documents of each task; 0 for all", least=0),
     Flag("batch_size", 32, "rows worked on at once", least=1),
     Flag("apply_chat_template", False, "ask in turns of a chat"),
@@ -47,11 +47,11 @@ ASKED = (
 )
 
 
-def takes(*wanted):
+def takes(*taken):
     """Marks a command with its flags."""
 
     def mark(command):
-        command.flags = wanted
+        command.flags = taken
         return command
 
     return mark
@@ -62,7 +62,7 @@ def takes(*wanted):
     WORKDIR,
     Flag("only", "", "stages to run, as in sft,dpo; all by default"),
 )
-def run(rest):
+def run_(rest):
     """Run or resume a graph of stages.
 
     stagecraft run --config=experiments/quickstart.py --workdir=runs/a
@@ -74,12 +74,12 @@ def run(rest):
     skipped.
     """
     _no_more(rest)
-    from stagecraft import run as running
+    from stagecraft import run
 
     only = _listed(FLAGS.only)
     if FLAGS.config is None:
         raise UserError("--config is missing, as in --config=experiments/quickstart.py")
-    running.run(FLAGS.config, _workdir(), only=only)
+    run.run(FLAGS.config, _workdir(), only=only)
 
 
 @takes(
@@ -92,17 +92,17 @@ def prompt(rest):
 
     stagecraft prompt --workdir=runs/a "What is the capital of France?"
     """
-    from stagecraft import run as running
     from stagecraft.anatomy import behaviour
+    from stagecraft.run import open_run
 
     if len(rest) != 1:
         raise UserError(
             "give one prompt in quotes, as in: stagecraft prompt --workdir=runs/a "
             '"What is the capital of France?"'
         )
-    current = running.open_run(_workdir())
+    run = open_run(_workdir())
     answers = behaviour.through_stages(
-        current,
+        run,
         rest[0],
         temperature=FLAGS.temperature,
         samples=FLAGS.samples,
@@ -126,16 +126,14 @@ def chat(rest):
     stagecraft chat --workdir=runs/a --stage=dpo
     """
     _no_more(rest)
-    from stagecraft import run as running
     from stagecraft.anatomy import behaviour
+    from stagecraft.run import open_run
 
-    current = running.open_run(_workdir())
+    run = open_run(_workdir())
     if not FLAGS.stage:
-        raise UserError(
-            f"--stage is missing; stages: {', '.join(current.config.stages)}"
-        )
+        raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
     behaviour.chat(
-        current,
+        run,
         FLAGS.stage,
         temperature=FLAGS.temperature,
         max_new_tokens=FLAGS.max_new_tokens,
@@ -146,18 +144,18 @@ def chat(rest):
 @takes(
     WORKDIR,
 )
-def report(rest):
+def report_(rest):
     """Write WORKDIR/report.html: curves, weights, cost, tax, the single prompt.
 
     stagecraft report --workdir=runs/a
     """
     _no_more(rest)
-    from stagecraft.report import page as page
+    from stagecraft.report import page
 
-    path = _workdir()
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: no run here (no config.json)")
-    print(page.write(path))
+    root = _workdir()
+    if not (root / "config.json").exists():
+        raise UserError(f"{root}: no run here (no config.json)")
+    print(page.write(root))
 
 
 @takes(
@@ -165,7 +163,7 @@ def report(rest):
     Flag("baseline", "", "the arm others are held against"),
     Flag("out", "compare.html", "the page to write"),
 )
-def compare(rest):
+def compare_(rest):
     """Hold runs side by side: figures by arm, intervals over seeds, what is noise.
 
     stagecraft compare runs/dpo_seed0 runs/dpo_seed1 runs/ipo_seed0 runs/ipo_seed1
@@ -178,11 +176,12 @@ def compare(rest):
     held against a baseline, and a difference whose interval holds 0 is within noise.
     Prints the table and writes it as a page, with the numbers as JSON beside it.
     """
-    from stagecraft.report import compare as sides
+    from stagecraft.report import compare
 
-    found = sides.compare(rest, stages=_listed(FLAGS.stages), baseline=FLAGS.baseline)
-    path = sides.write(found, FLAGS.out)
-    sides.show(found)
+    stages = _listed(FLAGS.stages)
+    comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
+    path = compare.write(comparison, FLAGS.out)
+    compare.show(comparison)
     print(path)
 
 
@@ -190,7 +189,7 @@ def compare(rest):
     WORKDIR,
     Flag("stage", "", "whose models, as in sft,dpo, or all"),
     Flag("tasks", "", "names, YAML files, folders of them"),
-    *ASKED,
+    *ASKING,
 )
 def eval_(rest):
     """Ask finished stages the tasks of lm-evaluation-harness, side by side.
@@ -202,16 +201,16 @@ def eval_(rest):
     WORKDIR/evaluations.json and in the report. Bare-text stages get no chat template.
     """
     _no_more(rest)
-    from stagecraft import run as running
     from stagecraft.anatomy import evaluate
+    from stagecraft.run import open_run
 
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
-    current = running.open_run(_workdir())
-    asked = {flag.name: FLAGS[flag.name].value for flag in ASKED}
+    run = open_run(_workdir())
+    settings = {flag.name: FLAGS[flag.name].value for flag in ASKING}
     stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
-    records = evaluate.evaluate(current, stages, tasks, **asked)
-    evaluate.show(records, current.stages)
+    records = evaluate.evaluate(run, stages, tasks, **settings)
+    evaluate.show(records, run.stages)
 
 
 @takes(
@@ -249,7 +248,7 @@ def curate(rest):
     Flag("steps", 8, "timed steps of each"),
     Flag("dtype", "float32", "of the computation, or bfloat16"),
 )
-def bench(rest):
+def bench_(rest):
     """Time the stages on this machine: one JSON line a figure.
 
     stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
@@ -258,10 +257,10 @@ def bench(rest):
     Compare figures of one run on an idle machine only.
     """
     _no_more(rest)
-    from stagecraft import bench as benching
+    from stagecraft import bench
 
-    what = _listed(FLAGS.what) or benching.NAMES
-    benching.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
+    what = _listed(FLAGS.what) or bench.NAMES
+    bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
 @takes(
@@ -303,7 +302,7 @@ def export(rest):
     stagecraft export --workdir=runs/a --stage=dpo --to=models/mine --dtype=bfloat16
 
     Weights in shards, config.json, generation_config.json, the tokenizer and its chat
-    template as they came. The folder appears whole or not at all. A reward model leaves
+    template unchanged. The folder appears whole or not at all. A reward model leaves
     as a ...ForSequenceClassification with one label.
 
     A stage that trained an adapter (LoRA) leaves merged; with --adapter as a PEFT
@@ -335,7 +334,7 @@ def _workdir():
 
 
 def _bytes(flag, text):
-    """5000000 of "5MB"."""
+    """Returns the bytes of a size: 5000000 of "5MB"."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = text[:-2], text[-2:].upper()
     if unit not in units or not number.isdecimal() or not int(number):
@@ -344,7 +343,7 @@ def _bytes(flag, text):
 
 
 def _listed(text):
-    """("sft", "dpo") of "sft,dpo"."""
+    """Returns the names of a list: ("sft", "dpo") of "sft,dpo"."""
     return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
@@ -354,14 +353,14 @@ def _no_more(rest):
 
 
 COMMANDS = {
-    "run": run,
+    "run": run_,
     "prompt": prompt,
     "chat": chat,
-    "report": report,
-    "compare": compare,
+    "report": report_,
+    "compare": compare_,
     "eval": eval_,
     "curate": curate,
-    "bench": bench,
+    "bench": bench_,
     "import": import_,
     "export": export,
 }

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import jax
 
-from stagecraft import defaults, run, schema, sharding, storage
+from stagecraft import defaults, runs, schema, sharding
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
+from stagecraft.lineage import Lineage, LineageEntry, Parent, StageRecord
 from stagecraft.models import huggingface, locate, peft, saved
+from stagecraft.run import open_run
 from stagecraft.text import outward
 from stagecraft.text import tokenizer as tokenizers
 
-# What a folder's tokenizer files must not replace: it is written anew.
+# Files of the folder that the tokenizer's own files must not replace.
 OURS = ("config.json",)
 
 
-def import_folder(folder, root, name="base"):
+def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> Path:
     """Makes a work directory with one finished stage out of a Hugging Face folder.
 
     Args:
@@ -29,38 +31,48 @@ def import_folder(folder, root, name="base"):
     """
     started = time.perf_counter()
     folder, root = Path(folder), Path(root)
-    if (root / "config.json").exists():
+    if runs.read_config(root) is not None:
         raise UserError(f"{root}: holds a run already; choose another --workdir")
-    told = locate.info(folder)
-    tokenizer = tokenizers.load(locate.tokenizer_of(folder))
-    check_vocabulary(folder, told["model"]["vocab_size"], tokenizer)
+    source = locate.locate(f"{locate.PREFIX}{folder}")
+    info = source.info()
+    tokenizer = tokenizers.load(source.tokenizer())
+    check_vocabulary(folder, info["model"]["vocab_size"], tokenizer)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        model = locate.load(f"{huggingface.PREFIX}{folder}", mesh)
+        model = source.load(mesh)
         checkpoints = Checkpoints(root / name / "checkpoints")
         checkpoints.save(0, model, {"step": 0}, {})
         checkpoints.close()
-    if not (root / run.TOKENIZER).exists():
-        tokenizers.keep(tokenizer, root / run.TOKENIZER)
-    kind = "reward" if told["module"] == "scalar" else "language_model"
-    parent = f"{huggingface.PREFIX}{folder}"
-    source = locate.digest(folder)
-    entry = {"kind": kind, "start_from": parent, "tokenizer": tokenizer.digest}
-    entry["parents"] = {"start_from": {"stage": parent, "id": source}}
-    entry["id"] = storage.digest(entry)
-    storage.write_json(root / "lineage.json", {"stages": {name: entry}})
-    talks = tokenizer.template is not None or kind == "reward"
-    info = {"kind": kind, "start_from": parent, "format": "chat" if talks else "text"}
-    info |= {"tokenizer": tokenizer.digest, "data": {}, "steps": 0, "tokens": {}}
-    info |= saved.describe(model)
-    info["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-    storage.write_json(root / name / "stage.json", info | {"finished": True})
+    if not (root / runs.TOKENIZER).exists():
+        tokenizers.keep(tokenizer, root / runs.TOKENIZER)
+    kind = "reward" if info["module"] == "scalar" else "language_model"
+    entry = LineageEntry(
+        kind=kind,
+        start_from=source.name,
+        tokenizer=tokenizer.digest,
+        parents={"start_from": Parent(stage=source.name, id=source.id())},
+    )
+    Lineage(stages={name: entry}).write(root)
+    in_turns = tokenizer.template is not None or kind == "reward"
+    record = {
+        "kind": kind,
+        "start_from": source.name,
+        "format": "chat" if in_turns else "text",
+        "tokenizer": tokenizer.digest,
+        "data": {},
+        "steps": 0,
+        "tokens": {},
+        **saved.describe(model),
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
+        "finished": True,
+    }
+    StageRecord.from_json(record).write(root / name)
     config = defaults.experiment()
-    config.tokenizer.path = str(locate.tokenizer_of(folder))
+    config.tokenizer.path = str(source.tokenizer())
     for key in config.model:
-        config.model[key] = told["model"][key]
-    config.stages[name] = defaults.stage(kind, start_from=parent, steps=0)
-    storage.write_json(root / "config.json", schema.plain(config))
+        config.model[key] = info["model"][key]
+    config.stages[name] = defaults.stage(kind, start_from=source.name, steps=0)
+    runs.write_config(root, schema.plain(config))
     return root / name
 
 
@@ -74,16 +86,16 @@ def check_vocabulary(folder, rows, tokenizer):
 
 
 def export(
-    root,
-    name,
-    folder,
+    root: str | Path,
+    name: str,
+    folder: str | Path,
     *,
-    dtype="float32",
-    shard_size=None,
-    overwrite=False,
-    adapter=False,
-    base="",
-):
+    dtype: str = "float32",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    adapter: bool = False,
+    base: str = "",
+) -> list[str]:
     """Writes a finished stage as a Hugging Face folder.
 
     Args:
@@ -97,35 +109,35 @@ def export(
             on "hf:FOLDER".
 
     Returns:
-        lines that say what was written, and what a reader should know of it.
+        lines that say what was written and what a reader of the folder should know.
     """
-    current = run.open_run(root)
-    if name not in current.config.stages:
-        raise UserError(schema.unknown("--stage", name, current.config.stages.keys()))
-    if current.config.stages[name].kind in defaults.RECORDS:
+    run = open_run(root)
+    if name not in run.config.stages:
+        raise UserError(schema.unknown("--stage", name, run.config.stages.keys()))
+    if run.config.stages[name].kind in defaults.RECORDS:
         raise UserError(f"--stage={name}: writes records and has no model to export")
-    if not current.finished(name):
+    if not run.finished(name):
         raise UserError(f"--stage={name}: is not finished; run it again to resume")
-    tokenizer, said = current.tokenizer, []
+    tokenizer, remarks = run.tokenizer, []
 
     def extra(temporary):
         files, notes = outward.files(tokenizer)
-        said.extend(notes)
+        remarks.extend(notes)
         for path, data in files.items():
             if path not in OURS:
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / path).write_bytes(data)
 
     if adapter:
-        return [_export_adapter(current, name, folder, base, overwrite, extra), *said]
+        return [_export_adapter(run, name, folder, base, overwrite, extra), *remarks]
     ids = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
-    mesh = current.mesh()
+    mesh = run.mesh()
     with jax.set_mesh(mesh):
-        model = current.load(name, mesh)
+        model = run.model(name, mesh)
         family = huggingface.save(
             model,
             folder,
@@ -136,44 +148,42 @@ def export(
             generation={**ids, "eos_token_id": sorted({*tokenizer.stops})},
             extra=extra,
         )
-    kind = saved.describe(model)["module"]
-    if kind == "scalar" and float(model.bias[...]):
-        said.append(
+    scalar = saved.describe(model)["module"] == "scalar"
+    if scalar and float(model.bias[...]):
+        remarks.append(
             f"the reward's constant {float(model.bias[...]):.4g} is in config.json "
             f"({huggingface.BIAS}): a ForSequenceClassification has none and scores "
             "that much lower; orders and differences are the same"
         )
-    return [f"{folder}: {family.classes[kind == 'scalar']}, {dtype}", *said]
+    return [f"{folder}: {family.classes[scalar]}, {dtype}", *remarks]
 
 
-def _export_adapter(current, name, folder, base, overwrite, extra):
-    stage = current.folder(name)
-    info = saved.info(stage)
-    if "lora" not in info:
+def _export_adapter(run, name, folder, base, overwrite, extra):
+    folder_of_stage = run.source(name).folder
+    record = StageRecord.read_finished(folder_of_stage)
+    if record.lora is None:
         raise UserError(
             f"--adapter: the stage {name} trained all weights (lora.rank=0); leave the "
             "flag away"
         )
-    theirs = huggingface.folder_of(info["base"]["name"])
-    if not base and theirs is not None and peft.is_adapter(theirs):
+    under = locate.locate(record.base["name"])
+    if not base and under.where == "adapter":
         raise UserError(
-            f"--adapter: {name} sits on {theirs}, an adapter itself; merge that one "
-            "(stagecraft import, then export) and name the folder, --base=FOLDER"
+            f"--adapter: {name} sits on {under.folder}, an adapter itself; merge that "
+            "one (stagecraft import, then export) and name the folder, --base=FOLDER"
         )
-    if not base and theirs is None:
+    if not base and not under.outward:
         raise UserError(
-            f"--adapter: {name} sits on the stage {Path(info['base']['name']).name}; "
-            "export that one first and name its folder, --base=FOLDER"
+            f"--adapter: {name} sits on the stage {under.folder.name}; export that one "
+            "first and name its folder, --base=FOLDER"
         )
-    mesh = current.mesh()
+    base = base or under.folder
+    mesh = run.mesh()
     with jax.set_mesh(mesh):
-        model, adapter = locate.load_adapter(stage, mesh)
+        model, adapter = locate.load_adapter(folder_of_stage, mesh)
         config = getattr(model, "body", model).config
         del model
         family = peft.save(
-            *(adapter, config, folder, mesh),
-            base=base or theirs,
-            overwrite=overwrite,
-            extra=extra,
+            adapter, config, folder, mesh, base=base, overwrite=overwrite, extra=extra
         )
-    return f"{folder}: a PEFT adapter on {family.classes[0]}, {base or theirs}"
+    return f"{folder}: a PEFT adapter on {family.classes[0]}, {base}"

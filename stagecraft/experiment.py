@@ -3,13 +3,11 @@
 Whatever can be refused is refused here, before anything is compiled or written.
 """
 
-from pathlib import Path
-
 from stagecraft import defaults, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, locate, saved
+from stagecraft.models import locate
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.stages import kinds
 from stagecraft.stages.kinds import KINDS
@@ -52,8 +50,8 @@ def resolve(config, *, check=True):
 
 def outside(c):
     """Where stages start from outside this experiment: folders, each once."""
-    found = [stage.start_from for stage in c.stages.values()]
-    return list(dict.fromkeys(f for f in found if f and f not in c.stages))
+    parents = [stage.start_from for stage in c.stages.values()]
+    return list(dict.fromkeys(p for p in parents if p and p not in c.stages))
 
 
 def _take_model(c):
@@ -65,21 +63,21 @@ def _take_model(c):
     if not outside(c) or any(not stage.start_from for stage in c.stages.values()):
         return
     first = outside(c)[0]
-    folder = huggingface.folder_of(first)
-    if folder is None and not (Path(first) / "stage.json").exists():
-        return  # a name nobody knows, which is refused below
-    told = (locate.info(folder) if folder else saved.info(first))["model"]
+    source = locate.locate(first)
+    if not source.outward and source.record() is None:
+        return  # a name that stands for nothing, which is refused below
+    model = source.info()["model"]
     given = c.model.max_length
     for key in c.model:
-        if key in told and key not in THE_RUNS:
-            value = told[key]
+        if key in model and key not in THE_RUNS:
+            value = model[key]
             c.model[key] = tuple(value) if isinstance(value, list) else value
     if given != defaults.model().max_length:
         c.model.max_length = given
-        if told.get("positions") == "learned" and given > told["max_length"]:
+        if model.get("positions") == "learned" and given > model["max_length"]:
             raise UserError(
                 f"model.max_length={given}: the model of {first} has learned positions "
-                f"for {told['max_length']} tokens and no more"
+                f"for {model['max_length']} tokens and no more"
             )
 
 
@@ -112,26 +110,26 @@ def _check_role(c, name, role, mesh):
                 f"{' or '.join(accepted)}, the folder of a finished one, or hf:FOLDER"
             )
         return
-    folder = huggingface.folder_of(value)
-    if folder is not None:
-        _check_folder(f"{where}={value!r}", folder, models, mesh)
-    elif value in c.stages:
+    source = locate.locate(value, stages=c.stages)
+    if source.outward:
+        _check_folder(f"{where}={value!r}", source, models, mesh)
+    elif source.where == "here":
         if c.stages[value].kind not in accepted:
             raise UserError(
                 f"{where}={value!r}: that stage is of kind {c.stages[value].kind}, "
                 f"expected {' or '.join(accepted)}"
             )
-    elif "/" not in value and not Path(value).exists():
+    elif source.where == "nowhere":
         raise UserError(schema.unknown(f"{where}={value!r}", value, c.stages.keys()))
     else:
-        saved.info(value)
+        source.info()
 
 
-def _check_folder(where, folder, models, mesh):
+def _check_folder(where, source, models, mesh):
     """Looks at a Hugging Face folder that plays a role."""
     module = models[0] if len(models) == 1 else None
     try:
-        locate.examine(folder, mesh, module=module)
+        source.examine(mesh, module=module)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

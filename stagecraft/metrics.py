@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from stagecraft import process
+
 _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -87,6 +89,8 @@ def section(name):
 class Writer:
     """Appends one JSON line per write, and the same scalars as TensorBoard events.
 
+    Does nothing in a process that is not the first of its program.
+
     Args:
         folder: the stage's folder; holds metrics.jsonl, samples.jsonl and the events.
         resume_step: lines of later steps are dropped, so that a run that was cut off
@@ -96,8 +100,10 @@ class Writer:
     """
 
     def __init__(self, folder, *, resume_step=0, watch=None):
-        self._watch = watch
+        self._watch, self._on = watch, process.is_first()
         self.folder = Path(folder)
+        if not self._on:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _truncate(self.folder / name, resume_step)
@@ -109,6 +115,8 @@ class Writer:
 
     def write(self, step, seconds, values):
         """Records {name: float} for a step; `seconds` since the stage began."""
+        if not self._on:
+            return
         row = {"step": step, "seconds": round(seconds, 3)}
         # NaN is not JSON: a number that is not finite is written as null.
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -121,6 +129,8 @@ class Writer:
 
     def write_samples(self, step, samples):
         """Records [{"prompt", "completion", ...}] drawn at a step."""
+        if not self._on:
+            return
         for sample in samples:
             row = {"step": step, **sample}
             self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -129,6 +139,8 @@ class Writer:
             self._watch.texts(step, samples)
 
     def close(self):
+        if not self._on:
+            return
         self._lines.close()
         self._samples.close()
         self._events.close()
@@ -155,6 +167,15 @@ def read(path):
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def is_number(value) -> bool:
+    """Returns whether a value is a finite int or float, and no bool."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""What the host is told: to keep memory for the next step, to end what is left over."""
+"""This process: which of a program's processes it is, its memory, its end."""
 
 import ctypes
 import functools
@@ -9,6 +9,18 @@ import threading
 
 # glibc's mallopt: parameters by number, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def is_first() -> bool:
+    """Returns whether this process writes for all: process 0 of a program of several.
+
+    Starts no backend: a worker that only reads and writes files must not take the
+    accelerator.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return True
+    return jax.process_index() == 0
 
 
 def keep_memory():
@@ -32,10 +44,10 @@ def keep_memory():
 
 @functools.cache
 def end_with_parent():
-    """Ends a worker process when the one it works for is gone, killed or not.
+    """Ends a worker process when its parent process is gone, killed or not.
 
-    A worker that waits to hand over what it made would wait for ever. Does nothing in a
-    process that is nobody's worker.
+    A worker that waits to hand over a batch would otherwise wait forever. Does nothing
+    in a process that is no worker.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

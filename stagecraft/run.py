@@ -1,20 +1,19 @@
 """Runs an experiment: its stages in order, or on from where a run stopped."""
 
 import dataclasses
-import functools
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from stagecraft import (
-    defaults,
     experiment,
     process,
+    runs,
     schema,
-    sharding,
     storage,
     trackers,
     train,
@@ -23,91 +22,41 @@ from stagecraft import (
 from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
-from stagecraft.models import huggingface, locate, saved
+from stagecraft.lineage import LineageEntry, StageRecord
+from stagecraft.models import locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
+from stagecraft.runs import Run
 from stagecraft.signals import verifiers
-from stagecraft.signals.protocol import Sources
 from stagecraft.signals.reward import RewardModel
-from stagecraft.stages import comparisons, kinds, reward, selection
+from stagecraft.stages import kinds
+from stagecraft.stages.records import Recording
+from stagecraft.stages.stage import Context
 from stagecraft.text import tokenizer as tokenizers
 
-TOKENIZER = "tokenizer"  # its folder in a work directory
 
-
-@dataclasses.dataclass
-class Run:
-    """A work directory with its config: what is finished, and how to load it."""
-
-    root: Path
-    config: ConfigDict
-    tokenizer: object = None  # see `text.tokenizer`; None before it is made
-    ran: list = dataclasses.field(default_factory=list)  # stages this process ran
-
-    @property
-    def stages(self):
-        """Stage names, parents first."""
-        return experiment.order(self.config)
-
-    def folder(self, name):
-        """WORKDIR/STAGE for a stage of this run, else a path as it is.
-
-        "hf:FOLDER" leads to no stage: see `load` and `chat_format`.
-        """
-        return self.root / name if name in self.config.stages else Path(name)
-
-    def finished(self, name):
-        found = storage.read_json(self.root / name / "stage.json")
-        return bool(found and found["finished"])
-
-    def mesh(self, name=None):
-        stage = self.config.stages[name] if name else None
-        sizes = (
-            experiment.mesh_sizes(self.config, stage)
-            if stage
-            else dict(self.config.mesh)
-        )
-        return sharding.make_mesh(**sizes)
-
-    def load(self, name, mesh=None):
-        """The parameters of a finished stage, or of "hf:FOLDER"."""
-        folder = huggingface.folder_of(name)
-        if folder is not None:
-            model = self.config.model
-            how = {k: model[k] for k in locate.HOW}
-            return locate.load(name, mesh or self.mesh(), **how)
-        return locate.load(self.folder(name), mesh or self.mesh())
-
-    def chat_format(self, name):
-        """Whether a stage speaks in chat turns (all but those trained on bare text).
-
-        "hf:FOLDER" does where its tokenizer brings a chat template.
-        """
-        if huggingface.folder_of(name) is not None:
-            return self.tokenizer.template is not None
-        return saved.info(self.folder(name))["format"] != "text"
-
-
-def open_run(root):
-    """The run of an existing work directory."""
+def open_run(root: str | Path) -> Run:
+    """Returns the run of an existing work directory."""
     root = Path(root)
-    stored = storage.read_json(root / "config.json")
+    stored = runs.read_config(root)
     if stored is None:
         raise UserError(
             f"{root}: no run here (no config.json); start one with: "
             "stagecraft run --config=experiments/quickstart.py "
             f"--workdir={root}"
         )
-    folder = root / TOKENIZER
+    folder = root / runs.TOKENIZER
     if not folder.exists():
         raise UserError(
             f"{folder}: no tokenizer here: the run was stopped before it had one; the "
             "same command goes on"
         )
-    return Run(root, experiment.resolve(stored, check=False), tokenizers.load(folder))
+    config = experiment.resolve(stored, check=False)
+    stages = experiment.order(config)
+    return Run(root, config, tokenizers.load(folder), stages)
 
 
-def run(config, root, only=()):
+def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     """Runs the stages of an experiment, or goes on where an earlier run stopped.
 
     Args:
@@ -126,56 +75,56 @@ def run(config, root, only=()):
         if name not in config.stages:
             raise UserError(schema.unknown("--only", name, config.stages.keys()))
     root = Path(root)
-    current = Run(root, config)
-    _claim(current)
+    this = Run(root, config, stages=experiment.order(config))
+    _claim(this)
     if not jax.config.jax_compilation_cache_dir:
         # Stages that differ in numbers alone share programs, and a resumed run starts
         # at once.
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     names = experiment.order(config, only)
-    todo = [name for name in names if not current.finished(name)]
-    _check_parents(current, names)
-    if todo:
-        with jax.set_mesh(current.mesh()):
+    unfinished = [name for name in names if not this.finished(name)]
+    _check_parents(this, names)
+    if unfinished:
+        with jax.set_mesh(this.mesh()):
             _write_world(config, root)
-            current.tokenizer = _tokenizer(config, root)
-            feeds = _feeds(current, todo)
-            for name in todo:
-                _run_stage(current, name, feeds)
-                current.ran.append(name)
+            this.tokenizer = _tokenizer(config, root)
+            feeds = _feeds(this, unfinished)
+            for name in unfinished:
+                _run_stage(this, name, feeds)
+                this.ran.append(name)
     else:
-        current.tokenizer = tokenizers.load(root / TOKENIZER)
-    with jax.set_mesh(current.mesh()):
-        return summary.conclude(current, changed=bool(todo), started=started)
+        this.tokenizer = tokenizers.load(root / runs.TOKENIZER)
+    with jax.set_mesh(this.mesh()):
+        return summary.conclude(this, changed=bool(unfinished), started=started)
 
 
-def _claim(current):
-    """Writes WORKDIR/config.json, or checks that it is the same experiment's."""
-    path = current.root / "config.json"
-    new, old = schema.plain(current.config), storage.read_json(path)
-    if old is None:
-        storage.write_json(path, new)
-        return
-    found = schema.difference(experiment.identity(old), experiment.identity(new))
-    if found:
-        raise UserError(
-            f"{current.root}: holds a run of another config ({found}); choose another "
-            "--workdir, or give the same config to resume"
-        )
-    storage.write_json(path, new)
+def _claim(run):
+    """Writes WORKDIR/config.json, or checks that it is of the same experiment."""
+    new, old = schema.plain(run.config), runs.read_config(run.root)
+    if old is not None:
+        # A key that is newer than the run has its default there.
+        old = schema.plain(experiment.resolve(old, check=False))
+        changed = schema.difference(experiment.identity(old), experiment.identity(new))
+        if changed:
+            raise UserError(
+                f"{run.root}: holds a run of another config ({changed}); choose "
+                "another --workdir, or give the same config to resume"
+            )
+    runs.write_config(run.root, new)
 
 
-def _check_parents(current, names):
+def _check_parents(run, names):
+    """Refuses --only without a parent that is not finished."""
     for name in names:
-        stage = current.config.stages[name]
-        needs = [*experiment.parents(current.config, name).values()]
+        stage = run.config.stages[name]
+        needs = [*experiment.parents(run.config, name).values()]
         needs += feed.stages_named(stage.data)
         for parent in needs:
-            known = parent in current.config.stages
-            if known and parent not in names and not current.finished(parent):
+            here = parent in run.config.stages and parent not in names
+            if here and not run.finished(parent):
                 raise UserError(
                     f"--only: {name} needs {parent}, which is not finished in "
-                    f"{current.root}; add it: --only={parent},{name}"
+                    f"{run.root}; add it: --only={parent},{name}"
                 )
 
 
@@ -186,13 +135,13 @@ def _write_world(config, root):
 
 
 def _tokenizer(config, root):
-    """The run's own, kept in WORKDIR/tokenizer once it is read or trained."""
-    folder, given = root / TOKENIZER, config.tokenizer.path
+    """Returns the run's own tokenizer, kept in WORKDIR/tokenizer from then on."""
+    folder, path = root / runs.TOKENIZER, config.tokenizer.path
     if folder.exists():
         return tokenizers.load(folder)
-    if given:
+    if path:
         try:
-            found = tokenizers.load(given)
+            tokenizer = tokenizers.load(path)
         except UserError as error:
             raise UserError(f"tokenizer.path: {error}") from None
     elif config.tokenizer.files:
@@ -201,15 +150,12 @@ def _tokenizer(config, root):
         return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
     elif experiment.outside(config):
         # With a model comes the tokenizer it was trained with.
-        first = experiment.outside(config)[0]
-        folder_ = huggingface.folder_of(first)
-        beside = Path(first).parent / TOKENIZER
-        source = locate.tokenizer_of(folder_) if folder_ else beside
-        found = tokenizers.load(source)
+        source = locate.locate(experiment.outside(config)[0])
+        tokenizer = tokenizers.load(source.tokenizer())
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
-    tokenizers.keep(found, folder)
-    return found
+    tokenizers.keep(tokenizer, folder)
+    return tokenizer
 
 
 def _check_vocabulary(roles, tokenizer):
@@ -224,129 +170,123 @@ def _check_vocabulary(roles, tokenizer):
             )
 
 
-def _feeds(current, names):
-    """Data of the stages whose files are there: read and checked before training."""
-    lineage = storage.read_json(current.root / "lineage.json", {"stages": {}})
+def _feeds(run, names):
+    """Reads and checks the data of the stages whose files are there already."""
     feeds = {}
     for name in names:
-        stage = current.config.stages[name]
-        if any(
-            parent in current.config.stages and not current.finished(parent)
-            for parent in feed.stages_named(stage.data)
-        ):
+        files_of = feed.stages_named(run.config.stages[name].data)
+        if any(p in run.config.stages and not run.finished(p) for p in files_of):
             continue
-        feeds[name] = _feed(current, name, lineage)
+        feeds[name] = _feed(run, name)
     return feeds
 
 
-def _feed(current, name, lineage):
-    stage = current.config.stages[name]
-    found = feed.build(stage, current.tokenizer, current.root, current.config)
-    known = lineage["stages"].get(name)
-    if known and known["data"] != found.digests:
-        changed = schema.difference(known["data"], found.digests)
+def _feed(run, name):
+    """Returns a stage's `feed.Feed`, if its data is as it was when the stage began."""
+    data = feed.build(run.config.stages[name], run.tokenizer, run.root, run.config)
+    entry = run.lineage().stages.get(name)
+    if entry and entry.data != data.digests:
+        changed = schema.difference(entry.data, data.digests)
         raise UserError(
             f"{name}: its data changed since the stage began ({changed}); restore the "
             "files, or start in another --workdir"
         )
-    return found
+    return data
 
 
-def _run_stage(current, name, feeds):
-    config, root = current.config, current.root
-    stage, folder = config.stages[name], root / name
-    lineage = storage.read_json(root / "lineage.json", {"stages": {}})
-    data = feeds.pop(name, None) or _feed(current, name, lineage)
-    lineage["stages"][name] = _lineage(current, name, data, lineage)
-    storage.write_json(root / "lineage.json", lineage)
-    mesh = current.mesh(name)
+def _run_stage(run, name, feeds):
+    """Trains a stage, or writes its records, and says in stage.json what it did."""
+    config, folder = run.config, run.root / name
+    stage = config.stages[name]
+    data = feeds.pop(name, None) or _feed(run, name)
+    lineage = run.lineage()
+    lineage.stages[name] = _lineage(run, name, data, lineage)
+    lineage.write(run.root)
+    mesh = run.mesh(name)
     key = jax.random.key(config.seed)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if stage.get("seed"):
         key = jax.random.fold_in(key, stage.seed)
     with jax.set_mesh(mesh):
-        parents = experiment.parents(config, name)
+        names = experiment.parents(config, name)
         # One model for all the roles it plays.
-        loaded = {p: current.load(p, mesh) for p in set(parents.values())}
-        roles = {role.removesuffix("_from"): loaded[p] for role, p in parents.items()}
-        del loaded
-        if stage.kind in defaults.RECORDS:
-            _write_records(current, name, roles, data, key)
+        models = {p: run.model(p, mesh) for p in set(names.values())}
+        parents = {role.removesuffix("_from"): models[p] for role, p in names.items()}
+        del models
+        if not kinds.of(stage).trains:
+            _write_records(run, name, parents, data, key)
             return
-        made, hooks = _make(current, stage, mesh, roles, data)
-        info = {"kind": stage.kind, "start_from": stage.start_from, "finished": False}
-        info["format"] = "text" if _is_text(stage) else "chat"
-        info["tokenizer"] = current.tokenizer.digest
-        info["data"] = data.dataset.report
-        if made.frozen is not None:
-            entry = lineage["stages"][name]["parents"]["start_from"]
-            parent = stage.start_from
-            parent = parent if huggingface.folder_of(parent) else current.folder(parent)
-            info["lora"] = schema.plain(stage.lora)
-            info["base"] = locate.reference(parent, folder, entry["id"])
-        storage.write_json(folder / "stage.json", info)
-        told = schema.plain(config) | {"stage": name}
-        where = f"{root.resolve().name}/{name}"
-        with trackers.watching(config.trackers, folder, name=where, config=told) as w:
+        functions, hooks = _make(run, stage, mesh, parents, data)
+        record = StageRecord(
+            kind=stage.kind,
+            start_from=stage.start_from,
+            format=kinds.of(stage).format(stage),
+            tokenizer=run.tokenizer.digest,
+            data=data.dataset.report,
+        )
+        if functions.frozen is not None:
+            parent = lineage.stages[name].parents["start_from"]
+            base = run.source(parent["stage"]).seen_from(folder)
+            record.lora = schema.plain(stage.lora)
+            record.base = {"name": base, "id": parent["id"]}
+        record.write(folder)
+        settings = schema.plain(config) | {"stage": name}
+        where = f"{run.root.resolve().name}/{name}"
+        with trackers.watching(
+            config.trackers, folder, name=where, config=settings
+        ) as watch:
             state, result = train.train(
-                *(made, stage, data.dataset, folder),
+                functions,
+                stage,
+                data.dataset,
+                folder,
                 name=name,
                 key=key,
-                hooks=hooks._replace(watch=w),
+                hooks=hooks._replace(watch=watch),
             )
-    info |= saved.describe(train.deployable(state, made.frozen)) | result
-    storage.write_json(folder / "stage.json", info | {"finished": True})
+    trained = saved.describe(train.deployable(state, functions.frozen))
+    record = dataclasses.replace(record, finished=True, **trained, **result)
+    record.write(folder)
 
 
-def _is_text(stage):
-    return stage.kind == "language_model" and stage.data.format == "text"
+def _make(run, stage, mesh, parents, data):
+    """Builds a stage's functions, and what it does besides training."""
+    kind, tokenizer = kinds.of(stage), run.tokenizer
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
+    if parents:
+        shape = getattr(parents["start"], "config", shape)
+    _check_vocabulary(parents, tokenizer)
+    scorers = None
+    if kind.samples and (functions := verifiers.find(stage.verifiers)):
+        scorers = verifiers.Verifiers(functions, data.records, tokenizer)
+    # Only bare text leaves the chat pieces unseen.
+    bare = stage.start_from and not run.chat_format(stage.start_from)
+    unseen = tokenizer.control_ids if bare and kind.format(stage) == "chat" else ()
+    functions = kind.make(
+        stage,
+        Context(
+            mesh=mesh,
+            model_config=shape,
+            parents=parents,
+            stop_ids=tokenizer.stops,
+            verifiers=scorers,
+            dataset=data.dataset,
+            unseen_ids=unseen,
+        ),
+    )
+    sample = _sampler(run, stage, mesh, data.samples) if kind.speaks else None
+    finish = kind.finish and kind.finish(stage, data, functions.frozen)
+    return functions, train.Hooks(data.heldout, sample, finish)
 
 
-def _make(current, stage, mesh, roles, data):
-    tokenizer = current.tokenizer
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, **current.config.model)
-    if roles:
-        shape = getattr(roles["start"], "config", shape)
-    _check_vocabulary(roles, tokenizer)
-    extra = {}
-    if stage.kind in ("policy", "group_policy", "online_preference"):
-        extra["stop_ids"] = tokenizer.stops
-        functions = verifiers.find(stage.verifiers)
-        if functions:
-            extra["verifiers"] = verifiers.Verifiers(functions, data.records, tokenizer)
-    if stage.kind in ("preference", "unpaired_preference"):
-        extra["dataset"] = data.dataset
-    if stage.kind == "language_model":
-        # Only bare text leaves the chat pieces unseen; who has talked knows them.
-        unseen = stage.start_from and not current.chat_format(stage.start_from)
-        talks = not _is_text(stage)
-        extra["fresh_pieces"] = tokenizer.control_ids if unseen and talks else ()
-    made = kinds.MAKE[stage.kind](stage, shape, mesh, roles, **extra)
-    sample = _sampler(current, stage, mesh, data.samples)
-    finish = None
-    if data.reference is not None:
-        finish = functools.partial(
-            reward.normalize,
-            reference=data.reference,
-            batch_size=stage.batch_size,
-            frozen=made.frozen,
-        )
-    return made, train.Hooks(data.heldout, sample, finish)
-
-
-def _sampler(current, stage, mesh, prompts):
-    """(model, step) -> what the model says to a few prompts; None for scalar models."""
-    if stage.kind == "reward":
-        return None
-    in_turns, room = not _is_text(stage), current.config.model.max_length // 2
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def _sampler(run, stage, mesh, prompts):
+    """Returns (model, step) -> samples of a few prompts."""
+    in_turns = kinds.of(stage).format(stage) == "chat"
+    room = run.config.model.max_length // 2
+    rows = runs.whole_rows(max(len(prompts), 1), mesh)
 
     def sample(model, step):
-        language = Language(
-            model,
-            current.tokenizer,
-            batch_size=-(-max(len(prompts), 1) // shards) * shards,
-        )
+        language = Language(model, run.tokenizer, batch_size=rows)
         fit = [
             p for p in prompts if len(language.encode(p, chat_format=in_turns)) < room
         ]
@@ -365,52 +305,43 @@ def _sampler(current, stage, mesh, prompts):
     return sample
 
 
-def _write_records(current, name, roles, data, key):
+def _write_records(run, name, parents, data, key):
     """Runs a stage that trains nothing: it samples, rates and writes records.jsonl."""
-    stage, folder = current.config.stages[name], current.root / name
-    lineage = storage.read_json(current.root / "lineage.json")["stages"][name]
-    language = Language(roles["start"], current.tokenizer, batch_size=stage.batch_size)
-    scorer = None
-    if "reward" in roles:
-        parent = lineage["parents"]["reward_from"]
-        scorer = RewardModel(roles["reward"], current.tokenizer, parent["id"])
-    common = dict(lineage=lineage, name=name)
-    if stage.kind == "comparisons":
-        sources = Sources(world=current.config.world.name, reward=scorer)
-        result = comparisons.write(
-            folder, language, data.records, sources, stage, key, **common
-        )
-    else:
-        functions = verifiers.find(stage.verifiers)
-        result = selection.write(
-            folder, language, data.records, scorer, functions, stage, key, **common
-        )
-    info = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
-    storage.write_json(folder / "stage.json", info | result | {"finished": True})
+    stage, folder = run.config.stages[name], run.root / name
+    entry, reward = run.lineage().stages[name], None
+    if "reward" in parents:
+        source = entry.parents["reward_from"]["id"]
+        reward = RewardModel(parents["reward"], run.tokenizer, source)
+    recording = Recording(
+        folder=folder,
+        name=name,
+        language=Language(parents["start"], run.tokenizer, batch_size=stage.batch_size),
+        asked=data.records,
+        key=key,
+        lineage=entry,
+        reward=reward,
+        world=run.config.world.name,
+    )
+    result = kinds.of(stage).write(stage, recording)
+    record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
+    record = StageRecord.from_json(record | result | {"finished": True})
+    record.write(folder)
 
 
-def _lineage(current, name, data, lineage):
-    """What a stage comes from: digests of its config, its data, its parents."""
-    config = current.config
+def _lineage(run, name, data, lineage):
+    """Returns what a stage comes from: digests of its config, its data, its parents."""
+    config, stage = run.config, run.config.stages[name]
     shared = {"seed": config.seed, "model": schema.plain(config.model)}
-    entry = {
-        "kind": config.stages[name].kind,
-        "start_from": config.stages[name].start_from,
-        "config": storage.digest(
-            experiment.identity(schema.plain(config.stages[name])) | shared
-        ),
-        "tokenizer": current.tokenizer.digest,
-        "data": data.digests,
-        "parents": {},
-    }
+    settings = experiment.identity(schema.plain(stage)) | shared
+    parents = {}
     for role, parent in experiment.parents(config, name).items():
-        known = lineage["stages"].get(parent)
-        folder = huggingface.folder_of(parent)
-        if folder is not None:
-            known = {"id": locate.digest(folder)}
-        elif known is None:
-            path = Path(parent)
-            other = storage.read_json(path.parent / "lineage.json", {"stages": {}})
-            known = other["stages"].get(path.name, {"id": ""})
-        entry["parents"][role] = {"stage": parent, "id": known["id"]}
-    return entry | {"id": storage.digest(entry)}
+        id_ = lineage.id_of(parent) or run.source(parent).id()
+        parents[role] = {"stage": parent, "id": id_}
+    return LineageEntry(
+        kind=stage.kind,
+        start_from=stage.start_from,
+        config=storage.digest(settings),
+        tokenizer=run.tokenizer.digest,
+        data=data.digests,
+        parents=parents,
+    )

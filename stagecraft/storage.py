@@ -1,31 +1,43 @@
-"""The files of a run: where they lie, and how they are written whole or not at all.
+"""Files and folders written whole or not at all, by process 0 alone.
+
+The files of a run, and where they lie:
 
 WORKDIR/config.json          the resolved config
 WORKDIR/lineage.json         what each stage started from: digests of config, data
                              and parents
-WORKDIR/tokenizer/           its files as they came
+WORKDIR/tokenizer/           its files, unchanged
 WORKDIR/world/               what the embedded world wrote
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
-                             TensorBoard events; records.jsonl of a comparisons stage
+                             TensorBoard events; records.jsonl of a stage of records
 WORKDIR/summary.json, prompt.json, report.html
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from stagecraft import process
 from stagecraft.errors import UserError
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path, data):
-    """Writes a file by rename: a reader sees the old one or the new, never a part."""
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file by rename: a reader sees the old one or the new, never a part.
+
+    Does nothing in a process that is not the first of its program.
+    """
+    if not process.is_first():
+        return
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +57,79 @@ def write_bytes(path, data):
         ) from error
 
 
-def write_json(path, value):
+@contextlib.contextmanager
+def new_folder(
+    folder: str | Path, *, replace: bool = False, concurrent: bool = False
+) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` when the block ends well.
+
+    The temporary folder lies beside its target, so that the last step is a rename on
+    one disk. When the block raises, nothing of it is left and what was at `folder`
+    stays. Processes other than the first get a folder that is thrown away.
+
+    Args:
+        folder: the target; its parents are made.
+        replace: whether a target that holds something is replaced or refused.
+        concurrent: whether other processes may write the same target. Then every
+            process writes, the first rename wins, and unfinished folders stay. Without,
+            folders that a killed process left unfinished are removed.
+
+    Raises:
+        UserError: the target exists, or cannot be written.
+    """
+    folder, temporary = Path(folder).absolute(), None
+    partial, old = f".{folder.name}.partial-", folder.with_name(f".{folder.name}.old")
+    if not concurrent and not process.is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    try:
+        if not (replace or _is_free(folder)):
+            raise UserError(f"{folder}: exists already; remove it or name another")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for unfinished in () if concurrent else folder.parent.glob(f"{partial}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=partial))
+        temporary.chmod(0o755)
+        yield temporary
+        if not replace or _is_free(folder):
+            temporary.rename(folder)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); nothing was changed "
+            "there: free space, or choose another --workdir or output folder"
+        ) from error
+
+
+def _is_free(folder):
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file whole; keys keep their order."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
-def read_json(path, default=None):
-    """The value of a JSON file; `default` where there is no file."""
+def json_text(value: Any) -> str:
+    """Returns the text of a JSON file, one key a line."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_json(path: str | Path, default: Any = None) -> Any:
+    """Returns the value of a JSON file; `default` where there is no file."""
     path = Path(path)
     if not path.exists():
         return default
@@ -64,7 +142,7 @@ def read_json(path, default=None):
         ) from error
 
 
-def digest(value):
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+def digest(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -14,9 +14,7 @@ import logging
 import uuid
 from pathlib import Path
 
-import jax
-
-from stagecraft import schema, storage
+from stagecraft import process, schema, storage
 from stagecraft.errors import UserError
 
 # The name of what all runs belong to, in each tracker's own sense.
@@ -188,7 +186,7 @@ def watching(text, folder, *, name, config):
         storage.write_json(folder / FILE, ids)
 
     # One process speaks for all.
-    for key in names(text) if jax.process_index() == 0 else ():
+    for key in names(text) if process.is_first() else ():
         tracker = TRACKERS[key]()
         if _try(key, start, tracker, key):
             started[key] = tracker

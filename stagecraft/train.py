@@ -6,44 +6,58 @@ reads a step's numbers one step late, so that the device never waits for the hos
 
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from stagecraft import checkpoint, masked, metrics, tree
+from stagecraft import checkpoint, masked, metrics, process, tree
+from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 from stagecraft.models import lora
+from stagecraft.stages.stage import Stage, State
+from stagecraft.trackers import Watch
 
 
 class Hooks(NamedTuple):
-    """What a stage does besides training.
+    """What a stage does besides training; None for what it does not.
 
     Attributes:
-        heldout: a `data.Dataset` for eval_ metrics, or None.
-        sample: (model, step) -> [{"prompt", "completion"}], or None.
-        finish: (state) -> (state, {metric: float}) after the last step, or None.
-        watch: a `trackers.Watch`, or None.
+        heldout: the data of eval_ metrics.
+        sample: (model, step) -> [{"prompt", "completion"}].
+        finish: (state) -> (state, {metric: float}), called after the last step.
+        watch: the trackers that also get metrics and samples.
     """
 
-    heldout: object = None
-    sample: object = None
-    finish: object = None
-    watch: object = None
+    heldout: Dataset | None = None
+    sample: Callable[[Any, int], list[dict[str, Any]]] | None = None
+    finish: Callable[[State], tuple[State, dict[str, float]]] | None = None
+    watch: Watch | None = None
 
 
-def train(stage, config, data, folder, *, name, key, hooks=None):
+def train(
+    stage: Stage,
+    config: ConfigDict,
+    data: Dataset,
+    folder: str | Path,
+    *,
+    name: str,
+    key: jax.Array,
+    hooks: Hooks | None = None,
+) -> tuple[State, dict[str, Any]]:
     """Trains a stage to its last step, from its newest checkpoint if there is one.
 
     Args:
-        stage: a `stages.stage.Stage`.
+        stage: what is trained, and how.
         config: the stage's resolved config: steps, batch_size, every.
-        data: a `data.Dataset`; its order is a function of (seed, step).
+        data: the batches; their order is a function of (seed, step).
         folder: WORKDIR/STAGE.
         name: the stage's name, for the progress line.
         key: the stage's random key.
-        hooks: a `Hooks`.
+        hooks: what the stage does besides.
 
     Returns:
         the final state, and {"steps", "seconds", "tokens", "peak_memory_bytes"}.
@@ -102,8 +116,8 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                 if pending is not None:
                     finish(pending)
             length = work.pop("length")
-            for kind, count in work.items():
-                tokens[kind] = tokens.get(kind, 0) + count
+            for use, count in work.items():
+                tokens[use] = tokens.get(use, 0) + count
             tokens["context"] = (length + 1) / 2  # a causal row attends to half of it
             worked = work.get("trained", 0) + work.get("scalar_trained", 0)
             pending = (step, batch, values, worked)
@@ -115,12 +129,12 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
                     finish(pending)
                     pending = None
             if last and hooks.finish:
-                state, found = hooks.finish(state)
-                writer.write(step, clock.total(), found)
+                state, figures = hooks.finish(state)
+                writer.write(step, clock.total(), figures)
             if hooks.heldout and (last or (every.eval and step % every.eval == 0)):
                 with clock("eval"):
-                    found = evaluate(stage, state, hooks.heldout, config.batch_size)
-                writer.write(step, clock.total(), found)
+                    figures = evaluate(stage, state, hooks.heldout, config.batch_size)
+                writer.write(step, clock.total(), figures)
             if hooks.sample and (last or (every.sample and step % every.sample == 0)):
                 with clock("watch"):
                     model = deployable(state, stage.frozen)
@@ -154,21 +168,23 @@ def train(stage, config, data, folder, *, name, key, hooks=None):
 
 
 def evaluate(stage, state, heldout, batch_size):
-    """Metrics over every row of a held-out set, each once: {"eval_" + name: float}."""
+    """Returns {"eval_" + metric: float} over a held-out set, each row once."""
     total = None
-    key = jax.random.key(0)
-    for raw in heldout.epoch(
+    batches = heldout.epoch(
         batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-    ):
-        found = stage.evaluate(state, stage.prepare(state, raw, key))
-        total = found if total is None else masked.merge(total, found)
+    )
+    # The same keys at every evaluation, so that two of them differ in the model alone.
+    for number, raw in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        sums = stage.evaluate(state, raw, key)
+        total = sums if total is None else masked.merge(total, sums)
     return {f"eval_{k}": float(v) for k, v in masked.results(total).items()}
 
 
 def peak_memory():
-    """Bytes: the most this process has held, on its device where that is known."""
+    """Returns the most bytes held: on the device where it says, else in the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
@@ -177,17 +193,18 @@ def peak_memory():
 
 
 def deployable(state, frozen=None):
-    """The module a stage is trained for: of {"policy", "value"}, the policy.
+    """Returns the module a stage is trained for: of {"policy", "value"}, the policy.
 
-    With an average of the weights it is that average. Without what is `frozen` of the
-    stage it is the adapter alone, where one is trained.
+    Where the stage averages its weights, that is the average. Where it trains an
+    adapter, it is the whole model with the stage's `frozen`, and the adapter alone
+    without.
     """
     model = lora.join(frozen, state.extra.get("ema", state.model))
     return model["policy"] if isinstance(model, dict) else model
 
 
 def _split(state):
-    """The parameters a child stage starts from, and all the rest of the state."""
+    """Returns the parameters a child stage starts from, and the rest of the state."""
     rest = {"opt_state": state.opt_state, "step": state.step, "extra": state.extra}
     if "ema" in state.extra:
         rest["model"] = state.model
@@ -222,7 +239,8 @@ def _stop_if_not_finite(name, folder, step, batch, values, last_saved):
     if not bad:
         return
     path = folder / "not_finite.npz"
-    np.savez(path, **{k: np.asarray(v) for k, v in tree.named(batch).items()})
+    if process.is_first():
+        np.savez(path, **{k: np.asarray(v) for k, v in tree.named(batch).items()})
     raise UserError(
         f"{name}: {bad[0]} is {values[bad[0]]} at step {step}; the batch is in {path}, "
         f"the last checkpoint is step {last_saved}; a lower optimizer.lr or a smaller "

@@ -70,7 +70,7 @@ def test_an_imported_stage_is_a_finished_one(folders, imported):
     current = run.open_run(imported)
     assert current.finished("base") and current.chat_format("base")
     model = huggingface.load(folders / "model", single())
-    assert tree.digest(current.load("base", single())) == tree.digest(model)
+    assert tree.digest(current.model("base", single())) == tree.digest(model)
     assert current.config.model.width == 16
     text = "naïve <|end|>"
     assert current.tokenizer.decode(current.tokenizer.encode(text)) == text
@@ -114,7 +114,7 @@ def test_a_stage_starts_from_a_folder(folders, imported, tmp_path, by):
     found = entry["stages"]["dpo"]["parents"]["start_from"]["id"]
     if by == "hf":
         assert found == huggingface.digest(folders / "model")
-        assert current.load("dpo", single()).config.dtype == "bfloat16"
+        assert current.model("dpo", single()).config.dtype == "bfloat16"
     assert len(found) == 64
     # The parent may be gone once the stage is finished.
     shutil.rmtree(tmp_path / "run" / "compiled", ignore_errors=True)
@@ -130,7 +130,7 @@ def test_reward_models_come_and_go(folders, tmp_path):
     said = exchange.export(tmp_path / "run", "judge", tmp_path / "out")
     assert said == [f"{tmp_path / 'out'}: Qwen3, float32"]
     current = run.open_run(tmp_path / "run")
-    model = current.load("judge", single())
+    model = current.model("judge", single())
     assert isinstance(model, ScalarModel)
     theirs = huggingface.load(tmp_path / "out", single())
     assert tree.digest(theirs) == tree.digest(model)

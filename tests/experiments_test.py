@@ -8,7 +8,7 @@ import pytest
 from stagecraft import exchange, experiment, losses, run
 from stagecraft.curate import curation
 from stagecraft.errors import UserError
-from stagecraft.models import saved
+from stagecraft.lineage import StageRecord
 from tests.conftest import ROOT, load_experiment, single_device
 
 NAMES = sorted(
@@ -77,7 +77,7 @@ def test_your_text_runs_on_files(tmp_path):
     assert {*config.stages} == {"sft", "reward", "dpo", "ppo"}
     again = run.run(single_device(config), tmp_path / "again")
     assert again["sft"]["eval_loss"] > 0
-    assert saved.info(tmp_path / "again" / "ppo")["lora"]
+    assert StageRecord.read_finished(tmp_path / "again" / "ppo").lora
 
 
 def test_curated_text_trains_on_what_curation_leaves(tmp_path):
@@ -163,7 +163,7 @@ def test_chat_pieces_start_afresh_once(tiny_run, tmp_path):
     current, parents = run.open_run(tmp_path / "run"), run.open_run(tiny_run)
 
     def embedding(where, name):
-        return np.asarray(where.load(name).embed[...])
+        return np.asarray(where.model(name).embed[...])
 
     pieces = list(current.tokenizer.control_ids)
     before, after = embedding(parents, "pretrain"), embedding(current, "sft")

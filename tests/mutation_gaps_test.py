@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import defaults, run, tree
+from stagecraft import defaults, run, runs, tree
 from stagecraft.data import feed
 from stagecraft.stages import group_policy, kinds, rollout
 from stagecraft.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypat
     tokenizer = types.SimpleNamespace(stops=(7, 5), eos=3, vocab_size=512)
     config = defaults.experiment()
     config.stages.sampled = defaults.stage(kind)
-    current = run.Run(None, config, tokenizer)
+    current = runs.Run(None, config, tokenizer)
     data = types.SimpleNamespace(
         samples=[], records=[], dataset=None, heldout=None, reference=None
     )

@@ -35,3 +35,81 @@ def test_damaged_json_is_named(tmp_path):
 def test_a_digest_does_not_depend_on_order():
     assert storage.digest({"a": 1, "b": 2}) == storage.digest({"b": 2, "a": 1})
     assert storage.digest({"a": 1}) != storage.digest({"a": 2})
+
+
+def files(folder):
+    return {p.name: p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with storage.new_folder(tmp_path / "a" / "new") as temporary:
+        (temporary / "one").write_text("1")
+        assert not (tmp_path / "a" / "new").exists()
+    assert files(tmp_path) == {"one": "1"} and not temporary.exists()
+    assert (tmp_path / "a" / "new").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError, "No space left"),
+        (UserError("no document is left"), UserError, "no document is left"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_folder_that_fails_leaves_nothing(tmp_path, replace, error, raised, says):
+    target = tmp_path / "out"
+    if replace:
+        target.mkdir()
+        (target / "old").write_text("0")
+    with (
+        pytest.raises(raised, match=says) as caught,
+        storage.new_folder(target, replace=replace) as temporary,
+    ):
+        (temporary / "one").write_text("1")
+        raise error
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] * replace
+    assert files(tmp_path) == ({"old": "0"} if replace else {})
+
+
+def test_a_folder_that_is_there_is_refused_or_replaced(tmp_path):
+    (tmp_path / "out").mkdir()  # an empty one is as good as none
+    for text in ("1", "2"):
+        with storage.new_folder(tmp_path / "out", replace=text == "2") as temporary:
+            (temporary / text).write_text(text)
+        assert files(tmp_path) == {text: text}
+    with (
+        pytest.raises(UserError, match="out: exists already; remove it or name"),
+        storage.new_folder(tmp_path / "out"),
+    ):
+        raise AssertionError("must not begin")
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="file: exists already"),
+        storage.new_folder(tmp_path / "file"),
+    ):
+        raise AssertionError("must not begin")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    left = tmp_path / ".out.partial-killed"
+    for concurrent in (True, False):
+        left.mkdir(exist_ok=True)
+        target = tmp_path / f"{'other' if concurrent else 'out'}"
+        with storage.new_folder(target, concurrent=concurrent):
+            assert left.exists() == concurrent
+
+
+def test_of_two_that_write_one_folder_the_first_stays(tmp_path):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        storage.new_folder(tmp_path / "out", concurrent=True) as late,
+    ):
+        (late / "late").write_text("2")
+        with storage.new_folder(tmp_path / "out", concurrent=True) as early:
+            (early / "early").write_text("1")
+    assert files(tmp_path) == {"early": "1"}

@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from stagecraft.errors import UserError
-from stagecraft.models.language import Language
 
 # Kinds of stages whose model writes text.
 SPEAKING = (
@@ -17,46 +16,42 @@ SPEAKING = (
 )
 
 
-def speaking_stages(current):
+def speaking_stages(run):
     """Finished stages whose model writes text, in the order of the graph."""
     return [
         name
-        for name in current.stages
-        if current.config.stages[name].kind in SPEAKING and current.finished(name)
+        for name in run.stages
+        if run.config.stages[name].kind in SPEAKING and run.finished(name)
     ]
 
 
 def through_stages(
-    current, prompt, *, temperature=0.0, samples=1, max_new_tokens=48, seed=0
+    run, prompt, *, temperature=0.0, samples=1, max_new_tokens=48, seed=0
 ):
     """The same prompt given to every finished stage.
 
     Args:
-        current: a `run.Run`.
+        run: a `runs.Run`.
         prompt: a text; a base model continues it bare, the others answer it as a turn.
         temperature, samples, max_new_tokens, seed: of the sampling.
 
     Returns:
         {stage: [{"text", "ended", "temperature"}]}.
     """
-    names = speaking_stages(current)
+    names = speaking_stages(run)
     if not names:
         raise UserError(
-            f"{current.root}: no finished stage yet; run it: stagecraft run "
-            f"--config=... --workdir={current.root}"
+            f"{run.root}: no finished stage yet; run it: stagecraft run "
+            f"--config=... --workdir={run.root}"
         )
     answers = {}
-    mesh = current.mesh()
+    mesh = run.mesh()
     with jax.set_mesh(mesh):
         for name in names:
-            language = Language(
-                current.load(name, mesh),
-                current.tokenizer,
-                batch_size=whole_rows(samples, mesh),
-            )
+            language = run.language(name, samples, mesh)
             got = language.complete(
                 [prompt] * samples,
-                chat=current.chat_format(name),
+                chat=run.chat_format(name),
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
@@ -66,12 +61,6 @@ def through_stages(
                 for text, ended in got
             ]
     return answers
-
-
-def whole_rows(least, mesh):
-    """The smallest batch of so many rows that divides over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-least // shards) * shards
 
 
 def show(prompt, answers, file=None):
@@ -89,25 +78,21 @@ def show(prompt, answers, file=None):
     console.print(table)
 
 
-def chat(current, name, *, temperature=0.0, max_new_tokens=64, seed=0):
+def chat(run, name, *, temperature=0.0, max_new_tokens=64, seed=0):
     """A talk with one stage's model on the terminal; answers come token by token.
 
     An empty line, /quit or the end of input ends it, /reset begins anew. A model of
     bare text continues each line by itself.
     """
-    if name not in speaking_stages(current):
-        known = ", ".join(speaking_stages(current)) or "none is finished"
+    if name not in speaking_stages(run):
+        known = ", ".join(speaking_stages(run)) or "none is finished"
         raise UserError(
             f"--stage={name}: expected a finished stage that writes text: {known}"
         )
-    mesh = current.mesh()
+    mesh = run.mesh()
     with jax.set_mesh(mesh):
-        language = Language(
-            current.load(name, mesh),
-            current.tokenizer,
-            batch_size=whole_rows(1, mesh),
-        )
-        in_turns, messages = current.chat_format(name), []
+        language = run.language(name, 1, mesh)
+        in_turns, messages = run.chat_format(name), []
         for text in _lines():
             if text == "/reset":
                 messages = []

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from stagecraft import schema, storage
-from stagecraft.anatomy import behaviour, files
+from stagecraft.anatomy import behaviour
 from stagecraft.anatomy.harness import Answers
 from stagecraft.errors import UserError
-from stagecraft.models.language import Language
+from stagecraft.metrics import is_number
 
 FILE = "evaluations.json"
 # What tells records apart.
@@ -29,7 +29,7 @@ BOOTSTRAP = 1000
 
 
 def evaluate(
-    current,
+    run,
     stages,
     tasks,
     *,
@@ -43,7 +43,7 @@ def evaluate(
     """Asks stages what tasks ask.
 
     Args:
-        current: a `run.Run`.
+        run: a `runs.Run`.
         stages: names of finished stages that write text, or ("all",).
         tasks: bundled names, YAML files, folders of YAML files.
         limit: documents of each task; 0 for all.
@@ -57,20 +57,16 @@ def evaluate(
         all records that are kept: [{"stage", "task", "limit", "shots", "chat",
         "documents", "metrics": {name: {"value", "stderr"}}}].
     """
-    names = _stages(current, stages)
+    names = _stages(run, stages)
     _quiet()
     specs, manager = _tasks(tasks)
-    path = Path(out or current.root / FILE)
-    mesh = current.mesh()
+    path = Path(out or run.root / FILE)
+    mesh = run.mesh()
     with jax.set_mesh(mesh):
         for name in names:
-            language = Language(
-                current.load(name, mesh),
-                current.tokenizer,
-                batch_size=behaviour.whole_rows(batch_size, mesh),
-            )
+            language = run.language(name, batch_size, mesh)
             # A base model knows no turns.
-            chat = apply_chat_template and current.chat_format(name)
+            chat = apply_chat_template and run.chat_format(name)
             asked = dict(limit=limit, shots=num_fewshot, chat=chat)
             found = _ask(language, specs, manager, seed=seed, **asked)
             # By what was asked for, so that stages are columns of one table.
@@ -92,19 +88,17 @@ def _keep(path, records):
     storage.write_json(path, list(kept.values()))
 
 
-def _stages(current, stages):
-    known = behaviour.speaking_stages(current)
+def _stages(run, stages):
+    known = behaviour.speaking_stages(run)
     if tuple(stages) == ("all",):
         if not known:
-            raise UserError(f"{current.root}: no finished stage that writes text yet")
+            raise UserError(f"{run.root}: no finished stage that writes text yet")
         return known
     for name in stages:
-        if name not in current.config.stages:
-            raise UserError(
-                schema.unknown("--stage", name, current.config.stages.keys())
-            )
+        if name not in run.config.stages:
+            raise UserError(schema.unknown("--stage", name, run.config.stages.keys()))
         if name not in known:
-            kind = current.config.stages[name].kind
+            kind = run.config.stages[name].kind
             why = "is not finished"
             if kind not in behaviour.SPEAKING:
                 why = f"is of kind {kind} and writes no text"
@@ -227,13 +221,13 @@ def metrics(values):
     found = {}
     for key, value in values.items():
         name, _, kind = key.partition(",")
-        if not kind or name.endswith("_stderr") or not files.number(value):
+        if not kind or name.endswith("_stderr") or not is_number(value):
             continue
         error = values.get(f"{name}_stderr,{kind}")
         label = name if kind == "none" else f"{name} ({kind})"
         found[label] = {
             "value": value,
-            "stderr": error if files.number(error) else None,
+            "stderr": error if is_number(error) else None,
         }
     return found
 

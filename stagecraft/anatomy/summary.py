@@ -18,17 +18,17 @@ from stagecraft import defaults, metrics, storage, worlds
 from stagecraft.anatomy import behaviour, cost, weights
 from stagecraft.errors import UserError
 from stagecraft.models import scores
-from stagecraft.models.language import Language, placed
+from stagecraft.models.language import placed
 from stagecraft.report import page
 
 ROWS = 128  # held-out prompts answered at once
 
 
-def conclude(current, *, changed, started):
+def conclude(run, *, changed, started):
     """Measures what is finished, writes summary.json, prompt.json and report.html.
 
     Args:
-        current: a `run.Run`, inside its mesh.
+        run: a `runs.Run`, inside its mesh.
         changed: whether any stage ran; if none did and the files are there, they are
             left alone.
         started: time.perf_counter() when the run began.
@@ -36,45 +36,45 @@ def conclude(current, *, changed, started):
     Returns:
         the summary.
     """
-    path = current.root / "summary.json"
+    path = run.root / "summary.json"
     kept = storage.read_json(path)
     if kept and not changed:
         show(kept)
         return kept
-    found = measure(current)
-    found["weights"] = _weights(current)
-    found["cost"] = _cost(current)
-    prompt = current.config.measure.prompt or _world_prompt(current)
-    if prompt and behaviour.speaking_stages(current):
-        answers = behaviour.through_stages(current, prompt)
+    found = measure(run)
+    found["weights"] = _weights(run)
+    found["cost"] = _cost(run)
+    prompt = run.config.measure.prompt or _world_prompt(run)
+    if prompt and behaviour.speaking_stages(run):
+        answers = behaviour.through_stages(run, prompt)
         storage.write_json(
-            current.root / "prompt.json", {"prompt": prompt, "answers": answers}
+            run.root / "prompt.json", {"prompt": prompt, "answers": answers}
         )
-    found["seconds"] = _seconds(current, started)
-    found["bounds"] = judge(found, current.config.measure.claims)
+    found["seconds"] = _seconds(run, started)
+    found["bounds"] = judge(found, run.config.measure.claims)
     storage.write_json(path, found)
-    page.write(current.root)
+    page.write(run.root)
     show(found)
-    Console().print(f"report: {current.root / 'report.html'}", highlight=False)
+    Console().print(f"report: {run.root / 'report.html'}", highlight=False)
     return found
 
 
-def measure(current):
+def measure(run):
     """{stage: {figure: float}} of every finished stage."""
-    found = {name: _last_eval(current, name) for name in _finished(current)}
-    if current.config.world.name:
-        for name, figures in _in_world(current).items():
+    found = {name: _last_eval(run, name) for name in _finished(run)}
+    if run.config.world.name:
+        for name, figures in _in_world(run).items():
             found[name] |= figures
     return found
 
 
-def _finished(current):
-    return [n for n in current.stages if current.finished(n)]
+def _finished(run):
+    return [n for n in run.stages if run.finished(n)]
 
 
-def _last_eval(current, name):
+def _last_eval(run, name):
     """The stage's last eval_ metrics, under their own names."""
-    rows = metrics.read(current.root / name / "metrics.jsonl")
+    rows = metrics.read(run.root / name / "metrics.jsonl")
     rows = [r for r in rows if any(k.startswith("eval_") for k in r)]
     last = rows[-1] if rows else {}
     return {k: v for k, v in last.items() if k.startswith("eval_")}
@@ -83,8 +83,8 @@ def _last_eval(current, name):
 # -- in a world ------------------------------------------------------------------------
 
 
-def _in_world(current):
-    config = current.config
+def _in_world(run):
+    config = run.config
     world = worlds.get(config.world.name)
     roles = world.split(config.seed, config.world.size)
     held = getattr(roles, config.measure.split)
@@ -95,15 +95,15 @@ def _in_world(current):
     def spoken(base):
         """A base model, and its samples; it may come from another run."""
         if base not in bases:
-            bases[base] = _language(current, base)
+            bases[base] = run.language(base, ROWS)
         if base not in drawn:
             drawn[base] = _sample(bases[base], prompts, seed=1)
         return bases[base], drawn[base]
 
-    for name in behaviour.speaking_stages(current):
-        language = _language(current, name)
+    for name in behaviour.speaking_stages(run):
+        language = run.language(name, ROWS)
         figures = {"cloze_accuracy": world.probes.cloze_accuracy(language, everyone)}
-        if current.chat_format(name):
+        if run.chat_format(name):
             accuracy = world.probes.fact_accuracy(language, held)
             figures["heldout_accuracy"] = accuracy.pop("all")
             figures["heldout_accuracy_by"] = accuracy
@@ -112,14 +112,14 @@ def _in_world(current):
             samples = drawn[name] = _sample(language, prompts, seed=1)
             figures |= world.probes.sample_figures(prompts, samples["answers"])
             figures |= talk(samples["ids"], samples["logps"])
-            base = _base(current, name)
+            base = _base(run, name)
             if base:
                 figures |= _against(world, prompts, samples, *spoken(base))
         else:
             figures["copy_probability"] = world.probes.copy_probability(language, held)
             figures["answer_rate"] = world.probes.answer_rate(language, everyone)
         found[name] = figures
-    for name in _finished(current):
+    for name in _finished(run):
         if config.stages[name].kind != "reward":
             continue
         base = config.stages[name].start_from
@@ -129,43 +129,36 @@ def _in_world(current):
             continue
         if base not in second:
             second[base] = _sample(spoken(base)[0], prompts, seed=2)
-        model = current.load(name)
+        model = run.model(name)
         one, two = drawn[base], second[base]
         found[name] = _pairs(model, world, prompts, one, two, config.seed)
         for other in found.keys() & drawn.keys():
-            if (_base(current, other) or other) == base:
+            if (_base(run, other) or other) == base:
                 score = np.mean(_scores(model, drawn[other]))
                 found[other]["reward_mean"] = float(score)
     return found
 
 
-def _language(current, name):
-    return Language(current.load(name), current.tokenizer, batch_size=ROWS)
-
-
-def _base(current, name):
+def _base(run, name):
     """The SFT model a stage is compared with: the nearest one above it.
 
     It is the first language_model stage on the way up `start_from`, through whatever
     rounds of preference or policy training lie between: a stage of this run, or the
     folder of another run's. None where there is none that answers in turns.
     """
-    stages = current.config.stages
+    stages = run.config.stages
     parent = stages[name].start_from
     while parent:
         if parent in stages:
             kind, above = stages[parent].kind, stages[parent].start_from
         else:
-            folder = current.folder(parent)
-            info = storage.read_json(folder / "stage.json", {})
-            if not info.get("finished"):
+            source = run.source(parent)
+            record = source.record()
+            if record is None or not record.finished:
                 return None
-            kind, above = info["kind"], info["start_from"]
-            if "/" not in above:  # a name in that run, where it may be gone by now
-                beside = folder.parent / above
-                above = str(beside) if above and beside.exists() else ""
+            kind, above = record.kind, source.above(record)
         if kind == "language_model":
-            return parent if current.chat_format(parent) else None
+            return parent if run.chat_format(parent) else None
         parent = above
     return None
 
@@ -245,40 +238,39 @@ def _pairs(model, world, prompts, one, two, seed):
     }
 
 
-def _world_prompt(current):
-    name = current.config.world.name
+def _world_prompt(run):
+    name = run.config.world.name
     return worlds.get(name).single_prompt if name else ""
 
 
 # -- weights, cost, seconds ------------------------------------------------------------
 
 
-def _weights(current):
+def _weights(run):
     found = {}
-    for name in _finished(current):
-        stage = current.config.stages[name]
+    for name in _finished(run):
+        stage = run.config.stages[name]
         parent = stage.start_from
-        known = parent in current.config.stages and current.finished(parent)
+        known = parent in run.config.stages and run.finished(parent)
         if stage.kind not in defaults.RECORDS and known:
-            found[name] = weights.compare(current.load(parent), current.load(name))
+            found[name] = weights.compare(run.model(parent), run.model(name))
     return found
 
 
-def _cost(current):
+def _cost(run):
     """FLOPs of each stage, and their share of pretraining's."""
     flops = {}
-    for name in _finished(current):
-        info = storage.read_json(current.root / name / "stage.json")
-        if info.get("model"):
-            flops[name] = cost.stage_flops(
-                info["tokens"], info["model"], adapter="lora" in info
-            )
+    for name in _finished(run):
+        record = run.record(name)
+        if record.model:
+            adapter = record.lora is not None
+            flops[name] = cost.stage_flops(record.tokens, record.model, adapter=adapter)
     roots = [
         n
         for n in flops
-        if current.config.stages[n].kind == "language_model"
-        and current.config.stages[n].data.format == "text"
-        and not current.config.stages[n].start_from
+        if run.config.stages[n].kind == "language_model"
+        and run.config.stages[n].data.format == "text"
+        and not run.config.stages[n].start_from
     ]
     total = sum(flops[n] for n in roots)
     return {
@@ -287,15 +279,17 @@ def _cost(current):
     }
 
 
-def _seconds(current, started):
+def _seconds(run, started):
     """Wall seconds by stage and in total; a resumed stage counts both its runs."""
     found, before = {}, 0.0
-    for name in _finished(current):
-        info = storage.read_json(current.root / name / "stage.json")
-        found[name] = info["seconds"]["total"]
-        before += found[name] - info.get("seconds_this_time", found[name])
-        if name not in current.ran:
-            before += info.get("seconds_this_time", found[name])
+    for name in _finished(run):
+        record = run.record(name)
+        found[name] = record.seconds["total"]
+        last = record.seconds_this_time
+        last = found[name] if last is None else last
+        before += found[name] - last
+        if name not in run.ran:
+            before += last
     here = time.perf_counter() - started
     found["rest"] = here - sum(v for k, v in found.items()) + before
     return {k: round(v, 2) for k, v in found.items()} | {

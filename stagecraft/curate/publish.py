@@ -79,16 +79,6 @@ class Publish(PipelineStep):
         summary = self._summary(tallies)
         if not summary["documents"]:
             raise UserError(f"curate: no document is left: {_blame(summary['steps'])}")
-        out = self.out.absolute()
-        half = out.with_name(f".{out.name}.half")
-        shutil.rmtree(half, ignore_errors=True)
-        (half / "text").mkdir(parents=True)
-        self._copy_text(half / "text")
-        if self.config["tokenizer"]:
-            self._write_shards(half / "shards")
-        if self.model:
-            shutil.copyfile(self.model, half / Path(self.model).name)
-        self._copy_quarantine(half / "quarantine.jsonl")
         examples = self._examples(tallies)
         html = render.render(
             "curation.html.jinja",
@@ -97,9 +87,16 @@ class Publish(PipelineStep):
             config=_flat(self.config),
             says=SAYS,
         )
-        storage.write_text(half / "report.html", html)
-        storage.write_json(half / "curation.json", summary)
-        _swap(half, out)
+        with storage.new_folder(self.out, replace=True) as temporary:
+            (temporary / "text").mkdir()
+            self._copy_text(temporary / "text")
+            if self.config["tokenizer"]:
+                self._write_shards(temporary / "shards")
+            if self.model:
+                shutil.copyfile(self.model, temporary / Path(self.model).name)
+            self._copy_quarantine(temporary / "quarantine.jsonl")
+            storage.write_text(temporary / "report.html", html)
+            storage.write_json(temporary / "curation.json", summary)
 
     def _summary(self, tallies):
         rows = []
@@ -206,16 +203,6 @@ class Publish(PipelineStep):
                 reasons.append((reason, examples))
             found[name] = reasons
         return found
-
-
-def _swap(half, out):
-    """Puts a finished folder in its place; an older one goes only then."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    half.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sum(sources):

@@ -1,2 +1,3 @@
 """Stand-in until the data rooms are merged."""
+
 build = records = None

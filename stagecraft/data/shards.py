@@ -14,8 +14,6 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -247,14 +245,8 @@ def write(
         the manifest's dict. Raises UserError, and leaves nothing behind, where there is
         no document, an id is outside the vocabulary, or the disk is full.
     """
-    folder = Path(folder)
-    temporary = None
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: exists already; remove it or name another")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, so that the last step is a rename on one disk.
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    # Every process of a program may fill a cache of its own machine.
+    with storage.new_folder(folder, concurrent=True) as temporary:
         writer = _Writer(temporary, vocab_size, tuple(columns), shard_tokens)
         for document in documents:
             writer.add(*document) if columns else writer.add(document)
@@ -269,17 +261,8 @@ def write(
         }
         if not manifest["documents"]:
             raise UserError(f"{folder}: no document to write")
-        storage.write_json(temporary / MANIFEST, manifest)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write shards ({error.strerror}); free space or choose "
-            "another folder"
-        ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        text = storage.json_text(manifest)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
 

@@ -5,7 +5,6 @@ sharded arrays, each device its own slice of it, so that the host never holds th
 `families.py` says what is called how.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -13,8 +12,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +21,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import sharding, tree
+from stagecraft import process, sharding, storage, tree
 from stagecraft.errors import UserError
 from stagecraft.models import families, places, saved, tensors
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel
 
-# What a stage's start_from and the like begin with when they name a folder.
-PREFIX = "hf:"
 # Their names of what we can write, and the format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_SIZE = 5 * 10**9
@@ -46,13 +41,6 @@ IGNORED = re.compile(
 
 
 # Reading
-
-
-def folder_of(name):
-    """The folder of "hf:FOLDER"; None for any other text."""
-    if str(name).startswith(PREFIX):
-        return Path(str(name).removeprefix(PREFIX))
-    return None
 
 
 def read_json(folder, name):
@@ -70,7 +58,7 @@ def read_json(folder, name):
 
 
 def info(folder):
-    """What `saved.info` says of a stage, of a folder: its module and model.
+    """Returns what `saved.describe` says of a module, of a folder's model.
 
     Returns:
         {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
@@ -331,7 +319,7 @@ def save(
     scalar = isinstance(module, ScalarModel)
     body = module.body if scalar else module
     family = families.matching(body.config)
-    with whole(folder) as temporary:
+    with storage.new_folder(folder, replace=overwrite) as temporary:
         _write_weights(module, family, body.config, temporary, dtype, shard_size)
         _write_configs(module, family, body.config, temporary, dtype, ids)
         if not scalar:
@@ -352,38 +340,6 @@ def free(folder, overwrite):
             "--overwrite to replace it"
         )
     return folder
-
-
-@contextlib.contextmanager
-def whole(folder):
-    """A temporary folder that takes the place of `folder` when the block ends well."""
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{folder.name}.partial-"
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
-        temporary.chmod(0o755)
-        yield temporary
-        old = temporary.with_name(temporary.name + "-old")
-        if folder.exists() and any(folder.iterdir()):
-            folder.rename(old)
-            try:
-                temporary.rename(folder)
-            except BaseException:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{folder}: cannot be written ({error.strerror}); nothing was changed "
-                "there: make room, or choose another --to"
-            ) from error
-        raise
 
 
 def _write_weights(module, family, config, folder, dtype, shard_size):
@@ -410,7 +366,7 @@ def _write_weights(module, family, config, folder, dtype, shard_size):
             whole[place.axes.region(whole.shape)] = part
         return whole
 
-    if jax.process_index() == 0:
+    if process.is_first():
         tensors.write_folder(
             folder, shapes, make, dtype=DTYPES[dtype], shard_size=shard_size
         )

@@ -1,121 +1,219 @@
-"""Models by the names that start_from knows: stages on disk and Hugging Face folders.
+"""What a name in start_from stands for: a stage, another run's stage, or a folder.
 
-A stage that trained an adapter has only that on disk. It is read with what it sits on
-and handed out as a plain model, so that nobody else needs to know.
+A stage that trained an adapter has only that on disk. It is read together with the
+model it sits on and returned as a plain model, so that callers need not tell them
+apart.
 """
 
+import dataclasses
+from collections.abc import Container
 from pathlib import Path
+from typing import Any, Literal
 
-from stagecraft import checkpoint, storage
+import jax
+
+from stagecraft import checkpoint
 from stagecraft.errors import UserError
+from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.models import huggingface, lora, peft, saved
 from stagecraft.models.translation import THE_RUNS
 
+# What a name begins with when it stands for a Hugging Face folder.
+PREFIX = "hf:"
+TOKENIZER = "tokenizer"  # its folder in a work directory
 # Fields of a model's config that are the run's and not the folder's.
 HOW = tuple(key for key in THE_RUNS if key not in ("init_std", "family"))
 
 
-def load(name, mesh, **how):
-    """Reads a model, adapters merged into the weights they sit on.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a name stands for.
+
+    Attributes:
+        name: the name.
+        where: "here", a stage of this run; "stage", a finished stage of another run, by
+            its folder; "folder", a Hugging Face folder; "adapter", one with a PEFT
+            adapter; "nowhere", neither a stage of this run nor a path.
+        folder: WORKDIR/STAGE, or the Hugging Face folder.
+    """
+
+    name: str
+    where: Literal["here", "stage", "folder", "adapter", "nowhere"]
+    folder: Path
+
+    @property
+    def outward(self) -> bool:
+        """Whether it is a Hugging Face folder, with an adapter or a whole model."""
+        return self.where in ("folder", "adapter")
+
+    @property
+    def _reader(self):
+        return peft if self.where == "adapter" else huggingface
+
+    def record(self) -> StageRecord | None:
+        """Reads stage.json; None where there is no stage."""
+        return None if self.outward else StageRecord.read(self.folder)
+
+    def info(self) -> dict[str, Any]:
+        """Returns {"module", "model"} of a finished stage or a folder.
+
+        module: "transformer" or "scalar"; model: fields of `ModelConfig`. An adapter
+        has those of the model it sits on.
+        """
+        if self.outward:
+            return self._reader.info(self.folder)
+        record = StageRecord.read_finished(self.folder)
+        if record.model is None:
+            raise UserError(f"{self.folder}: a stage of records, which has no model")
+        return {"module": record.module, "model": record.model}
+
+    def load(self, mesh: jax.sharding.Mesh, **how):
+        """Reads the model, adapters merged into the weights they sit on.
+
+        Args:
+            mesh: the mesh to put the parameters on.
+            **how: fields of `ModelConfig` that are the run's, for a folder.
+
+        Returns:
+            a `Transformer` or a `ScalarModel`.
+        """
+        if self.outward:
+            return self._reader.load(self.folder, mesh, **how)
+        if StageRecord.read_finished(self.folder).lora is not None:
+            return lora.merge(*load_adapter(self.folder, mesh))
+        return saved.load(self.folder, mesh)
+
+    def examine(self, mesh: jax.sharding.Mesh, *, module: str | None = None) -> None:
+        """Checks a Hugging Face folder's config and headers before anything is read.
+
+        Args:
+            mesh: the mesh the parameters must divide over.
+            module: "transformer" or "scalar", where only one will do.
+        """
+        if self.where == "folder":
+            huggingface.examine(self.folder, mesh, module=module)
+            return
+        has = peft.info(self.folder)["module"]
+        if module not in (None, has):
+            raise UserError(
+                f"{self.folder}: makes a {has} model, expected a {module} one"
+            )
+        huggingface.examine(peft.base_of(self.folder), mesh)
+
+    def id(self) -> str:
+        """Returns the id in a lineage: that of the stage, or a digest of the folder.
+
+        Empty for a stage that no lineage.json names.
+        """
+        if self.outward:
+            return self._reader.digest(self.folder)
+        return Lineage.read(self.folder.parent).id_of(self.folder.name)
+
+    def tokenizer(self) -> Path:
+        """Returns where the tokenizer lies that the model was trained with."""
+        if not self.outward:
+            return self.folder.parent / TOKENIZER
+        if self.where == "adapter" and not any(self.folder.glob("tokenizer*")):
+            return peft.base_of(self.folder)
+        return self.folder
+
+    def above(self, record: StageRecord) -> str:
+        """Returns the start_from of a stage of another run, as this run can name it.
+
+        Empty where the stage started from nothing, or from a stage that is gone.
+        """
+        if "/" in record.start_from or not record.start_from:
+            return record.start_from
+        beside = self.folder.parent / record.start_from
+        return str(beside) if beside.exists() else ""
+
+    def seen_from(self, folder: str | Path) -> str:
+        """Returns the name that stage.json in WORKDIR/STAGE has for it.
+
+        Stages of one run are named relative to each other, so that the run may be
+        moved.
+        """
+        if self.outward:
+            return f"{PREFIX}{self.folder.absolute()}"
+        if self.folder.parent.resolve() == Path(folder).parent.resolve():
+            return f"../{self.folder.name}"
+        return str(self.folder.absolute())
+
+
+def locate(
+    name: str | Path, root: str | Path = "", stages: Container[str] = ()
+) -> Source:
+    """Returns what a name stands for; nothing is read.
 
     Args:
-        name: WORKDIR/STAGE, or "hf:FOLDER".
-        mesh: where to put the parameters.
-        **how: fields of `ModelConfig` that are the run's, for a folder.
+        name: a stage of this run, the folder WORKDIR/STAGE of another, or "hf:FOLDER".
+        root: this run's work directory.
+        stages: names of this run's stages.
 
-    Returns:
-        a `Transformer` or a `ScalarModel`.
+    >>> locate("sft", "runs/a", ["sft"]).folder.as_posix()
+    'runs/a/sft'
+    >>> locate("runs/b/dpo", "runs/a", ["sft"]).where
+    'stage'
     """
-    folder = huggingface.folder_of(name)
-    if folder is not None:
-        reader = peft if peft.is_adapter(folder) else huggingface
-        return reader.load(folder, mesh, **how)
-    if "lora" in saved.info(name):
-        return lora.merge(*load_adapter(name, mesh))
-    return saved.load(name, mesh)
+    text = str(name)
+    if text.startswith(PREFIX):
+        folder = Path(text.removeprefix(PREFIX))
+        where = "adapter" if peft.is_adapter(folder) else "folder"
+        return Source(text, where, folder)
+    if text in stages:
+        return Source(text, "here", Path(root) / text)
+    path = Path(text)
+    return Source(text, "stage" if "/" in text or path.exists() else "nowhere", path)
 
 
-def info(folder):
-    """Module and model of a Hugging Face folder, an adapter's merged."""
-    return (peft if peft.is_adapter(folder) else huggingface).info(folder)
+def load(name: str | Path, mesh: jax.sharding.Mesh, **how):
+    """Reads the model of a name outside a run; see `Source.load`."""
+    return locate(name).load(mesh, **how)
 
 
-def examine(folder, mesh, *, module=None):
-    """Looks at a Hugging Face folder before anything is read of it."""
-    if not peft.is_adapter(folder):
-        huggingface.examine(folder, mesh, module=module)
-        return
-    found = peft.info(folder)["module"]
-    if module not in (None, found):
-        raise UserError(f"{folder}: makes a {found} model, expected a {module} one")
-    huggingface.examine(peft.base_of(folder), mesh)
+def run_of(text: str) -> tuple[Path, str] | None:
+    """Returns (work directory, name) of the run that a path leads into.
+
+    The name is that of a stage, or "tokenizer", or "world:FILE". None for a text that
+    is no path, or leads into no run.
+    """
+    path = Path(text)
+    for root, name in (
+        (path.parent, path.name),  # RUN/STAGE, RUN/tokenizer
+        (path.parent.parent, path.parent.name),  # RUN/STAGE/records.jsonl
+    ):
+        if "/" in text and (root / "config.json").exists():
+            return root, f"world:{path.name}" if name == "world" else name
+    return None
 
 
-def digest(folder):
-    """SHA-256 of a Hugging Face folder's config and weights."""
-    return (peft if peft.is_adapter(folder) else huggingface).digest(folder)
-
-
-def tokenizer_of(folder):
-    """Where the tokenizer of a Hugging Face folder lies: an adapter may bring none."""
-    folder = Path(folder)
-    if peft.is_adapter(folder) and not any(folder.glob("tokenizer*")):
-        return peft.base_of(folder)
-    return folder
-
-
-def load_adapter(name, mesh):
-    """The base of a stage that trained an adapter, and the `lora.Adapter`."""
-    info = saved.info(name)
-    if "lora" not in info:
-        raise UserError(f"{name}: trained all weights and has no adapter")
-    how = {key: info["model"][key] for key in HOW if key in info["model"]}
-    base = load(base_of(name, info), mesh, **how)
+def load_adapter(folder: str | Path, mesh: jax.sharding.Mesh):
+    """Reads the base of a stage that trained an adapter, and the `lora.Adapter`."""
+    record = StageRecord.read_finished(folder)
+    if record.lora is None:
+        raise UserError(f"{folder}: trained all weights and has no adapter")
+    how = {key: record.model[key] for key in HOW if key in record.model}
+    base = base_of(folder, record).load(mesh, **how)
     abstract = lora.abstract(
-        *(lora.Settings(**info["lora"]), base, mesh),
-        scalar=info["module"] == "scalar",
+        lora.Settings(**record.lora), base, mesh, scalar=record.module == "scalar"
     )
-    adapter, _ = checkpoint.load_model(name, abstract)
+    adapter, _ = checkpoint.load_model(folder, abstract)
     return base, adapter
 
 
-def base_of(name, info):
-    """What a stage's adapter sits on, as `load` takes it; it must be the same still."""
-    told = info["base"]
-    folder = huggingface.folder_of(told["name"])
-    path = Path(name) / told["name"] if folder is None else folder
-    if not path.is_dir():
+def base_of(folder: str | Path, record: StageRecord) -> Source:
+    """Returns what a stage's adapter sits on, if it is still the same model."""
+    base = locate(record.base["name"])
+    if not base.outward:
+        base = dataclasses.replace(base, folder=Path(folder) / base.name)
+    if not base.folder.is_dir():
         raise UserError(
-            f"{name}: is an adapter (LoRA) on {path}, which is not there; restore that "
-            "folder"
+            f"{folder}: is an adapter (LoRA) on {base.folder}, which is not there; "
+            "restore that folder"
         )
-    if folder is None:
-        lineage = storage.read_json(path.parent / "lineage.json", {"stages": {}})
-        now = lineage["stages"].get(path.name, {}).get("id", "")
-    else:
-        now = digest(folder)
-    if now != told["id"]:
+    if base.id() != record.base["id"]:
         raise UserError(
-            f"{name}: is an adapter (LoRA) on {path}, which is another model now; "
-            "restore the one it was trained on"
+            f"{folder}: is an adapter (LoRA) on {base.folder}, which is another model "
+            "now; restore the one it was trained on"
         )
-    return path if folder is None else told["name"]
-
-
-def reference(parent, folder, id_):
-    """What stage.json says of an adapter's base.
-
-    Args:
-        parent: WORKDIR/STAGE of the base, or "hf:FOLDER".
-        folder: WORKDIR/STAGE of the adapter; stages of one run are found beside it,
-            wherever the run is moved.
-        id_: the base's id in a lineage.
-    """
-    theirs = huggingface.folder_of(parent)
-    if theirs is not None:
-        name = f"{huggingface.PREFIX}{theirs.absolute()}"
-    elif Path(parent).parent.resolve() == Path(folder).parent.resolve():
-        name = f"../{Path(parent).name}"
-    else:
-        name = str(Path(parent).absolute())
-    return {"name": name, "id": id_}
+    return base

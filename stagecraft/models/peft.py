@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from stagecraft import sharding
+from stagecraft import process, sharding, storage
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, lora, places, tensors
 from stagecraft.models.transformer import ScalarModel
@@ -92,8 +92,8 @@ def save(adapter, config, folder, mesh, *, base, overwrite=False, extra=None):
     told |= {"modules_to_save": sorted(whole) or None}
     told |= {"task_type": "SEQ_CLS" if "head" in host else "CAUSAL_LM"}
     told |= {"base_model_name_or_path": str(base)} | ({BIAS: bias} if bias else {})
-    with huggingface.whole(folder) as temporary:
-        if jax.process_index() == 0:
+    with storage.new_folder(folder, replace=overwrite) as temporary:
+        if process.is_first():
             shapes = {ROOT + name: array.shape for name, array in found.items()}
             tensors.write_file(
                 temporary / WEIGHTS,

@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from stagecraft import checkpoint, sharding, storage
-from stagecraft.errors import UserError
+from stagecraft import checkpoint, sharding
+from stagecraft.lineage import StageRecord
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.transformer import ScalarModel, Transformer
 
@@ -17,19 +18,19 @@ MODULES = {
 }
 
 
-def describe(module):
-    """What `load` needs to know of a module, as JSON."""
-    kind = "scalar" if isinstance(module, ScalarModel) else "transformer"
-    body = module.body if kind == "scalar" else module
-    return {"module": kind, "model": dataclasses.asdict(body.config)}
+def describe(module: Transformer | ScalarModel) -> dict[str, Any]:
+    """Returns what `load` needs to know of a module, as JSON."""
+    name = "scalar" if isinstance(module, ScalarModel) else "transformer"
+    body = module.body if name == "scalar" else module
+    return {"module": name, "model": dataclasses.asdict(body.config)}
 
 
-def abstract(info, mesh):
-    """The module as shapes with shardings: nothing is allocated.
+def abstract(info: dict[str, Any], mesh: jax.sharding.Mesh):
+    """Returns the module as shapes with shardings: nothing is allocated.
 
     Args:
         info: {"module", "model"}, from `describe`.
-        mesh: where it is to live.
+        mesh: the mesh the parameters will be on.
     """
     config = ModelConfig(**info["model"])
     check_mesh(config, mesh)
@@ -39,28 +40,14 @@ def abstract(info, mesh):
     )
 
 
-def info(folder):
-    """A stage's stage.json; a UserError where there is no finished stage."""
-    folder = Path(folder)
-    found = storage.read_json(folder / "stage.json")
-    if found is None:
-        raise UserError(
-            f"{folder}: no stage here (no stage.json); expected WORKDIR/STAGE of a run"
-        )
-    if not found["finished"]:
-        raise UserError(f"{folder}: this stage is not finished; run it again to resume")
-    return found
-
-
-def load(folder, mesh):
+def load(folder: str | Path, mesh: jax.sharding.Mesh) -> Transformer | ScalarModel:
     """Reads a finished stage's parameters, each device its own part.
 
     Args:
         folder: WORKDIR/STAGE.
-        mesh: where to put them.
-
-    Returns:
-        a `Transformer` or a `ScalarModel`.
+        mesh: the mesh to put them on.
     """
-    module, _ = checkpoint.load_model(folder, abstract(info(folder), mesh))
+    record = StageRecord.read_finished(folder)
+    info = {"module": record.module, "model": record.model}
+    module, _ = checkpoint.load_model(folder, abstract(info, mesh))
     return module

@@ -11,10 +11,10 @@ import math
 import re
 from pathlib import Path
 
-from stagecraft import defaults, schema, storage
-from stagecraft.anatomy import files
+from stagecraft import defaults, metrics, runs, schema, storage
 from stagecraft.anatomy.behaviour import SPEAKING
 from stagecraft.errors import UserError
+from stagecraft.models import locate
 
 _SEEDED = re.compile(r"(.+)_seed(\d+)")
 # What never decides a number, or is what the seeds of an arm differ in.
@@ -67,8 +67,8 @@ def read(folders, stages=()):
             answer in turns.
 
     Returns:
-        (runs, arms, notes): the `files.Run`s, the arms in the order of the folders and
-        of the graph, and what a reader must know, one line each.
+        (runs, arms, notes): the `RunFiles`, the arms in the order of the folders and of
+        the graph, and what a reader must know, one line each.
 
     Raises:
         UserError: no run, an unfinished one, one given twice, an unknown stage, or
@@ -117,11 +117,11 @@ def _run(folder):
             f"{folder}: no run here (no config.json); give folders that `stagecraft "
             "run` made"
         )
-    planned = storage.read_json(folder / "config.json")
+    planned = runs.read_config(folder)
     planned = planned.get("stages") if isinstance(planned, dict) else None
     if not isinstance(planned, dict) or not planned:
         raise UserError(f"{folder / 'config.json'}: not the config of a run")
-    run = files.read(folder)
+    run = runs.read(folder)
     run.stages = [stage for stage in run.stages if stage.name in planned]
     return run
 
@@ -214,9 +214,9 @@ def _add(arms, repeats, run, stage):
     arm = arms.setdefault(key, Arm("", short(stage.name), stage.kind, settings, {}, []))
     numbered = _SEEDED.fullmatch(stage.name)
     seed = run.config.get("seed"), int(numbered[2]) if numbered else None
-    figures = {k: v for k, v in run.summary[stage.name].items() if files.number(v)}
+    figures = {k: v for k, v in run.summary[stage.name].items() if metrics.is_number(v)}
     seconds = run.summary.get("seconds", {}).get(stage.name)
-    if files.number(seconds):
+    if metrics.is_number(seconds):
         figures["seconds"] = seconds
     for other in arm.samples:
         why = _repeated(seed, figures, other)
@@ -303,19 +303,12 @@ def _renamed(config, value, found, prefix):
 
 def _outside(text):
     """(config, name) of the run a path leads into; the name of a stage, or a file."""
-    if "/" not in text:
+    place = locate.run_of(text)
+    if place is None:
         return None
-    path = Path(text)
-    for root, name in (
-        (path.parent, path.name),  # RUN/STAGE, RUN/tokenizer
-        (path.parent.parent, path.parent.name),  # RUN/STAGE/records.jsonl
-    ):
-        if (root / "config.json").exists():
-            config = storage.read_json(root / "config.json")
-            if name == "world":
-                name = f"world:{path.name}"
-            return (config, name) if config.get("stages") else None
-    return None
+    root, name = place
+    config = runs.read_config(root)
+    return (config, name) if config.get("stages") else None
 
 
 def _completed(config):

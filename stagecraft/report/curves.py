@@ -1,6 +1,6 @@
 """A run's metrics as small charts: which to draw, in which words, and their numbers."""
 
-from stagecraft.anatomy import files
+from stagecraft import metrics
 from stagecraft.report import charts
 
 # One chart each: title, unit, and the series it may show as (metric, label, marked).
@@ -70,7 +70,7 @@ def show(value):
     >>> show(0.12345), show(12), show(3.1e7), show(1.0), show(2.1e-5)
     ('0.123', '12', '31,000,000', '1.00', '2.1e-05')
     """
-    if not files.number(value):
+    if not metrics.is_number(value):
         return str(value) if value else "–"
     if isinstance(value, int) or abs(value) >= 1000:
         text = f"{value:,.0f}"

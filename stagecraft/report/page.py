@@ -7,7 +7,8 @@ forbids the rest. Whatever a model wrote is data and escaped as such.
 import datetime
 import json
 
-from stagecraft.anatomy import cost, evaluate, files
+from stagecraft import metrics, runs
+from stagecraft.anatomy import cost, evaluate
 from stagecraft.errors import UserError
 from stagecraft.report import charts, curves, render
 from stagecraft.report.curves import show
@@ -73,7 +74,7 @@ def write(folder):
     Raises:
         UserError: not a run's directory, or Matplotlib is missing.
     """
-    run = files.read(folder)
+    run = runs.read(folder)
     text = render.render(
         "report.html.jinja",
         run=run,
@@ -117,7 +118,7 @@ def _facts(run):
     if total:
         facts.append(("Wall time", f"{int(total // 60)} min {total % 60:.0f} s"))
     peaks = [s.info.get("peak_memory_bytes") for s in run.stages]
-    peaks = [peak for peak in peaks if files.number(peak)]
+    peaks = [peak for peak in peaks if metrics.is_number(peak)]
     if peaks:
         facts.append(("Peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
     records = (run.summary, run.lineage, run.config, *(s.info for s in run.stages))
@@ -154,7 +155,7 @@ def _figures(run, stage):
     figures = run.summary.get(stage.name)
     if not isinstance(figures, dict):
         return {}
-    return {key: value for key, value in figures.items() if files.number(value)}
+    return {key: value for key, value in figures.items() if metrics.is_number(value)}
 
 
 def _bound(run, key):
@@ -194,7 +195,7 @@ def _other(run):
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield from flat(f"{prefix}.{key}", inner)
-        elif files.number(value):
+        elif metrics.is_number(value):
             yield prefix, value, _bound(run, prefix)
 
     rows = []
@@ -279,7 +280,7 @@ def _weights(run):
         (stage, table[stage.name])
         for stage in run.stages
         if isinstance(table.get(stage.name), dict)
-        and files.number(table[stage.name].get("relative_change"))
+        and metrics.is_number(table[stage.name].get("relative_change"))
     ]
     bars = []
     for key, title, meaning, top in (
@@ -296,7 +297,7 @@ def _weights(run):
             1.0,
         ),
     ):
-        rows = [(s, w[key]) for s, w in known if files.number(w.get(key))]
+        rows = [(s, w[key]) for s, w in known if metrics.is_number(w.get(key))]
         if rows:
             bars.append(_scaled(title, meaning, rows, top))
     maps = [_heat(stage, found) for stage, found in known]
@@ -340,7 +341,7 @@ def _cost(run):
         for stage in run.stages
     ]
     rows = [(row["stage"], row["cost"].get("share")) for row in counts]
-    rows = [(stage, value) for stage, value in rows if files.number(value)]
+    rows = [(stage, value) for stage, value in rows if metrics.is_number(value)]
     title, meaning = "Share of pretraining", "FLOPs of the stage over pretraining's"
     return {"bars": _scaled(title, meaning, rows) if rows else None, "counts": counts}
 
@@ -348,7 +349,7 @@ def _cost(run):
 def _seconds(stage):
     seconds = stage.info.get("seconds")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return {k: v for k, v in seconds.items() if files.number(v)}
+    return {k: v for k, v in seconds.items() if metrics.is_number(v)}
 
 
 def _time(run):
@@ -382,7 +383,9 @@ def _data(run):
             continue
         told = dict(told)
         sources, by = told.pop("sources", []), told.pop("share_by", "")
-        facts = {k.replace("_", " "): v for k, v in told.items() if files.number(v)}
+        facts = {
+            k.replace("_", " "): v for k, v in told.items() if metrics.is_number(v)
+        }
         if told.get("curations"):
             facts["curated"] = ", ".join(one[:12] for one in told["curations"])
         found.append((stage, facts, {"by": by, "rows": sources} if sources else None))

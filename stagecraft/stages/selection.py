@@ -61,8 +61,8 @@ def write(config, recording):
     sampled = len(asked) * config.samples
     if not best:
         raise UserError(
-            f"{recording.name}: none of the {sampled} answers was kept; did none end by itself, "
-            f"or reach threshold={config.threshold}?"
+            f"{recording.name}: none of the {sampled} answers was kept; did none "
+            f"end by itself, or reach threshold={config.threshold}?"
         )
     records.write(recording.folder, best)
     return {

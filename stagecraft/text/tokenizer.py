@@ -19,7 +19,6 @@ back to byte pieces, so that every string survives encode and decode.
 import hashlib
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +78,9 @@ def keep(tokenizer, folder):
         tokenizer: one of any kind.
         folder: where they go; must not be there yet.
     """
-    folder = Path(folder)
-    half = folder.with_name(f".{folder.name}")
-    shutil.rmtree(half, ignore_errors=True)
-    for name, data in tokenizer.files.items():
-        storage.write_bytes(half / name, data)
-    half.rename(folder)
+    with storage.new_folder(folder) as temporary:
+        for name, data in tokenizer.files.items():
+            storage.write_bytes(temporary / name, data)
 
 
 class Tokenizer:

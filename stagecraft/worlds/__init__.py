@@ -11,9 +11,7 @@ and no model is known here:
     single_prompt                           the one shown through every stage
 """
 
-import shutil
-from pathlib import Path
-
+from stagecraft import storage
 from stagecraft.errors import UserError
 from stagecraft.worlds import countries
 
@@ -29,9 +27,5 @@ def get(name):
 
 def write(name, folder, seed, size):
     """Writes a world's files; the folder appears whole or not at all."""
-    folder = Path(folder)
-    half = folder.with_name(f".{folder.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    get(name).write(half, seed, size)
-    half.rename(folder)
+    with storage.new_folder(folder) as temporary:
+        get(name).write(temporary, seed, size)

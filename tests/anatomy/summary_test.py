@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from stagecraft.anatomy import behaviour, summary
+from stagecraft.models import locate
 
 
 class Run:
@@ -18,8 +19,8 @@ class Run:
         self.config = ConfigDict({"stages": stages})
         self.root = root
 
-    def folder(self, name):
-        return self.root / name if name in self.config.stages else Path(name)
+    def source(self, name):
+        return locate.locate(name, self.root, self.config.stages)
 
     def chat_format(self, name):
         if name in self.config.stages:

@@ -120,7 +120,7 @@ def failing():
         ([[1], [1000]], "has id 1000, outside the tokenizer's 1000 ids"),
         ([[1], [-1]], "has id -1"),
         ([[0.5]], "document 0: its ids are float64"),
-        (failing(), "cannot write shards .No space left"),
+        (failing(), "cannot be written .No space left"),
     ],
 )
 def test_what_cannot_be_written_leaves_nothing(tmp_path, made, told):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from stagecraft import storage
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, tensors
 from tests.models.folders import CONFIG, C, D, F, V, put, refused, single
@@ -70,7 +71,7 @@ def test_no_permission_to_write(tmp_path, folder, monkeypatch):
     def forbidden(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(huggingface.tempfile, "mkdtemp", forbidden)
+    monkeypatch.setattr(storage.tempfile, "mkdtemp", forbidden)
     with pytest.raises(UserError, match="out: cannot be written .Permission denied"):
         huggingface.save(model, tmp_path / "out")
 

@@ -75,8 +75,9 @@ def test_a_folder_is_read_as_the_sum_of_its_matrices(base, shared, tmp_path):
     expected["layers/ff/down"][1] += moved(down, 2)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
-    assert locate.tokenizer_of(tmp_path / "adapter") == tmp_path / "adapter/../base"
-    assert locate.info(tmp_path / "adapter")["model"]["width"] == D
+    source = locate.locate(f"hf:{tmp_path / 'adapter'}")
+    assert source.tokenizer() == tmp_path / "adapter/../base"
+    assert source.info()["model"]["width"] == D
 
 
 def filled(settings, base, *, scalar=False):
@@ -138,9 +139,10 @@ def test_a_reward_models_head_and_constant(base, shared, tmp_path):
     again = locate.load(f"hf:{tmp_path / 'out'}", shared)
     assert isinstance(again, ScalarModel) and float(again.bias[...]) == 1.5
     assert np.array_equal(again.head[...], adapter.parts["head"][...])
-    assert locate.info(tmp_path / "out")["module"] == "scalar"
+    source = locate.locate(f"hf:{tmp_path / 'out'}")
+    assert source.info()["module"] == "scalar"
     with pytest.raises(UserError, match="makes a scalar model, expected a transformer"):
-        locate.examine(tmp_path / "out", shared, module="transformer")
+        source.examine(shared, module="transformer")
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,9 @@ _WHOLE = (
             "tests/curate/curation_test.py -k no_example_tells",
         ),
         (
-            "the result is put together in place",
-            "half.rename(out)",
-            "shutil.copytree(half, out)",
+            "an older result stays",
+            "new_folder(self.out, replace=True)",
+            "new_folder(self.out)",
         ),
         ("where it lies is in the bytes", 'PLACES = ("out", "work")', "PLACES = ()"),
     ),

@@ -222,7 +222,6 @@ _SHARDS = in_file(
     ("contents are not compared", 'if found != told["sha256"]:', "if False:"),
     ("sizes are not compared", 'if size != told["bytes"]:', "if size == -1:"),
     ("any tokenizer will do", "if told != digest:", "if not told:"),
-    ("half a folder stays", "shutil.rmtree(temporary, ignore_errors=True)", "pass"),
     (
         "the second shard's documents",
         "number -= int(self._ends[shard - 1])",
@@ -321,7 +320,21 @@ _FILES = in_file(
     ),
 )
 
+_STORAGE = in_file(
+    "stagecraft/storage.py",
+    "tests/storage_test.py tests/runs_test.py",
+    ("half a folder stays", "shutil.rmtree(temporary, ignore_errors=True)", "pass"),
+    ("a folder that is there is lost", "old.rename(folder)", "pass"),
+    ("what was killed stays", "shutil.rmtree(unfinished, ignore_errors=True)", "pass"),
+    ("any folder is replaced", "if not (replace or _is_free(folder)):", "if False:"),
+    (
+        "every process writes files",
+        "    if not process.is_first():\n",
+        "    if False:\n",
+    ),
+)
+
 MUTANTS = (
     *(_PACKING + _FEED + _PIPELINE + _SOURCES + _LANGUAGE + _MIXTURE + _SHARDS),
-    *(_CACHE + _FORMS + _CONTAINERS + _FILES),
+    *(_CACHE + _FORMS + _CONTAINERS + _FILES + _STORAGE),
 )

@@ -264,7 +264,7 @@ def says_what_ours_says(model, root, rng, tolerance=1e-4):
     shared = bridge.single()
     ids = rng.integers(3, model.config.vocab_size, (4, 12))
     with jax.set_mesh(shared):
-        own = run.open_run(root).load("child", shared)
+        own = run.open_run(root).model("child", shared)
         expected = lora_test.ours(own, ids)
     # Theirs have no constant in a scalar head.
     expected = expected - float(getattr(own, "bias", np.zeros(()))[...])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stagecraft.anatomy import files
+from stagecraft import runs
 from stagecraft.errors import UserError
 from stagecraft.report import charts, page
 
@@ -248,7 +248,7 @@ def test_parents_come_before_children_whatever_the_order(run):
     lineage["stages"] = dict(reversed(lineage["stages"].items()))
     _json(run / "config.json", config)
     _json(run / "lineage.json", lineage)
-    stages = files.read(run).stages
+    stages = runs.read(run).stages
     assert [s.name for s in stages] == ["base", "tuned", "judge", "policy"]
     assert stages[3].parents == {"judge": False, "tuned": True}
 
@@ -267,7 +267,7 @@ def test_time_never_counts_sampling_twice(run):
     record["seconds"]["total"] = 10.0
     _json(path, record)
     page.write(run)
-    rows = page._time(files.read(run))["rows"]
+    rows = page._time(runs.read(run))["rows"]
     parts = next(row["parts"] for row in rows if row["stage"].name == "policy")
     assert parts["prepare"] == pytest.approx(1.0)
     assert sum(parts.values()) == pytest.approx(10.0)

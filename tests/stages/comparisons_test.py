@@ -52,9 +52,7 @@ class Scorer(RewardModel):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_reward_model_compares_and_may_say_how_sure_it_is(tmp_path, soft):
-    told, pairs = write(
-        tmp_path, Counting(), Scorer(), soft_labels=soft
-    )
+    told, pairs = write(tmp_path, Counting(), Scorer(), soft_labels=soft)
     assert told["pairs"] == len(pairs) == 6 and told["dropped"] == 0
     assert told["dropped_by_reason"] == {}
     assert told["tokens"] == {"sampled": 12 * 32}

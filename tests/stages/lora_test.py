@@ -235,7 +235,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         assert tree.named(merged).keys() == tree.named(base).keys()
         assert tree.digest(merged) == tree.digest(lora.merge(base, adapter))
         current = run.open_run(straight)
-        scalar = current.load("reward")
+        scalar = current.model("reward")
         assert tree.digest(scalar.body.embed[...]) == tree.digest(merged.embed[...])
         reward = storage.read_json(straight / "reward/stage.json")
         assert reward["module"] == "scalar" and float(scalar.bias[...]) != 0
@@ -262,10 +262,10 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
     lineage["stages"]["pretrain"]["id"] = "another"
     storage.write_json(path, lineage)
     with pytest.raises(UserError, match="is another model now"):
-        current.load("sft")
+        current.model("sft")
     (straight / "pretrain").rename(straight / "gone")
     with pytest.raises(UserError, match="adapter .LoRA. on .*pretrain, which is not"):
-        current.load("sft")
+        current.model("sft")
 
 
 def size(folder):

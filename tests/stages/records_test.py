@@ -15,9 +15,8 @@ import pytest
 
 from stagecraft import defaults
 from stagecraft.errors import UserError
-from stagecraft.signals.protocol import Sources
 from stagecraft.stages import comparisons, records, selection
-from tests.stages.answers import LINEAGE, Seeded, recording
+from tests.stages.answers import LINEAGE, PROMPTS, Seeded, recording
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = jax.random.key(0)

@@ -1,0 +1,305 @@
+"""A run: its config and tokenizer, what is finished, how to load it, and its files.
+
+`Run` loads what is finished. `read` is for reports and takes the files in whatever
+state they are: a run may be unfinished, cut off in the middle of a line, or of any
+graph. It needs no stage by name, and says in words what is missing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from stagecraft import metrics, sharding, storage
+from stagecraft.errors import UserError
+from stagecraft.lineage import Lineage, StageRecord
+from stagecraft.metrics import is_number
+from stagecraft.models import locate
+from stagecraft.models.language import Language
+
+TOKENIZER = locate.TOKENIZER
+_FILES = {
+    "config.json": "the run's settings",
+    "lineage.json": "what each stage started from",
+    "summary.json": "the measured figures (written when the whole graph is done)",
+    "prompt.json": "the single prompt through every stage",
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """A work directory with its config: what is finished, and how to load it.
+
+    Attributes:
+        root: the work directory.
+        config: the resolved config.
+        tokenizer: see `text.tokenizer`; None before it is trained or read.
+        stages: names of the stages, parents first.
+        ran: names of the stages that this process ran.
+    """
+
+    root: Path
+    config: ConfigDict
+    tokenizer: Any = None
+    stages: Sequence[str] = ()
+    ran: list[str] = dataclasses.field(default_factory=list)
+
+    def source(self, name: str) -> locate.Source:
+        """Returns what a name stands for: a stage of this run, or one from outside."""
+        return locate.locate(name, self.root, self.config.stages)
+
+    def record(self, name: str) -> StageRecord | None:
+        """Reads a stage's record; None where the stage has not begun."""
+        return self.source(name).record()
+
+    def lineage(self) -> Lineage:
+        """Reads what the stages come from."""
+        return Lineage.read(self.root)
+
+    def finished(self, name: str) -> bool:
+        """Returns whether a stage is done."""
+        record = self.record(name)
+        return record is not None and record.finished
+
+    def mesh(self, name: str | None = None) -> jax.sharding.Mesh:
+        """Returns the run's mesh, or that of a stage."""
+        sizes = dict(self.config.mesh)
+        if name:
+            own = self.config.stages[name].mesh
+            sizes |= {axis: size for axis, size in own.items() if size}
+        return sharding.make_mesh(**sizes)
+
+    def model(self, name: str, mesh: jax.sharding.Mesh | None = None):
+        """Reads the parameters of a finished stage, or of a Hugging Face folder.
+
+        Args:
+            name: see `source`.
+            mesh: the mesh to put them on; the run's by default.
+
+        Returns:
+            a `Transformer` or a `ScalarModel`.
+        """
+        how = {key: self.config.model[key] for key in locate.HOW}
+        return self.source(name).load(mesh or self.mesh(), **how)
+
+    def language(
+        self, name: str, rows: int, mesh: jax.sharding.Mesh | None = None
+    ) -> Language:
+        """Reads a model that writes text, with the run's tokenizer.
+
+        Args:
+            name: see `source`.
+            rows: texts worked on at once, rounded up to what divides over the mesh.
+            mesh: the mesh to put the parameters on; the run's by default.
+        """
+        mesh = mesh or self.mesh()
+        return Language(
+            self.model(name, mesh), self.tokenizer, batch_size=whole_rows(rows, mesh)
+        )
+
+    def chat_format(self, name: str) -> bool:
+        """Returns whether a model writes in chat turns: all but those of bare text.
+
+        A Hugging Face folder's does where its tokenizer brings a chat template.
+        """
+        source = self.source(name)
+        if source.outward:
+            return self.tokenizer.template is not None
+        return StageRecord.read_finished(source.folder).format != "text"
+
+
+def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:
+    """Returns the smallest batch of at least `least` rows that divides over a mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-least // shards) * shards
+
+
+def read_config(root: str | Path) -> dict[str, Any] | None:
+    """Reads WORKDIR/config.json; None where there is no run."""
+    return storage.read_json(Path(root) / "config.json")
+
+
+def write_config(root: str | Path, config: dict[str, Any]) -> None:
+    """Writes WORKDIR/config.json."""
+    storage.write_json(Path(root) / "config.json", config)
+
+
+# -- the files as they are -------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StageFiles:
+    """The files of one stage, in whatever state they are.
+
+    Attributes:
+        name: the stage's name in the graph.
+        index: its place in the order, which decides its colour.
+        kind, start_from: from stage.json, else lineage.json, else config.json.
+        parents: {name of a stage it needs: True when it starts from its weights}.
+        info: stage.json, {} when the stage is unfinished.
+        lineage: the stage's entry of lineage.json.
+        rows, samples: metrics.jsonl and samples.jsonl.
+    """
+
+    name: str
+    index: int
+    kind: str
+    start_from: str
+    parents: dict
+    info: dict
+    lineage: dict
+    rows: list
+    samples: list
+
+    def series(self, key):
+        """Returns (steps, values) of a metric, over the rows that have it."""
+        points = [
+            (row["step"], row[key]) for row in self.rows if is_number(row.get(key))
+        ]
+        return [p[0] for p in points], [float(p[1]) for p in points]
+
+    def keys(self):
+        """Returns the metrics that hold numbers, in order of appearance."""
+        names = {k: None for row in self.rows for k, v in row.items() if is_number(v)}
+        return [name for name in names if name not in ("step", "seconds")]
+
+
+@dataclasses.dataclass
+class RunFiles:
+    """The files of a work directory, in whatever state they are.
+
+    Attributes:
+        folder: the work directory.
+        config, lineage, summary, prompt: its shared files; {} where one is missing.
+        stages: `StageFiles`, parents first.
+        missing: what is not there or cannot be read, a line each.
+    """
+
+    folder: Path
+    config: dict
+    lineage: dict
+    summary: dict
+    prompt: dict
+    stages: list[StageFiles]
+    missing: list[str]
+
+
+def read(folder: str | Path) -> RunFiles:
+    """Reads the files of a work directory, in whatever state they are.
+
+    Raises:
+        UserError: there is no such directory, or it holds no file of a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"workdir {folder}: no such directory; give one that `run` made"
+        )
+    files, missing = {}, []
+    for name, meaning in _FILES.items():
+        files[name] = _json(folder / name, meaning, missing)
+    config, lineage = files["config.json"], files["lineage.json"]
+    entries, planned = _dict(lineage, "stages"), _dict(config, "stages")
+    begun = [
+        path.parent.name
+        for pattern in ("*/stage.json", "*/metrics.jsonl", "*/samples.jsonl")
+        for path in sorted(folder.glob(pattern))
+    ]
+    names = list(dict.fromkeys([*planned, *entries, *begun]))
+    if not names and not any(files.values()):
+        raise UserError(
+            f"workdir {folder}: holds no run (no config.json, no stage with metrics); "
+            "give a directory that `run` made"
+        )
+    stages = [
+        _stage(
+            folder / name, _dict(planned, name), _dict(entries, name), names, missing
+        )
+        for name in names
+    ]
+    stages = _sorted(stages)
+    for index, stage in enumerate(stages):
+        stage.index = index
+    shared = (config, lineage, files["summary.json"], files["prompt.json"])
+    return RunFiles(folder, *shared, stages, missing)
+
+
+def _stage(folder, planned, entry, names, missing):
+    rows = metrics.read(folder / "metrics.jsonl")
+    rows = [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
+    samples = metrics.read(folder / "samples.jsonl")
+    samples = [row for row in samples if isinstance(row, dict) and "completion" in row]
+    info = {}
+    if (folder / "stage.json").exists():
+        info = _json(folder / "stage.json", "the stage's own record", missing)
+    elif rows:
+        last = rows[-1]["step"]
+        missing.append(f"{folder.name}: not finished; its curves end at step {last:,}")
+    else:
+        state = "not finished" if folder.is_dir() else "not started"
+        missing.append(f"{folder.name}: {state}")
+    sources = (info, entry, planned)
+    start_from = _first(sources, "start_from")
+    needed = [value for key, value in planned.items() if key.endswith("_from")]
+    needed = _mentioned([entry.get("parents"), *needed], names)
+    parents = dict.fromkeys(needed, False)
+    if start_from in names:
+        parents[start_from] = True
+    parents.pop(folder.name, None)
+    kind = _first(sources, "kind")
+    return StageFiles(
+        folder.name, 0, kind, start_from, parents, info, entry, rows, samples
+    )
+
+
+def _sorted(stages):
+    """Returns the stages, parents first, otherwise in their order."""
+    done, left = {}, {stage.name: stage for stage in stages}
+    while left:
+        ready = [s for s in left.values() if not any(p in left for p in s.parents)]
+        for stage in ready or list(left.values())[:1]:  # a circle: go on anyway
+            done[stage.name] = left.pop(stage.name)
+            break
+    return list(done.values())
+
+
+def _mentioned(value, names):
+    """Returns the stage names in nested dicts and lists, as keys or as values."""
+    if isinstance(value, dict):
+        here = [key for key in value if key in names]
+        return here + [n for v in value.values() for n in _mentioned(v, names)]
+    if isinstance(value, list):
+        return [n for v in value for n in _mentioned(v, names)]
+    return [value] if isinstance(value, str) and value in names else []
+
+
+def _first(sources, key):
+    for source in sources:
+        if isinstance(source.get(key), str):
+            return source[key]
+    return ""
+
+
+def _dict(source, key):
+    value = source.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _json(path, meaning, missing):
+    """Reads a JSON object; {} and a note in `missing` where there is none."""
+    where = path.name if path.name in _FILES else f"{path.parent.name}/{path.name}"
+    if not path.exists():
+        missing.append(f"{where}: {meaning}")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"{where}: cannot be read as a JSON object")
+        return {}
+    return value
