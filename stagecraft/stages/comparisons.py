@@ -55,7 +55,8 @@ def write(config, recording):
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         raise UserError(
             f"{recording.name}: the rater dropped all {len(asked)} pairs "
-            f"({reasons}); identical answers come of sampling.temperature=0 or a model that has one answer"
+            f"({reasons}); identical answers come of sampling.temperature=0 or a model "
+            "that has one answer"
         )
     records.write(recording.folder, pairs)
     limit = config.sampling.max_new_tokens
