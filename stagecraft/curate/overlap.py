@@ -6,6 +6,7 @@ Items shorter than n words cannot be looked for; runs that many items share are 
 common wording, not their content, and are left out.
 """
 
+import itertools
 import json
 import re
 import zlib
@@ -43,7 +44,7 @@ def build(spec, folder, n, common):
     """The index of the evaluation files.
 
     Args:
-        spec: files as `inputs.expand` takes; of records every text in them counts.
+        spec: files as `inputs.survey` takes; of records every text in them counts.
         folder: where the index goes.
         n: words of a run.
         common: a run in more items than this is left out.
@@ -106,13 +107,11 @@ class Rule:
         return False, "overlaps evaluation", f"{place}: “{shared}”"
 
 
-def _items(spec, told):
+def _items(spec, counts):
     """(FILE:LINE, text) of each record, or of each .txt document."""
-    for path, source in inputs.expand(spec):
-        for parts in inputs.survey(path, "", 0, 0).tasks:
-            for part in parts:
-                for found in reader.records(part._replace(source=source)):
-                    if isinstance(found, reader.Bad):
-                        told["bad"] += 1
-                    else:
-                        yield found
+    for part in itertools.chain(*inputs.survey(spec, "", 0, 0).tasks):
+        for item in reader.texts_of_records(part):
+            if isinstance(item, reader.Bad):
+                counts["bad"] += 1
+            else:
+                yield item

@@ -54,8 +54,8 @@ class Read(Step):
     def each(self, data, tally, rank):
         parts = storage.read_json(self.work / "tasks" / f"{rank:05d}.json")
         bad = []
-        for part in parts:
-            for found in reader.read(inputs.Part(*part), *self.keys, self.document):
+        for part in map(inputs.Part.from_json, parts):
+            for found in reader.read(part, *self.keys, self.document):
                 if isinstance(found, reader.Bad):
                     bad.append(found._asdict())
                     tally.dropped(

@@ -52,7 +52,7 @@ def tokens(spec, mapping, tokenizer, folder):
 
 
 def _tokenised(paths, mapping, tokenizer, folder):
-    kinds = [files.suffix(path)[0] for path in paths]
+    kinds = [containers.suffix(path) for path in paths]
     settings = {
         "version": VERSION,
         "content": files.digest(paths),

@@ -121,10 +121,7 @@ def texts(spec, mapping=None):
     """
     said = _Said()
     for path in files.expand(spec):
-        if files.shards_here(path):
-            raise UserError(
-                f"{path}: holds ids, not text; expected {', '.join(files.SUFFIXES)}"
-            )
+        files.refuse_shards(path)
         if containers.is_text(path):
             count = 0
             for text in containers.documents(path):

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from stagecraft.data import containers, files, readers
+from stagecraft.data import containers, files, readers, streams
 from stagecraft.errors import UserError
 
 TURNS = [
@@ -119,7 +119,7 @@ def test_text_is_the_same_compressed_and_in_small_pieces(tmp_path, monkeypatch):
     (tmp_path / "a.txt.zst").write_bytes(
         zstandard.ZstdCompressor().compress(text.encode())
     )
-    monkeypatch.setattr(files, "_CHUNK", 7)
+    monkeypatch.setattr(streams, "_CHUNK", 7)
     for name in ("a.txt", "a.txt.gz", "a.txt.zst"):
         assert list(readers.texts(tmp_path / name)) == want
 
