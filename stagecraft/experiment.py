@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stagecraft import defaults, losses, optim, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
+from stagecraft.curate import config as curation
 from stagecraft.data import corpus, feed, mixture
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, lora, saved
@@ -60,6 +61,7 @@ def resolve(config, *, check=True):
     for name, stage in config["stages"].items():
         where = f"stages.{name}"
         if not name.replace("_", "").isalnum() or name in (
+            "curation",
             "world",
             "runs",
             "tokenizer",
@@ -71,6 +73,8 @@ def resolve(config, *, check=True):
         full.stages[name] = schema.merge(defaults.KINDS[stage["kind"]](), stage, where)
     if check:
         _take_model(full)
+        if full.curation:
+            full.curation = curation.of_run(full.curation)
         _check(full)
     return full
 
@@ -110,6 +114,7 @@ def _take_model(c):
 
 def _check(c):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
+    schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     trackers.names(c.trackers)
     if c.world.name:

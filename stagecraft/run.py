@@ -21,11 +21,14 @@ from stagecraft import (
     worlds,
 )
 from stagecraft.anatomy import summary
+from stagecraft.curate import config as curate_config
+from stagecraft.curate import curation
 from stagecraft.data import feed
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
+from stagecraft.report import curation as curation_page
 from stagecraft.signals import comparisons, selection, verifier
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, reward
@@ -137,6 +140,7 @@ def run(config, root, only=()):
     if todo:
         with jax.set_mesh(current.mesh()):
             _write_world(config, root)
+            _curate(config, root)
             current.tokenizer = _tokenizer(config, root)
             feeds = _feeds(current, todo)
             for name in todo:
@@ -155,6 +159,8 @@ def _claim(current):
     if old is None:
         storage.write_json(path, new)
         return
+    # Keys that came after the run began have their defaults in it.
+    old = schema.plain(experiment.resolve(old, check=False))
     found = schema.difference(experiment.identity(old), experiment.identity(new))
     if found:
         raise UserError(
@@ -181,7 +187,22 @@ def _check_parents(current, names):
 def _write_world(config, root):
     if not config.world.name or (root / "world").exists():
         return
-    worlds.write(config.world.name, root / "world", config.seed, config.world.size)
+    world, folder = config.world, root / "world"
+    worlds.write(world.name, folder, config.seed, world.size, junk=world.junk)
+
+
+def _curate(config, root):
+    """Curates text into WORKDIR/curation and writes its page, once."""
+    out = root / "curation"
+    if not config.curation or out.exists():
+        return
+    c = curate_config.resolve(config.curation.to_dict() | {"out": str(out)})
+    c.quality.good, c.quality.bad, c.contamination.files, c.files = (
+        feed.locate(spec, root)
+        for spec in (c.quality.good, c.quality.bad, c.contamination.files, c.files)
+    )
+    curation.curate(c)
+    curation_page.write(out)
 
 
 def _tokenizer(config, root):

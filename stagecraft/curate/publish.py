@@ -1,4 +1,4 @@
-"""The result put together from what the tasks wrote, and its page.
+"""The result put together from what the tasks wrote.
 
 Everything here depends on the data and the config alone: not on the time, the machine
 or the number of workers.
@@ -17,28 +17,6 @@ from stagecraft.curate import ledger, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
 from stagecraft.text import tokenizer
-
-# What a step does, in the page's words.
-SAYS = {
-    "read": "Lines that could not be read; the rest of their file was.",
-    "language": "Documents recognised as another language, from script and commonest "
-    "words.",
-    "gopher_repetition": "Documents that repeat themselves: lines, paragraphs, runs of "
-    "words (Rae et al. 2021, table A1).",
-    "gopher_quality": "Documents whose words, symbols and lines are not those of prose "
-    "(Rae et al. 2021).",
-    "c4": "Lines and documents that C4 leaves out (Raffel et al. 2019).",
-    "fineweb": "Documents whose line ends, line lengths or repeated lines FineWeb "
-    "leaves out (Penedo et al. 2024).",
-    "exact duplicate": "Documents with the same words and punctuation as one that "
-    "stays.",
-    "near duplicate": "Documents that MinHash finds nearly equal to one that stays.",
-    "quality": "Documents whose score did not suffice, or that were not drawn.",
-    "contamination": "Documents that share a run of words with an evaluation file.",
-    "personal data": "E-mail and IP addresses and phone numbers, replaced.",
-    "write": "What was written.",
-}
-
 
 # Keys that say where, not what.
 PLACES = ("out", "work")
@@ -68,9 +46,6 @@ class Publish(PipelineStep):
         self.model, self.identity = model, identity
 
     def run(self, data=None, rank=0, world_size=1):
-        # Not in every worker that filters: it comes with much of jax.
-        from stagecraft.report import render
-
         limit = self.config["examples"]
         tallies = {
             name: ledger.merged(self.work / "tallies" / name, self.tasks, limit)
@@ -89,15 +64,7 @@ class Publish(PipelineStep):
         if self.model:
             shutil.copyfile(self.model, half / Path(self.model).name)
         self._copy_quarantine(half / "quarantine.jsonl")
-        examples = self._examples(tallies)
-        html = render.render(
-            "curation.html.jinja",
-            found=summary,
-            examples=examples,
-            config=_flat(self.config),
-            says=SAYS,
-        )
-        storage.write_text(half / "report.html", html)
+        storage.write_json(half / "examples.json", self._examples(tallies))
         storage.write_json(half / "curation.json", summary)
         _swap(half, out)
 
@@ -191,8 +158,11 @@ class Publish(PipelineStep):
                 out.write(part.read_bytes())
 
     def _examples(self, tallies):
-        """{step: [(reason, [example])]}; of a duplicate, the one that stays beside."""
-        found = {}
+        """Returns {step: [(reason, [example])]}.
+
+        Beside a duplicate is the document that stays.
+        """
+        by_step = {}
         for name, tally in tallies.items():
             reasons = []
             for reason, examples in sorted(tally.examples.items()):
@@ -204,8 +174,8 @@ class Publish(PipelineStep):
                         example["stays"] = row["id"]
                         example["other"] = ledger.shown(row["text"])
                 reasons.append((reason, examples))
-            found[name] = reasons
-        return found
+            by_step[name] = reasons
+        return by_step
 
 
 def _swap(half, out):
@@ -233,15 +203,3 @@ def _blame(rows):
         f"{worst['name']} removed {sum(worst['removed'].values())} of "
         f"{worst['documents']} (most: {reason}); loosen it or take it out of rules"
     )
-
-
-def _flat(config, path=""):
-    """[("minhash.n_grams", 5), ...] of a nested config."""
-    found = []
-    for key, value in config.items():
-        where = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            found += _flat(value, where)
-        elif key not in PLACES:
-            found.append((where, value))
-    return found

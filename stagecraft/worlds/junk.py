@@ -6,9 +6,13 @@ boilerplate   menus, cookie notices, lists of links: what surrounds text on the 
 noise         keys struck at random, columns of numbers, one phrase over and over
 """
 
+import json
 import string
 from typing import NamedTuple
 
+import numpy as np
+
+HELD = 20  # one document in so many is held out
 KINDS = ("exact", "near", "boilerplate", "noise")
 
 _MENU = (
@@ -71,6 +75,31 @@ def plant(documents, rng, *, edits=0.01, **shares):
                 text = _boilerplate(rng) if kind == "boilerplate" else _noise(rng)
             found.append(Planted(text, kind, origin))
     return [found[i] for i in rng.permutation(len(found))]
+
+
+def write(folder, share, seed):
+    """Plants faults in a world's text.
+
+    Writes raw.jsonl (all of it, with what is planted), clean.jsonl (the same documents
+    without) and heldout.jsonl (clean ones that are in neither).
+
+    Args:
+        folder: a Path with text.jsonl.
+        share: of each of KINDS, planted documents / clean ones.
+        seed: int.
+    """
+    lines = (folder / "text.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    clean = [text for i, text in enumerate(texts) if i % HELD]
+    rng = np.random.default_rng([seed, 7])
+    planted = plant(clean, rng, **dict.fromkeys(KINDS, share))
+    for name, rows in (
+        ("heldout", [{"text": text} for text in texts[::HELD]]),
+        ("clean", [{"text": text} for text in clean]),
+        ("raw", [document._asdict() for document in planted]),
+    ):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, "utf-8")
 
 
 def _respaced(text, rng):
