@@ -228,8 +228,9 @@ def curate(rest):
     stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
 
     in=FILES: .txt, .jsonl, .json (all also .gz, .zst), .parquet, .arrow and more; a
-    file, folder, glob or address (s3://...), several separated by commas. Beside out=DIR, perhaps language=de, good=FILES
-    and bad=FILES (samples to score by), share=0.5, evaluation=FILES, tokenizer=FILE.
+    file, folder, glob or address (s3://...), several separated by commas. Beside
+    out=DIR, perhaps language=de, good=FILES and bad=FILES (samples to score by),
+    share=0.5, evaluation=FILES, tokenizer=FILE.
 
     DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
     says what each step removed and why. Every key with its default and a word is in

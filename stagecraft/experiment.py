@@ -8,7 +8,7 @@ from pathlib import Path
 from stagecraft import defaults, losses, optim, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
 from stagecraft.curate import config as curation
-from stagecraft.data import corpus, feed, mixture
+from stagecraft.data import corpus, mixture, stage_data
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, lora, saved
 from stagecraft.models.config import ModelConfig, check_mesh
@@ -449,11 +449,14 @@ def order(c, only=()):
             circle = " -> ".join([*open_[open_.index(name) :], name])
             raise UserError(f"stages: they start from each other in a circle: {circle}")
         open_.append(name)
-        needs = [*parents(c, name).values(), *feed.stages_named(c.stages[name].data)]
+        needs = [
+            *parents(c, name).values(),
+            *stage_data.stages_named(c.stages[name].data),
+        ]
         for parent in needs:
             if parent in c.stages:
                 visit(parent)
-            elif parent in feed.stages_named(c.stages[name].data):
+            elif parent in stage_data.stages_named(c.stages[name].data):
                 raise UserError(
                     schema.unknown(
                         f"stages.{name}.data: stage:{parent}", parent, c.stages.keys()

@@ -23,7 +23,7 @@ from stagecraft import (
 from stagecraft.anatomy import summary
 from stagecraft.curate import config as curate_config
 from stagecraft.curate import curation
-from stagecraft.data import feed
+from stagecraft.data import builders, stage_data
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, saved
 from stagecraft.models.config import ModelConfig
@@ -174,7 +174,7 @@ def _check_parents(current, names):
     for name in names:
         stage = current.config.stages[name]
         needs = [*experiment.parents(current.config, name).values()]
-        needs += feed.stages_named(stage.data)
+        needs += stage_data.stages_named(stage.data)
         for parent in needs:
             known = parent in current.config.stages
             if known and parent not in names and not current.finished(parent):
@@ -198,7 +198,7 @@ def _curate(config, root):
         return
     c = curate_config.resolve(config.curation.to_dict() | {"out": str(out)})
     c.quality.good, c.quality.bad, c.contamination.files, c.files = (
-        feed.locate(spec, root)
+        stage_data.locate(spec, root)
         for spec in (c.quality.good, c.quality.bad, c.contamination.files, c.files)
     )
     curation.curate(c)
@@ -216,7 +216,7 @@ def _tokenizer(config, root):
         except UserError as error:
             raise UserError(f"tokenizer.path: {error}") from None
     elif config.tokenizer.files:
-        texts = feed.texts(config.tokenizer.files, root)
+        texts = stage_data.texts(config.tokenizer.files, root)
         path = folder / tokenizers.FILE
         return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
     elif experiment.outside(config):
@@ -252,7 +252,7 @@ def _feeds(current, names):
         stage = current.config.stages[name]
         if any(
             parent in current.config.stages and not current.finished(parent)
-            for parent in feed.stages_named(stage.data)
+            for parent in stage_data.stages_named(stage.data)
         ):
             continue
         feeds[name] = _feed(current, name, lineage)
@@ -261,7 +261,7 @@ def _feeds(current, names):
 
 def _feed(current, name, lineage):
     stage = current.config.stages[name]
-    found = feed.build(stage, current.tokenizer, current.root, current.config)
+    found = builders.build(stage, current.tokenizer, current.root, current.config)
     known = lineage["stages"].get(name)
     if known and known["data"] != found.digests:
         changed = schema.difference(known["data"], found.digests)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, run, tree
-from stagecraft.data import feed
+from stagecraft.data import builders
 from stagecraft.stages import group, kinds, rollout
 from stagecraft.text.tokenizer import Tokenizer
 from tests.stages import cases
@@ -51,7 +51,7 @@ def test_only_groups_are_sampled_in_excess(kind, rows, tmp_path):
     stage.data.files = str(tmp_path / "prompts.jsonl")
     if kind == "group_policy":
         stage.oversample = 3
-    made = feed.build(stage, tokenizer, tmp_path, config)
+    made = builders.build(stage, tokenizer, tmp_path, config)
     assert made.dataset.batch_at(0)["prompt_ids"].shape[0] == rows
 
 

@@ -258,11 +258,6 @@ def _length(rows):
     return len(next(iter(rows.values()))) if isinstance(rows, dict) else len(rows)
 
 
-def order_seed(stage, config):
-    """The seed of the order of rows: what is held out does not depend on the stage."""
-    return config.seed + stage.seed
-
-
 def hold_out(rows, share, seed):
     """Splits a sequence by chance: (kept, held out), a function of the seed."""
     count = round(len(rows) * share)

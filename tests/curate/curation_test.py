@@ -15,7 +15,7 @@ import pytest
 from experiments import common
 from stagecraft import defaults, experiment, run, storage
 from stagecraft.curate import curation, engine
-from stagecraft.data import feed, readers, shards
+from stagecraft.data import builders, readers, shards
 from stagecraft.errors import UserError
 from stagecraft.report import curation as page
 from stagecraft.text import chat
@@ -164,7 +164,7 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
     stage, found = resolved.stages.pretrain, []
     for name in ("shards", "text"):
         stage.data.files = str(out / name)
-        dataset = feed.build(stage, model, tmp_path / "run", resolved).dataset
+        dataset = builders.build(stage, model, tmp_path / "run", resolved).dataset
         found.append([dataset.batch_at(step) for step in range(20)])
     for one, two in zip(*found, strict=True):
         assert all((one[k] == two[k]).all() for k in one)
@@ -286,7 +286,11 @@ def test_killed_and_started_again_the_bytes_are_the_same(corpus, result, tmp_pat
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2, error
     line = error.splitlines()[-1]
-    assert line.startswith("stagecraft: ") and "a worker was killed in 'filter'" in line and "Traceback" not in error
+    assert (
+        line.startswith("stagecraft: ")
+        and "a worker was killed in 'filter'" in line
+        and "Traceback" not in error
+    )
     assert not other.exists()
     # All of it is killed: the workers end too.
     before = done()

@@ -41,7 +41,7 @@ _PACKING = in_file(
 
 _FEED = in_file(
     "stagecraft/data/feed.py",
-    "tests/data/comparisons_test.py tests/data/feed_test.py",
+    "tests/data/comparisons_test.py tests/data/stage_data_test.py",
     (
         "feed swaps chosen and rejected",
         "out = packing.pad_answers([row.documents for row in rows], length)",
@@ -147,7 +147,7 @@ _SOURCES = in_file(
 
 _LANGUAGE = in_file(
     "stagecraft/data/corpus.py",
-    "tests/data/cache_test.py tests/data/feed_test.py",
+    "tests/data/cache_test.py tests/data/stage_data_test.py",
     ("held-out documents are learned", "np.array(kept, np.int64), held", "own, held"),
     (
         "text after a row's end is lost",

@@ -18,7 +18,7 @@ import transformers
 import trl
 
 from stagecraft import defaults, exchange, experiment, metrics, run
-from stagecraft.data import feed
+from stagecraft.data import builders
 from stagecraft.models import huggingface, lora
 from stagecraft.models import peft as folders
 from stagecraft.text import tokenizer as tokenizers
@@ -106,7 +106,7 @@ def in_our_order(c, root, kind, data, theirs):
     full = experiment.resolve(c)
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
-    iterator = feed.build(stage, own, root, full).dataset.iterator(
+    iterator = builders.build(stage, own, root, full).dataset.iterator(
         process_index=0, process_count=1
     )
 

@@ -19,7 +19,7 @@ import transformers
 import trl
 
 from stagecraft import defaults, experiment, metrics, run
-from stagecraft.data import feed
+from stagecraft.data import builders
 from stagecraft.models import peft as folders
 from stagecraft.stages import rollout
 from stagecraft.text import tokenizer as tokenizers
@@ -80,7 +80,7 @@ def in_our_order(c, root, texts):
     full = experiment.resolve(c)
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
-    iterator = feed.build(stage, own, root, full).dataset.iterator(
+    iterator = builders.build(stage, own, root, full).dataset.iterator(
         process_index=0, process_count=1
     )
     return [texts[i] for _ in range(ROLLOUTS) for i in next(iterator)["index"]]
