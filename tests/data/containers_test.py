@@ -189,9 +189,7 @@ def test_a_text_of_columns_that_is_not_utf8_is_one_line(tmp_path):
     raw = pa.array([b"one", b"t\xffwo", b"three"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    with pytest.raises(
-        UserError, match=r"a\.parquet:2: a text of the row is not UTF-8"
-    ):
+    with pytest.raises(UserError, match=r"a\.parquet:2: .* row is not UTF-8"):
         list(readers.texts(tmp_path / "a.parquet"))
 
 
