@@ -93,8 +93,8 @@ def run(phases, work, executor, workers) -> bool:
     return name == "ray"
 
 
-def chain(phases, work, kind, **settings):
-    """The last executor of the phases, each of which waits for the one before it.
+def chain(phases, work, executor, **settings):
+    """Returns the executor of the last phase; each waits for the one before it.
 
     Args:
         phases, work: as in `run`.
@@ -103,7 +103,7 @@ def chain(phases, work, kind, **settings):
     """
     last = None
     for phase in phases:
-        last = kind(
+        last = executor(
             pipeline=phase.steps,
             tasks=phase.tasks,
             logging_dir=str(Path(work) / "logs" / phase.name),
@@ -114,7 +114,7 @@ def chain(phases, work, kind, **settings):
 
 
 def _slurm_settings(text):
-    found = {"time": "04:00:00", "job_name": "stagecraft-curate"}
+    settings = {"time": "04:00:00", "job_name": "stagecraft-curate"}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in _SLURM or not value:
@@ -122,12 +122,12 @@ def _slurm_settings(text):
                 f"--executor=slurm:{text}: {part!r} is none of "
                 f"{', '.join(_SLURM)}, as in slurm:partition=cpu,time=04:00:00"
             )
-        found[key] = int(value) if value.isdigit() else value
-    if "partition" not in found:
+        settings[key] = int(value) if value.isdigit() else value
+    if "partition" not in settings:
         raise UserError(
             f"--executor=slurm:{text}: needs a partition, as in slurm:partition=cpu"
         )
-    return found
+    return settings
 
 
 # -- this machine ----------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _run_here(phase, work, pool, workers):
 
 @contextlib.contextmanager
 def _pool(workers):
-    """Worker processes that end with this one, whatever ends it."""
+    """Starts worker processes that end with this one, whatever ends it."""
     before = set(multiprocessing.active_children())
     pool = futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_attend
@@ -190,7 +190,7 @@ def _pool(workers):
 
 
 def _attend():
-    """In a worker: be quiet, leave interrupts to the parent, do not outlive it."""
+    """Prepares a worker: quiet, deaf to interrupts, ending with its parent."""
     import signal
 
     from loguru import logger

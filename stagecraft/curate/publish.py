@@ -193,7 +193,7 @@ def _sum(sources):
 
 
 def _blame(rows):
-    """ "language removed 400 of 400", of the step that removed the largest share."""
+    """Returns "language removed 400 of 400", of the step that removed most."""
     if not rows[0]["documents"]:
         bad = sum(rows[0]["removed"].values())
         return f"none could be read, {bad} bad lines" if bad else "the files are empty"

@@ -223,7 +223,7 @@ def _jsonl(path, stretch):
 
 
 def _json(path, stretch):
-    """A list of records is known from lines of records by its first character."""
+    """Reads a list of records, or lines of them; the first character tells which."""
     lines = streams.lines(streams.chunks(path))
     first = next((line for line in lines if line.strip()), b"")
     if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):

@@ -92,7 +92,7 @@ class Stored:
 
     @functools.cached_property
     def _begins_with_bos(self):
-        """bool[N]; the same for all documents that one writer made."""
+        """Returns bool[N]; the same for all documents of one writer."""
         if self.bos is None:
             return np.zeros(len(self.lengths), bool)
         return np.concatenate([one.begins_with(self.bos) for one in self.shards])

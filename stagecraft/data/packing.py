@@ -280,14 +280,14 @@ def _arrays(pieces, counts, length, *, weighted=False):
     out = {name: np.zeros(real.shape, np.int32) for name in ("segments", "positions")}
     out["segments"][real] = np.repeat(numbers + 1, sizes)
     out["positions"][real] = stream - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    for name, kind, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
+    for name, dtype, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
         values = [piece[part] for piece in pieces]
-        out[name] = np.zeros(real.shape, kind)
+        out[name] = np.zeros(real.shape, dtype)
         if values and isinstance(values[0], np.ndarray):
             out[name][real] = np.concatenate(values)
         else:  # many short lists are faster read one by one
             chain = itertools.chain.from_iterable(values)
-            out[name][real] = np.fromiter(chain, kind, stream.size)
+            out[name][real] = np.fromiter(chain, dtype, stream.size)
     if weighted:
         out["weight"] = np.zeros(real.shape, np.float32)
         out["weight"][real] = np.repeat([piece[2] for piece in pieces], sizes)

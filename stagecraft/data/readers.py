@@ -141,10 +141,10 @@ def demonstrations(spec, mapping=None) -> list[Conversation]:
     An assistant's message may carry "weight" 0 (not to be learned) or 1.
     """
     conversations = []
-    for where, record, kind in _records(
+    for where, record, form in _records(
         spec, "demonstrations", forms.DEMONSTRATIONS, mapping
     ):
-        if kind.form == "messages":
+        if form.name == "messages":
             key = (mapping or {}).get("messages", "messages")
             key = key if key in record else "conversations"
             with at(where):
@@ -191,13 +191,13 @@ def judgements(spec, mapping=None) -> list[list[Judgement]]:
         the Judgements of each record: two of a pair, else one.
     """
     judged = []
-    for where, record, kind in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
-        if kind.form == "ranking":
+    for where, record, form in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
+        if form.name == "ranking":
             raise UserError(
                 f"{where}: 'ranked' does not say which answers are desirable; expected "
                 "'completion' with 'label', or 'chosen' with 'rejected'"
             )
-        if kind.form == "preference":
+        if form.name == "preference":
             pair = _comparison(where, record, mapping)
             # Where chosen is less likely the better one, it is the undesirable one.
             first = pair.preference is None or pair.preference >= 0.5
@@ -223,13 +223,13 @@ def judgements(spec, mapping=None) -> list[list[Judgement]]:
 def prompts(spec, mapping=None) -> list[Prompt]:
     """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it."""
     read = []
-    for where, record, kind in _records(spec, "prompts", forms.PROMPTS, mapping):
+    for where, record, form in _records(spec, "prompts", forms.PROMPTS, mapping):
         value = _field(where, record, "prompt", mapping, (str, list))
         with at(where):
             messages = forms.messages(value)
             chat.check_turns(messages, ("user",))
             tools = forms.tools(record)
-        value = value if kind.style == "standard" else messages
+        value = value if form.style == "standard" else messages
         read.append(Prompt(value, where, record, tools))
     return read
 
@@ -369,9 +369,9 @@ def _field(where, record, name, mapping, types):
 
 
 def _records(spec, what, accepted, mapping):
-    """Yields (FILE:LINE, record, Kind) of all files and logs what each file holds.
+    """Yields (FILE:LINE, record, Form) of all files and logs what each file holds.
 
-    A file of mixed kinds is refused at its end, so that all of them are listed.
+    A file of mixed forms is refused at its end, so that all of them are listed.
     """
     log = _Log()
     for path in files.expand(spec):
@@ -390,7 +390,7 @@ def _records(spec, what, accepted, mapping):
 
 
 class _Log:
-    """Logs what was recognised, one line for each kind of file."""
+    """Logs what was recognised, one line for files alike."""
 
     def __init__(self):
         self.groups = {}
@@ -400,10 +400,10 @@ class _Log:
         self.groups.setdefault(key, []).append((path, rows))
 
     def finish(self):
-        for (container, what), files_of_one in self.groups.items():
-            path, more = files_of_one[0][0], len(files_of_one) - 1
+        for (container, what), listed in self.groups.items():
+            path, more = listed[0][0], len(listed) - 1
             name = f"{path} and {more} more" if more else path
-            rows = sum(count for _, count in files_of_one)
+            rows = sum(count for _, count in listed)
             _log_once(f"{name}: {container}, {rows} {what}")
 
 

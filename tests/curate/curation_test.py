@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     found = prose.planted(rng, 260)
-    clean = [p for p in found if p.kind == "clean"]
+    clean = [p for p in found if p.fault == "clean"]
     leaked, personal = clean[10], clean[20]
     found[found.index(personal)] = personal._replace(text=f"{personal.text} {SECRET}")
     half = len(found) // 2
@@ -41,13 +41,13 @@ def corpus(tmp_path_factory):
     with (root / "b.jsonl").open("ab") as file:
         file.write(b'{"text": "<script>alert(1)</script>\n{"text": "\xff"}\n[1]\n')
         hostile = "<script>alert(1)</script> & <img src=x> " * 3
-        file.write(json.dumps({"text": hostile, "kind": "hostile"}).encode())
+        file.write(json.dumps({"text": hostile, "fault": "hostile"}).encode())
     question = " ".join(leaked.text.split()[20:40])
     (root / "test.jsonl").write_text(json.dumps({"question": question}) + "\n")
     words = prose.vocabulary(rng)
     good = [{"text": prose.document(rng, words)} for _ in range(30)]
     bad = prose.planted(np.random.default_rng(1), 200)
-    bad = [{"text": p.text} for p in bad if p.kind in ("boilerplate", "noise")]
+    bad = [{"text": p.text} for p in bad if p.fault in ("boilerplate", "noise")]
     for name, rows in (("good", good), ("bad", bad)):
         text = "".join(json.dumps(r) + "\n" for r in rows)
         (root / f"{name}.jsonl").write_text(text)
@@ -84,8 +84,8 @@ def result(corpus, tmp_path_factory):
 def test_every_fault_is_found_and_nothing_else(corpus, result):
     out, told = result
     rows = prose.read(out)
-    assert {r["kind"] for r in rows} <= {"clean", "exact", "near"}
-    groups = {p.origin for p in corpus["found"] if p.kind == "clean"}
+    assert {r["fault"] for r in rows} <= {"clean", "exact", "near"}
+    groups = {p.origin for p in corpus["found"] if p.fault == "clean"}
     lost = groups - {r["origin"] for r in rows}
     assert lost == {corpus["leaked"].origin}
     assert len(rows) == len({r["origin"] for r in rows})  # one of each group
@@ -316,7 +316,7 @@ def test_a_share_is_kept_by_score(corpus, tmp_path):
     told = curation.curate(made, workers=1)
     [step] = [s for s in told["steps"] if s["name"] == "quality"]
     assert step["kept"] == int(np.ceil(0.3 * step["documents"]))
-    kinds = [r["kind"] for r in prose.read(tmp_path / "out")]
+    kinds = [r["fault"] for r in prose.read(tmp_path / "out")]
     assert kinds.count("boilerplate") == kinds.count("noise") == 0
     assert not (tmp_path / "out" / "shards").exists()
 

@@ -259,8 +259,8 @@ _CACHE = in_file(
     ("no lock", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass"),
     (
         "who waited works again",
-        "        if (known := _known(target)) is not None:\n            return known\n"
-        "        # What",
+        "        if (cached := _cached(target)) is not None:\n"
+        "            return cached\n        # What",
         "        # What",
     ),
     (
