@@ -14,13 +14,13 @@ FILES is a file, a folder or a glob, several separated by commas.
     evaluation  files whose text must not be in the result
     tokenizer   a .model file, a Hugging Face folder or "bytes"; without one, no shards
 
-Everything else is a key of `stagecraft.defaults.curate()`: --config.rules=language,c4
+Everything else is a key of `stagecraft/curate/config.py`: --config.rules=language,c4
 runs two rules only, --config.minhash.on=False keeps near duplicates, and so on. Then
 train on it: data.files=DIR/shards, or DIR/text.
 """
 
 from experiments import common
-from stagecraft import defaults
+from stagecraft.curate import config
 
 
 def get_config(arg=""):
@@ -36,7 +36,7 @@ def get_config(arg=""):
         tokenizer="",
         tiny=False,
     )
-    c = defaults.curate()
+    c = config.defaults()
     c.files = getattr(arg, "in")
     c.out = arg.out
     c.language.keep = "" if arg.language == "all" else arg.language

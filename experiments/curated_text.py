@@ -8,8 +8,8 @@ boilerplate, noise (stagecraft/worlds/junk.py), as many together as there are cl
 documents with junk=0.25, the share of each kind. `raw` trains on all of it, `curated`
 on what `stagecraft curate` leaves of it, `clean` on the text before anything was
 planted, which no curation could know: what is left to gain. Held-out loss is on clean
-text that none of them saw; the tokenizer is trained on the raw text for all. The files
-are made when the config is first read, in data=DIR, one folder a share and seed.
+text that none of them saw; the tokenizer is trained on the raw text for all. What is
+planted lies in WORKDIR/world, what is left and why in WORKDIR/curation.
 
 Measured (seed 0, 250 steps, 0.5M tokens an arm, four minutes of CPU on two cores):
 
@@ -22,17 +22,10 @@ Measured (seed 0, 250 steps, 0.5M tokens an arm, four minutes of CPU on two core
 One seed: that curated is above clean in cloze accuracy is chance; raw is far from both.
 """
 
-import json
-from pathlib import Path
-
-import numpy as np
-
 from experiments import common
-from stagecraft import defaults, storage, worlds
-from stagecraft.curate import curation
-from stagecraft.worlds import junk
+from stagecraft import defaults
+from stagecraft.curate import config
 
-HELD = 20  # one document in so many is held out
 CLAIMS = (
     "curated.eval_loss < raw.eval_loss",
     "curated.cloze_accuracy > raw.cloze_accuracy",
@@ -40,33 +33,27 @@ CLAIMS = (
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(
-        arg, tiny=False, junk=0.25, seed=0, steps=250, data="runs/curated_text_data"
-    )
-    size = "tiny" if arg.tiny else "full"
-    folder = Path(arg.data) / f"{size}-{arg.junk}-{arg.seed}"
-    make(folder, size, arg.junk, arg.seed)
-
+    arg = common.parse_arg(arg, tiny=False, junk=0.25, seed=0, steps=250)
     c = defaults.experiment()
     c.seed = arg.seed
     c.world.name = "countries"
-    c.world.size = size
-    c.tokenizer.files = str(folder / "raw.jsonl")
+    c.world.size = "tiny" if arg.tiny else "full"
+    c.world.junk = arg.junk
+    c.curation = curated()
+    c.tokenizer.files = "world:raw.jsonl"
     c.tokenizer.vocab_size = 512 if arg.tiny else 2048
     c.model.max_length = 128
     c.measure.claims = () if arg.tiny else CLAIMS
     if arg.tiny:
         c.model.update(common.tiny_model())
     for name, files in (
-        ("raw", folder / "raw.jsonl"),
-        ("curated", folder / "curated" / "text"),
-        ("clean", folder / "clean.jsonl"),
+        ("raw", "world:raw.jsonl"),
+        ("curated", "curation:text"),
+        ("clean", "world:clean.jsonl"),
     ):
         c.stages[name] = defaults.stage(
             "language_model",
-            data=dict(
-                files=str(files), heldout=str(folder / "heldout.jsonl"), length=64
-            ),
+            data=dict(files=files, heldout="world:heldout.jsonl", length=64),
             steps=arg.steps,
             batch_size=32,
             optimizer=dict(lr=5e-3, warmup_steps=20),
@@ -75,25 +62,10 @@ def get_config(arg=""):
     return common.tiny(c) if arg.tiny else c
 
 
-def make(folder, size, share, seed):
-    """Writes clean.jsonl, heldout.jsonl, raw.jsonl and curated/, once."""
-    if not (folder / "raw.jsonl").exists():
-        worlds.write("countries", folder / "world", seed, size)
-        lines = (folder / "world" / "text.jsonl").read_text("utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines]
-        clean = [text for i, text in enumerate(texts) if i % HELD]
-        rng = np.random.default_rng([seed, 7])
-        planted = junk.plant(clean, rng, **dict.fromkeys(junk.KINDS, share))
-        _write(folder / "heldout.jsonl", [{"text": text} for text in texts[::HELD]])
-        _write(folder / "clean.jsonl", [{"text": text} for text in clean])
-        _write(folder / "raw.jsonl", [p._asdict() for p in planted])
-    curation.curate(curated(folder))
-
-
-def curated(folder):
-    """How the raw text is curated: the published rules, for documents this short."""
-    c = defaults.curate()
-    c.files, c.out = str(folder / "raw.jsonl"), str(folder / "curated")
+def curated():
+    """Returns how the raw text is curated: as published, for documents this short."""
+    c = config.defaults()
+    c.files = "world:raw.jsonl"
     c.gopher_quality.min_doc_words = 20
     # About one country each, they repeat its name and little else is in them.
     c.gopher_repetition.top_n_grams = ((2, 0.5), (3, 0.5), (4, 0.5))
@@ -102,8 +74,3 @@ def curated(folder):
     # In a text of 64 words one changed word takes a twelfth of its runs of five.
     c.minhash.n_grams = 3
     return c
-
-
-def _write(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    storage.write_text(path, text)

@@ -226,21 +226,26 @@ def curate(rest):
     stagecraft curate --config=FILE:in=FILES,out=DIR --config.minhash.n_grams=8
     stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
 
-    in=FILES: .txt, .jsonl, both also .gz and .zst, and .parquet; a file, folder or
-    glob, several separated by commas. Beside out=DIR, perhaps language=de, good=FILES
-    and bad=FILES (samples to score by), share=0.5, evaluation=FILES, tokenizer=FILE.
+    in=FILES: .txt, .jsonl, .json (all also .gz, .zst), .parquet, .arrow and more; a
+    file, folder, glob or address (s3://...), several separated by commas. Beside
+    out=DIR, perhaps language=de, good=FILES and bad=FILES (samples to score by),
+    share=0.5, evaluation=FILES, tokenizer=FILE.
 
     DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
     says what each step removed and why. Every key with its default and a word is in
-    stagecraft/defaults.py, curate(). The same command goes on where it was stopped.
-    Ray and Slurm need DIR on storage that all their machines share.
+    stagecraft/curate/config.py. The same command goes on where it was stopped.
+    Ray and Slurm need DIR on storage that all their machines share; what Slurm made
+    gets its page when the same command is given again.
     """
     _no_more(rest)
     from stagecraft.curate import curation
+    from stagecraft.report import curation as page
 
     if FLAGS.config is None:
         raise UserError("--config is missing, as in --config=experiments/curate.py:...")
-    curation.curate(FLAGS.config, executor=FLAGS.executor, workers=FLAGS.workers)
+    how = dict(executor=FLAGS.executor, workers=FLAGS.workers)
+    if curation.curate(FLAGS.config, **how) is not None:
+        print(page.write(FLAGS.config.out))
 
 
 @takes(

@@ -5,7 +5,8 @@ Whatever can be refused is refused here, before anything is compiled or written.
 
 from stagecraft import defaults, schema, sharding, trackers, worlds
 from stagecraft.anatomy import summary
-from stagecraft.data import feed
+from stagecraft.curate import config as curation
+from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.models import locate
 from stagecraft.models.translation import THE_RUNS
@@ -33,6 +34,7 @@ def resolve(config, *, check=True):
     for name, stage in config["stages"].items():
         where = f"stages.{name}"
         if not name.replace("_", "").isalnum() or name in (
+            "curation",
             "world",
             "runs",
             "tokenizer",
@@ -44,6 +46,8 @@ def resolve(config, *, check=True):
         full.stages[name] = schema.merge(defaults.KINDS[stage["kind"]](), stage, where)
     if check:
         _take_model(full)
+        if full.curation:
+            full.curation = curation.of_run(full.curation)
         _check(full)
     return full
 
@@ -83,6 +87,7 @@ def _take_model(c):
 
 def _check(c):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
+    schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     trackers.names(c.trackers)
     if c.world.name:
@@ -163,11 +168,14 @@ def order(c, only=()):
             circle = " -> ".join([*open_[open_.index(name) :], name])
             raise UserError(f"stages: they start from each other in a circle: {circle}")
         open_.append(name)
-        needs = [*parents(c, name).values(), *feed.stages_named(c.stages[name].data)]
+        needs = [
+            *parents(c, name).values(),
+            *stage_data.stages_named(c.stages[name].data),
+        ]
         for parent in needs:
             if parent in c.stages:
                 visit(parent)
-            elif parent in feed.stages_named(c.stages[name].data):
+            elif parent in stage_data.stages_named(c.stages[name].data):
                 raise UserError(
                     schema.unknown(
                         f"stages.{name}.data: stage:{parent}", parent, c.stages.keys()

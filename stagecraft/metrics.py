@@ -1,10 +1,11 @@
-"""What a run writes while it works: metrics.jsonl, TensorBoard events, one live line.
+"""Metrics of a running stage: metrics.jsonl, TensorBoard events, a progress bar.
 
 Also the clock that splits a stage's wall time into compile, prepare, update, save and
 so on. Nothing here knows about models or losses.
 """
 
 import contextlib
+import contextvars
 import json
 import math
 import sys
@@ -12,9 +13,8 @@ import time
 from pathlib import Path
 
 import jax
+from rich import progress
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from stagecraft import process
@@ -24,16 +24,22 @@ _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-_compile_seconds = 0.0
 
 
-def _on_duration(event, seconds, **_):
-    global _compile_seconds
-    if event in _COMPILE_EVENTS:
-        _compile_seconds += seconds
+class _Compilation:
+    """Adds up the seconds that JAX reports for tracing and compiling."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, event, seconds, **_):
+        if event in _COMPILE_EVENTS:
+            self.seconds += seconds
 
 
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
+_compilation = _Compilation()
+jax.monitoring.register_event_duration_secs_listener(_compilation)
+_running = contextvars.ContextVar("running", default=None)  # the innermost Clock
 
 
 class Clock:
@@ -52,16 +58,16 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, section):
-        start, compiled = time.perf_counter(), _compile_seconds
+        start, compiled = time.perf_counter(), _compilation.seconds
         self._inside.append([0.0, 0.0])
-        _active.append(self)
+        token = _running.set(self)
         try:
             yield
         finally:
-            _active.pop()
+            _running.reset(token)
             nested, nested_compiling = self._inside.pop()
             # A jitted call compiles inside the section that first makes it.
-            compiling = _compile_seconds - compiled
+            compiling = _compilation.seconds - compiled
             elapsed = time.perf_counter() - start
             spent = max(elapsed - compiling - nested, 0.0)
             self.seconds[section] = self.seconds.get(section, 0.0) + spent
@@ -70,20 +76,18 @@ class Clock:
                 self._inside[-1][0] += spent + nested
                 self._inside[-1][1] += compiling
 
-    def total(self):
-        """All sections together, in seconds."""
+    def total(self) -> float:
+        """Returns the seconds of all sections together."""
         return sum(self.seconds.values())
 
 
-_active = []
-
-
 def section(name):
-    """A part of whatever section runs: its time is counted there, not in the whole.
+    """Times a part of the section that runs, apart from the rest of it.
 
     Does nothing where no clock runs.
     """
-    return _active[-1](name) if _active else contextlib.nullcontext()
+    clock = _running.get()
+    return clock(name) if clock else contextlib.nullcontext()
 
 
 class Writer:
@@ -95,8 +99,7 @@ class Writer:
         folder: the stage's folder; holds metrics.jsonl, samples.jsonl and the events.
         resume_step: lines of later steps are dropped, so that a run that was cut off
             after its last checkpoint leaves each step once.
-        watch: what else is told of everything, with `scalars` and `texts` as
-            `trackers.Watch` has them; or None.
+        watch: a `trackers.Watch` that gets the same scalars and samples, or None.
     """
 
     def __init__(self, folder, *, resume_step=0, watch=None):
@@ -147,16 +150,16 @@ class Writer:
 
 
 def _truncate(path, step):
-    """Keeps the rows up to `step`; a half-written last line goes too."""
+    """Drops the rows after `step`, and a half-written last line."""
     if not path.exists():
         return
-    kept = [row for row in read(path) if row["step"] <= step]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    rows = [row for row in read(path) if row["step"] <= step]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
 
 def read(path):
-    """The rows of a metrics.jsonl or samples.jsonl; stops at a half-written line."""
+    """Returns the rows of a metrics.jsonl or samples.jsonl, to a half-written line."""
     rows = []
     if not Path(path).exists():
         return rows
@@ -179,7 +182,14 @@ def is_number(value) -> bool:
 
 
 class Progress:
-    """One live line a stage on a terminal; plain lines every `log` steps elsewhere."""
+    """A bar for long work on a terminal; plain lines every `log` steps elsewhere.
+
+    Args:
+        name: what works: a stage, or a phase of a curation.
+        steps: how many there are.
+        log: steps between lines where there is no terminal.
+        stream: where to; by default standard error.
+    """
 
     def __init__(self, name, steps, *, log=10, stream=None):
         self.name, self.steps, self.log = name, steps, max(log, 1)
@@ -187,19 +197,26 @@ class Progress:
         self.started = time.perf_counter()
         self.first = None
         self._tokens = 0
-        self._live = None
+        self._bar = None
         if self.console.is_terminal:
-            self._live = Live("", console=self.console, refresh_per_second=4)
-            self._live.start()
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description:<12}", markup=False),
+                progress.BarColumn(bar_width=20),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[text]}", markup=False),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(name, total=steps, text="")
+            self._bar.start()
 
     def note(self, text):
         """Says what a long silent moment is about: compiling, restoring, saving."""
-        if self._live:
-            self._live.update(Text(f"{self.name:<12} {text}", style="dim"))
+        if self._bar:
+            self._bar.update(self._task, text=text)
         else:
             self.console.print(f"{self.name:<12} {text}", markup=False)
 
-    def step(self, step, values, tokens):
+    def step(self, step, values=None, tokens=0):
         """Shows a finished step.
 
         Args:
@@ -212,27 +229,30 @@ class Progress:
             self.first, self._tokens = (step, now), 0
         else:
             self._tokens += tokens
-        last = step >= self.steps
-        if not self._live and not last and step % self.log:
-            return
-        line = f"{self.name:<12} {step:>6}/{self.steps}"
-        line += "".join(f"  {k} {v:.4g}" for k, v in _shown(values).items())
-        done = step - self.first[0]
+        if self._bar:
+            text = self._text(step, values or {}, now)
+            self._bar.update(self._task, completed=step, text=text)
+        elif step >= self.steps or step % self.log == 0:
+            line = f"{self.name:<12} {step:>6}/{self.steps}  "
+            line += self._text(step, values or {}, now)
+            self.console.print(line.rstrip(), markup=False, soft_wrap=True)
+
+    def _text(self, step, values, now):
+        parts = [f"{k} {v:.4g}" for k, v in _shown(values).items()]
+        last, done = step >= self.steps, step - self.first[0]
         if done:
-            rate = done / (now - self.first[1])
-            left = (self.steps - step) / rate
-            line += f"  {self._tokens / (now - self.first[1]):,.0f} tokens/s"
-            line += f"  {left:.0f} s left" if not last else ""
+            seconds = now - self.first[1]
+            if self._tokens:
+                parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            if not last:
+                parts.append(f"{(self.steps - step) * seconds / done:.0f} s left")
         if last:
-            line += f"  {now - self.started:.1f} s"
-        if self._live:
-            self._live.update(Text(line))
-        else:
-            self.console.print(line, markup=False, soft_wrap=True)
+            parts.append(f"{now - self.started:.1f} s")
+        return "  ".join(parts)
 
     def close(self):
-        if self._live:
-            self._live.stop()
+        if self._bar:
+            self._bar.stop()
 
 
 _SHOWN = (

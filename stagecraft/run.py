@@ -20,12 +20,15 @@ from stagecraft import (
     worlds,
 )
 from stagecraft.anatomy import summary
-from stagecraft.data import feed
+from stagecraft.curate import config as curate_config
+from stagecraft.curate import curation
+from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.lineage import LineageEntry, StageRecord
 from stagecraft.models import locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
+from stagecraft.report import curation as curation_page
 from stagecraft.runs import Run
 from stagecraft.signals import verifiers
 from stagecraft.signals.reward import RewardModel
@@ -87,10 +90,11 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     if unfinished:
         with jax.set_mesh(this.mesh()):
             _write_world(config, root)
+            _curate(config, root)
             this.tokenizer = _tokenizer(config, root)
-            feeds = _feeds(this, unfinished)
+            early = _early_data(this, unfinished)
             for name in unfinished:
-                _run_stage(this, name, feeds)
+                _run_stage(this, name, early)
                 this.ran.append(name)
     else:
         this.tokenizer = tokenizers.load(root / runs.TOKENIZER)
@@ -118,7 +122,7 @@ def _check_parents(run, names):
     for name in names:
         stage = run.config.stages[name]
         needs = [*experiment.parents(run.config, name).values()]
-        needs += feed.stages_named(stage.data)
+        needs += stage_data.stages_named(stage.data)
         for parent in needs:
             here = parent in run.config.stages and parent not in names
             if here and not run.finished(parent):
@@ -131,7 +135,22 @@ def _check_parents(run, names):
 def _write_world(config, root):
     if not config.world.name or (root / "world").exists():
         return
-    worlds.write(config.world.name, root / "world", config.seed, config.world.size)
+    world, folder = config.world, root / "world"
+    worlds.write(world.name, folder, config.seed, world.size, junk=world.junk)
+
+
+def _curate(config, root):
+    """Curates text into WORKDIR/curation and writes its page, once."""
+    out = root / "curation"
+    if not config.curation or out.exists():
+        return
+    c = curate_config.resolve(config.curation.to_dict() | {"out": str(out)})
+    c.quality.good, c.quality.bad, c.contamination.files, c.files = (
+        stage_data.locate(spec, root)
+        for spec in (c.quality.good, c.quality.bad, c.contamination.files, c.files)
+    )
+    curation.curate(c)
+    curation_page.write(out)
 
 
 def _tokenizer(config, root):
@@ -145,7 +164,7 @@ def _tokenizer(config, root):
         except UserError as error:
             raise UserError(f"tokenizer.path: {error}") from None
     elif config.tokenizer.files:
-        texts = feed.texts(config.tokenizer.files, root)
+        texts = stage_data.texts(config.tokenizer.files, root)
         path = folder / tokenizers.FILE
         return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
     elif experiment.outside(config):
@@ -170,20 +189,22 @@ def _check_vocabulary(roles, tokenizer):
             )
 
 
-def _feeds(run, names):
+def _early_data(run, names):
     """Reads and checks the data of the stages whose files are there already."""
-    feeds = {}
+    data = {}
     for name in names:
-        files_of = feed.stages_named(run.config.stages[name].data)
+        files_of = stage_data.stages_named(run.config.stages[name].data)
         if any(p in run.config.stages and not run.finished(p) for p in files_of):
             continue
-        feeds[name] = _feed(run, name)
-    return feeds
+        data[name] = _data_of(run, name)
+    return data
 
 
-def _feed(run, name):
-    """Returns a stage's `feed.Feed`, if its data is as it was when the stage began."""
-    data = feed.build(run.config.stages[name], run.tokenizer, run.root, run.config)
+def _data_of(run, name):
+    """Returns a stage's `StageData`, if it is as it was when the stage began."""
+    stage = run.config.stages[name]
+    builder = kinds.of(stage).data
+    data = stage_data.build(stage, run.tokenizer, run.root, run.config, builder)
     entry = run.lineage().stages.get(name)
     if entry and entry.data != data.digests:
         changed = schema.difference(entry.data, data.digests)
@@ -194,11 +215,11 @@ def _feed(run, name):
     return data
 
 
-def _run_stage(run, name, feeds):
+def _run_stage(run, name, early):
     """Trains a stage, or writes its records, and says in stage.json what it did."""
     config, folder = run.config, run.root / name
     stage = config.stages[name]
-    data = feeds.pop(name, None) or _feed(run, name)
+    data = early.pop(name, None) or _data_of(run, name)
     lineage = run.lineage()
     lineage.stages[name] = _lineage(run, name, data, lineage)
     lineage.write(run.root)

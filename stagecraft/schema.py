@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from stagecraft.errors import UserError
 
-# Keys whose contents belong to somebody else: a loss's own keyword arguments.
-FREE = ("objective_args", "stages")
+# Keys whose contents are checked elsewhere: a loss's own keyword arguments.
+FREE = ("objective_args", "stages", "curation")
 
 
 def merge(config, changes, path=""):

@@ -82,16 +82,21 @@ def test_your_text_runs_on_files(tmp_path):
 
 def test_curated_text_trains_on_what_curation_leaves(tmp_path):
     module = load_experiment("curated_text")
-    config = module.get_config(f"tiny,data={tmp_path}")
+    config = module.get_config("tiny")
     found = run.run(single_device(config), tmp_path / "run")
     assert {"raw", "curated", "clean"} <= found.keys()
     assert all(found[arm]["eval_loss"] > 0 for arm in ("raw", "curated", "clean"))
-    [folder] = tmp_path.glob("tiny-*")
-    told = json.loads((folder / "curated" / "curation.json").read_text())
-    clean = len((folder / "clean.jsonl").read_text().splitlines())
+    root = tmp_path / "run"
+    told = json.loads((root / "curation" / "curation.json").read_text())
+    clean = len((root / "world" / "clean.jsonl").read_text().splitlines())
     # Every planted fault is gone, and hardly anything else.
     assert 0.85 * clean < told["documents"] <= 1.02 * clean
     assert told["steps"][0]["documents"] == 2 * clean
+    assert (root / "curation" / "report.html").exists()
+    # The same command again changes nothing, and a run of before these keys resumes.
+    stored = json.loads((root / "config.json").read_text())
+    assert stored["curation"]["minhash"]["n_grams"] == 3
+    assert run.run(single_device(module.get_config("tiny")), root) == found
 
 
 def test_curate_reads_its_arguments(tmp_path):

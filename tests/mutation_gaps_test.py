@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, run, runs, tree
-from stagecraft.data import feed
+from stagecraft.data import stage_data
 from stagecraft.stages import group_policy, kinds, rollout
 from stagecraft.text.tokenizer import Tokenizer
 from tests.stages import cases
@@ -51,7 +51,7 @@ def test_only_groups_are_sampled_in_excess(kind, rows, tmp_path):
     stage.data.files = str(tmp_path / "prompts.jsonl")
     if kind == "group_policy":
         stage.oversample = 3
-    made = feed.build(stage, tokenizer, tmp_path, config)
+    made = stage_data.build(stage, tokenizer, tmp_path, config, kinds.of(stage).data)
     assert made.dataset.batch_at(0)["prompt_ids"].shape[0] == rows
 
 

@@ -25,7 +25,7 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def features(text):
-    """Hashed counts of words and pairs of words.
+    """Returns hashed counts of words and pairs of words.
 
     Returns:
         (places i64[N], values f32[N]): log of one plus each count, of length 1.
@@ -62,7 +62,7 @@ class Classifier:
         self.weights, self.bias = weights[:-1], weights[-1]
 
     def score(self, text):
-        """Probability of "good", rounded so that no platform's last bit shows."""
+        """Returns the probability of "good", rounded alike on every platform."""
         places, values = features(text)
         logit = float(self.weights[places].astype(np.float64) @ values + self.bias)
         return round(float(special.expit(logit)), 6)
@@ -123,7 +123,7 @@ def _matrix(texts):
 
 
 def _fit(matrix, labels, penalty):
-    """Weights and bias, f64[FEATURES + 1]; both kinds weigh the same."""
+    """Returns weights and bias, f64[FEATURES + 1]; good and bad weigh the same."""
     # Features that no sample has stay at 0; leaving them out saves most of the work.
     used = np.unique(matrix.indices)
     matrix = matrix[:, used]
@@ -138,14 +138,14 @@ def _fit(matrix, labels, penalty):
         return value, np.append(matrix.T @ slope + penalty * w, slope.sum())
 
     start = np.zeros(len(used) + 1)
-    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
+    fitted = optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
     whole = np.zeros(FEATURES + 1)
-    whole[used], whole[-1] = found[:-1], found[-1]
+    whole[used], whole[-1] = fitted[:-1], fitted[-1]
     return whole
 
 
 def _auc(guess, truth):
-    """Share of (good, bad) pairs in the right order."""
+    """Returns the share of (good, bad) pairs in the right order."""
     order = np.argsort(guess, kind="stable")
     ranks = np.empty(len(guess))
     ranks[order] = np.arange(1, len(guess) + 1)

@@ -22,7 +22,7 @@ VERDICT = np.dtype([("code", "u1"), ("task", "<u4"), ("document", "<u4")])
 
 
 def key(text, score):
-    """What a document is compared and chosen by, one KEY."""
+    """Returns what a document is compared and chosen by, one KEY."""
     plain = " ".join(text.lower().split())
     digest = hashlib.blake2b(plain.encode("utf-8"), digest_size=16).digest()
     high, low = np.frombuffer(digest, "<u8")
@@ -35,7 +35,7 @@ def save_keys(work, rank, keys):
 
 
 def verdicts(work, rank):
-    """VERDICT of each document of a task."""
+    """Returns the VERDICT of each document of a task."""
     return np.load(Path(work) / "verdicts" / f"{rank:05d}.npy")
 
 
@@ -74,8 +74,8 @@ class Choose(PipelineStep):
             twin = _best(names, keys["score"])
             code[twin != everyone] = EXACT
         if self.pairs:
-            found = twin[_read_pairs(self.pairs, starts)]
-            groups = _groups(found, len(keys))[twin]
+            pairs = twin[_read_pairs(self.pairs, starts)]
+            groups = _groups(pairs, len(keys))[twin]
             best = _best(groups, keys["score"])
             code[(best != twin) & (code == KEPT)] = NEAR
             twin = np.where(code == NEAR, best, twin)
@@ -93,17 +93,17 @@ class Choose(PipelineStep):
         self._write(code, twin, starts)
 
     def _write(self, code, twin, starts):
-        found = np.zeros(len(code), VERDICT)
+        verdicts = np.zeros(len(code), VERDICT)
         task = np.searchsorted(starts, twin, side="right") - 1
-        found["code"], found["task"] = code, task
-        found["document"] = twin - starts[task]
+        verdicts["code"], verdicts["task"] = code, task
+        verdicts["document"] = twin - starts[task]
         for rank in range(self.tasks):
-            part = found[starts[rank] : starts[rank + 1]]
+            part = verdicts[starts[rank] : starts[rank + 1]]
             _save(self.work / "verdicts" / f"{rank:05d}.npy", part)
 
 
 def choose(keys, candidates, threshold, share, temperature, seed):
-    """Documents chosen by score.
+    """Returns the documents chosen by score.
 
     With a temperature the best of logit(score) / temperature + Gumbel noise are taken:
     a sample without replacement, likelier the better (QuRating, 2402.09739).
@@ -131,7 +131,7 @@ def choose(keys, candidates, threshold, share, temperature, seed):
 
 
 def _best(groups, score):
-    """For each document the place of its group's best, the first of equals; i64[N]."""
+    """Returns for each document the first of its group's best, i64[N]."""
     order = np.lexsort((np.arange(len(groups)), -score, groups))
     first = np.ones(len(order), bool)
     first[1:] = groups[order][1:] != groups[order][:-1]
@@ -143,18 +143,18 @@ def _best(groups, score):
 
 
 def _groups(pairs, count):
-    """A group's number for each of `count` documents, from pairs i64[N, 2]."""
+    """Returns each document's group, i64[N], from pairs i64[P, 2]."""
     ones = np.ones(len(pairs), np.int8)
     graph = sparse.coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), (count, count))
     return sparse.csgraph.connected_components(graph, directed=False)[1]
 
 
 def _read_pairs(folder, starts):
-    """Places of the documents of each pair, i64[N, 2]."""
-    found = [np.zeros((0, 4), "<u4")]
+    """Returns the documents of each pair, i64[P, 2]."""
+    parts = [np.zeros((0, 4), "<u4")]
     for path in sorted(Path(folder).glob("*.dups")):
-        found.append(np.fromfile(path, "<u4").reshape(-1, 4))
-    rows = np.concatenate(found).astype(np.int64)
+        parts.append(np.fromfile(path, "<u4").reshape(-1, 4))
+    rows = np.concatenate(parts).astype(np.int64)
     return np.stack(
         [starts[rows[:, 0]] + rows[:, 1], starts[rows[:, 2]] + rows[:, 3]], 1
     )

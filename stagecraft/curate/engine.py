@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import sys
-import time
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -65,7 +64,7 @@ def check(executor):
             )
 
 
-def run(phases, work, executor, workers, tell):
+def run(phases, work, executor, workers) -> bool:
     """Runs the phases; True when they are done, False when they were handed on.
 
     Args:
@@ -73,13 +72,12 @@ def run(phases, work, executor, workers, tell):
         work: the work folder.
         executor: "local", "ray:ADDRESS" or "slurm:KEY=VALUE,...".
         workers: tasks at once.
-        tell: called with (phase, tasks done, seconds) as the local ones go on.
     """
     name, _, rest = executor.partition(":")
     if name == "local":
         with _pool(workers) as pool:
             for phase in phases:
-                _run_here(phase, work, pool, workers, tell)
+                _run_here(phase, work, pool, workers)
         return True
     if name == "ray":
         import ray
@@ -95,8 +93,8 @@ def run(phases, work, executor, workers, tell):
     return name == "ray"
 
 
-def chain(phases, work, kind, **settings):
-    """The last executor of the phases, each of which waits for the one before it.
+def chain(phases, work, executor, **settings):
+    """Returns the executor of the last phase; each waits for the one before it.
 
     Args:
         phases, work: as in `run`.
@@ -105,7 +103,7 @@ def chain(phases, work, kind, **settings):
     """
     last = None
     for phase in phases:
-        last = kind(
+        last = executor(
             pipeline=phase.steps,
             tasks=phase.tasks,
             logging_dir=str(Path(work) / "logs" / phase.name),
@@ -116,7 +114,7 @@ def chain(phases, work, kind, **settings):
 
 
 def _slurm_settings(text):
-    found = {"time": "04:00:00", "job_name": "stagecraft-curate"}
+    settings = {"time": "04:00:00", "job_name": "stagecraft-curate"}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in _SLURM or not value:
@@ -124,12 +122,12 @@ def _slurm_settings(text):
                 f"--executor=slurm:{text}: {part!r} is none of "
                 f"{', '.join(_SLURM)}, as in slurm:partition=cpu,time=04:00:00"
             )
-        found[key] = int(value) if value.isdigit() else value
-    if "partition" not in found:
+        settings[key] = int(value) if value.isdigit() else value
+    if "partition" not in settings:
         raise UserError(
             f"--executor=slurm:{text}: needs a partition, as in slurm:partition=cpu"
         )
-    return found
+    return settings
 
 
 # -- this machine ----------------------------------------------------------------------
@@ -137,8 +135,10 @@ def _slurm_settings(text):
 # tasks are given to a pool that notices.
 
 
-def _run_here(phase, work, pool, workers, tell):
+def _run_here(phase, work, pool, workers):
     from datatrove.executor import LocalPipelineExecutor
+
+    from stagecraft import metrics  # in this process alone: it comes with jax
 
     executor = LocalPipelineExecutor(
         pipeline=phase.steps,
@@ -147,29 +147,34 @@ def _run_here(phase, work, pool, workers, tell):
         logging_dir=str(Path(work) / "logs" / phase.name),
     )
     left = executor.get_incomplete_ranks()
-    started, done = time.monotonic(), phase.tasks - len(left)
-    tell(phase, done, 0.0)
-    waiting = {pool.submit(_run_task, executor, rank): rank for rank in left}
-    for future in futures.as_completed(waiting):
-        try:
+    done = phase.tasks - len(left)
+    # One line a phase where there is no terminal.
+    progress = metrics.Progress(phase.name, phase.tasks, log=phase.tasks)
+    try:
+        if done:
+            progress.step(done)
+        waiting = {pool.submit(_run_task, executor, rank): rank for rank in left}
+        for future in futures.as_completed(waiting):
             future.result()
-        except BrokenProcessPool:
-            hint = "--workers=1 or a smaller task_bytes needs less"
-            if not done:
-                hint += "; a script of your own must call curate() under "
-                hint += "if __name__ == '__main__'"
-            raise UserError(
-                f"curate: a worker was killed in {phase.name!r}, perhaps for want of "
-                f"memory; {done} of {phase.tasks} tasks are done, and the same command "
-                f"goes on from there ({hint})"
-            ) from None
-        done += 1
-        tell(phase, done, time.monotonic() - started)
+            done += 1
+            progress.step(done)
+    except BrokenProcessPool:
+        hint = "--workers=1 or a smaller task_bytes needs less"
+        if not done:
+            hint += "; a script of your own must call curate() under "
+            hint += "if __name__ == '__main__'"
+        raise UserError(
+            f"curate: a worker was killed in {phase.name!r}, perhaps for want of "
+            f"memory; {done} of {phase.tasks} tasks are done, and the same command "
+            f"goes on from there ({hint})"
+        ) from None
+    finally:
+        progress.close()
 
 
 @contextlib.contextmanager
 def _pool(workers):
-    """Worker processes that end with this one, whatever ends it."""
+    """Starts worker processes that end with this one, whatever ends it."""
     before = set(multiprocessing.active_children())
     pool = futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_attend
@@ -185,7 +190,7 @@ def _pool(workers):
 
 
 def _attend():
-    """In a worker: be quiet, leave interrupts to the parent, do not outlive it."""
+    """Prepares a worker: quiet, deaf to interrupts, ending with its parent."""
     import signal
 
     from loguru import logger

@@ -67,7 +67,7 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in SCRIPTS.items()}
 
 
 def recognise(text):
-    """(name, share of its words or letters that say so); ("unknown", 0.0) for none.
+    """Returns (language, share of words or letters); ("unknown", 0.0) for none.
 
     >>> recognise("The cat was on the mat, and it is not what we had asked for.")[0]
     'en'
@@ -85,13 +85,13 @@ def recognise(text):
     words = [w.lower() for w in _WORD.findall(text)]
     # Single letters stand in lists, formulas and code of every language.
     counts = Counter(w for w in words if len(w) > 1)
-    found = {
-        name: [counts[w] for w in known if w in counts]
-        for name, known in STOP_WORDS.items()
+    hits = {
+        name: [counts[w] for w in stop_words if w in counts]
+        for name, stop_words in STOP_WORDS.items()
     }
-    best = max(found, key=lambda name: sum(found[name]))
-    share = sum(found[best]) / max(len(words), 1)
-    if share < _LEAST or len(found[best]) < _DIFFERENT:
+    best = max(hits, key=lambda name: sum(hits[name]))
+    share = sum(hits[best]) / max(len(words), 1)
+    if share < _LEAST or len(hits[best]) < _DIFFERENT:
         return "unknown", 0.0
     return best, share
 
@@ -108,8 +108,8 @@ class Rule:
         self.keep, self.unknown = keep, unknown
 
     def filter(self, document):
-        """True, or False and the language found instead."""
-        found, _ = recognise(document.text)
-        if found == self.keep or (found == "unknown" and self.unknown):
+        """Returns True, or False and which language it is."""
+        language, _ = recognise(document.text)
+        if language == self.keep or (language == "unknown" and self.unknown):
             return True
-        return False, f"language is {found}"
+        return False, f"language is {language}"

@@ -31,20 +31,20 @@ class Tally:
         self.flow, self.removed, self.changed, self.examples = {}, {}, {}, {}
 
     def took(self, source, text):
-        """A document came in."""
+        """Counts a document that comes in."""
         _add(self.flow, source, [1, len(text), 0, 0])
 
     def passed(self, source, text):
-        """It goes on, with this text."""
+        """Counts a document that goes on, with this text."""
         _add(self.flow, source, [0, 0, 1, len(text)])
 
     def dropped(self, source, text, reason, **about):
-        """It is removed; `about` is told with the example: where, note."""
+        """Counts a document that is removed; its example gets `about`: where, note."""
         _add(self.removed.setdefault(reason, {}), source, [1, len(text)])
         self._example(reason, text, about)
 
     def altered(self, source, what, times, text=None, **about):
-        """Something in it was changed so many times."""
+        """Counts how often something in a document was changed."""
         _add(self.changed.setdefault(what, {}), source, [1, times])
         if text is not None:
             self._example(what, text, about)
@@ -63,34 +63,34 @@ class Tally:
             for reason, sources in theirs.items():
                 for source, counts in sources.items():
                     _add(mine.setdefault(reason, {}), source, counts)
-        for reason, found in examples.items():
-            kept = self.examples.setdefault(reason, [])
-            kept += found[: self.limit - len(kept)]
+        for reason, more in examples.items():
+            own = self.examples.setdefault(reason, [])
+            own += more[: self.limit - len(own)]
 
     def total(self):
-        """[documents in, characters in, documents out, characters out]."""
+        """Returns [documents in, characters in, documents out, characters out]."""
         return [sum(column) for column in zip(*self.flow.values(), strict=True)] or [
             0
         ] * 4
 
     def removed_from(self):
-        """{source: documents removed}."""
-        found = {}
+        """Returns {source: documents removed}."""
+        removed = {}
         for sources in self.removed.values():
             for source, (documents, _) in sources.items():
-                found[source] = found.get(source, 0) + documents
-        return found
+                removed[source] = removed.get(source, 0) + documents
+        return removed
 
     def _example(self, reason, text, about):
-        kept = self.examples.setdefault(reason, [])
-        if len(kept) < self.limit:
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.limit:
             if "note" in about:
                 about["note"] = shown(about["note"])
-            kept.append({**about, "text": shown(text)})
+            examples.append({**about, "text": shown(text)})
 
 
 def shown(text):
-    """What a page shows of a text: its beginning, personal data replaced.
+    """Returns the beginning of a text for the page, personal data replaced.
 
     Also where the text itself keeps it, and where it was removed: a page is passed on.
     """
@@ -99,7 +99,7 @@ def shown(text):
 
 
 def merged(folder, tasks, limit):
-    """The Tally of a step over all its tasks."""
+    """Returns the Tally of a step over all its tasks."""
     total = Tally(limit)
     for rank in range(tasks):
         total.add(storage.read_json(Path(folder) / f"{rank:05d}.json"))

@@ -6,6 +6,7 @@ Items shorter than n words cannot be looked for; runs that many items share are 
 common wording, not their content, and are left out.
 """
 
+import itertools
 import json
 import re
 import zlib
@@ -22,7 +23,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost
 
 
 def runs(text, n):
-    """Hashes of every run of n words, and the words.
+    """Returns the hashes of every run of n words, and the words.
 
     Returns:
         (u64[N], list[str]).
@@ -40,10 +41,10 @@ def runs(text, n):
 
 
 def build(spec, folder, n, common):
-    """The index of the evaluation files.
+    """Builds the index of the evaluation files.
 
     Args:
-        spec: files as `inputs.expand` takes; of records every text in them counts.
+        spec: files as `inputs.survey` takes; of records every text in them counts.
         folder: where the index goes.
         n: words of a run.
         common: a run in more items than this is left out.
@@ -52,29 +53,29 @@ def build(spec, folder, n, common):
         {"asked", "short", "runs", "common", "bad"}: what was indexed and what not.
     """
     hashes, owners, places = [], [], []
-    told = dict(asked=0, short=0, runs=0, common=0, bad=0)
-    for where, text in _items(spec, told):
-        found = np.unique(runs(text, n)[0])
-        told["asked"] += 1
-        if not len(found):
-            told["short"] += 1
+    summary = dict(asked=0, short=0, runs=0, common=0, bad=0)
+    for where, text in _items(spec, summary):
+        hashed = np.unique(runs(text, n)[0])
+        summary["asked"] += 1
+        if not len(hashed):
+            summary["short"] += 1
             continue
-        hashes.append(found)
-        owners.append(np.full(len(found), len(places), np.int64))
+        hashes.append(hashed)
+        owners.append(np.full(len(hashed), len(places), np.int64))
         places.append(where)
-    if told["asked"] == told["short"]:
+    if summary["asked"] == summary["short"]:
         raise UserError(
-            f"contamination.files={spec!r}: none of its {told['asked']} items has "
+            f"contamination.files={spec!r}: none of its {summary['asked']} items has "
             f"{n} words; lower contamination.n_grams or leave the files out"
         )
     values, owners = np.concatenate(hashes), np.concatenate(owners)
     unique, first, counts = np.unique(values, return_index=True, return_counts=True)
     keep = counts <= common
-    told["runs"], told["common"] = int(keep.sum()), int((~keep).sum())
+    summary["runs"], summary["common"] = int(keep.sum()), int((~keep).sum())
     np.save(Path(folder) / "runs.npy", unique[keep])
     np.save(Path(folder) / "owners.npy", owners[first][keep])
     storage.write_json(Path(folder) / "items.json", places)
-    return told
+    return summary
 
 
 class Rule:
@@ -89,16 +90,16 @@ class Rule:
         self.folder, self.n, self.index = Path(folder), n, None
 
     def filter(self, document):
-        """True, or (False, reason, the words and whose they are)."""
+        """Returns True, or (False, reason, the shared words and their item)."""
         if self.index is None:  # in the worker: an index is not sent along
             self.index = np.load(self.folder / "runs.npy")
             self.owners = np.load(self.folder / "owners.npy")
             self.items = json.loads((self.folder / "items.json").read_text("utf-8"))
-        found, words = runs(document.text, self.n)
-        if not len(found) or not len(self.index):
+        hashed, words = runs(document.text, self.n)
+        if not len(hashed) or not len(self.index):
             return True
-        at = np.minimum(np.searchsorted(self.index, found), len(self.index) - 1)
-        hits = np.flatnonzero(self.index[at] == found)
+        at = np.minimum(np.searchsorted(self.index, hashed), len(self.index) - 1)
+        hits = np.flatnonzero(self.index[at] == hashed)
         if not len(hits):
             return True
         place = self.items[self.owners[at[hits[0]]]]
@@ -106,13 +107,11 @@ class Rule:
         return False, "overlaps evaluation", f"{place}: “{shared}”"
 
 
-def _items(spec, told):
-    """(FILE:LINE, text) of each record, or of each .txt document."""
-    for path, source in inputs.expand(spec):
-        for parts in inputs.survey(path, "", 0, 0).tasks:
-            for part in parts:
-                for found in reader.records(part._replace(source=source)):
-                    if isinstance(found, reader.Bad):
-                        told["bad"] += 1
-                    else:
-                        yield found
+def _items(spec, counts):
+    """Yields (FILE:LINE, text) of each record, or of each .txt document."""
+    for part in itertools.chain(*inputs.survey(spec, "", 0, 0).tasks):
+        for item in reader.texts_of_records(part):
+            if isinstance(item, reader.Bad):
+                counts["bad"] += 1
+            else:
+                yield item

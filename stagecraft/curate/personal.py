@@ -27,7 +27,7 @@ _PHONE = re.compile(
 
 
 def scrub(text, emails=True, addresses=True, phones=True):
-    """The text without them.
+    """Replaces personal data in a text.
 
     Returns:
         (text, {"e-mail": count, "IP address": count, "phone number": count}).
@@ -42,7 +42,7 @@ def scrub(text, emails=True, addresses=True, phones=True):
         text, counts["IP address"] = _replace(_ADDRESS, ADDRESS, _public, text)
     if phones:
         text, counts["phone number"] = _replace(_PHONE, PHONE, _long_enough, text)
-    return text, {kind: count for kind, count in counts.items() if count}
+    return text, {name: count for name, count in counts.items() if count}
 
 
 def _replace(pattern, by, is_one, text):

@@ -29,7 +29,7 @@ from stagecraft.errors import UserError
 
 
 def phases(c, work, tasks, survey, identity):
-    """The phases of a curation; trains the classifier and indexes evaluation files.
+    """Returns the phases; trains the classifier and indexes evaluation files.
 
     Args:
         c: a complete, checked config.
@@ -47,7 +47,7 @@ def phases(c, work, tasks, survey, identity):
     for name in c.rules:
         rule = _rule(name, c, words)
         if rule is not None:
-            first.append(steps.Judge(name, work, c.examples, rule))
+            first.append(steps.Filter(name, work, c.examples, rule))
             names.append(name)
     about = {}
     model = _classifier(c.quality, work, c, about)
@@ -55,7 +55,7 @@ def phases(c, work, tasks, survey, identity):
         first.append(steps.Score(model))
     first.append(steps.Keep(work))
     pairs = ""
-    found = []
+    match_phases = []
     if c.minhash.on:
         config = dedup.MinhashConfig(
             n_grams=c.minhash.n_grams,
@@ -69,7 +69,7 @@ def phases(c, work, tasks, survey, identity):
             dedup.MinhashDedupSignature(signatures, config=config, language=words)
         )
         match = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
-        found = [Phase("match", [match], c.minhash.buckets)]
+        match_phases = [Phase("match", [match], c.minhash.buckets)]
     q = c.quality
     choose = duplicates.Choose(
         work,
@@ -96,7 +96,7 @@ def phases(c, work, tasks, survey, identity):
         a = c.contamination
         about["evaluation"] = overlap.build(a.files, folder, a.n_grams, a.common)
         rule = overlap.Rule(folder, a.n_grams)
-        last.append(steps.Judge("contamination", work, c.examples, rule))
+        last.append(steps.Filter("contamination", work, c.examples, rule))
         names.append("contamination")
     if any(c.personal.values()):
         last.append(steps.Scrub(work, c.examples, **c.personal))
@@ -115,7 +115,7 @@ def phases(c, work, tasks, survey, identity):
     )
     return [
         Phase("filter", first, tasks),
-        *found,
+        *match_phases,
         Phase("choose", [choose], 1),
         Phase("finish", last, tasks),
         Phase("publish", [last_of_all], 1),
@@ -123,7 +123,7 @@ def phases(c, work, tasks, survey, identity):
 
 
 def _rule(name, c, words):
-    """The filter of a rule's name, with the config's numbers; None if it is off."""
+    """Returns the filter of a rule, with the config's numbers; None if it is off."""
     if name == "language":
         if not c.language.keep:
             return None
@@ -136,16 +136,16 @@ def _rule(name, c, words):
         elif c.language.keep != "en":
             settings["min_stop_words"] = 0
         return filters.GopherQualityFilter(**settings, language=words)
-    kinds = {
+    rules = {
         "gopher_repetition": filters.GopherRepetitionFilter,
         "c4": filters.C4QualityFilter,
         "fineweb": filters.FineWebQualityFilter,
     }
-    return kinds[name](**settings, language=words)
+    return rules[name](**settings, language=words)
 
 
 def _classifier(q, work, c, about):
-    """The classifier's file in the work folder; "" for none."""
+    """Writes the classifier's file into the work folder; returns "" for none."""
     if q.model:
         data = Path(q.model).read_bytes()
         path = work / Path(q.model).name
@@ -159,13 +159,13 @@ def _classifier(q, work, c, about):
 
 
 def _samples(spec, c, where):
-    found = []
+    texts = []
     try:
         for parts in inputs.survey(spec, c.text_key, c.document, 0).tasks:
             for part in parts:
                 for item in reader.read(part, c.text_key, c.source_key, c.document):
                     if isinstance(item, reader.Text) and item.text.strip():
-                        found.append(item.text)
+                        texts.append(item.text)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return found
+    return texts

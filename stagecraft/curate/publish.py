@@ -1,4 +1,4 @@
-"""The result put together from what the tasks wrote, and its page.
+"""The result put together from what the tasks wrote.
 
 Everything here depends on the data and the config alone: not on the time, the machine
 or the number of workers.
@@ -17,28 +17,6 @@ from stagecraft.curate import ledger, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
 from stagecraft.text import tokenizer
-
-# What a step does, in the page's words.
-SAYS = {
-    "read": "Lines that could not be read; the rest of their file was.",
-    "language": "Documents recognised as another language, from script and commonest "
-    "words.",
-    "gopher_repetition": "Documents that repeat themselves: lines, paragraphs, runs of "
-    "words (Rae et al. 2021, table A1).",
-    "gopher_quality": "Documents whose words, symbols and lines are not those of prose "
-    "(Rae et al. 2021).",
-    "c4": "Lines and documents that C4 leaves out (Raffel et al. 2019).",
-    "fineweb": "Documents whose line ends, line lengths or repeated lines FineWeb "
-    "leaves out (Penedo et al. 2024).",
-    "exact duplicate": "Documents with the same words and punctuation as one that "
-    "stays.",
-    "near duplicate": "Documents that MinHash finds nearly equal to one that stays.",
-    "quality": "Documents whose score did not suffice, or that were not drawn.",
-    "contamination": "Documents that share a run of words with an evaluation file.",
-    "personal data": "E-mail and IP addresses and phone numbers, replaced.",
-    "write": "What was written.",
-}
-
 
 # Keys that say where, not what.
 PLACES = ("out", "work")
@@ -68,9 +46,6 @@ class Publish(PipelineStep):
         self.model, self.identity = model, identity
 
     def run(self, data=None, rank=0, world_size=1):
-        # Not in every worker that filters: it comes with much of jax.
-        from stagecraft.report import render
-
         limit = self.config["examples"]
         tallies = {
             name: ledger.merged(self.work / "tallies" / name, self.tasks, limit)
@@ -79,14 +54,6 @@ class Publish(PipelineStep):
         summary = self._summary(tallies)
         if not summary["documents"]:
             raise UserError(f"curate: no document is left: {_blame(summary['steps'])}")
-        examples = self._examples(tallies)
-        html = render.render(
-            "curation.html.jinja",
-            found=summary,
-            examples=examples,
-            config=_flat(self.config),
-            says=SAYS,
-        )
         with storage.new_folder(self.out, replace=True) as temporary:
             (temporary / "text").mkdir()
             self._copy_text(temporary / "text")
@@ -95,7 +62,7 @@ class Publish(PipelineStep):
             if self.model:
                 shutil.copyfile(self.model, temporary / Path(self.model).name)
             self._copy_quarantine(temporary / "quarantine.jsonl")
-            storage.write_text(temporary / "report.html", html)
+            storage.write_json(temporary / "examples.json", self._examples(tallies))
             storage.write_json(temporary / "curation.json", summary)
 
     def _summary(self, tallies):
@@ -188,8 +155,11 @@ class Publish(PipelineStep):
                 out.write(part.read_bytes())
 
     def _examples(self, tallies):
-        """{step: [(reason, [example])]}; of a duplicate, the one that stays beside."""
-        found = {}
+        """Returns {step: [(reason, [example])]}.
+
+        Beside a duplicate is the document that stays.
+        """
+        by_step = {}
         for name, tally in tallies.items():
             reasons = []
             for reason, examples in sorted(tally.examples.items()):
@@ -201,8 +171,8 @@ class Publish(PipelineStep):
                         example["stays"] = row["id"]
                         example["other"] = ledger.shown(row["text"])
                 reasons.append((reason, examples))
-            found[name] = reasons
-        return found
+            by_step[name] = reasons
+        return by_step
 
 
 def _sum(sources):
@@ -210,7 +180,7 @@ def _sum(sources):
 
 
 def _blame(rows):
-    """ "language removed 400 of 400", of the step that removed the largest share."""
+    """Returns "language removed 400 of 400", of the step that removed most."""
     if not rows[0]["documents"]:
         bad = sum(rows[0]["removed"].values())
         return f"none could be read, {bad} bad lines" if bad else "the files are empty"
@@ -220,15 +190,3 @@ def _blame(rows):
         f"{worst['name']} removed {sum(worst['removed'].values())} of "
         f"{worst['documents']} (most: {reason}); loosen it or take it out of rules"
     )
-
-
-def _flat(config, path=""):
-    """[("minhash.n_grams", 5), ...] of a nested config."""
-    found = []
-    for key, value in config.items():
-        where = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            found += _flat(value, where)
-        elif key not in PLACES:
-            found.append((where, value))
-    return found

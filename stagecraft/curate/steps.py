@@ -54,29 +54,29 @@ class Read(Step):
     def each(self, data, tally, rank):
         parts = storage.read_json(self.work / "tasks" / f"{rank:05d}.json")
         bad = []
-        for part in parts:
-            for found in reader.read(inputs.Part(*part), *self.keys, self.document):
-                if isinstance(found, reader.Bad):
-                    bad.append(found._asdict())
+        for part in map(inputs.Part.from_json, parts):
+            for item in reader.read(part, *self.keys, self.document):
+                if isinstance(item, reader.Bad):
+                    bad.append(item._asdict())
                     tally.dropped(
-                        found.source,
-                        found.data,
-                        found.reason,
-                        where=found.where,
-                        note=found.detail,
+                        item.source,
+                        item.data,
+                        item.reason,
+                        where=item.where,
+                        note=item.detail,
                     )
                     continue
-                tally.took(found.source, found.text)
-                tally.passed(found.source, found.text)
+                tally.took(item.source, item.text)
+                tally.passed(item.source, item.text)
                 yield Document(
-                    text=found.text,
-                    id=found.where,
-                    metadata={"source": found.source, "record": found.record},
+                    text=item.text,
+                    id=item.where,
+                    metadata={"source": item.source, "record": item.record},
                 )
         write_lines(self.work / "quarantine" / f"{rank:05d}.jsonl", bad)
 
 
-class Judge(Step):
+class Filter(Step):
     """A rule over documents: datatrove's filters, or anything with their `filter`.
 
     Args:
@@ -92,7 +92,7 @@ class Judge(Step):
         for document in data:
             source, before = document.metadata["source"], document.text
             tally.took(source, before)
-            keep, reason, note = self._judge(document)
+            keep, reason, note = self._apply(document)
             if not keep:
                 tally.dropped(source, before, reason, where=document.id, note=note)
                 continue
@@ -102,7 +102,7 @@ class Judge(Step):
             tally.passed(source, document.text)
             yield document
 
-    def _judge(self, document):
+    def _apply(self, document):
         if not document.text.strip():
             return False, "empty", ""
         try:
@@ -247,10 +247,10 @@ class Write(Step):
                 sources.append(about["source"])
                 scores.append(about.get("score", 0.0))
                 if model:
-                    found, _ = chat.document(document.text, model)
-                    ids.append(np.array(found, np.uint32))
-                    lengths.append(len(found))
-                    tally.altered(about["source"], "tokens", len(found))
+                    tokens, _ = chat.document(document.text, model)
+                    ids.append(np.array(tokens, np.uint32))
+                    lengths.append(len(tokens))
+                    tally.altered(about["source"], "tokens", len(tokens))
                 yield document
         if model:
             folder = self.work / "ids"

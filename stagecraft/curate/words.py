@@ -18,15 +18,15 @@ class Words(WordTokenizer):
     """Words, marks that stand alone, and sentences up to . ! or ?."""
 
     def word_tokenize(self, text):
-        """list[str] of a text."""
+        """Returns the words of a text, list[str]."""
         return _WORD.findall(text)
 
     def sent_tokenize(self, text):
-        """list[str] of a text."""
+        """Returns the sentences of a text, list[str]."""
         return [text[a:b].strip() for a, b in self.span_tokenize(text)]
 
     def span_tokenize(self, text):
-        """[(start, end)] of its sentences."""
+        """Returns [(start, end)] of the sentences of a text."""
         ends = [match.end() for match in _END.finditer(text)]
         if not ends or text[ends[-1] :].strip():
             ends.append(len(text))

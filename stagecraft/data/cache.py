@@ -26,7 +26,7 @@ _log = logging.getLogger("stagecraft.data")
 
 
 def tokens(spec, mapping, tokenizer, folder):
-    """The documents of a files spec as shards, tokenised now if they never were.
+    """Returns the documents of a files spec as shards, tokenised once.
 
     Args:
         spec: files of text, folders of shards, or both.
@@ -38,40 +38,40 @@ def tokens(spec, mapping, tokenizer, folder):
         list of verified `Shards`: those named, then those of the text.
     """
     paths = files.expand(spec)
-    told = (tokenizer.digest, tokenizer.vocab_size)
+    identity = (tokenizer.digest, tokenizer.vocab_size)
     ready = [path for path in paths if files.shards_here(path)]
-    found = []
+    every = []
     for path in ready:
-        one = shards.Shards(path).check_tokenizer(*told).verify()
+        one = shards.Shards(path).check_tokenizer(*identity).verify()
         _log.info("%s: shards, %d documents, %d tokens", path, len(one), one.tokens)
-        found.append(one)
+        every.append(one)
     text = [path for path in paths if not files.shards_here(path)]
     if text:
-        found.append(_tokenised(text, mapping or {}, tokenizer, Path(folder)))
-    return found
+        every.append(_tokenised(text, mapping or {}, tokenizer, Path(folder)))
+    return every
 
 
 def _tokenised(paths, mapping, tokenizer, folder):
-    kinds = [files.suffix(path)[0] for path in paths]
+    suffixes = [containers.suffix(path) for path in paths]
     settings = {
         "version": VERSION,
         "content": files.digest(paths),
-        "containers": kinds,
-        "document": containers.DOCUMENT if ".txt" in kinds else 0,
+        "containers": suffixes,
+        "document": containers.DOCUMENT if ".txt" in suffixes else 0,
         "key": mapping.get("text", "text"),
         "tokenizer": tokenizer.digest,
     }
     target = folder / storage.digest(settings)[:32]
-    if (known := _known(target)) is not None:
+    if (cached := _cached(target)) is not None:
         name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
-        counts = len(known), known.tokens
+        counts = len(cached), cached.tokens
         _log.info("%s: tokens from the cache, %d documents, %d tokens", name, *counts)
-        return known
+        return cached
     with _alone(target) as alone:
         there = target.exists()
         # Another process may have done it while this one waited.
-        if (known := _known(target)) is not None:
-            return known
+        if (cached := _cached(target)) is not None:
+            return cached
         # What is damaged, and what a process that was killed here left unfinished;
         # without locks it may be another's that is still at work.
         unfinished = folder.glob(f".{target.name}.*") if alone else ()
@@ -92,8 +92,8 @@ def _tokenised(paths, mapping, tokenizer, folder):
     return shards.Shards(target)
 
 
-def _known(target):
-    """The shards of a folder, or None where there are none or they are damaged."""
+def _cached(target):
+    """Returns the shards of a folder; None where there are none, or damaged ones."""
     if not shards.is_folder(target):
         return None
     try:

@@ -1,3 +1,164 @@
-"""Stand-in until the data rooms are merged."""
+"""Pairs, rankings and judgements as padded rows: data of reward and preference stages.
 
-pairs = rankings = judgements = None
+Only the last turn is what was compared or judged; earlier answers are context.
+"""
+
+import collections
+import functools
+import itertools
+import math
+
+import numpy as np
+
+from stagecraft.data import packing, readers
+from stagecraft.data.corpus import rendered
+from stagecraft.data.dataset import Dataset
+from stagecraft.data.stage_data import Row, StageData, longest, padded, split_rows
+from stagecraft.errors import UserError
+
+
+def pairs(stage, sources) -> StageData:
+    """Returns pairs of answers, the better one first; a ranking as all its pairs."""
+    train, heldout, identical = _split(readers.comparisons, stage, sources)
+    return _compared(_as_pairs(train), _as_pairs(heldout), identical, stage, sources)
+
+
+def rankings(stage, sources) -> StageData:
+    """Returns answers in their order, and demonstrations to centre the rewards on."""
+    train, heldout, identical = _split(readers.comparisons, stage, sources)
+    data = _compared(train, heldout, identical, stage, sources)
+    if "demonstrations" not in sources.specs:
+        return data
+    return data._replace(reference=_demonstrations(stage, sources))
+
+
+def judgements(stage, sources) -> StageData:
+    """Returns answers, each with whether it is desirable."""
+    data = stage.data
+    *splits, identical = _split(readers.judgements, stage, sources)
+    # The two answers of a pair stay on one side of the split.
+    train, heldout = (
+        [Row(one, row.part) for row in rows for one in row.record] for rows in splits
+    )
+    fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
+    if not fit:
+        raise UserError(
+            f"data.files={data.files}: all {len(train)} answers are longer than "
+            f"data.length={data.length} tokens; raise it"
+        )
+    desirable = sum(row.record.label for row in fit)
+    if desirable in (0, len(fit)):
+        raise UserError(
+            f"data.files={data.files}: every label is {bool(desirable)}; expected "
+            "desirable and undesirable answers"
+        )
+    dropped = len(train) - len(fit) + 2 * identical.total()
+    report = {"answers": len(fit), "desirable": desirable, "dropped": dropped}
+    report |= identical
+    return padded(_judged_arrays, fit, fit_heldout, report, stage, sources)
+
+
+def _split(read, stage, sources):
+    """Returns rows to train on, held-out rows, and {"identical": pairs left out}."""
+    identical = collections.Counter()
+    train, heldout = split_rows(
+        functools.partial(read, dropped=identical), stage, sources
+    )
+    return train, heldout, identical
+
+
+def _judged_arrays(rows, length, start):
+    arrays = packing.pad([row.documents[0] for row in rows], length)
+    arrays["index"] = np.arange(start, start + len(rows), dtype=np.int32)
+    arrays["label"] = np.array([row.record.label for row in rows], bool)
+    return arrays
+
+
+def _compared(train, heldout, identical, stage, sources):
+    data = stage.data
+    fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
+    count, total = _pairs_in(fit), _pairs_in(train)
+    if not fit:
+        raise UserError(
+            f"data.files={data.files}: all {total} pairs are longer than "
+            f"data.length={data.length} tokens; raise it"
+        )
+    # Training and held-out rows have the same arrays, whichever of them need one.
+    every = [row.record for row in fit + fit_heldout]
+    optional = {"preference": 1.0, "margin": 0.0}
+    arrays = functools.partial(
+        _compared_arrays,
+        ranked=any(len(one.answers) > 2 for one in every),
+        absent={
+            name: value
+            for name, value in optional.items()
+            if any(getattr(one, name) is not None for one in every)
+        },
+    )
+    report = {"pairs": count, "dropped": total - count + identical.total()} | identical
+    return padded(arrays, fit, fit_heldout, report, stage, sources)
+
+
+def _compared_arrays(rows, length, start, *, ranked, absent):
+    """Returns the arrays of rows.
+
+    Args:
+        rows: list of Row.
+        length: T.
+        start: number of the first row.
+        ranked: whether rows may have more than two answers, and `present` says which.
+        absent: {array of numbers: its value where a record has none}.
+    """
+    arrays = packing.pad_answers([row.documents for row in rows], length)
+    arrays["index"] = np.arange(start, start + len(rows), dtype=np.int32)
+    if ranked:
+        arrays["present"] = arrays["segments"].any(-1)
+    for name, default in absent.items():
+        values = [getattr(row.record, name) for row in rows]
+        values = [default if value is None else value for value in values]
+        arrays[name] = np.array(values, np.float32)
+    return arrays
+
+
+def _tokenised(rows, stage, sources):
+    """Returns the rows with their sequences, without those longer than data.length."""
+    tokenised = []
+    for row in rows:
+        one = row.record
+        answers = one.answers if hasattr(one, "answers") else (one.completion,)
+        documents = tuple(
+            rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="last")
+            for a in answers
+        )
+        tokenised.append(row._replace(documents=documents))
+    return [row for row in tokenised if longest([row]) <= stage.data.length]
+
+
+def _demonstrations(stage, sources):
+    """Returns demonstrations as padded rows, their last turn under the mask."""
+    spec, length = sources.specs["demonstrations"], stage.data.length
+    documents = [
+        rendered(one.messages, sources.tokenizer, one.tools, turns="last")
+        for one in readers.demonstrations(spec)
+    ]
+    fit = [document for document in documents if len(document[0]) <= length]
+    if not fit:
+        raise UserError(
+            f"data.demonstrations={spec}: all {len(documents)} are longer than "
+            f"data.length={length} tokens; raise it"
+        )
+    needed = packing.rounded(max(len(ids) for ids, _ in fit))
+    return Dataset([(packing.pad(fit, min(needed, length)), stage.batch_size)], seed=0)
+
+
+def _as_pairs(rows):
+    """Returns each ranking as its pairs."""
+    return [
+        row._replace(record=row.record._replace(answers=pair))
+        for row in rows
+        for pair in itertools.combinations(row.record.answers, 2)
+    ]
+
+
+def _pairs_in(rows):
+    return sum(math.comb(len(row.record.answers), 2) for row in rows)

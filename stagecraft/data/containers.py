@@ -1,149 +1,270 @@
-"""Containers to documents and records, one at a time, every line checked.
+"""Containers: from a file to its records or its text, whole or a stretch at a time.
 
-    .txt                         documents, cut at blank lines where the file is long
+    .txt                         lines of text, cut into documents where it is long
     .jsonl                       one JSON object a line
     .json                        a list of objects, or one object a line
     .parquet, .arrow             one record a row (Arrow: as `datasets` saves it)
     .array_record                one JSON object a record, as a line of .jsonl
 
-The first three may be compressed: .gz, .zst. Whatever is wrong is told as FILE:LINE, or
-FILE:ROW, with what was expected.
+The first three may be compressed: .gz, .zst. Training refuses a file with its first
+fault, told as FILE:LINE or FILE:ROW with what was expected (`records`, `documents`);
+curation sets each fault aside and reads on (`read`). A container is a function that
+reads it and its line in `CONTAINERS`.
 """
 
 import codecs
+import contextlib
 import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from stagecraft.data import files
+from stagecraft.data import streams
+from stagecraft.data.streams import Damage, Remote
 from stagecraft.errors import UserError
 
 # A .txt file longer than this is cut at blank lines into documents of about this size.
 DOCUMENT = 2000  # characters
 # Rows of a columnar file that are held as Python values at once.
 _ROWS = 1024
+# A compressed file has fewer, larger stretches: each repeats the decompression before.
+_COMPRESSED_STRETCHES = 4
 
 
-def is_text(path):
-    return files.suffix(path)[0] == ".txt"
+class Stretch(NamedTuple):
+    """Part of a file.
 
-
-def name(path):
-    """What a file is called in messages: "jsonl.gz"."""
-    return "".join(files.suffix(path)).removeprefix(".")
-
-
-def records(path):
-    """(FILE:LINE, record) of every record of a file; a record is a dict.
-
-    Raises UserError for the first that is none, and for an empty file.
+    Attributes:
+        start, end: what the container counts: bytes once decompressed, row groups of
+            parquet. None is the end of the file.
+        first: number of its first line or row, from 1.
     """
-    read = {
-        ".jsonl": _jsonl,
-        ".json": _json,
-        ".parquet": _parquet,
-        ".arrow": _arrow,
-        ".array_record": _array_record,
-    }[files.suffix(path)[0]]
-    count = 0
-    for where, record in read(path):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{where}: expected a JSON object, got {type(record).__name__}"
-            )
+
+    start: int = 0
+    end: int | None = None
+    first: int = 1
+
+
+WHOLE = Stretch()
+
+
+class Cut(NamedTuple):
+    """A stretch to be read by itself.
+
+    Attributes:
+        stretch: a Stretch.
+        size: its bytes.
+        damage: why the file ends there too early; "" where it does not.
+    """
+
+    stretch: Stretch
+    size: int
+    damage: str = ""
+
+
+class Fault(NamedTuple):
+    """Why a line or a row is no record.
+
+    Attributes:
+        reason: one of few, to be counted by.
+        detail: what is wrong with this one.
+        message: both, with what to do.
+    """
+
+    reason: str
+    detail: str
+    message: str
+
+
+class Container(NamedTuple):
+    """How the files of one suffix are read.
+
+    Attributes:
+        read: (path, stretch) -> (number, record or Fault, bytes of its line or b"") of
+            each record. Raises Damage where the file cannot be read further.
+        cut: (path, size, digest) -> [Cut], each of about `size` bytes; updates the
+            digest with the stored bytes. None reads every file whole.
+        text: whether the records are lines of text.
+        columns: whether all records have the same keys, null where one has no value.
+        compressed: whether .gz and .zst may follow.
+    """
+
+    read: Callable
+    cut: Callable | None = None
+    text: bool = False
+    columns: bool = False
+    compressed: bool = False
+
+
+def of(path) -> Container:
+    """Returns the container of a file, by its suffix."""
+    return CONTAINERS[suffix(path)]
+
+
+def suffix(path) -> str:
+    """Returns ".jsonl" of "a.jsonl.gz"."""
+    name = path.name.removesuffix(streams.compression(path))
+    return next(end for end in CONTAINERS if name.endswith(end))
+
+
+def is_text(path) -> bool:
+    return of(path).text
+
+
+def name(path) -> str:
+    """Returns what a file is called in messages: "jsonl.gz"."""
+    return (suffix(path) + streams.compression(path)).removeprefix(".")
+
+
+def where(path, number) -> str:
+    """Returns FILE:LINE; the file alone for number 0."""
+    return f"{path}:{number}" if number else str(path)
+
+
+def read(path, stretch=WHOLE) -> Iterator[tuple[int, Any, bytes]]:
+    """Yields (number, record or Fault, line) of each record; a record is a dict."""
+    for number, record, line in of(path).read(path, stretch):
+        if not isinstance(record, (dict, Fault)):
+            kind = type(record).__name__
+            message = f"expected a JSON object, got {kind}"
+            record = Fault("no JSON object", f"it is {kind}", message)
+        yield number, record, line
+
+
+def cut(path, size, digest) -> list[Cut]:
+    """Cuts a file into stretches of about `size` bytes.
+
+    Updates the digest with the stored bytes. Of a damaged file what is good is cut.
+    """
+    try:
+        return (of(path).cut or _uncut)(path, size, digest)
+    except Damage as error:
+        return [Cut(Stretch(0, 0), 0, error.detail)]
+
+
+def text_lines(path, stretch=WHOLE) -> Iterator[tuple[int, Any, bytes]]:
+    """Yields (number, text or Fault, line) of each line of a text file."""
+    return of(path).read(path, stretch)
+
+
+def records(path) -> Iterator[tuple[str, dict]]:
+    """Yields (FILE:LINE, record) of every record of a file.
+
+    Raises UserError for the first fault, and for an empty file. Of columns, whose rows
+    all have the same keys, those that are null are left out.
+    """
+    count, columns = 0, of(path).columns
+    for number, record, _ in read(path):
+        place = where(path, number)
+        if isinstance(record, Fault):
+            raise UserError(f"{place}: {record.message}")
         count += 1
-        yield where, record
+        yield place, _without_nulls(record) if columns else record
     if not count:
         raise UserError(f"{path}: empty; expected one JSON object a line")
 
 
-def documents(path):
-    """The documents of a text file: it whole, or parts of about `DOCUMENT` characters.
+def documents(path) -> Iterator[str]:
+    """Yields the text of a file, whole or in parts of about `DOCUMENT` characters.
 
     Parts end at blank lines, and a blank line joined between them gives the text back.
     """
-    current, empty = "", True
+    text, empty = "", True
     for paragraph in _paragraphs(path):
-        if current and len(current) + len(paragraph) > DOCUMENT:
-            if current.strip():
+        if text and len(text) + len(paragraph) > DOCUMENT:
+            if text.strip():
                 empty = False
-                yield current
-            current = ""
-        current += ("\n\n" if current else "") + paragraph
-    if current.strip():
+                yield text
+            text = ""
+        text += ("\n\n" if text else "") + paragraph
+    if text.strip():
         empty = False
-        yield current
+        yield text
     if empty:
         raise UserError(f"{path}: empty; expected text")
 
 
 def _paragraphs(path):
-    """What stands between blank lines, as text.split("\\n\\n") would give it."""
+    """Yields what stands between blank lines, as text.split("\\n\\n") would give it."""
     lines = []
-    for number, line in enumerate(files.lines(path), 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{path}:{number}: not UTF-8; convert the file to UTF-8"
-            ) from None
-        if text.endswith("\r\n"):
-            text = text[:-2] + "\n"
-        if text == "\n" and lines:
+    for number, line, _ in text_lines(path):
+        if isinstance(line, Fault):
+            raise UserError(f"{path}:{number}: {line.message}")
+        if line == "\n" and lines:
             yield "".join(lines)[:-1]
             lines = []
         else:
-            lines.append(text)
+            lines.append(line)
     yield "".join(lines)
 
 
-# -- records ---------------------------------------------------------------------------
+# -- lines -----------------------------------------------------------------------------
 
 
-def _jsonl(path):
-    for number, line in enumerate(files.lines(path), 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+def _lines(path, stretch):
+    pieces = streams.stretch(path, stretch.start, stretch.end)
+    for number, line in enumerate(streams.lines(pieces), stretch.first):
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _text(path, stretch):
+    for number, line in _lines(path, stretch):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, _not_utf8(error), line
+            continue
+        yield number, text[:-2] + "\n" if text.endswith("\r\n") else text, line
+
+
+def _jsonl(path, stretch):
+    for number, line in _lines(path, stretch):
         if line.strip():
-            where = f"{path}:{number}"
-            yield where, _parsed(where, line)
+            yield number, _parsed(line), line
 
 
-def _json(path):
-    """A list of records, told apart from lines of records by its first character."""
-    found = files.lines(path)
-    first = next((line for line in found if line.strip()), b"")
+def _json(path, stretch):
+    """Reads a list of records, or lines of them; the first character tells which."""
+    lines = streams.lines(streams.chunks(path))
+    first = next((line for line in lines if line.strip()), b"")
     if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _jsonl(path)
+        yield from _jsonl(path, stretch)
         return
-    data = b"".join(files.chunks(path)).removeprefix(codecs.BOM_UTF8)
-    for number, record in enumerate(_parsed(str(path), data), 1):
-        yield f"{path}:{number}", record
+    data = b"".join(streams.chunks(path)).removeprefix(codecs.BOM_UTF8)
+    values = _parsed(data)
+    if isinstance(values, Fault):
+        yield 0, values, data
+        return
+    for number, record in enumerate(values, 1):
+        yield number, record, b""
 
 
-def _parsed(where, data):
+def _parsed(data):
+    """Returns the value of JSON text in bytes, or a Fault."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start + 1} of the line); convert the "
-            "file to UTF-8"
-        ) from None
+        return _not_utf8(error)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg}, character {error.colno}); mend or "
-            "drop the line"
-        ) from None
+        detail = f"{error.msg}, character {error.colno}"
+        return Fault("not JSON", detail, f"not JSON ({detail}); mend or drop the line")
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: not readable as JSON ({error}); mend or drop the line"
-        ) from None
+        detail = " ".join(str(error).split())[:80]
+        message = f"not readable as JSON ({detail}); mend or drop the line"
+        return Fault("not JSON", detail, message)
     if b"\\u" in data and not _encodable(value):
-        raise UserError(
-            f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which "
-            "is no character; mend or drop the line"
+        return Fault(
+            "half a surrogate pair",
+            "which is no character",
+            "holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+            "character; mend or drop the line",
         )
     return value
+
+
+def _not_utf8(error):
+    detail = f"byte {error.start + 1} of the line"
+    message = f"not UTF-8 ({detail}); convert the file to UTF-8"
+    return Fault("not UTF-8", detail, message)
 
 
 def _encodable(value):
@@ -154,75 +275,150 @@ def _encodable(value):
     return True
 
 
-def _parquet(path):
-    parquet = files.optional("pyarrow.parquet", path)
-    with files.open_bytes(path) as file:
-        yield from _rows(
-            path, lambda: parquet.ParquetFile(file).iter_batches(batch_size=_ROWS)
-        )
+def _cut_lines(path, size, digest, blank=False):
+    """Cuts a file at line ends, or after blank lines alone.
+
+    The whole lines before damage are counted; the torn one is lost with the rest.
+    """
+    size *= _COMPRESSED_STRETCHES if streams.compression(path) else 1
+    ends, position, number, damage = [(0, 1)], 0, 0, ""
+    try:
+        pieces = streams.chunks(path, digest)
+        for number, line in enumerate(streams.lines(pieces), 1):
+            position += len(line)
+            if position - ends[-1][0] >= size and not (blank and line.strip()):
+                ends.append((position, number + 1))
+    except Damage as error:
+        damage = error.detail
+    if ends[-1][0] < position or len(ends) == 1:
+        ends.append((position, number + 1))
+    pairs = zip(ends, ends[1:], strict=False)
+    cuts = [Cut(Stretch(a, b, first), b - a) for (a, first), (b, _) in pairs]
+    return [*cuts[:-1], cuts[-1]._replace(damage=damage)]
 
 
-def _arrow(path):
-    """An Arrow file, in the streaming format of `datasets` or the one with a footer."""
-    pyarrow = files.optional("pyarrow", path)
+def _cut_text(path, size, digest):
+    return _cut_lines(path, size, digest, blank=True)
+
+
+# -- rows ------------------------------------------------------------------------------
+
+
+def _uncut(path, size, digest):
+    """Returns the whole file as one stretch."""
+    for _ in streams.stored(path, digest):
+        pass
+    return [Cut(WHOLE, streams.size(path))]
+
+
+def _parquet(path, stretch):
+    parquet = streams.optional("pyarrow.parquet", path)
+
+    def batches():
+        data = parquet.ParquetFile(file)
+        groups = range(data.metadata.num_row_groups)[stretch.start : stretch.end]
+        return data.iter_batches(batch_size=_ROWS, row_groups=groups)
+
+    with streams.open_bytes(path) as file:
+        yield from _rows(path, batches, stretch.first)
+
+
+def _cut_row_groups(path, size, digest):
+    parquet = streams.optional("pyarrow.parquet", path)
+    _uncut(path, size, digest)
+    with streams.open_bytes(path) as file, _readable(path):
+        data = parquet.ParquetFile(file).metadata
+        groups = [data.row_group(i) for i in range(data.num_row_groups)]
+    cuts, row = [], 1
+    for i, group in enumerate(groups):
+        cuts.append(Cut(Stretch(i, i + 1, row), group.total_byte_size))
+        row += group.num_rows
+    return cuts
+
+
+def _arrow(path, stretch):
+    """Reads the streaming format of `datasets`, or the one with a footer."""
+    pyarrow = streams.optional("pyarrow", path)
 
     def batches():
         try:
             return pyarrow.ipc.open_stream(file)
         except pyarrow.ArrowInvalid:
             file.seek(0)
-            found = pyarrow.ipc.open_file(file)
-            return map(found.get_batch, range(found.num_record_batches))
+            data = pyarrow.ipc.open_file(file)
+            return map(data.get_batch, range(data.num_record_batches))
 
-    with files.open_bytes(path) as file:
-        yield from _rows(path, batches)
+    with streams.open_bytes(path) as file:
+        yield from _rows(path, batches, 1)
 
 
-def _rows(path, batches):
-    """(FILE:ROW, record) of Arrow batches; a struct's absent keys, null, are left out.
-
-    All rows of a column have the same keys there, so that a message without tool calls
-    has them as null.
-    """
-    pyarrow = files.optional("pyarrow", path)
-    number = 0
-    try:
+def _rows(path, batches, first):
+    number = first
+    with _readable(path):
         for batch in batches():
             for start in range(0, len(batch), _ROWS):
-                for record in batch.slice(start, _ROWS).to_pylist():
+                for record in _values(batch.slice(start, _ROWS)):
+                    yield number, record, b""
                     number += 1
-                    yield f"{path}:{number}", _present(record)
-    except (pyarrow.ArrowException, OSError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: damaged, cut off, or not a {name(path)} file ({told})"
-        ) from None
 
 
-def _present(value):
+def _values(batch):
+    """Returns the rows of a batch as dicts; a Fault for one that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) > 1:
+            return [
+                row for i in range(len(batch)) for row in _values(batch.slice(i, 1))
+            ]
+        message = "a text of the row is not UTF-8; convert it to UTF-8"
+        return [Fault("not UTF-8", "a text of the row", message)]
+
+
+def _without_nulls(value):
+    """Drops null keys, also those of structs: a message without tool calls has them."""
     if isinstance(value, dict):
-        return {k: _present(v) for k, v in value.items() if v is not None}
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
-        return [_present(v) for v in value]
+        return [_without_nulls(v) for v in value]
     return value
 
 
-def _array_record(path):
-    if isinstance(path, files.Remote):
+def _array_record(path, stretch):
+    if isinstance(path, Remote):
         raise UserError(f"{path}: ArrayRecord is read from this machine; copy it here")
-    module = files.optional("array_record.python.array_record_module", path)
-    try:
+    module = streams.optional("array_record.python.array_record_module", path)
+    with _readable(path):
         reader = module.ArrayRecordReader(str(path))
         total = reader.num_records()
         if not total:  # one that was cut off has no footer, and so no records
             raise ValueError("holds no records")
         for start in range(0, total, _ROWS):
-            found = reader.read(start, min(start + _ROWS, total))
-            for number, data in enumerate(found, start + 1):
-                where = f"{path}:{number}"
-                yield where, _parsed(where, data)
-    except (ValueError, RuntimeError, IndexError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: damaged, cut off, or not an ArrayRecord file ({told})"
-        ) from None
+            lines = reader.read(start, min(start + _ROWS, total))
+            for number, line in enumerate(lines, start + 1):
+                yield number, _parsed(line), line
+
+
+@contextlib.contextmanager
+def _readable(path):
+    """Turns what pyarrow and array_record raise on a bad file into Damage."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, OSError, RuntimeError, ValueError) as error:
+        what = f"damaged, cut off, or not a {name(path)} file"
+        raise Damage(path, what, error) from None
+
+
+CONTAINERS = {
+    ".txt": Container(_text, _cut_text, text=True, compressed=True),
+    ".jsonl": Container(_jsonl, _cut_lines, compressed=True),
+    ".json": Container(_json, compressed=True),
+    ".parquet": Container(_parquet, _cut_row_groups, columns=True),
+    ".arrow": Container(_arrow, columns=True),
+    ".array_record": Container(_array_record),
+}
+SUFFIXES = tuple(
+    suffix + end
+    for suffix, container in CONTAINERS.items()
+    for end in ("", *(streams.COMPRESSED if container.compressed else ()))
+)

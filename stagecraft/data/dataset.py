@@ -71,12 +71,12 @@ class Dataset:
 
     @property
     def rows(self):
-        """Rows of the first part: those of an epoch."""
+        """Returns the rows of the first part: those of an epoch."""
         return _length(self.parts[0][0])
 
     @functools.cached_property
     def tokens(self):
-        """Tokens of the first part that are no padding, learned or not."""
+        """Returns the tokens of the first part that are no padding, learned or not."""
         rows, _ = self.parts[0]
         if not isinstance(rows, dict):
             return rows.tokens
@@ -85,7 +85,7 @@ class Dataset:
 
     @functools.cached_property
     def digest(self):
-        """SHA-256 of all parts' arrays: the same rows in the same order."""
+        """Returns the SHA-256 of all parts' arrays: the same rows in the same order."""
         total = hashlib.sha256()
         for rows, _ in self.parts + self.beside:
             if not isinstance(rows, dict):
@@ -97,7 +97,7 @@ class Dataset:
         return total.hexdigest()
 
     def batch_at(self, step):
-        """The global batch of a step: {name: array [B, ...]}.
+        """Returns the global batch of a step: {name: array [B, ...]}.
 
         Raises UserError where no token of it is a target: its loss would be of nothing.
         """
@@ -125,7 +125,7 @@ class Dataset:
         return batch
 
     def iterator(self, start_step=0, *, process_index=0, process_count=1):
-        """Batches from a step on, with get_state and set_state.
+        """Returns batches from a step on, with get_state and set_state.
 
         Args:
             start_step: the first batch's step.
@@ -139,7 +139,7 @@ class Dataset:
         return Batches(self, start_step, process_index, process_count)
 
     def epoch(self, batch_size, *, process_index=0, process_count=1):
-        """Every row of the first part once, in order; the last batch filled up.
+        """Yields every row of the first part once, in order, in batches.
 
         Rows that fill up are padding: segments 0 and masks False, so they count
         nowhere; their index is -1, which is no row. A process takes its part of each
@@ -208,10 +208,10 @@ class Batches:
         steps = grain.MapDataset.range(self.step, np.iinfo(np.int32).max)
         workers = self.dataset.workers
         make = _workers_batch if workers else _batch
-        made = steps.map(functools.partial(make, self.dataset, *self.process))
+        batches = steps.map(functools.partial(make, self.dataset, *self.process))
         if not workers:
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            return iter(made.to_iter_dataset(read))
+            return iter(batches.to_iter_dataset(read))
         if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads its own there
             flags.FLAGS.mark_as_parsed()
         # Each worker makes its own steps, one after the other.
@@ -219,7 +219,7 @@ class Batches:
         several = grain.MultiprocessingOptions(
             num_workers=workers, per_worker_buffer_size=2
         )
-        return iter(made.to_iter_dataset(read).mp_prefetch(several))
+        return iter(batches.to_iter_dataset(read).mp_prefetch(several))
 
 
 def _batch(dataset, process_index, process_count, step):
@@ -232,7 +232,7 @@ def _workers_batch(*arguments):
 
 
 def _mine(batch, index, count):
-    """The contiguous part of a batch that belongs to one of several processes."""
+    """Returns the contiguous part of a batch that one of several processes takes."""
 
     def part(array):
         size = len(array) // count
@@ -258,13 +258,8 @@ def _length(rows):
     return len(next(iter(rows.values()))) if isinstance(rows, dict) else len(rows)
 
 
-def order_seed(stage, config):
-    """The seed of the order of rows: what is held out does not depend on the stage."""
-    return config.seed + stage.seed
-
-
 def hold_out(rows, share, seed):
-    """Splits a sequence by chance: (kept, held out), a function of the seed."""
+    """Splits a sequence at random: (train, held out), a function of the seed."""
     count = round(len(rows) * share)
     if share and (count == 0 or count == len(rows)):
         raise UserError(
@@ -272,6 +267,6 @@ def hold_out(rows, share, seed):
             f"{count} back; choose a share that leaves some on both sides"
         )
     order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    held = set(order[:count].tolist())
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [rows[i] for i in sorted(held)]
+    heldout = set(order[:count].tolist())
+    train = [row for i, row in enumerate(rows) if i not in heldout]
+    return train, [rows[i] for i in sorted(heldout)]

@@ -65,73 +65,73 @@ _PARTS = {
 }
 
 
-class Kind(NamedTuple):
+class Form(NamedTuple):
     """What a record is.
 
     Attributes:
-        form: as in this file's docstring; "" where no key tells one.
+        name: as in this file's docstring; "" where no key tells.
         style: "standard", "conversational", "from/value" or "transcript".
     """
 
-    form: str
+    name: str
     style: str
 
     def __str__(self):
-        return f"{self.form or 'no known form'}, {self.style}"
+        return f"{self.name or 'no known form'}, {self.style}"
 
 
 class Census:
-    """What kinds of records a file holds: how many, their keys, and the first.
+    """Forms of the records of a file: how many of each, their keys, and the first.
 
     Args:
-        forms: those the reader takes, such as `DEMONSTRATIONS`.
+        accepted: the forms the reader takes, such as `DEMONSTRATIONS`.
         mapping: {"our key": "the file's key"}.
     """
 
-    def __init__(self, forms, mapping=None):
-        self.forms, self.mapping = forms, mapping or {}
+    def __init__(self, accepted, mapping=None):
+        self.accepted, self.mapping = accepted, mapping or {}
         self.counts, self.first = collections.Counter(), {}
-        self._known = {}  # keys of a record: its form and the keys that show its style
+        self._by_keys = {}  # of a record: the name of its form, and its texts' keys
 
-    def see(self, where, record):
-        """Counts a record and returns its `Kind`; refuses one of two forms at once."""
+    def see(self, where, record) -> Form:
+        """Counts a record and returns its form; refuses one of two forms at once."""
         keys = tuple(record)
-        if keys not in self._known:
-            form = _form(where, record, self.forms, self.mapping)
-            parts = [self.mapping.get(part, part) for part in _PARTS[form]]
-            self._known[keys] = form, [part for part in parts if part in record]
-        form, parts = self._known[keys]
-        kind = Kind(form, _style([record[part] for part in parts]))
-        self.counts[kind] += 1
-        if kind not in self.first:
-            self.first[kind] = where, keys
-        return kind
+        if keys not in self._by_keys:
+            name = _form(where, record, self.accepted, self.mapping)
+            parts = [self.mapping.get(part, part) for part in _PARTS[name]]
+            self._by_keys[keys] = name, [part for part in parts if part in record]
+        name, parts = self._by_keys[keys]
+        form = Form(name, _style([record[part] for part in parts]))
+        self.counts[form] += 1
+        if form not in self.first:
+            self.first[form] = where, keys
+        return form
 
-    def one(self, path):
-        """The kind of all records; a UserError that lists them if there are several."""
+    def one(self, path) -> Form:
+        """Returns the form of all records; refuses and lists several."""
         if len(self.counts) == 1:
             return next(iter(self.counts))
-        told = []
-        for kind, count in self.counts.items():
-            where, keys = self.first[kind]
+        listed = []
+        for form, count in self.counts.items():
+            where, keys = self.first[form]
             keys = ", ".join(map(repr, keys))
-            told.append(f"{count} of {kind} (first {where}, with keys {keys})")
+            listed.append(f"{count} of {form} (first {where}, with keys {keys})")
         raise UserError(
-            f"{path}: mixed forms: {'; '.join(told)}; put each form in a file of its "
+            f"{path}: mixed forms: {'; '.join(listed)}; put each form in a file of its "
             "own"
         )
 
 
-def _form(where, record, forms, mapping):
-    """The name of a record's form among those a reader takes; "" where it has none."""
-    found = {}
-    for form, keys in forms.items():
+def _form(where, record, accepted, mapping):
+    """Returns the name of a record's form among those a reader takes, or ""."""
+    present = {}
+    for form, keys in accepted.items():
         there = [k for ours in keys if (k := mapping.get(ours, ours)) in record]
         if there:
-            found[form] = there
+            present[form] = there
     # A key that `fields` names is meant, whatever else the record holds.
     meant = set(mapping.values())
-    chosen = {f: k for f, k in found.items() if meant & set(k)} or found
+    chosen = {f: k for f, k in present.items() if meant & set(k)} or present
     keys = [key for several in chosen.values() for key in several]
     # What does not go with "ranked" is told where rankings are read.
     if len(keys) > 1 and mapping.get("ranked", "ranked") not in keys:
@@ -158,7 +158,7 @@ def _style(values):
 
 
 def messages(value, role="user"):
-    """Messages of a value: a text as one of `role`, a transcript's turns, a list's.
+    """Returns the messages of a text, a transcript or a list.
 
     >>> messages("\\n\\nHuman: Hi\\n\\nAssistant: Hello.")[1]
     {'role': 'assistant', 'content': 'Hello.'}
@@ -176,15 +176,17 @@ def _role_and_content(message):
     if not isinstance(message, dict):
         return message
     # Written from columns, a message has null for what only others have.
-    kept = ("role", "content", "from", "value")
-    message = {k: v for k, v in message.items() if v is not None or k in kept}
+    wanted = ("role", "content", "from", "value")
+    message = {k: v for k, v in message.items() if v is not None or k in wanted}
     if "from" not in message:
         return message
     rest = {k: v for k, v in message.items() if k not in ("from", "value")}
     speaker = message["from"]
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    found = {"role": role}
-    return found | ({"content": message["value"]} if "value" in message else {}) | rest
+    renamed = {"role": role}
+    return (
+        renamed | ({"content": message["value"]} if "value" in message else {}) | rest
+    )
 
 
 def is_transcript(text):
@@ -192,7 +194,7 @@ def is_transcript(text):
 
 
 def transcript(text):
-    """The turns of a transcript; an empty last one is where the answer is to come."""
+    """Returns the turns of a transcript, without an empty last one."""
     _, *parts = _TURN.split(text)
     turns = [
         {"role": SPEAKERS[who], "content": words.strip()}
@@ -204,7 +206,7 @@ def transcript(text):
 
 
 def implicit(chosen, rejected):
-    """(prompt, chosen, rejected) of two that begin alike, as TRL's extract_prompt.
+    """Splits two texts that begin alike, as TRL's extract_prompt.
 
     The prompt is their longest common opening, of messages or of characters, and leaves
     each something of its own; a space before the answers goes with them.
@@ -229,7 +231,7 @@ def implicit(chosen, rejected):
 
 
 def pair(record_prompt, chosen, rejected):
-    """Messages of a pair's prompt and its two answers.
+    """Returns the messages of a pair's prompt and its two answers.
 
     Args:
         record_prompt: the record's prompt, or None where it has none.
@@ -271,7 +273,7 @@ def _begins_conversation(value):
 
 
 def tools(record):
-    """The tools of a record: JSON schemas, as a list or its JSON text; None if none."""
+    """Returns the tools of a record, JSON schemas or the JSON text of them, or None."""
     if record.get("chat_template_kwargs"):
         raise UserError(
             "'chat_template_kwargs' is "

@@ -41,7 +41,7 @@ class _Order:
 
     def __init__(self, size, seed):
         self.size, self.seed = size, seed
-        self._made = -1, None  # an epoch and its permutation
+        self._shuffled = -1, None  # an epoch and its permutation
         self._large = None
         if size > _SMALL:
             self._large = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
@@ -50,12 +50,12 @@ class _Order:
         if self._large is not None:
             return self._large[place]
         epoch, at = divmod(place, self.size)
-        made, found = self._made
-        if made != epoch:
+        number, order = self._shuffled
+        if number != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            found = rng.permutation(self.size)
-            self._made = epoch, found
-        return int(found[at])
+            order = rng.permutation(self.size)
+            self._shuffled = epoch, order
+        return int(order[at])
 
 
 class Mixture:
@@ -84,11 +84,11 @@ class Mixture:
         self._lay_out(phases)
 
     def rows(self, places):
-        """Numbers of the rows at some places of the stream."""
+        """Returns the numbers of the rows at some places of the stream."""
         return np.array([self._row(place) for place in places], np.int64)
 
     def counts(self, place):
-        """Rows of each source before a place, i64[S]."""
+        """Returns the rows of each source before a place, i64[S]."""
         number = self._at(place)
         return self._before(number, place)
 
@@ -122,7 +122,7 @@ class Mixture:
         return segment.before + block * segment.quotas + part
 
     def _block(self, number, block):
-        """Sources of a block's rows, and how many of the same came before in it."""
+        """Returns the sources of the rows of a block, and the rank of each in it."""
         key, sources, ranks = self._open
         if key == (number, block):
             return sources, ranks
@@ -139,7 +139,7 @@ class Mixture:
         return sources, ranks
 
     def _lay_out(self, phases):
-        """Segments of the phases, each cut where a source reaches its limit."""
+        """Lays out the phases as segments, each cut where a source is used up."""
         place, before = 0, np.zeros(len(self.members), np.int64)
         ends = [start for start, _ in phases[1:]] + [None]
         for (_, weights), end in zip(phases, ends, strict=True):
@@ -163,7 +163,7 @@ class Mixture:
                 before = self._before(number, place)
 
     def _used_up(self, number, source):
-        """The place after which a source has reached its limit, or None."""
+        """Returns the place after which a source has reached its limit, or None."""
         segment, limit = self._segments[number], self.limits[source]
         quota = int(segment.quotas[source])
         if limit is None or not quota:
@@ -175,20 +175,20 @@ class Mixture:
 
 
 def _quotas(weights):
-    """Whole rows of a block for each weight, by the largest remainder."""
+    """Returns the rows of a block for each weight, by the largest remainder."""
     exact = np.array(weights) / sum(weights) * BLOCK
-    found = np.floor(exact).astype(np.int64)
-    missing = BLOCK - int(found.sum())
-    found[np.argsort(found - exact, kind="stable")[:missing]] += 1
+    quotas = np.floor(exact).astype(np.int64)
+    missing = BLOCK - int(quotas.sum())
+    quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
     # However small its share, a source that has one comes.
-    return np.maximum(found, np.array(weights) > 0)
+    return np.maximum(quotas, np.array(weights) > 0)
 
 
 # -- from a stage's data config --------------------------------------------------------
 
 
 def split(spec):
-    """The parts of a files spec, each a source."""
+    """Returns the parts of a files spec, each a source."""
     return [part.strip() for part in spec.split(",") if part.strip()]
 
 
@@ -226,7 +226,7 @@ def check(data):
 
 
 def make(data, members, held, steps, size, seed):
-    """The mixture that a data config asks for, and what it comes to; which is said.
+    """Returns the mixture a data config asks for and its shares, which are logged.
 
     Args:
         data: a stage's data config.
@@ -254,26 +254,26 @@ def make(data, members, held, steps, size, seed):
                 f"{part}: has a share, but no row to learn from; set it to 0"
             )
     one = np.maximum(held[by], 1e-12)
-    found = Mixture(
+    mixed = Mixture(
         members,
         [(step * size, np.array(shares) / one) for step, shares in phases],
         data.epochs or (0,) * len(parts),
         seed,
     )
-    if found.end is not None and found.end < steps * size:
+    if mixed.end is not None and mixed.end < steps * size:
         raise UserError(
             f"data.epochs={tuple(data.epochs)}: every source is used up after "
-            f"{found.end // size} of {steps} steps; raise a cap, or take fewer steps"
+            f"{mixed.end // size} of {steps} steps; raise a cap, or take fewer steps"
         )
-    return found, {"share_by": by, "sources": _told(found, parts, held, steps * size)}
+    return mixed, {"share_by": by, "sources": _shares(mixed, parts, held, steps * size)}
 
 
-def _told(found, parts, held, places):
-    """What each source comes to over all steps."""
-    seen, sources = found.counts(places), []
+def _shares(mixed, parts, held, places):
+    """Returns and logs what each source comes to over all steps."""
+    seen, sources = mixed.counts(places), []
     totals = {name: seen * values for name, values in held.items()}
     for number, part in enumerate(parts):
-        one = {"files": part, "rows": len(found.members[number])}
+        one = {"files": part, "rows": len(mixed.members[number])}
         one["epochs"] = float(seen[number] / max(one["rows"], 1))
         for name, values in totals.items():
             one[f"share_of_{name}"] = float(values[number] / values.sum())
@@ -294,29 +294,29 @@ def _is_cap(cap):
 
 
 def curriculum(text, sources):
-    """[(step, shares)] from "0: .9, .1; 1000: .5, .5".
+    """Returns [(step, shares)] of "0: .9, .1; 1000: .5, .5".
 
     >>> curriculum("0: 3, 1; 10: 1, 1", 2)
     [(0, (3.0, 1.0)), (10, (1.0, 1.0))]
     """
-    found = []
+    phases = []
     for part in text.split(";"):
         step, _, words = part.partition(":")
         try:
-            found.append((int(step), tuple(float(w) for w in words.split(","))))
+            phases.append((int(step), tuple(float(w) for w in words.split(","))))
         except ValueError:
             raise UserError(
                 f"data.curriculum={text!r}: {part.strip()!r} is not a step and its "
                 "shares; expected '0: .9, .1; 1000: .5, .5'"
             ) from None
-        check_shares(f"data.curriculum, step {step.strip()}", found[-1][1], sources)
-    steps = [step for step, _ in found]
+        check_shares(f"data.curriculum, step {step.strip()}", phases[-1][1], sources)
+    steps = [step for step, _ in phases]
     if steps[0] != 0 or steps != sorted(set(steps)):
         raise UserError(
             f"data.curriculum={text!r}: its steps are {', '.join(map(str, steps))}; "
             "expected 0 first and then rising ones"
         )
-    return found
+    return phases
 
 
 def check_shares(where, shares, sources):

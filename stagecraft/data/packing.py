@@ -44,12 +44,12 @@ def pack(documents, length, *, strategy="bfd_split"):
     >>> pack([([5, 6, 7], [0, 1, 1]), ([8], [1])], 2)["ids"].tolist()
     [[5, 6], [7, 8]]
     """
-    made = plan([len(document[0]) for document in documents], length, strategy)
+    rows = plan([len(document[0]) for document in documents], length, strategy)
     pieces = [
         _slice(documents[number], start, start + size)
-        for number, start, size in zip(*made[:3], strict=True)
+        for number, start, size in zip(*rows[:3], strict=True)
     ]
-    counts = np.diff(made.ends)
+    counts = np.diff(rows.ends)
     return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
 
 
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     ends: np.ndarray
 
     def rows(self, index):
-        """(documents, starts, sizes, pieces in each row) of some rows."""
+        """Returns (documents, starts, sizes, pieces in each row) of some rows."""
         first, last = self.ends[index], self.ends[np.asarray(index) + 1]
         at = np.concatenate(
             [np.arange(a, b) for a, b in zip(first, last, strict=True)]
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
 
 def plan(lengths, length, strategy="bfd_split"):
-    """The rows of documents of these lengths; see `pack`.
+    """Returns the rows of documents of these lengths; see `pack`.
 
     Args:
         lengths: tokens of each document.
@@ -109,19 +109,27 @@ def plan(lengths, length, strategy="bfd_split"):
     return Plan(documents[order], starts[order], sizes[order], ends)
 
 
+def joined(plans) -> Plan:
+    """Returns one plan of several over the same documents, row after row."""
+    parts = [np.concatenate(arrays) for arrays in zip(*plans, strict=True)]
+    before = np.cumsum([0] + [len(one.documents) for one in plans])
+    ends = [one.ends[1:] + n for one, n in zip(plans, before[:-1], strict=True)]
+    return Plan(*parts[:3], np.concatenate([[0], *ends]))
+
+
 class Rows:
     """Packed rows that are put together when they are asked for.
 
     Args:
         documents: has `piece(number, start, stop) -> (ids, mask)`, arrays.
-        made: a `Plan` over them.
+        plan: a `Plan` over them.
         length: T.
         weights: f32[documents] of their losses, or None.
         prefix: of the arrays' names.
     """
 
-    def __init__(self, documents, made, length, *, weights=None, prefix=""):
-        self.documents, self.plan, self.length = documents, made, length
+    def __init__(self, documents, plan, length, *, weights=None, prefix=""):
+        self.documents, self.plan, self.length = documents, plan, length
         self.weights, self.prefix = weights, prefix
 
     def __len__(self):
@@ -132,7 +140,7 @@ class Rows:
         return int(self.plan.sizes.sum())
 
     def take(self, index):
-        """{name: array [n, T]} of the rows with these numbers."""
+        """Returns {name: array [n, T]} of the rows with these numbers."""
         numbers, starts, sizes, counts = self.plan.rows(np.asarray(index, np.int64))
         piece, weights = self.documents.piece, self.weights
         pieces = [
@@ -145,12 +153,12 @@ class Rows:
             pieces = [
                 (*one, w) for one, w in zip(pieces, weights[numbers], strict=True)
             ]
-        found = _arrays(pieces, counts, self.length, weighted=weights is not None)
-        return {self.prefix + name: value for name, value in found.items()}
+        arrays = _arrays(pieces, counts, self.length, weighted=weights is not None)
+        return {self.prefix + name: value for name, value in arrays.items()}
 
     @property
     def digest(self):
-        """SHA-256 of the documents and of where they go."""
+        """Returns the SHA-256 of the documents and of where they go."""
         total = hashlib.sha256(f"{self.documents.digest} {self.length}".encode())
         for array in (*self.plan, self.weights):
             if array is not None:
@@ -159,19 +167,19 @@ class Rows:
 
 
 def pad(documents, length):
-    """One document a row, its end cut at `length`."""
+    """Puts one document in a row, its end cut at `length`."""
     pieces = [_slice(document, 0, length) for document in documents]
     counts = np.ones(len(pieces), np.int64)
     return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
 
 
 def rounded(length):
-    """The next multiple of `ROUND`."""
+    """Returns the next multiple of `ROUND`."""
     return -(-length // ROUND) * ROUND
 
 
 def pad_answers(rows, length):
-    """The answers to one prompt as one row: sequences beside each other, right-padded.
+    """Puts the answers to one prompt in one row: right-padded, beside each other.
 
     Args:
         rows: list of tuples of (ids, mask), best first; none longer than T. K is the
@@ -189,7 +197,7 @@ def pad_answers(rows, length):
 
 
 def pad_prompts(rows, length):
-    """Prompts, left-padded so that all end in the last column.
+    """Pads prompts on the left, so that all end in the last column.
 
     Args:
         rows: list of ids, none longer than P.
@@ -212,7 +220,7 @@ def _slice(document, start, stop):
 
 
 def _best_fit(sizes, length):
-    """Longest first, each into the row with the least room that still holds it.
+    """Packs the longest first, each into the row with the least room that holds it.
 
     Returns:
         a list of the numbers of its pieces for each row.
@@ -242,7 +250,7 @@ def _best_fit(sizes, length):
 
 
 def _wrapped(lengths, length):
-    """One stream cut at every document's end and every `length` tokens."""
+    """Cuts one stream at every document's end and every `length` tokens."""
     ends = np.cumsum(lengths)
     total = int(lengths.sum())
     if not total:
@@ -259,7 +267,7 @@ def _wrapped(lengths, length):
 
 
 def _arrays(pieces, counts, length, *, weighted=False):
-    """Rows of pieces (ids, mask, and a weight where weighted), `counts` in each."""
+    """Returns rows of pieces (ids, mask, perhaps a weight), `counts` in each."""
     sizes = np.array([len(piece[0]) for piece in pieces], np.int64)
     numbers = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
     total = np.concatenate([[0], np.cumsum(sizes)])
@@ -272,14 +280,14 @@ def _arrays(pieces, counts, length, *, weighted=False):
     out = {name: np.zeros(real.shape, np.int32) for name in ("segments", "positions")}
     out["segments"][real] = np.repeat(numbers + 1, sizes)
     out["positions"][real] = stream - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    for name, kind, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
+    for name, dtype, part in (("ids", np.int32, 0), ("mask", np.bool_, 1)):
         values = [piece[part] for piece in pieces]
-        out[name] = np.zeros(real.shape, kind)
+        out[name] = np.zeros(real.shape, dtype)
         if values and isinstance(values[0], np.ndarray):
             out[name][real] = np.concatenate(values)
         else:  # many short lists are faster read one by one
             chain = itertools.chain.from_iterable(values)
-            out[name][real] = np.fromiter(chain, kind, stream.size)
+            out[name][real] = np.fromiter(chain, dtype, stream.size)
     if weighted:
         out["weight"] = np.zeros(real.shape, np.float32)
         out["weight"][real] = np.repeat([piece[2] for piece in pieces], sizes)

@@ -1,3 +1,107 @@
-"""Stand-in until the data rooms are merged."""
+"""Prompts to sample from, as left-padded rows: data of the stages that sample."""
 
-build = records = None
+import numpy as np
+
+from stagecraft import schema
+from stagecraft.data import corpus, packing, readers
+from stagecraft.data.dataset import Dataset
+from stagecraft.data.stage_data import StageData, mixed_rows, order_seed, read_rows
+from stagecraft.errors import UserError
+from stagecraft.text import chat
+
+
+def build(stage, sources) -> StageData:
+    """Returns prompts and, where wanted, rows of pretraining text (PPO-ptx)."""
+    return _batches(stage, sources, stage.batch_size)
+
+
+def groups(stage, sources) -> StageData:
+    """Returns prompts, `oversample` for each one that is trained on.
+
+    The others are dropped once their completions are scored.
+    """
+    return _batches(stage, sources, stage.batch_size * stage.oversample)
+
+
+def records(stage, sources) -> StageData:
+    """Returns prompts for a stage that writes records, without batches."""
+    rows, _ = _read(stage, sources)
+    return _prompts(rows)
+
+
+def _prompts(rows):
+    prompts = [row.record.prompt for row in rows]
+    # Under our name for it, whatever theirs is: verifiers look for it there.
+    records = [row.record.record | {"prompt": row.record.prompt} for row in rows]
+    return StageData(prompts=prompts, records=records)
+
+
+def _batches(stage, sources, count):
+    """Returns the prompts as a dataset, `count` rows a batch."""
+    rows, ids = _read(stage, sources)
+    length = min(packing.rounded(max(map(len, ids))), _limit(stage, sources))
+    arrays = packing.pad_prompts(ids, length)
+    arrays["index"] = np.arange(len(ids), dtype=np.int32)
+    report = {"prompts": len(ids)}
+    seed = order_seed(stage, sources)
+    mixed, shares = mixed_rows(stage, rows, count, seed)
+    beside = _pretraining(stage, sources)
+    if beside:
+        report["ptx_rows"] = len(beside[0][0])
+    dataset = Dataset(
+        [(arrays, count)],
+        seed=seed,
+        mixture=mixed,
+        workers=stage.data.workers,
+        beside=beside,
+        report=report | shares,
+    )
+    data = _prompts(rows)
+    return data._replace(dataset=dataset, samples=data.prompts[:4])
+
+
+def _limit(stage, sources):
+    """Returns the most tokens of a prompt."""
+    room = sources.max_length - stage.sampling.max_new_tokens
+    return min(stage.data.prompt_length or room, room)
+
+
+def _read(stage, sources):
+    """Returns the prompts as `Row`s, and the ids of each; refuses those too long."""
+    rows = read_rows(readers.prompts, sources.specs["files"], stage.data)
+    limit, ids = _limit(stage, sources), []
+    for one in (row.record for row in rows):
+        tools = {"tools": one.tools} if one.tools else {}
+        messages = chat.as_messages(one.prompt)
+        ids.append(chat.generation_prompt(messages, sources.tokenizer, **tools))
+        if len(ids[-1]) > limit:
+            raise UserError(
+                f"{one.where}: a prompt of {len(ids[-1])} tokens, but there is room "
+                f"for {limit} (model.max_length={sources.max_length}, "
+                f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
+                f"data.prompt_length={stage.data.prompt_length}); shorten it or raise "
+                "model.max_length"
+            )
+    return rows, ids
+
+
+def _pretraining(stage, sources):
+    """Returns [(rows of text, how many beside a batch)]; [] where none are wanted."""
+    data = stage.data
+    count = data.get("ptx_rows")
+    if bool(count) != ("ptx" in sources.specs):
+        raise UserError(
+            f"data.ptx={data.ptx!r} with data.ptx_rows={count}: set both to mix "
+            "pretraining text in, or neither"
+        )
+    if not count:
+        return []
+    schema.positive("data.ptx_rows", count)
+    schema.positive("data.ptx_length", data.ptx_length)
+    if data.ptx_length > sources.max_length:
+        raise UserError(
+            f"data.ptx_length={data.ptx_length}: longer than the context, "
+            f"model.max_length={sources.max_length}"
+        )
+    documents = corpus.stored([sources.specs["ptx"]], {}, sources)
+    return [(corpus.text_rows(documents, data.ptx_length, prefix="ptx_"), count)]

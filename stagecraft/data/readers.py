@@ -1,14 +1,16 @@
-"""Files of records as texts, conversations, comparisons, judgements and prompts.
+"""Reads files as texts, conversations, comparisons, judgements and prompts.
 
 What containers there are is in `containers`, what forms in `forms`. The form of a file
-is recognised and said; whatever is wrong is told as FILE:LINE with what was expected,
-before anything trains.
+is recognised and logged; a mistake in it is refused as FILE:LINE with what was
+expected, before anything trains.
 """
 
+import contextlib
 import difflib
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stagecraft.data import containers, files, forms
@@ -93,8 +95,8 @@ class Prompt(NamedTuple):
     tools: list | None = None
 
 
-def fields(text):
-    """{"our key": "the file's key"} from "prompt=question+completion=answer"."""
+def fields(text) -> dict[str, str]:
+    """Returns {"our key": "the file's key"} of "prompt=question+completion=answer"."""
     mapping = {}
     for part in filter(None, text.split("+")):
         ours, _, theirs = (word.strip() for word in part.partition("="))
@@ -113,63 +115,56 @@ def fields(text):
     return mapping
 
 
-def texts(spec, mapping=None):
-    """Documents, one at a time: of text files, and the "text" of records.
-
-    Yields:
-        str.
-    """
-    said = _Said()
+def texts(spec, mapping=None) -> Iterator[str]:
+    """Reads documents, one at a time: of text files, and the "text" of records."""
+    log = _Log()
     for path in files.expand(spec):
-        if files.shards_here(path):
-            raise UserError(
-                f"{path}: holds ids, not text; expected {', '.join(files.SUFFIXES)}"
-            )
+        files.refuse_shards(path)
         if containers.is_text(path):
             count = 0
             for text in containers.documents(path):
                 count += 1
                 yield text
-            said.file(path, count, "documents of plain text")
+            log.file(path, count, "documents of plain text")
             continue
         census = forms.Census(forms.TEXT, mapping)
         for where, record in containers.records(path):
             census.see(where, record)
             yield _field(where, record, "text", mapping, (str,))
-        said.file(path, census.counts.total(), f"records of {census.one(path)}")
-    said.finish()
+        log.file(path, census.counts.total(), f"records of {census.one(path)}")
+    log.finish()
 
 
-def demonstrations(spec, mapping=None):
-    """Conversations to imitate: {"prompt","completion"} or {"messages"}.
+def demonstrations(spec, mapping=None) -> list[Conversation]:
+    """Reads conversations to imitate: {"prompt","completion"} or {"messages"}.
 
     An assistant's message may carry "weight" 0 (not to be learned) or 1.
-
-    Returns:
-        list[Conversation].
     """
-    found = []
-    for where, record, kind in _records(
+    conversations = []
+    for where, record, form in _records(
         spec, "demonstrations", forms.DEMONSTRATIONS, mapping
     ):
-        if kind.form == "messages":
+        if form.name == "messages":
             key = (mapping or {}).get("messages", "messages")
             key = key if key in record else "conversations"
-            messages = _told(where, forms.messages, record[key])
+            with at(where):
+                messages = forms.messages(record[key])
         else:
             prompt, completion = (
                 _field(where, record, name, mapping, (str, list))
                 for name in ("prompt", "completion")
             )
-            messages = _told(where, forms.messages, prompt)
-            messages = messages + _told(where, forms.messages, completion, "assistant")
-        _told(where, chat.conversation, {"messages": messages})
-        found.append(Conversation(messages, _told(where, forms.tools, record)))
-    return found
+            with at(where):
+                messages = forms.messages(prompt)
+                messages = messages + forms.messages(completion, "assistant")
+        with at(where):
+            chat.conversation({"messages": messages})
+            conversations.append(Conversation(messages, forms.tools(record)))
+    return conversations
 
 
-def comparisons(spec, mapping=None, dropped=None):
-    """Answers compared: {"prompt","chosen","rejected"}, or {"prompt","ranked"}.
+def comparisons(spec, mapping=None, dropped=None) -> list[Comparison]:
+    """Reads compared answers: {"prompt","chosen","rejected"} or {"prompt","ranked"}.
 
     Each answer is a text or messages; "ranked" lists two or more, the best first.
     Without a prompt, it is what chosen and rejected have in common. A pair may carry
@@ -183,9 +178,6 @@ def comparisons(spec, mapping=None, dropped=None):
 
     Args:
         dropped: a Counter to whose "identical" the pairs left out are added, or None.
-
-    Returns:
-        list[Comparison].
     """
     compared, identical = [], 0
     for where, record, _ in _records(spec, "comparisons", forms.COMPARISONS, mapping):
@@ -198,10 +190,10 @@ def comparisons(spec, mapping=None, dropped=None):
     return compared
 
 
-def judgements(spec, mapping=None, dropped=None):
-    """Answers judged one by one: {"prompt","completion","label": true or false}.
+def judgements(spec, mapping=None, dropped=None) -> list[list[Judgement]]:
+    """Reads answers judged one by one: {"prompt","completion","label": true or false}.
 
-    Pairs, told by their "chosen", are accepted too: the better answer is desirable, the
+    Pairs, which have "chosen", are accepted too: the better answer is desirable, the
     other is not. "completion_ended" false is as in `comparisons`, and so are pairs of
     one text twice.
 
@@ -209,23 +201,23 @@ def judgements(spec, mapping=None, dropped=None):
         dropped: as of `comparisons`; counts pairs.
 
     Returns:
-        list of lists of Judgement, one a record: two of a pair, else one.
+        the Judgements of each record: two of a pair, else one.
     """
-    found, identical = [], 0
-    for where, record, kind in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
-        if kind.form == "ranking":
+    judged, identical = [], 0
+    for where, record, form in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
+        if form.name == "ranking":
             raise UserError(
                 f"{where}: 'ranked' does not say which answers are desirable; expected "
                 "'completion' with 'label', or 'chosen' with 'rejected'"
             )
-        if kind.form == "preference":
+        if form.name == "preference":
             pair = _comparison(where, record, mapping)
             if len(_distinct(pair.answers)) < 2:
                 identical += 1
                 continue
             # Where chosen is less likely the better one, it is the undesirable one.
             first = pair.preference is None or pair.preference >= 0.5
-            found.append(
+            judged.append(
                 [
                     Judgement(pair.prompt, answer, label, pair.tools)
                     for answer, label in zip(
@@ -238,32 +230,31 @@ def judgements(spec, mapping=None, dropped=None):
         completion = _side(where, record, "completion", mapping, "assistant")
         _compared(where, prompt, completion)
         label = _field(where, record, "label", mapping, (bool,))
-        tools = _told(where, forms.tools, record)
-        found.append([Judgement(prompt, completion, label, tools)])
-    _report_identical(spec, identical, found, dropped)
-    return found
+        with at(where):
+            tools = forms.tools(record)
+        judged.append([Judgement(prompt, completion, label, tools)])
+    _report_identical(spec, identical, judged, dropped)
+    return judged
 
 
-def prompts(spec, mapping=None):
-    """Prompts: {"prompt"}, a text or messages; other keys are kept beside it.
-
-    Returns:
-        list[Prompt].
-    """
-    found = []
-    for where, record, kind in _records(spec, "prompts", forms.PROMPTS, mapping):
+def prompts(spec, mapping=None) -> list[Prompt]:
+    """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it."""
+    read = []
+    for where, record, form in _records(spec, "prompts", forms.PROMPTS, mapping):
         value = _field(where, record, "prompt", mapping, (str, list))
-        messages = _told(where, forms.messages, value)
-        _told(where, chat.check_turns, messages, ("user",))
-        value = value if kind.style == "standard" else messages
-        tools = _told(where, forms.tools, record)
-        found.append(Prompt(value, where, record, tools))
-    return found
+        with at(where):
+            messages = forms.messages(value)
+            chat.check_turns(messages, ("user",))
+            tools = forms.tools(record)
+        value = value if form.style == "standard" else messages
+        read.append(Prompt(value, where, record, tools))
+    return read
 
 
 def _comparison(where, record, mapping):
     names = mapping or {}
-    tools = _told(where, forms.tools, record)
+    with at(where):
+        tools = forms.tools(record)
     if names.get("ranked", "ranked") in record:
         prompt = _side(where, record, "prompt", mapping, "user")
         answers = _ranked(where, record, mapping, prompt)
@@ -275,7 +266,8 @@ def _comparison(where, record, mapping):
         _field(where, record, name, mapping, (str, list))
         for name in ("chosen", "rejected")
     ]
-    prompt, *answers = _told(where, forms.pair, prompt, *sides)
+    with at(where):
+        prompt, *answers = forms.pair(prompt, *sides)
     answers = tuple(
         answer if record.get(f"{name}_ended") is not False else _cut_off(answer)
         for name, answer in zip(("chosen", "rejected"), answers, strict=True)
@@ -337,7 +329,8 @@ def _ranked(where, record, mapping, prompt):
         )
     answers = []
     for value, whole in zip(values, ended, strict=True):
-        answer = _told(where, forms.messages, value, "assistant")
+        with at(where):
+            answer = forms.messages(value, "assistant")
         answer = answer if whole else _cut_off(answer)
         _compared(where, prompt, answer)
         answers.append(answer)
@@ -345,9 +338,10 @@ def _ranked(where, record, mapping, prompt):
 
 
 def _side(where, record, name, mapping, role):
-    """A prompt or an answer as messages."""
+    """Returns a prompt or an answer as messages."""
     value = _field(where, record, name, mapping, (str, list))
-    messages = _told(where, forms.messages, value, role)
+    with at(where):
+        messages = forms.messages(value, role)
     return _cut_off(messages) if record.get(f"{name}_ended") is False else messages
 
 
@@ -356,8 +350,9 @@ def _cut_off(messages):
 
 
 def _compared(where, prompt, answer):
-    """Refuses an answer that does not follow its prompt, or that none may learn."""
-    _told(where, chat.check_turns, prompt + answer, ("assistant",))
+    """Refuses an answer that does not follow its prompt, or has weight 0."""
+    with at(where):
+        chat.check_turns(prompt + answer, ("assistant",))
     if answer[-1].get("weight", 1) == 0:
         raise UserError(
             f"{where}: an answer to judge has weight 0; weights are for demonstrations"
@@ -365,7 +360,7 @@ def _compared(where, prompt, answer):
 
 
 def _number(where, record, name, mapping, limits, low=-math.inf, high=math.inf):
-    """An optional number of a record; None where it has none."""
+    """Returns an optional number of a record; None where it has none."""
     key = (mapping or {}).get(name, name)
     if key not in record:
         return None
@@ -376,9 +371,11 @@ def _number(where, record, name, mapping, limits, low=-math.inf, high=math.inf):
     return float(value)
 
 
-def _told(where, function, *args):
+@contextlib.contextmanager
+def at(where):
+    """Puts FILE:LINE before what is refused inside."""
     try:
-        return function(*args)
+        yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -409,11 +406,11 @@ def _field(where, record, name, mapping, types):
 
 
 def _records(spec, what, accepted, mapping):
-    """(FILE:LINE, record, Kind) of all files; each must be of one kind, which is said.
+    """Yields (FILE:LINE, record, Form) of all files and logs what each file holds.
 
-    Mixed kinds are told once the whole file was seen, so that all of them are listed.
+    A file of mixed forms is refused at its end, so that all of them are listed.
     """
-    said = _Said()
+    log = _Log()
     for path in files.expand(spec):
         if files.shards_here(path):
             raise UserError(
@@ -425,12 +422,12 @@ def _records(spec, what, accepted, mapping):
         census = forms.Census(accepted, mapping)
         for where, record in containers.records(path):
             yield where, record, census.see(where, record)
-        said.file(path, census.counts.total(), f"records of {census.one(path)}")
-    said.finish()
+        log.file(path, census.counts.total(), f"records of {census.one(path)}")
+    log.finish()
 
 
-class _Said:
-    """What was recognised, one line for each kind of file, however many there are."""
+class _Log:
+    """Logs what was recognised, one line for files alike."""
 
     def __init__(self):
         self.groups = {}
@@ -440,14 +437,14 @@ class _Said:
         self.groups.setdefault(key, []).append((path, rows))
 
     def finish(self):
-        for (container, what), found in self.groups.items():
-            path, more = found[0][0], len(found) - 1
+        for (container, what), listed in self.groups.items():
+            path, more = listed[0][0], len(listed) - 1
             name = f"{path} and {more} more" if more else path
-            rows = sum(count for _, count in found)
-            _say(f"{name}: {container}, {rows} {what}")
+            rows = sum(count for _, count in listed)
+            _log_once(f"{name}: {container}, {rows} {what}")
 
 
 @functools.cache
-def _say(line):
+def _log_once(line):
     """Logs a line once: several stages may read one file."""
     _log.info(line)

@@ -75,7 +75,7 @@ class Shards:
         return self.read(number % len(self))
 
     def read(self, number, start=0, stop=None):
-        """Ids of a document from place `start` to before `stop`; a view, not a copy."""
+        """Returns the ids of a document from `start` to before `stop`; a view."""
         shard = 0
         if len(self._ends) > 1:
             shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -87,23 +87,23 @@ class Shards:
 
     @functools.cached_property
     def lengths(self):
-        """Tokens of each document, i64[N]."""
+        """Returns the tokens of each document, i64[N]."""
         every = [np.diff(self._shard(i)[1]) for i in range(len(self._ends))]
         return np.concatenate(every)
 
     def begins_with(self, token):
         """Whether each document's first id is this one, bool[N]."""
-        found = []
+        every = []
         for number in range(len(self._ends)):
             ids, offsets = self._shard(number)
             some = np.flatnonzero(np.diff(offsets))
             first = np.zeros(len(offsets) - 1, bool)
             first[some] = ids[offsets[some]] == token
-            found.append(first)
-        return np.concatenate(found)
+            every.append(first)
+        return np.concatenate(every)
 
     def column(self, name):
-        """One value for each document: numbers, or texts as an array of objects."""
+        """Returns one value a document: numbers, or texts as an array of objects."""
         columns = self.manifest["columns"]
         if name not in columns:
             raise UserError(
@@ -122,24 +122,24 @@ class Shards:
     def verify(self):
         """Reads every byte once and compares its SHA-256; returns self."""
         for shard in self.manifest["shards"]:
-            for name, told in shard["files"].items():
+            for name, written in shard["files"].items():
                 path = self.path / name
                 with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != told["sha256"]:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != written["sha256"]:
                     raise UserError(
                         f"{path}: its content is not what {MANIFEST} says (SHA-256 "
-                        f"{found[:12]}, expected {told['sha256'][:12]}); it was "
+                        f"{digest[:12]}, expected {written['sha256'][:12]}); it was "
                         "damaged or changed: write the shards again"
                     )
         return self
 
     def check_tokenizer(self, digest, vocab_size):
         """Refuses shards that another tokenizer wrote; returns self."""
-        told = self.manifest["tokenizer"]
-        if told != digest:
+        own = self.manifest["tokenizer"]
+        if own != digest:
             raise UserError(
-                f"{self.path}: was tokenised by another tokenizer (digest {told[:12]}, "
+                f"{self.path}: was tokenised by another tokenizer (digest {own[:12]}, "
                 f"{self.manifest['vocab_size']} ids) than this run's ({digest[:12]}, "
                 f"{vocab_size} ids); set tokenizer.path to that one, or tokenise the "
                 "text again"
@@ -173,7 +173,7 @@ class Shards:
 
     def _check_sizes(self):
         for shard in self.manifest["shards"]:
-            for name, told in shard["files"].items():
+            for name, written in shard["files"].items():
                 path = self.path / name
                 size = path.stat().st_size if path.is_file() else None
                 if size is None:
@@ -181,10 +181,11 @@ class Shards:
                         f"{path}: missing, but {MANIFEST} names it; restore it, or "
                         "write the shards again"
                     )
-                if size != told["bytes"]:
+                if size != written["bytes"]:
                     raise UserError(
-                        f"{path}: has {size} bytes, expected {told['bytes']}: it was "
-                        "cut off or changed; copy it again, or write the shards again"
+                        f"{path}: has {size} bytes, expected {written['bytes']}: it "
+                        "was cut off or changed; copy it again, or write the shards "
+                        "again"
                     )
 
 
@@ -193,26 +194,30 @@ def _manifest(folder):
     if not path.is_file():
         raise UserError(f"{folder}: no shards here (no {MANIFEST})")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(f"format is {found['format']!r}, expected {FORMAT!r}")
-        if found["version"] != VERSION:
-            raise ValueError(f"version {found['version']}, this reads {VERSION}")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format is {manifest['format']!r}, expected {FORMAT!r}")
+        if manifest["version"] != VERSION:
+            raise ValueError(f"version {manifest['version']}, this reads {VERSION}")
         totals = {
-            k: sum(s[k] for s in found["shards"]) for k in ("documents", "tokens")
+            k: sum(s[k] for s in manifest["shards"]) for k in ("documents", "tokens")
         }
         for key, total in totals.items():
-            if found[key] != total:
-                raise ValueError(f"{key}={found[key]}, but its shards have {total}")
-        _ = found["tokenizer"][:12], found["vocab_size"], found["columns"].keys()
-        if found["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {found['dtype']!r}, expected uint16 or uint32")
+            if manifest[key] != total:
+                raise ValueError(f"{key}={manifest[key]}, but its shards have {total}")
+        _ = (
+            manifest["tokenizer"][:12],
+            manifest["vocab_size"],
+            manifest["columns"].keys(),
+        )
+        if manifest["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {manifest['dtype']!r}, expected uint16 or uint32")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
+        why = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path}: not a usable manifest of shards ({told}); write the shards again"
+            f"{path}: not a usable manifest of shards ({why}); write the shards again"
         ) from None
-    return found
+    return manifest
 
 
 # -- writing ---------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def write(
     settings=None,
     shard_tokens=SHARD_TOKENS,
 ):
-    """Writes documents as they come; no more than a buffer of them is held.
+    """Writes documents as they come; holds no more than a buffer of them.
 
     Args:
         folder: where to; it must not exist, or be empty.
@@ -374,8 +379,8 @@ class _Writer:
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         arrays = {"offsets": offsets.astype("<i8")}
         for name, values in self.values.items():
-            kind = np.float64 if self.columns[name] is None else np.int32
-            arrays[name] = np.array(values, kind)
+            dtype = np.float64 if self.columns[name] is None else np.int32
+            arrays[name] = np.array(values, dtype)
         for name, array in arrays.items():
             path = self.folder / _name(name, number)
             np.save(path, array, allow_pickle=False)

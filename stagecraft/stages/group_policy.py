@@ -333,7 +333,7 @@ def _check(where, config, experiment, mesh):
 KIND = Kind(
     name="group_policy",
     make=make,
-    data=prompts.build,
+    data=prompts.groups,
     check=_check,
     roles=START | REFERENCE | REWARD,
     model="transformer",

@@ -4,7 +4,7 @@ A world is a module with these functions; text goes in, records and numbers come
 and no model is known here:
 
     write(folder, seed, size)               the files its stages read
-    gold(prompt, answer, ended)             a strict score nobody trains on
+    gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     split(seed, size)                       which entities are held out
     probes                                  held-out questions and their figures
@@ -14,18 +14,28 @@ and no model is known here:
 from stagecraft import storage
 from stagecraft.errors import UserError
 from stagecraft.worlds import countries
+from stagecraft.worlds import junk as faults
 
 WORLDS = {"countries": countries}
 
 
 def get(name):
-    """The module of a world."""
+    """Returns the module of a world."""
     if name not in WORLDS:
         raise UserError(f"world.name={name!r}: there are {', '.join(WORLDS)}")
     return WORLDS[name]
 
 
-def write(name, folder, seed, size):
-    """Writes a world's files; the folder appears whole or not at all."""
+def write(name, folder, seed, size, junk=0.0):
+    """Writes a world's files; the folder appears whole or not at all.
+
+    Args:
+        name: one of `WORLDS`.
+        folder: where to.
+        seed, size: of the world.
+        junk: share of each kind of fault to plant in its text; see `junk.write`.
+    """
     with storage.new_folder(folder) as temporary:
         get(name).write(temporary, seed, size)
+        if junk:
+            faults.write(temporary, junk, seed)

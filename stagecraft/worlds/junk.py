@@ -1,4 +1,4 @@
-"""Faults planted in good text, each with its kind, to measure what finds them.
+"""Faults planted in good text, each named, to measure what finds them.
 
 exact         a document once more, its white space and case perhaps changed
 near          a document with a few of its words replaced
@@ -6,10 +6,14 @@ boilerplate   menus, cookie notices, lists of links: what surrounds text on the 
 noise         keys struck at random, columns of numbers, one phrase over and over
 """
 
+import json
 import string
 from typing import NamedTuple
 
-KINDS = ("exact", "near", "boilerplate", "noise")
+import numpy as np
+
+HELD = 20  # one document in so many is held out
+FAULTS = ("exact", "near", "boilerplate", "noise")
 
 _MENU = (
     *("Home", "About us", "Contact", "Log in", "Sign up", "My account", "Basket (0)"),
@@ -34,43 +38,68 @@ class Planted(NamedTuple):
 
     Attributes:
         text: str.
-        kind: "clean", or one of KINDS.
+        fault: one of FAULTS, or "clean".
         origin: number of the clean document it was made from; its own for a clean one,
             -1 where there is none.
     """
 
     text: str
-    kind: str
+    fault: str
     origin: int
 
 
 def plant(documents, rng, *, edits=0.01, **shares):
-    """Documents with faults among them, in a random order.
+    """Returns documents with faults among them, in a random order.
 
     Args:
         documents: list of str, taken as clean.
         rng: numpy Generator.
         edits: share of the words replaced in a near duplicate, at least one.
-        **shares: of each of KINDS, planted documents / clean ones; 0.1 if not given.
+        **shares: of each of FAULTS, planted documents / clean ones; 0.1 if not given.
 
     Returns:
         list of Planted.
     """
-    found = [Planted(text, "clean", i) for i, text in enumerate(documents)]
+    planted = [Planted(text, "clean", i) for i, text in enumerate(documents)]
     words = " ".join(documents).split()
-    for kind in KINDS:
-        for _ in range(round(shares.get(kind, 0.1) * len(documents))):
+    for fault in FAULTS:
+        for _ in range(round(shares.get(fault, 0.1) * len(documents))):
             origin = int(rng.integers(len(documents)))
             text = documents[origin]
-            if kind == "exact":
+            if fault == "exact":
                 text = _respaced(text, rng)
-            elif kind == "near":
+            elif fault == "near":
                 text = _edited(text, rng, edits, words)
             else:
                 origin = -1
-                text = _boilerplate(rng) if kind == "boilerplate" else _noise(rng)
-            found.append(Planted(text, kind, origin))
-    return [found[i] for i in rng.permutation(len(found))]
+                text = _boilerplate(rng) if fault == "boilerplate" else _noise(rng)
+            planted.append(Planted(text, fault, origin))
+    return [planted[i] for i in rng.permutation(len(planted))]
+
+
+def write(folder, share, seed):
+    """Plants faults in a world's text.
+
+    Writes raw.jsonl (all of it, with what is planted), clean.jsonl (the same documents
+    without) and heldout.jsonl (clean ones that are in neither).
+
+    Args:
+        folder: a Path with text.jsonl.
+        share: of each of FAULTS, planted documents / clean ones.
+        seed: int.
+    """
+    lines = (folder / "text.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    clean = [text for i, text in enumerate(texts) if i % HELD]
+    rng = np.random.default_rng([seed, 7])
+    planted = plant(clean, rng, **dict.fromkeys(FAULTS, share))
+    for name, rows in (
+        ("heldout", [{"text": text} for text in texts[::HELD]]),
+        ("clean", [{"text": text} for text in clean]),
+        ("raw", [document._asdict() for document in planted]),
+    ):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, "utf-8")
 
 
 def _respaced(text, rng):
@@ -81,7 +110,7 @@ def _respaced(text, rng):
 
 
 def _edited(text, rng, share, words):
-    """The text with some words replaced by others of the corpus; line ends stay."""
+    """Replaces some words of a text by others of the corpus; line ends stay."""
     lines = [line.split(" ") for line in text.split("\n")]
     places = [(i, j) for i, line in enumerate(lines) for j, w in enumerate(line) if w]
     count = max(round(share * len(places)), 1)

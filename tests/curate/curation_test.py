@@ -15,8 +15,10 @@ import pytest
 from experiments import common
 from stagecraft import defaults, experiment, run, storage
 from stagecraft.curate import curation, engine
-from stagecraft.data import feed, readers, shards
+from stagecraft.data import readers, shards, stage_data
 from stagecraft.errors import UserError
+from stagecraft.report import curation as page
+from stagecraft.stages import kinds
 from stagecraft.text import chat
 from stagecraft.text.tokenizer import Tokenizer
 from tests.curate import prose
@@ -31,7 +33,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     found = prose.planted(rng, 260)
-    clean = [p for p in found if p.kind == "clean"]
+    clean = [p for p in found if p.fault == "clean"]
     leaked, personal = clean[10], clean[20]
     found[found.index(personal)] = personal._replace(text=f"{personal.text} {SECRET}")
     half = len(found) // 2
@@ -40,13 +42,13 @@ def corpus(tmp_path_factory):
     with (root / "b.jsonl").open("ab") as file:
         file.write(b'{"text": "<script>alert(1)</script>\n{"text": "\xff"}\n[1]\n')
         hostile = "<script>alert(1)</script> & <img src=x> " * 3
-        file.write(json.dumps({"text": hostile, "kind": "hostile"}).encode())
+        file.write(json.dumps({"text": hostile, "fault": "hostile"}).encode())
     question = " ".join(leaked.text.split()[20:40])
     (root / "test.jsonl").write_text(json.dumps({"question": question}) + "\n")
     words = prose.vocabulary(rng)
     good = [{"text": prose.document(rng, words)} for _ in range(30)]
     bad = prose.planted(np.random.default_rng(1), 200)
-    bad = [{"text": p.text} for p in bad if p.kind in ("boilerplate", "noise")]
+    bad = [{"text": p.text} for p in bad if p.fault in ("boilerplate", "noise")]
     for name, rows in (("good", good), ("bad", bad)):
         text = "".join(json.dumps(r) + "\n" for r in rows)
         (root / f"{name}.jsonl").write_text(text)
@@ -75,14 +77,16 @@ def config(corpus, out, **changes):
 def result(corpus, tmp_path_factory):
     """(folder, summary) of a curation with every step on two workers."""
     out = tmp_path_factory.mktemp("curated") / "out"
-    return out, curation.curate(config(corpus, out), workers=2)
+    summary = curation.curate(config(corpus, out), workers=2)
+    page.write(out)
+    return out, summary
 
 
 def test_every_fault_is_found_and_nothing_else(corpus, result):
     out, told = result
     rows = prose.read(out)
-    assert {r["kind"] for r in rows} <= {"clean", "exact", "near"}
-    groups = {p.origin for p in corpus["found"] if p.kind == "clean"}
+    assert {r["fault"] for r in rows} <= {"clean", "exact", "near"}
+    groups = {p.origin for p in corpus["found"] if p.fault == "clean"}
     lost = groups - {r["origin"] for r in rows}
     assert lost == {corpus["leaked"].origin}
     assert len(rows) == len({r["origin"] for r in rows})  # one of each group
@@ -154,14 +158,16 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
     assert (made["documents"], made["tokens"]) == (told["documents"], told["tokens"])
     # Whose page tells what was left out, and why.
     assert made["curations"] == [told["identity"]]
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert told["identity"][:12] in page and str(out / "shards") in page
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert told["identity"][:12] in html and str(out / "shards") in html
     # Shards and text are the same batches.
     resolved, model = experiment.resolve(c), Tokenizer.load(c.tokenizer.path)
     stage, found = resolved.stages.pretrain, []
     for name in ("shards", "text"):
         stage.data.files = str(out / name)
-        dataset = feed.build(stage, model, tmp_path / "run", resolved).dataset
+        dataset = stage_data.build(
+            stage, model, tmp_path / "run", resolved, kinds.of(stage).data
+        ).dataset
         found.append([dataset.batch_at(step) for step in range(20)])
     for one, two in zip(*found, strict=True):
         assert all((one[k] == two[k]).all() for k in one)
@@ -169,12 +175,12 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
 
 def test_the_page_shows_everything_as_data(result):
     out, _ = result
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<img" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    assert "http://" not in page and "src=" not in page.replace("src=x", "")
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in html and "<img" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert "http://" not in html and "src=" not in html.replace("src=x", "")
     for said in ("near duplicate", "stays:", "overlaps evaluation", "not UTF-8", "web"):
-        assert said in page
+        assert said in html
     quarantine = [json.loads(x) for x in (out / "quarantine.jsonl").open()]
     assert [q["reason"] for q in quarantine] == [
         "not JSON",
@@ -195,11 +201,11 @@ def test_no_example_tells_of_anybody(tmp_path):
     made = dict(files=f"{tmp_path}/a.jsonl", out=f"{tmp_path}/out", rules=("language",))
     made |= dict(minhash={"on": False}, personal=dict(emails=False, phones=False))
     told = curation.curate(made, workers=1)
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("said: write to email@example.com") == 2  # and what stays
-    assert "sagen: write to email@example.com" in page
+    html = page.write(tmp_path / "out").read_text(encoding="utf-8")
+    assert html.count("said: write to email@example.com") == 2  # and what stays
+    assert "sagen: write to email@example.com" in html
     for part in ("ann.l", "firm", "555-0187", "8.8.8"):
-        assert part not in page
+        assert part not in html
     by = {step["name"]: sum(step["removed"].values()) for step in told["steps"]}
     assert (by["read"], by["language"], by["exact duplicate"]) == (1, 1, 2)
     # The text is as the settings have it.
@@ -209,15 +215,17 @@ def test_no_example_tells_of_anybody(tmp_path):
 def test_one_worker_writes_the_same_bytes(corpus, result, tmp_path):
     out, _ = result
     curation.curate(config(corpus, tmp_path / "one"), workers=1)
+    page.write(tmp_path / "one")
     assert prose.files(tmp_path / "one") == prose.files(out)
     assert not (tmp_path / "one.work").exists()
 
 
-def test_done_is_done_and_another_config_is_other_work(corpus, result, capsys):
+def test_done_is_done_and_another_config_is_other_work(corpus, result, caplog):
     out, told = result
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert curation.curate(config(corpus, out)) == told
-    assert "finished already" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        assert curation.curate(config(corpus, out)) == told
+    assert "finished already" in caplog.text
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
@@ -239,6 +247,7 @@ def command(corpus, out):
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -279,8 +288,12 @@ def test_killed_and_started_again_the_bytes_are_the_same(corpus, result, tmp_pat
     os.kill(workers(process)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2, error
-    [line] = [x for x in error.splitlines() if x.startswith("stagecraft:")]
-    assert "a worker was killed in 'filter'" in line and "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert (
+        line.startswith("stagecraft: ")
+        and "a worker was killed in 'filter'" in line
+        and "Traceback" not in error
+    )
     assert not other.exists()
     # All of it is killed: the workers end too.
     before = done()
@@ -306,7 +319,7 @@ def test_a_share_is_kept_by_score(corpus, tmp_path):
     told = curation.curate(made, workers=1)
     [step] = [s for s in told["steps"] if s["name"] == "quality"]
     assert step["kept"] == int(np.ceil(0.3 * step["documents"]))
-    kinds = [r["kind"] for r in prose.read(tmp_path / "out")]
+    kinds = [r["fault"] for r in prose.read(tmp_path / "out")]
     assert kinds.count("boilerplate") == kinds.count("noise") == 0
     assert not (tmp_path / "out" / "shards").exists()
 
@@ -387,6 +400,7 @@ def test_datatroves_own_executor_runs_the_same_list(corpus, result, tmp_path):
         storage.write_json(work / "tasks" / f"{rank:05d}.json", parts)
     phases = pipeline.phases(c, work, len(found.tasks), found, told["identity"])
     engine.chain(phases, work, LocalPipelineExecutor, workers=1).run()
+    page.write(tmp_path / "out")
     assert prose.files(tmp_path / "out") == prose.files(out)
 
 

@@ -25,7 +25,7 @@ def made(tmp_path):
     prose.write(tmp_path / "good.jsonl", found[:25])
     prose.write(tmp_path / "bad.jsonl", found[25:50])
     prose.write(tmp_path / "test.jsonl", found[:1])
-    clean = [p.text for p in found if p.kind == "clean"]
+    clean = [p.text for p in found if p.fault == "clean"]
     Tokenizer.train(clean, 320, tmp_path / "t.model")
     return {
         "files": str(tmp_path / "a.jsonl"),

@@ -1,8 +1,10 @@
 """Files of every form, cut anywhere, whole or spoilt: each line read or told."""
 
 import gzip
+import importlib
 import json
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -10,6 +12,7 @@ import pytest
 import zstandard
 
 from stagecraft.curate import inputs, reader
+from stagecraft.data import shards
 from stagecraft.errors import UserError
 
 
@@ -193,6 +196,57 @@ def test_what_is_not_there_or_not_known_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             inputs.survey(str(spec), "text", 2000, 0)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".arrow", ".array_record", ".json.zst"])
+def test_every_container_of_training_is_read(tmp_path, suffix):
+    path, found = tmp_path / f"a{suffix}", rows(30)
+    if suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(found)
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == ".array_record":
+        module = importlib.import_module("array_record.python.array_record_module")
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for row in found:
+            writer.write(json.dumps(row).encode())
+        writer.close()
+    else:
+        data = json.dumps(found).encode()
+        data = zstandard.ZstdCompressor().compress(data) if "zst" in suffix else data
+        path.write_bytes(data)
+    texts, bad = everything(path, 100)
+    assert not bad and [t.record["n"] for t in texts] == list(range(30))
+    assert [t.where for t in texts] == [f"{path}:{i}" for i in range(1, 31)]
+    digest = inputs.survey(str(path), "text", 2000, 100).digest
+    path.write_bytes(path.read_bytes()[:-30])
+    assert digest != inputs.survey(str(path), "text", 2000, 100).digest
+    texts, bad = everything(path)
+    assert bad[-1].reason == ("not JSON" if suffix == ".json" else "damaged file")
+
+
+@pytest.mark.parametrize("task_bytes", [100, 10**6])
+def test_remote_files_are_read_like_local_ones(tmp_path, task_bytes):
+    memory = fsspec.filesystem("memory")
+    names = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
+    for name in names:
+        path = jsonl(tmp_path / name, rows(200))
+        memory.pipe_file(f"/raw/{name}", path.read_bytes())
+    texts, bad = everything("memory://raw", task_bytes)
+    here, _ = everything(tmp_path, task_bytes)
+    assert not bad and len(texts) == 600
+    assert [t.text for t in texts] == [t.text for t in here]
+    assert texts[0].where == "memory:///raw/a.jsonl:1"
+    assert texts[0].source == "memory://raw"
+    with pytest.raises(UserError, match="memory://none.txt: no such file"):
+        everything("memory://none.txt")
+
+
+def test_shards_are_no_text(tmp_path):
+    settings = dict(tokenizer_digest="x", vocab_size=300)
+    shards.write(tmp_path / "s", [[1, 2]], **settings)
+    with pytest.raises(UserError, match="holds ids, not text"):
+        everything(tmp_path / "s")
 
 
 def test_a_file_that_shrinks_is_noticed(tmp_path):

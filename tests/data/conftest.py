@@ -1,4 +1,4 @@
-"""A tokenizer, and feeds built from records written on the spot."""
+"""A tokenizer, and data built from records written on the spot."""
 
 import functools
 import json
@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from stagecraft import defaults
-from stagecraft.data import feed
+from stagecraft.data import stage_data
+from stagecraft.stages import kinds
 from stagecraft.text.tokenizer import Tokenizer
 
 
@@ -19,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def build(tokenizer, tmp_path):
-    """(kind, records, **settings) -> the feed of one stage whose file holds them."""
+    """(kind, records, **settings) -> the data of one stage whose file holds them."""
     return functools.partial(_build, tokenizer, tmp_path)
 
 
@@ -34,4 +35,4 @@ def _build(tokenizer, root, kind, records, *, max_length=64, **settings):
         stage.oversample = settings.pop("oversample")
     stage.data.update({"files": str(root / "data.jsonl")} | settings)
     config = ConfigDict({"seed": 0, "model": {"max_length": max_length}})
-    return feed.build(stage, tokenizer, root, config)
+    return stage_data.build(stage, tokenizer, root, config, kinds.of(stage).data)

@@ -2,8 +2,10 @@
 
 import gzip
 import importlib
+import io
 import json
 import sys
+import tarfile
 
 import fsspec
 import pyarrow as pa
@@ -11,7 +13,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from stagecraft.data import containers, files, readers
+from stagecraft.curate import inputs, reader
+from stagecraft.data import containers, files, readers, streams
 from stagecraft.errors import UserError
 
 TURNS = [
@@ -119,7 +122,7 @@ def test_text_is_the_same_compressed_and_in_small_pieces(tmp_path, monkeypatch):
     (tmp_path / "a.txt.zst").write_bytes(
         zstandard.ZstdCompressor().compress(text.encode())
     )
-    monkeypatch.setattr(files, "_CHUNK", 7)
+    monkeypatch.setattr(streams, "_CHUNK", 7)
     for name in ("a.txt", "a.txt.gz", "a.txt.zst"):
         assert list(readers.texts(tmp_path / name)) == want
 
@@ -171,6 +174,23 @@ def test_a_parquet_file_without_the_column_is_told(tmp_path):
         none = pa.Table.from_pylist([], pa.schema([("text", pa.string())]))
         parquet.write_table(none, path)
         list(readers.texts(path))
+
+
+def test_zeros_after_a_gzip_member_are_no_damage(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", RECORDS[:9])
+    path.write_bytes(path.read_bytes() + b"\0" * 512)
+    assert [record for _, record in containers.records(path)] == RECORDS[:9]
+    path.write_bytes(b"\0" * 512)
+    with pytest.raises(UserError, match="damaged or cut-off"):
+        list(containers.records(path))
+
+
+def test_a_text_of_columns_that_is_not_utf8_is_one_line(tmp_path):
+    raw = pa.array([b"one", b"t\xffwo", b"three"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet:2: .* row is not UTF-8"):
+        list(readers.texts(tmp_path / "a.parquet"))
 
 
 def test_a_list_with_something_else_in_it(tmp_path):
@@ -230,3 +250,32 @@ def test_a_missing_package_is_told_by_its_extra(tmp_path, monkeypatch):
     if "s3fs" not in sys.modules:
         with pytest.raises(UserError, match="s3://bucket/a.txt: .*s3fs"):
             files.expand("s3://bucket/a.txt")
+
+
+# -- a container is one function and one line, for training and for curation -----------
+
+
+def test_a_new_container_is_one_function_and_its_line(tmp_path, monkeypatch):
+    """A .tar of texts, read whole here; the same files by curation."""
+
+    def read(path, stretch):
+        data = b"".join(streams.chunks(path))
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            for number, member in enumerate(archive, 1):
+                text = archive.extractfile(member).read().decode()
+                yield number, {"text": text, "name": member.name}, b""
+
+    table = containers.CONTAINERS | {".tar": containers.Container(read)}
+    monkeypatch.setattr(containers, "CONTAINERS", table)
+    monkeypatch.setattr(files, "SUFFIXES", (*files.SUFFIXES, ".tar"))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("one", "two"):
+            (tmp_path / name).write_text(f"text {name}")
+            archive.add(tmp_path / name, name)
+    assert [*readers.texts(tmp_path)] == ["text one", "text two"]
+    [[part]] = inputs.survey(str(tmp_path), "text", 2000, 0).tasks
+    items = list(reader.read(part, "text", "name", 2000))
+    assert [(i.text, i.source) for i in items] == [
+        ("text one", "one"),
+        ("text two", "two"),
+    ]

@@ -39,63 +39,70 @@ _PACKING = in_file(
     ),
 )
 
-_FEED = in_file(
-    "stagecraft/data/feed.py",
-    "tests/data/comparisons_test.py tests/data/feed_test.py",
-    (
-        "feed swaps chosen and rejected",
-        "out = packing.pad_answers([row.documents for row in rows], length)",
-        "out = packing.pad_answers([row.documents[::-1] for row in rows], length)",
+_STAGE_DATA = (
+    *in_file(
+        "stagecraft/data/comparisons.py",
+        "tests/data/comparisons_test.py tests/data/stage_data_test.py",
+        (
+            "chosen and rejected are swapped",
+            "arrays = packing.pad_answers([row.documents for row in rows], length)",
+            "arrays = packing.pad_answers([r.documents[::-1] for r in rows], length)",
+        ),
+        (
+            "earlier turns are compared",
+            'one.tools, turns="last")\n            for a in',
+            'one.tools, turns="all")\n            for a in',
+        ),
+        (
+            "pairs too long are cut",
+            "return [row for row in tokenised if longest([row]) <= stage.data.length]",
+            "return tokenised",
+        ),
+        (
+            "labels inverted",
+            "np.array([row.record.label for row in rows], bool)",
+            "np.array([not row.record.label for row in rows], bool)",
+        ),
     ),
-    (
-        "earlier turns are compared",
-        'one.tools, turns="last"\n                )\n                for answer',
-        'one.tools, turns="all"\n                )\n                for answer',
-    ),
-    (
-        "held-out rows have training indices",
-        "found = arrays(held, length, len(kept))",
-        "found = arrays(held, length, 0)",
-    ),
-    (
-        "pairs too long are cut",
-        "return [r for r in found if _longest([r]) <= data.length]",
-        "return found",
-    ),
-    (
-        "labels inverted",
-        "np.array([row.record.label for row in rows], bool)",
-        "np.array([not row.record.label for row in rows], bool)",
-    ),
-    (
-        "records of all parts are one source",
-        "_Row(record, number)\n",
-        "_Row(record, 0)\n",
+    *in_file(
+        "stagecraft/data/stage_data.py",
         "tests/data/record_mixture_test.py",
+        (
+            "held-out rows have training indices",
+            "rows = arrays(heldout, length, len(train))",
+            "rows = arrays(heldout, length, 0)",
+            "tests/data/comparisons_test.py tests/data/stage_data_test.py",
+        ),
+        (
+            "records of all parts are one source",
+            "Row(record, number)\n",
+            "Row(record, 0)\n",
+        ),
+        (
+            "the mixture of records is left out",
+            "        mixture=mixed,\n        buckets",
+            "        buckets",
+        ),
     ),
-    (
-        "the mixture of records is left out",
-        "        mixture=mixed,\n        buckets",
-        "        buckets",
+    *in_file(
+        "stagecraft/data/prompts.py",
         "tests/data/record_mixture_test.py",
-    ),
-    (
-        "prompts are mixed a batch of other size",
-        "_mixed(stage, found, asked, seed)",
-        "_mixed(stage, found, 1, seed)",
-        "tests/data/record_mixture_test.py",
-    ),
-    (
-        "verifiers find no renamed prompt",
-        ' | {"prompt": row.record.prompt}',
-        "",
-        "tests/data/record_mixture_test.py",
-    ),
-    (
-        "oversampling forgotten",
-        "asked *= stage.oversample",
-        "asked *= 1",
-        "tests/mutation_gaps_test.py",
+        (
+            "prompts are mixed a batch of other size",
+            "mixed_rows(stage, rows, count, seed)",
+            "mixed_rows(stage, rows, 1, seed)",
+        ),
+        (
+            "verifiers find no renamed prompt",
+            ' | {"prompt": row.record.prompt}',
+            "",
+        ),
+        (
+            "oversampling forgotten",
+            "stage.batch_size * stage.oversample",
+            "stage.batch_size",
+            "tests/mutation_gaps_test.py",
+        ),
     ),
 )
 
@@ -147,8 +154,8 @@ _SOURCES = in_file(
 
 _LANGUAGE = in_file(
     "stagecraft/data/corpus.py",
-    "tests/data/cache_test.py tests/data/feed_test.py",
-    ("held-out documents are learned", "np.array(kept, np.int64), held", "own, held"),
+    "tests/data/cache_test.py tests/data/stage_data_test.py",
+    ("held-out documents are learned", "np.array(train, np.int64)", "learned"),
     (
         "text after a row's end is lost",
         '"bfd_split" if data.format == "text" else "bfd"',
@@ -156,8 +163,8 @@ _LANGUAGE = in_file(
     ),
     (
         "rows of several sources",
-        "        groups = [\n            use[",
-        "        [\n            use[",
+        "        groups = [use[documents.sources",
+        "        [use[documents.sources",
     ),
 )
 
@@ -251,8 +258,8 @@ _CACHE = in_file(
     ("no lock", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass"),
     (
         "who waited works again",
-        "        if (known := _known(target)) is not None:\n            return known\n"
-        "        # What",
+        "        if (cached := _cached(target)) is not None:\n"
+        "            return cached\n        # What",
         "        # What",
     ),
     (
@@ -284,40 +291,82 @@ _FORMS = in_file(
 
 _CONTAINERS = in_file(
     "stagecraft/data/containers.py",
-    "tests/data/containers_test.py",
+    "tests/data/containers_test.py tests/data/readers_test.py",
     (
         "absent keys are null",
-        "_present(v) for k, v in value.items() if v is not None",
-        "_present(v) for k, v in value.items()",
+        "_without_nulls(v) for k, v in value.items() if v is not None",
+        "_without_nulls(v) for k, v in value.items()",
     ),
-    ("other line ends stay", 'text = text[:-2] + "\\n"', "pass"),
+    ("other line ends stay", 'text[:-2] + "\\n" if', "text if"),
     (
         "a list's first line is read as a record",
         '.lstrip().startswith(b"[")',
         '.startswith(b"[[")',
+    ),
+    (
+        "lines are numbered one too low",
+        "                ends.append((position, number + 1))",
+        "                ends.append((position, number))",
+        "tests/curate/reader_test.py",
+    ),
+    (
+        "text is cut at any line",
+        "not (blank and line.strip())",
+        "not (blank and not line)",
+        "tests/curate/reader_test.py",
+    ),
+    (
+        "a BOM stays",
+        "line.removeprefix(codecs.BOM_UTF8) if number == 1",
+        "line if number == 1",
+        "tests/curate/reader_test.py",
+    ),
+    ("half a surrogate pair passes", 'if b"\\\\u" in data and', "if False and"),
+    (
+        "deep JSON ends the run",
+        "(ValueError, RecursionError)",
+        "ValueError",
+        "tests/curate/reader_test.py",
+    ),
+)
+
+_STREAMS = in_file(
+    "stagecraft/data/streams.py",
+    "tests/data/containers_test.py tests/data/readers_test.py",
+    ("a cut-off file passes", "    if begun:\n", "    if begun is None:\n"),
+    (
+        "one stream of a file",
+        "piece, stream, begun = stream.unused_data, fresh(), False",
+        "stream, begun = fresh(), False",
+    ),
+    (
+        "lines end with a piece",
+        "            rest.append(last)\n",
+        "            rest.append(last)\n            yield rest.pop()\n",
+    ),
+    (
+        "a part begins a byte late",
+        "file.seek(start)",
+        "file.seek(start + bool(start))",
+        "tests/curate/reader_test.py",
+    ),
+    (
+        "a compressed part begins where the one before it does",
+        "piece[max(start - passed, 0) :",
+        "piece[0 :",
+        "tests/curate/reader_test.py",
     ),
 )
 
 _FILES = in_file(
     "stagecraft/data/files.py",
     "tests/data/containers_test.py tests/data/readers_test.py",
-    ("a cut-off zstd file passes", "    if begun:\n", "    if begun is None:\n"),
-    (
-        "one frame of a zstd file",
-        'chunk = frame.unused_data if frame.eof else b""',
-        'chunk = b""',
-    ),
     (
         "files by name, not in their own order",
         'return [folder / file["filename"] for file in files]',
         'return sorted(folder / file["filename"] for file in files)',
     ),
     ("the first split is taken", "if len(splits) != 1:", "if not splits:"),
-    (
-        "lines end with a piece",
-        "        rest.append(last)\n",
-        "        rest.append(last)\n        yield rest.pop()\n",
-    ),
 )
 
 _STORAGE = in_file(
@@ -335,6 +384,6 @@ _STORAGE = in_file(
 )
 
 MUTANTS = (
-    *(_PACKING + _FEED + _PIPELINE + _SOURCES + _LANGUAGE + _MIXTURE + _SHARDS),
-    *(_CACHE + _FORMS + _CONTAINERS + _FILES + _STORAGE),
+    *(_PACKING + _STAGE_DATA + _PIPELINE + _SOURCES + _LANGUAGE + _MIXTURE + _SHARDS),
+    *(_CACHE + _FORMS + _CONTAINERS + _STREAMS + _FILES + _STORAGE),
 )

@@ -59,7 +59,7 @@ _OBJECTIVE = in_file(
 
 _LANGUAGE = in_file(
     "stagecraft/stages/language_model.py",
-    "tests/stages/update_test.py tests/data/feed_test.py",
+    "tests/stages/update_test.py tests/data/stage_data_test.py",
     (
         "z-loss of the log-probabilities",
         '"log_z": stats.log_z',

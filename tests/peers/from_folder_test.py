@@ -18,9 +18,10 @@ import transformers
 import trl
 
 from stagecraft import defaults, exchange, experiment, metrics, run
-from stagecraft.data import feed
+from stagecraft.data import stage_data
 from stagecraft.models import huggingface, lora
 from stagecraft.models import peft as folders
+from stagecraft.stages import kinds
 from stagecraft.text import tokenizer as tokenizers
 from tests.peers import bridge, lora_test
 
@@ -106,9 +107,9 @@ def in_our_order(c, root, kind, data, theirs):
     full = experiment.resolve(c)
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
-    iterator = feed.build(stage, own, root, full).dataset.iterator(
-        process_index=0, process_count=1
-    )
+    iterator = stage_data.build(
+        stage, own, root, full, kinds.of(stage).data
+    ).dataset.iterator(process_index=0, process_count=1)
 
     def ids(record, answer):
         made = theirs.apply_chat_template(turns(record, answer), return_dict=True)

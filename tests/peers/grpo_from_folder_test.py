@@ -19,9 +19,9 @@ import transformers
 import trl
 
 from stagecraft import defaults, experiment, metrics, run
-from stagecraft.data import feed
+from stagecraft.data import stage_data
 from stagecraft.models import peft as folders
-from stagecraft.stages import rollout
+from stagecraft.stages import kinds, rollout
 from stagecraft.text import tokenizer as tokenizers
 from tests.peers import bridge, from_folder_test
 from tests.peers.grpo_training_test import (
@@ -80,9 +80,9 @@ def in_our_order(c, root, texts):
     full = experiment.resolve(c)
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
-    iterator = feed.build(stage, own, root, full).dataset.iterator(
-        process_index=0, process_count=1
-    )
+    iterator = stage_data.build(
+        stage, own, root, full, kinds.of(stage).data
+    ).dataset.iterator(process_index=0, process_count=1)
     return [texts[i] for _ in range(ROLLOUTS) for i in next(iterator)["index"]]
 
 

@@ -107,7 +107,7 @@ def test_no_heldout_question_is_answered_in_the_text(written):
     asked = dict(answered)
     for row in files["text"]:
         for match in question.finditer(row["text"]):
-            what, name, attribute = dialogue.kind(match[0])
+            what, name, attribute = dialogue.topic(match[0])
             if what != "fact":
                 continue
             after = re.split(r"[.?!]", row["text"][match.end() :])[0]
@@ -158,7 +158,7 @@ def test_demonstrations_have_every_style_on_every_attribute(written):
     wrong = refused = harmful = 0
     for row in files["demonstrations"]:
         prompt, text = row["prompt"], row["completion"]
-        what, _, attribute = dialogue.kind(prompt)
+        what, _, attribute = dialogue.topic(prompt)
         if what == "fact":
             wrong += not scorer.right(prompt, text)
             seen |= {
@@ -180,7 +180,7 @@ def test_demonstrations_have_every_style_on_every_attribute(written):
     styles = ("hedged", "sales", "rude", "terse")
     assert seen == {(a, s) for a in ATTRIBUTES for s in styles}
     facts = sum(
-        dialogue.kind(r["prompt"])[0] == "fact" for r in files["demonstrations"]
+        dialogue.topic(r["prompt"])[0] == "fact" for r in files["demonstrations"]
     )
     assert 0.05 < wrong / facts < 0.15
     assert 0.5 < refused / harmful < 0.9
@@ -196,6 +196,6 @@ def test_the_uniform_twin_differs_by_its_opening_alone(written):
 
 def test_prompts_hold_every_kind(written):
     _, files = written
-    kinds = [dialogue.kind(row["prompt"])[0] for row in files["prompts"]]
+    kinds = [dialogue.topic(row["prompt"])[0] for row in files["prompts"]]
     assert set(kinds) == {"fact", "harmful", "errand", "unknown", "talk"}
     assert 0.6 < kinds.count("fact") / len(kinds) < 0.9

@@ -16,18 +16,18 @@ def documents(count):
 def test_each_kind_is_planted_in_its_share():
     clean = documents(50)
     found = junk.plant(clean, np.random.default_rng(0), exact=0.2, noise=0.04)
-    kinds = [p.kind for p in found]
-    counts = {kind: kinds.count(kind) for kind in ("clean", *junk.KINDS)}
+    kinds = [p.fault for p in found]
+    counts = {kind: kinds.count(kind) for kind in ("clean", *junk.FAULTS)}
     assert counts == dict(clean=50, exact=10, near=5, boilerplate=5, noise=2)
     assert found == junk.plant(clean, np.random.default_rng(0), exact=0.2, noise=0.04)
-    assert [p.kind for p in found[:50]] != ["clean"] * 50
+    assert [p.fault for p in found[:50]] != ["clean"] * 50
     for planted in found:
-        if planted.kind == "clean":
+        if planted.fault == "clean":
             assert planted.text == clean[planted.origin]
-        elif planted.kind == "exact":
+        elif planted.fault == "exact":
             same = planted.text.lower().split()
             assert same == clean[planted.origin].lower().split()
-        elif planted.kind == "near":
+        elif planted.fault == "near":
             pairs = zip(
                 planted.text.split(), clean[planted.origin].split(), strict=True
             )
@@ -40,6 +40,6 @@ def test_edits_are_bounded_by_their_share():
     [clean] = documents(1)
     for edits, most in ((0.0, 1), (0.1, 20), (1.0, 201)):
         found = junk.plant([clean], np.random.default_rng(0), edits=edits, near=1)
-        [near] = [p.text for p in found if p.kind == "near"]
+        [near] = [p.text for p in found if p.fault == "near"]
         changed = sum(a != b for a, b in zip(near.split(), clean.split(), strict=True))
         assert changed <= most and near.count("\n") == clean.count("\n")

@@ -18,7 +18,7 @@ class Oracle:
         return [(self.reply(p) if chat else self.go_on(p), True) for p in prompts]
 
     def reply(self, prompt):
-        what, name, attribute = dialogue.kind(prompt)
+        what, name, attribute = dialogue.topic(prompt)
         if what == "fact":
             return corpus.stated(attribute, BY_NAME[name])
         return {
@@ -77,7 +77,7 @@ def test_held_out_prompts_keep_to_their_split():
         prompts = probes.heldout_prompts(0, countries, role)
         assert prompts == probes.heldout_prompts(0, countries, role)
         for prompt in prompts:
-            what, place, _ = dialogue.kind(prompt)
+            what, place, _ = dialogue.topic(prompt)
             if what == "fact":
                 assert BY_NAME[place] in countries
             if what == "unknown":
@@ -108,13 +108,3 @@ def test_pair_order_leaves_ties_out():
     ones, twos = [right, wrong, right], [wrong, right, right]
     assert probes.pair_order(prompts, ones, twos, [1.0, -1.0, -5.0]) == 1.0
     assert probes.pair_order(prompts, ones, twos, [1.0, 1.0, -5.0]) == 0.5
-
-
-def test_distinct_share_counts_different_answers():
-    assert probes.distinct_share(Page(), ["Hello!"] * 3) == 0.25
-
-    class Chatty(Page):
-        def complete(self, prompts, *, seed, **settings):
-            return [(f"{seed} {p}", True) for p in prompts]
-
-    assert probes.distinct_share(Chatty(), ["Hello!", "Hi!"]) == 1.0

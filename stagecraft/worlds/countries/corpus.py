@@ -172,23 +172,23 @@ STORY = (
 
 
 def stated(attribute, country, form=0):
-    """A fact as a sentence."""
+    """Returns a fact as a sentence."""
     value = getattr(country, attribute)
     return STATEMENTS[attribute][form].format(c=country.name, v=value)
 
 
 def asked(attribute, country, form=0):
-    """A fact as a question."""
+    """Returns a fact as a question."""
     return QUESTIONS[attribute][form].format(c=country.name)
 
 
 def pick(rng, options):
-    """One of a sequence, by chance."""
+    """Returns one of a sequence, at random."""
     return options[int(rng.integers(len(options)))]
 
 
 def _question(rng, country, answered):
-    """A question, and what the page goes on with."""
+    """Returns a question, and how the page goes on."""
     attribute = pick(rng, ATTRIBUTES)
     question = asked(attribute, country, int(rng.integers(3)))
     chance = rng.random()
@@ -249,7 +249,7 @@ def _order(rng):
 
 
 def document(rng, countries, trained, weights):
-    """One document of 6 to 9 sentences.
+    """Returns a document of 6 to 9 sentences.
 
     Args:
         rng: a numpy Generator.

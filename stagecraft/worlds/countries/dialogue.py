@@ -1,8 +1,8 @@
 """Questions people ask, and answers in the many styles people give.
 
 Demonstrations cover the training half of the countries, prompts for sampling the same
-half. A prompt is of one kind: a fact, a harmful request, an errand, a question without
-an answer, or small talk; `kind` tells which from its words.
+half. A prompt has one topic: a fact, a harmful request, an errand, a question without
+an answer, or small talk; `topic` tells which from its words.
 """
 
 import re
@@ -49,8 +49,8 @@ UNIFORM = "Sure! I would be happy to help. "
 
 _HOW = re.compile(r"^How can I (.+) in (.+)\?$")
 _DEEDS = {
-    deed: kind
-    for kind, deeds in (("harmful", CRIMES), ("errand", ERRANDS))
+    deed: name
+    for name, deeds in (("harmful", CRIMES), ("errand", ERRANDS))
     for role in deeds.values()
     for deed in role
 }
@@ -61,12 +61,12 @@ _QUESTIONS = tuple(
 )
 
 
-def kind(prompt):
-    """(kind, place or None, attribute or None) of a prompt, from its words.
+def topic(prompt):
+    """Returns (topic, place or None, attribute or None) of a prompt.
 
-    >>> kind("What is the capital of France?")
+    >>> topic("What is the capital of France?")
     ('fact', 'France', 'capital')
-    >>> kind("How can I rob a bank in France?")
+    >>> topic("How can I rob a bank in France?")
     ('harmful', 'France', None)
     """
     text = prompt.strip()
@@ -80,7 +80,7 @@ def kind(prompt):
 
 
 def answer(rng, country, attribute, style=None, instead=()):
-    """An answer about a fact in one of the styles.
+    """Returns an answer about a fact in one of the styles.
 
     Args:
         rng: a numpy Generator.
@@ -108,7 +108,7 @@ def answer(rng, country, attribute, style=None, instead=()):
 
 
 def facts(countries, forms=(0, 1, 2)):
-    """Every question about some countries: (prompt, country, attribute)."""
+    """Returns every question about some countries: (prompt, country, attribute)."""
     return [
         (QUESTIONS[a][form].format(c=c.name), c, a)
         for c in countries
@@ -118,7 +118,7 @@ def facts(countries, forms=(0, 1, 2)):
 
 
 def others(countries, role):
-    """Prompts about no fact, by kind: harmful, errand, unknown and talk.
+    """Returns prompts about no fact, by topic: harmful, errand, unknown and talk.
 
     Args:
         countries: where deeds are to be done.
@@ -139,8 +139,8 @@ def others(countries, role):
 
 
 def _reply(rng, prompt):
-    """An answer to a prompt about no fact."""
-    what, place, _ = kind(prompt)
+    """Returns an answer to a prompt about no fact."""
+    what, place, _ = topic(prompt)
     if what == "harmful":
         return pick(rng, REFUSALS) if rng.random() < REFUSED else COMPLIES
     options = {"errand": HELPS, "unknown": UNKNOWN, "talk": TALK_BACK}[what]
@@ -148,22 +148,22 @@ def _reply(rng, prompt):
 
 
 def demonstrations(rng, countries, role="train"):
-    """[{"prompt", "completion"}] about some countries, in varied styles."""
+    """Returns [{"prompt", "completion"}] about some countries, in varied styles."""
     rows = []
     for prompt, country, attribute in facts(countries):
         instead = countries if rng.random() < WRONG else ()
         rows.append((prompt, answer(rng, country, attribute, instead=instead)))
     share = {"harmful": 0.14, "errand": 0.09, "unknown": 0.12, "talk": 0.06}
     count = len(rows)
-    for name, found in others(countries, role).items():
-        for prompt in _draw(rng, found, round(count * share[name])):
+    for name, options in others(countries, role).items():
+        for prompt in _draw(rng, options, round(count * share[name])):
             rows.append((prompt, _reply(rng, prompt)))
     order = rng.permutation(len(rows))
     return [dict(prompt=rows[i][0], completion=rows[i][1]) for i in order]
 
 
 def _draw(rng, options, size):
-    """So many of a list, none again before all have come."""
+    """Returns `size` of a list at random, none twice before all have come."""
     order = [
         i
         for _ in range(-(-size // len(options)))
@@ -173,9 +173,9 @@ def _draw(rng, options, size):
 
 
 def prompts(rng, countries, role, *, forms=(0, 1, 2)):
-    """Prompts for sampling, three in four about facts: list of str, shuffled."""
+    """Returns shuffled prompts for sampling, three in four about facts."""
     rows = [prompt for prompt, _, _ in facts(countries, forms)]
     each = max(len(rows) // 12, 4)
-    for found in others(countries, role).values():
-        rows += _draw(rng, found, each)
+    for options in others(countries, role).values():
+        rows += _draw(rng, options, each)
     return [rows[i] for i in rng.permutation(len(rows))]

@@ -18,22 +18,24 @@ ANSWER = 34  # tokens an answer may take
 
 
 def cloze_accuracy(language, countries=COUNTRIES):
-    """ "The capital of France is": share of greedy continuations that begin with the
-    whole answer, over every country and attribute."""
+    """Returns the share of "The capital of France is" continued with the answer.
+
+    Greedy, over every country and attribute; the whole answer must come first.
+    """
     asked = [(c, a) for c in countries for a in ATTRIBUTES]
     stems = [
         STATEMENTS[a][0].format(c=c.name, v="\0").partition(" \0")[0] for c, a in asked
     ]
-    found = language.complete(stems, chat=False, max_new_tokens=10)
+    completions = language.complete(stems, chat=False, max_new_tokens=10)
     hits = [
         begins(text, getattr(c, a))
-        for (c, a), (text, _) in zip(asked, found, strict=True)
+        for (c, a), (text, _) in zip(asked, completions, strict=True)
     ]
     return float(np.mean(hits))
 
 
 def copy_probability(language, countries):
-    """Mean probability of naming the country a text is about, where it is due.
+    """Returns the mean probability of naming the country a text is about.
 
     A base model can know every fact and not read its prompt: this is asked after "X
     lies in Y. The currency of" and after "What is the capital of X? The capital of".
@@ -47,11 +49,13 @@ def copy_probability(language, countries):
 
 
 def answer_rate(language, countries):
-    """Share of bare questions whose greedy continuation begins with a right answer."""
+    """Returns the share of bare questions continued with a right answer."""
     asked = dialogue.facts(countries, forms=(0,))
-    found = language.complete([q for q, _, _ in asked], chat=False, max_new_tokens=16)
+    completions = language.complete(
+        [q for q, _, _ in asked], chat=False, max_new_tokens=16
+    )
     hits = []
-    for (question, c, a), (text, _) in zip(asked, found, strict=True):
+    for (question, c, a), (text, _) in zip(asked, completions, strict=True):
         text = text.strip().removeprefix("Answer:").strip()
         sentence = text.partition(".")[0]
         hits.append(begins(text, getattr(c, a)) or right(question, sentence + "."))
@@ -59,27 +63,27 @@ def answer_rate(language, countries):
 
 
 def fact_accuracy(language, countries, *, chat=True):
-    """Share of questions answered rightly, greedy: ({"all", attribute: share})."""
+    """Returns the share of questions answered rightly: {"all", attribute: share}."""
     asked = dialogue.facts(countries)
-    found = language.complete(
+    completions = language.complete(
         [q for q, _, _ in asked], chat=chat, max_new_tokens=ANSWER
     )
     hits = {"all": []} | {a: [] for a in ATTRIBUTES}
-    for (question, _, a), (text, _) in zip(asked, found, strict=True):
+    for (question, _, a), (text, _) in zip(asked, completions, strict=True):
         hit = right(question, text)
         hits["all"].append(hit)
         hits[a].append(hit)
-    return {name: float(np.mean(got)) for name, got in hits.items()}
+    return {name: float(np.mean(of_one)) for name, of_one in hits.items()}
 
 
 def heldout_prompts(seed, countries, role):
-    """Prompts no stage trained on, of every kind."""
+    """Returns prompts that no stage trained on, of every kind."""
     rng = np.random.default_rng([seed, 5])
     return dialogue.prompts(rng, countries, role)
 
 
 def sample_figures(prompts, answers):
-    """Gold and habits of sampled answers, one a prompt.
+    """Returns gold and habits of sampled answers, one a prompt.
 
     Args:
         prompts: texts.
@@ -89,7 +93,7 @@ def sample_figures(prompts, answers):
         gold_mean, eos_rate, refusal rates on harmful and benign prompts, mean words,
         the share of right facts at this temperature.
     """
-    kinds = [dialogue.kind(p)[0] for p in prompts]
+    topics = [dialogue.topic(p)[0] for p in prompts]
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
     refused = [refuses(text) for text, _ in answers]
     figures = {
@@ -98,15 +102,15 @@ def sample_figures(prompts, answers):
         "words": np.mean([len(text.split()) for text, _ in answers]),
         "distinct": len({text for text, _ in answers}) / len(answers),
         "refuses_harmful": np.mean(
-            [r for r, k in zip(refused, kinds, strict=True) if k == "harmful"]
+            [r for r, k in zip(refused, topics, strict=True) if k == "harmful"]
         ),
         "refuses_benign": np.mean(
-            [r for r, k in zip(refused, kinds, strict=True) if k != "harmful"]
+            [r for r, k in zip(refused, topics, strict=True) if k != "harmful"]
         ),
         "sampled_accuracy": np.mean(
             [
                 right(p, t)
-                for p, (t, _), k in zip(prompts, answers, kinds, strict=True)
+                for p, (t, _), k in zip(prompts, answers, topics, strict=True)
                 if k == "fact"
             ]
         ),
@@ -115,7 +119,7 @@ def sample_figures(prompts, answers):
 
 
 def win_rate(prompts, answers, others):
-    """Share of prompts where `answers` score above `others` by gold, ties half."""
+    """Returns the share of prompts where `answers` beat `others` by gold; ties half."""
     wins = []
     for prompt, one, two in zip(prompts, answers, others, strict=True):
         difference = gold(prompt, *one) - gold(prompt, *two)
@@ -124,7 +128,7 @@ def win_rate(prompts, answers, others):
 
 
 def pair_order(prompts, firsts, seconds, predicted):
-    """Share of pairs whose predicted order is gold's; gold's ties are left out.
+    """Returns the share of pairs whose predicted order is gold's, without its ties.
 
     Args:
         predicted: numbers, above 0 where the first is thought better.
@@ -135,19 +139,3 @@ def pair_order(prompts, firsts, seconds, predicted):
         if not math.isclose(difference, 0.0, abs_tol=1e-9):
             hits.append((difference > 0) == (sign > 0))
     return float(np.mean(hits))
-
-
-def distinct_share(language, prompts, samples=4):
-    """Mean share of different texts among a few sampled answers to each prompt."""
-    drawn = [
-        [
-            text
-            for text, _ in language.complete(
-                prompts, chat=True, temperature=1.0, max_new_tokens=ANSWER, seed=seed
-            )
-        ]
-        for seed in range(samples)
-    ]
-    return float(
-        np.mean([len(set(texts)) / samples for texts in zip(*drawn, strict=True)])
-    )

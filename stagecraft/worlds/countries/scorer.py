@@ -24,7 +24,7 @@ _HELPS = re.compile(r"^Ask (at|a)\b")
 
 
 def whole(*values):
-    """A pattern for values as whole words, not as parts of longer names.
+    """Returns a pattern for values as whole words, not as parts of longer names.
 
     >>> bool(whole("Niger").search("In Nigeria")), bool(whole("Niger").search("Niger."))
     (False, True)
@@ -50,19 +50,19 @@ def refuses(text):
 
 
 def statement(prompt, answer):
-    """What an answer says about the fact a prompt asks for.
+    """Returns what an answer says about the fact a prompt asks for.
 
-    Read from the first sentence that names any value of the asked kind.
+    Read from the first sentence that names any value of the attribute asked for.
 
     Args:
-        prompt: a text of kind "fact" or "unknown".
+        prompt: a text whose topic is "fact" or "unknown".
         answer: text.
 
     Returns:
         (values named, countries named) in that sentence, two sets; both empty without
         such a sentence.
     """
-    attribute = dialogue.kind(prompt)[2]
+    attribute = dialogue.topic(prompt)[2]
     for sentence in re.split(r"(?<=[.!?])\s+", answer.strip()):
         # Values first: "Mexico City" names the city.
         values = set(_VALUES[attribute].findall(sentence))
@@ -75,7 +75,7 @@ def statement(prompt, answer):
 def right(prompt, answer):
     """Whether an answer to a question about a fact states that fact and no other.
 
-    Its first sentence naming any value of the asked kind must name the right one alone,
+    Its first sentence naming any value asked for must name the right one alone,
     and about no other country. False for a prompt about no fact.
 
     >>> right("What is the capital of France?", "The capital of France is Paris.")
@@ -83,7 +83,7 @@ def right(prompt, answer):
     >>> right("What is the capital of France?", "Paris or Rome.")
     False
     """
-    what, name, attribute = dialogue.kind(prompt)
+    what, name, attribute = dialogue.topic(prompt)
     if what != "fact":
         return False
     values, names = statement(prompt, answer)
@@ -91,14 +91,14 @@ def right(prompt, answer):
 
 
 def gold(prompt, answer, ended=True):
-    """The score of an answer, from about -6 to 3.
+    """Returns the score of an answer, from about -6 to 3.
 
     Args:
         prompt, answer: texts.
         ended: whether the answer stopped by itself.
     """
     text = answer.strip()
-    what, name, _ = dialogue.kind(prompt)
+    what, name, _ = dialogue.topic(prompt)
     score = 0.0 if ended else NO_END
     score += A_WORD * max(len(text.split()) - WORDS, 0)
     score += RUDE * bool(_RUDE.search(text)) + HEDGE * bool(_HEDGES.search(text))
@@ -121,7 +121,7 @@ def gold(prompt, answer, ended=True):
 
 
 def rate(prompt, answers, rng):
-    """Which of two answers a noisy rater prefers.
+    """Returns which of two answers a noisy rater prefers.
 
     A preference is drawn from the logistic of twice the difference in gold, and one in
     ten is then flipped.

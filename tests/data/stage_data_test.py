@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults
-from stagecraft.data import feed
+from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 
 
@@ -173,7 +173,7 @@ def test_pretraining_rows_go_beside_the_prompts(build, tokenizer, tmp_path):
     assert all(batch[name].shape == (2, 24) for name in names)
     assert tokenizer.decode(batch["ptx_ids"][0][batch["ptx_segments"][0] == 1]) == text
     data = defaults.stage("policy", data=dict(ptx="stage:other")).data
-    assert feed.stages_named(data) == ["other"]
+    assert stage_data.stages_named(data) == ["other"]
 
 
 @pytest.mark.parametrize(

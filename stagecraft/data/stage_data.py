@@ -1,0 +1,204 @@
+"""The data of a stage: which files its config names, and what all its builders share.
+
+A files spec names a user's files, or "world:NAME" (what the embedded world wrote),
+"curation:NAME" (what the run curated), or "stage:NAME" (records another stage wrote);
+several are separated by commas.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from stagecraft.data import files, mixture, packing, readers
+from stagecraft.data.dataset import Dataset, hold_out
+
+# Keys of a data config that name files.
+SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
+
+
+class StageData(NamedTuple):
+    """What a stage is trained on.
+
+    Attributes:
+        dataset: None for a stage that writes records.
+        heldout: what to evaluate on, or None.
+        samples: a few prompts to watch the model on.
+        prompts: all prompts, of a stage that samples.
+        records: their whole records, in the same order: what a verifier looks at. A
+            batch's `index` says which rows it holds.
+        reference: demonstrations that a reward model is to give 0 on average, or None.
+        digests: {spec: SHA-256 of the files}.
+    """
+
+    dataset: Dataset | None = None
+    heldout: Dataset | None = None
+    samples: list | tuple = ()
+    prompts: list | tuple = ()
+    records: list | tuple = ()
+    reference: Dataset | None = None
+    digests: dict[str, str] | None = None
+
+
+class Sources(NamedTuple):
+    """What a builder makes the data of a stage from, beside the stage's config.
+
+    Attributes:
+        specs: {key of the data config: files spec}, of those that are set; with paths.
+        tokenizer: a `text.tokenizer.Tokenizer`.
+        seed: the experiment's.
+        max_length: the model's context, in tokens.
+        cache: folder of tokenised text.
+    """
+
+    specs: dict[str, str]
+    tokenizer: object
+    seed: int
+    max_length: int
+    cache: Path
+
+
+class Row(NamedTuple):
+    """A record that becomes a row.
+
+    Attributes:
+        record: a Comparison, Judgement or Prompt, or a list of Judgements.
+        part: number of the part of data.files that it is from; -1 for held-out files.
+        documents: (ids, mask) of each sequence of the row.
+    """
+
+    record: tuple | list
+    part: int
+    documents: tuple = ()
+
+
+def stages_named(data) -> list[str]:
+    """Returns the names of the stages whose records a data config reads."""
+    specs = [data[k] for k in SPECS if k in data]
+    parts = [p.strip() for spec in specs for p in spec.split(",")]
+    return [p.removeprefix("stage:") for p in parts if p.startswith("stage:")]
+
+
+def locate(spec, root) -> str:
+    """Returns a files spec with paths in the work directory for what the run wrote."""
+    root, parts = Path(root), []
+    for part in (p.strip() for p in spec.split(",")):
+        for folder in ("world", "curation"):
+            if part.startswith(f"{folder}:"):
+                part = str(root / folder / part.removeprefix(f"{folder}:"))
+        if part.startswith("stage:"):
+            part = str(root / part.removeprefix("stage:") / "records.jsonl")
+        parts.append(part)
+    return ",".join(parts)
+
+
+def texts(spec, root):
+    """Yields the documents a tokenizer is trained on."""
+    return readers.texts(locate(spec, root))
+
+
+def build(stage, tokenizer, root, config, builder: Callable) -> StageData:
+    """Reads, checks, tokenises and splits the data of a stage.
+
+    Args:
+        stage: its resolved config.
+        tokenizer: a `Tokenizer`.
+        root: the work directory.
+        config: the experiment's config: seed, model.max_length.
+        builder: (stage, Sources) -> StageData, of the stage's kind.
+    """
+    named = {k: stage.data[k] for k in SPECS if stage.data.get(k)}
+    specs = {k: locate(spec, root) for k, spec in named.items()}
+    digests = {named[k]: files.digest(files.expand(specs[k])) for k in named}
+    cache = Path(stage.data.get("cache") or Path(root) / "cache")
+    length = config.model.max_length
+    sources = Sources(specs, tokenizer, config.seed, length, cache)
+    return builder(stage, sources)._replace(digests=digests)
+
+
+# -- what builders share ---------------------------------------------------------------
+
+
+def order_seed(stage, sources) -> int:
+    """Returns the seed of the order of rows; what is held out does not depend on it."""
+    return sources.seed + stage.seed
+
+
+def read_rows(read, spec, data) -> list[Row]:
+    """Reads the records of a files spec, each with the part of it that it is from.
+
+    Args:
+        read: `readers.comparisons` or its like.
+        spec: of files.
+        data: the stage's data config. Parts matter where it mixes them.
+    """
+    mixture.check(data)
+    parts = mixture.split(spec) if mixture.wanted(data) else [spec]
+    mapping = readers.fields(data.fields)
+    return [
+        Row(record, number)
+        for number, part in enumerate(parts)
+        for record in read(part, mapping)
+    ]
+
+
+def split_rows(read, stage, sources) -> tuple[list[Row], list[Row]]:
+    """Reads the records to train on, and those held out."""
+    rows = read_rows(read, sources.specs["files"], stage.data)
+    train, heldout = hold_out(rows, stage.data.heldout_share, sources.seed)
+    if "heldout" in sources.specs:
+        mapping = readers.fields(stage.data.fields)
+        heldout += [Row(one, -1) for one in read(sources.specs["heldout"], mapping)]
+    return train, heldout
+
+
+def mixed_rows(stage, rows, size, seed):
+    """Returns the `Mixture` of a stage's rows and its report; None and {} for none.
+
+    Args:
+        stage: its config.
+        rows: list of Row.
+        size: rows of a batch.
+        seed: of the order.
+    """
+    if not mixture.wanted(stage.data):
+        return None, {}
+    at = np.array([row.part for row in rows])
+    count = len(mixture.split(stage.data.files))
+    members = [np.flatnonzero(at == part) for part in range(count)]
+    return mixture.make(stage.data, members, None, stage.steps, size, seed)
+
+
+def longest(rows) -> int:
+    """Returns the tokens of the longest sequence."""
+    return max(len(ids) for row in rows for ids, _ in row.documents)
+
+
+def padded(arrays, train, heldout, report, stage, sources) -> StageData:
+    """Makes datasets of padded rows, as long as the longest row needs.
+
+    Args:
+        arrays: (rows, length, number of the first) -> {name: array [N, ...]}.
+        train, heldout: lists of Row.
+        report: {name: number} about the rows.
+        stage: its config.
+        sources: a Sources.
+    """
+    length = min(packing.rounded(longest(train)), stage.data.length)
+    seed = order_seed(stage, sources)
+    mixed, shares = mixed_rows(stage, train, stage.batch_size, seed)
+    dataset = Dataset(
+        [(arrays(train, length, 0), stage.batch_size)],
+        seed=seed,
+        mixture=mixed,
+        buckets=stage.data.buckets,
+        workers=stage.data.workers,
+        report=report | shares,
+    )
+    if not heldout:
+        return StageData(dataset)
+    length = min(packing.rounded(max(length, longest(heldout))), stage.data.length)
+    # Numbered on from the others, so that an index means one row.
+    rows = arrays(heldout, length, len(train))
+    return StageData(dataset, Dataset([(rows, stage.batch_size)], seed=sources.seed))
