@@ -168,14 +168,11 @@ def order(c, only=()):
             circle = " -> ".join([*open_[open_.index(name) :], name])
             raise UserError(f"stages: they start from each other in a circle: {circle}")
         open_.append(name)
-        needs = [
-            *parents(c, name).values(),
-            *stage_data.stages_named(c.stages[name].data),
-        ]
-        for parent in needs:
+        files_of = stage_data.stages_named(c.stages[name].data)
+        for parent in [*parents(c, name).values(), *files_of]:
             if parent in c.stages:
                 visit(parent)
-            elif parent in stage_data.stages_named(c.stages[name].data):
+            elif parent in files_of:
                 raise UserError(
                     schema.unknown(
                         f"stages.{name}.data: stage:{parent}", parent, c.stages.keys()

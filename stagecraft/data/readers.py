@@ -298,7 +298,7 @@ def _report_identical(spec, count, rows, dropped):
             f"{spec}: chosen and rejected are the same text in all {count} pairs; "
             "expected two different answers"
         )
-    _say(f"{spec}: {count} pairs dropped: chosen and rejected are the same text")
+    _log_once(f"{spec}: {count} pairs dropped: chosen and rejected are the same text")
     if dropped is not None:
         dropped["identical"] += count
 

@@ -1,6 +1,6 @@
 """What several kinds of stages refuse in a config, each in one line that says where."""
 
-from stagecraft import optim, schema, sharding
+from stagecraft import losses, optim, schema, sharding
 from stagecraft.data import mixture
 from stagecraft.errors import UserError
 from stagecraft.models import lora
@@ -106,6 +106,18 @@ def loss(where, config, kind):
             "other, so it cannot be split; expected 1"
         )
     return combined
+
+
+def sequence_losses(where, config, aggregation=""):
+    """Losses of whole completions need the mean over completions."""
+    names = map(str.strip, str(config.objective).split(","))
+    whole = [name for name in names if name in losses.BY_SEQUENCE]
+    if whole and aggregation != "grpo":
+        raise UserError(
+            f"{where}.objective={config.objective!r}: {whole[0]} has one loss a "
+            "completion, so it needs a group_policy stage with aggregation='grpo', the "
+            "mean over completions"
+        )
 
 
 def pairs(where, config, combined):

@@ -321,13 +321,7 @@ def _check(where, config, experiment, mesh):
     prompts = config.batch_size * config.oversample
     at_once = {f"oversample={config.oversample}": prompts}
     checks.training(where, config, experiment, mesh, KIND, rows=rows, at_once=at_once)
-    names = map(str.strip, str(config.objective).split(","))
-    whole = [name for name in names if name in losses.BY_SEQUENCE]
-    if whole and config.aggregation != "grpo":
-        raise UserError(
-            f"{where}.objective={config.objective!r}: {whole[0]} has one loss a "
-            "completion, so it needs aggregation='grpo', the mean over completions"
-        )
+    checks.sequence_losses(where, config, config.aggregation)
 
 
 KIND = Kind(

@@ -429,6 +429,7 @@ def _check(where, config, experiment, mesh):
             f"minibatches * micro_batches * devices along data and fsdp = {parts}"
         )
     checks.training(where, config, experiment, mesh, KIND, rows=rows)
+    checks.sequence_losses(where, config)
 
 
 KIND = Kind(

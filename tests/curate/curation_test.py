@@ -165,9 +165,8 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
     stage, found = resolved.stages.pretrain, []
     for name in ("shards", "text"):
         stage.data.files = str(out / name)
-        dataset = stage_data.build(
-            stage, model, tmp_path / "run", resolved, kinds.of(stage).data
-        ).dataset
+        builder, root = kinds.of(stage).data, tmp_path / "run"
+        dataset = stage_data.build(stage, model, root, resolved, builder).dataset
         found.append([dataset.batch_at(step) for step in range(20)])
     for one, two in zip(*found, strict=True):
         assert all((one[k] == two[k]).all() for k in one)

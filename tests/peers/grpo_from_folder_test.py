@@ -80,9 +80,8 @@ def in_our_order(c, root, texts):
     full = experiment.resolve(c)
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
-    iterator = stage_data.build(
-        stage, own, root, full, kinds.of(stage).data
-    ).dataset.iterator(process_index=0, process_count=1)
+    data = stage_data.build(stage, own, root, full, kinds.of(stage).data)
+    iterator = data.dataset.iterator(process_index=0, process_count=1)
     return [texts[i] for _ in range(ROLLOUTS) for i in next(iterator)["index"]]
 
 
