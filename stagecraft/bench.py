@@ -20,7 +20,8 @@ from stagecraft.models import sampling
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.saved import describe
 from stagecraft.models.transformer import ScalarModel, Transformer
-from stagecraft.stages import kinds
+from stagecraft.stages.kinds import KINDS
+from stagecraft.stages.stage import Context
 
 # The model, unless a flag says otherwise: 5.5M parameters, as a laptop bears them.
 MODEL = dict(
@@ -133,34 +134,33 @@ def bench(what, *, steps=8, dtype="float32"):
         raise UserError(f"--steps={steps}: expected 1 or more")
     if jax.default_backend() == "cpu":
         process.keep_memory()
-    shared = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-    found = []
-    with jax.set_mesh(shared):
+    mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+    lines = []
+    with jax.set_mesh(mesh):
         for name in what:
-            made = _samples if name == "sample" else _stage
-            for line in made(name, shared, steps, dtype):
+            measure = _samples if name == "sample" else _stage
+            for line in measure(name, mesh, steps, dtype):
                 line |= _machine()
                 print(json.dumps(line), flush=True)
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
-def _stage(name, shared, steps, dtype):
+def _stage(name, mesh, steps, dtype):
     case = CASES[name]
+    kind = KINDS[case.kind]
     config = defaults.stage(case.kind, steps=1000, **case.changes)
     model_config = ModelConfig(**MODEL, dtype=dtype)
-    parents = _parents(case.kind, model_config, shared)
-    stops = "sampling" in config
-    extra = dict(stop_ids=()) if stops else {}
-    made = kinds.MAKE[case.kind](config, model_config, shared, parents, **extra)
+    parents = _parents(kind, model_config, mesh)
+    stage = kind.make(config, Context(mesh, model_config, parents))
     raw = case.raw(np.random.default_rng(0))
     started = time.perf_counter()
-    state = made.init(jax.random.key(0))
+    state = stage.init(jax.random.key(0))
 
     def step(state, number):
-        batch = made.prepare(state, raw, jax.random.key(number))
-        state, told = made.update(state, batch)
-        jax.block_until_ready((state, told))
+        batch = stage.prepare(state, raw, jax.random.key(number))
+        state, metrics = stage.update(state, batch)
+        jax.block_until_ready((state, metrics))
         return state
 
     state = step(state, 0)
@@ -170,7 +170,7 @@ def _stage(name, shared, steps, dtype):
         started = time.perf_counter()
         state = step(state, number)
         seconds.append(time.perf_counter() - started)
-    work = dict(made.work(raw))
+    work = dict(stage.work(raw))
     length = work.pop("length")
     flops = cost.stage_flops(work | {"context": (length + 1) / 2}, MODEL | {"tied": 1})
     shape = list(raw["ids" if "ids" in raw else "prompt_ids"].shape)
@@ -179,9 +179,9 @@ def _stage(name, shared, steps, dtype):
     yield _line(name, seconds, tokens, flops, first) | {"shape": shape}
 
 
-def _parents(kind, model_config, shared):
-    """Random models in every role; a reference is the start itself, as is usual."""
-    if kind == "language_model":
+def _parents(kind, model_config, mesh):
+    """Random models in every required role; a reference is the start itself."""
+    if not kind.roles["start"].required:
         return {}
 
     def make(key):
@@ -190,22 +190,22 @@ def _parents(kind, model_config, shared):
             "reward": ScalarModel(Transformer(model_config, key), key),
         }
 
-    found = sharding.init_sharded(make, shared)(jax.random.key(0))
-    return found | {"reference": found["start"], "value": found["reward"]}
+    models = sharding.init_sharded(make, mesh)(jax.random.key(0))
+    return models | {"reference": models["start"], "value": models["reward"]}
 
 
-def _samples(name, shared, steps, dtype):
+def _samples(name, mesh, steps, dtype):
     model_config = ModelConfig(**MODEL, dtype=dtype)
-    model = sharding.init_sharded(lambda key: Transformer(model_config, key), shared)(
+    model = sharding.init_sharded(lambda key: Transformer(model_config, key), mesh)(
         jax.random.key(0)
     )
     info = describe(model)["model"]
     for rows in SAMPLES:
-        raw = sharding.shard_batch(_prompts(rows, 32, np.random.default_rng(0)), shared)
+        raw = sharding.shard_batch(_prompts(rows, 32, np.random.default_rng(0)), mesh)
         seconds, first = [], None
         for number in range(steps + 1):
             started = time.perf_counter()
-            got = sampling.generate(
+            samples = sampling.generate(
                 model,
                 raw["prompt_ids"],
                 raw["prompt_mask"],
@@ -213,7 +213,7 @@ def _samples(name, shared, steps, dtype):
                 max_new_tokens=128,
                 stop_ids=(),
             )
-            jax.block_until_ready(got)
+            jax.block_until_ready(samples)
             seconds.append(time.perf_counter() - started)
         first = seconds.pop(0)
         flops = cost.forward_flops(info, rows * 160, 80)

@@ -271,9 +271,18 @@ def _rewards(c):
     return c
 
 
+def _heldout_prompts(**more):
+    return _prompts(
+        heldout="",  # files of prompts for the eval_ metrics, sampled and scored
+        heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
+        **_mixture(),
+        **more,
+    )
+
+
 def _online_preference():
     c = _rewards(_pair_options(_base("online_preference", "dpo")))
-    c.data = _prompts(**_mixture())
+    c.data = _heldout_prompts()
     c.sampling = sampling()
     c.missing_eos_penalty = 1.0
     return c
@@ -282,7 +291,7 @@ def _online_preference():
 def _group_policy():
     c = _rewards(_base("group_policy", "ppo_policy"))
     c.batch_size = 16  # prompts; rows are group_size times as many
-    c.data = _prompts(**_mixture())
+    c.data = _heldout_prompts()
     c.reference_from = ""  # "": the parent
     c.sampling = sampling()
     c.group_size = 8  # completions of each prompt
@@ -309,12 +318,11 @@ def _group_policy():
 def _policy():
     c = _base("policy", "ppo_policy")
     c.batch_size = 64
-    c.data = _prompts(
+    c.data = _heldout_prompts(
         ptx="",  # text whose loss is added to the policy's (PPO-ptx)
         ptx_rows=0,  # of a batch, beside the prompts
         ptx_length=64,
         cache="",
-        **_mixture(),
     )
     c.reference_from = ""  # "": the parent
     c = _rewards(c)

@@ -5,7 +5,13 @@ import numpy as np
 from stagecraft import schema
 from stagecraft.data import corpus, packing, readers
 from stagecraft.data.dataset import Dataset
-from stagecraft.data.stage_data import StageData, mixed_rows, order_seed, read_rows
+from stagecraft.data.stage_data import (
+    StageData,
+    mixed_rows,
+    order_seed,
+    read_rows,
+    split_rows,
+)
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -25,7 +31,8 @@ def groups(stage, sources) -> StageData:
 
 def records(stage, sources) -> StageData:
     """Returns prompts for a stage that writes records, without batches."""
-    rows, _ = _read(stage, sources)
+    rows = read_rows(readers.prompts, sources.specs["files"], stage.data)
+    _encoded(rows, stage, sources)
     return _prompts(rows)
 
 
@@ -37,27 +44,39 @@ def _prompts(rows):
 
 
 def _batches(stage, sources, count):
-    """Returns the prompts as a dataset, `count` rows a batch."""
-    rows, ids = _read(stage, sources)
-    length = min(packing.rounded(max(map(len, ids))), _limit(stage, sources))
-    arrays = packing.pad_prompts(ids, length)
-    arrays["index"] = np.arange(len(ids), dtype=np.int32)
-    report = {"prompts": len(ids)}
+    """Returns the prompts as a dataset, `count` rows a batch, and those held out."""
+    train, heldout = split_rows(readers.prompts, stage, sources)
     seed = order_seed(stage, sources)
-    mixed, shares = mixed_rows(stage, rows, count, seed)
+    mixed, shares = mixed_rows(stage, train, count, seed)
     beside = _pretraining(stage, sources)
+    report = {"prompts": len(train)}
     if beside:
         report["ptx_rows"] = len(beside[0][0])
     dataset = Dataset(
-        [(arrays, count)],
+        [(_arrays(train, 0, stage, sources), count)],
         seed=seed,
         mixture=mixed,
         workers=stage.data.workers,
         beside=beside,
         report=report | shares,
     )
-    data = _prompts(rows)
-    return data._replace(dataset=dataset, samples=data.prompts[:4])
+    data = _prompts(train + heldout)
+    data = data._replace(dataset=dataset, samples=data.prompts[:4])
+    if not heldout:
+        return data
+    # Numbered on from the others, so that an index means one record.
+    rows = _arrays(heldout, len(train), stage, sources)
+    heldout = Dataset([(rows, stage.batch_size)], seed=sources.seed)
+    return data._replace(heldout=heldout)
+
+
+def _arrays(rows, start, stage, sources):
+    """Returns left-padded prompts, their rows numbered from `start` on."""
+    ids = _encoded(rows, stage, sources)
+    length = min(packing.rounded(max(map(len, ids))), _limit(stage, sources))
+    arrays = packing.pad_prompts(ids, length)
+    arrays["index"] = np.arange(start, start + len(ids), dtype=np.int32)
+    return arrays
 
 
 def _limit(stage, sources):
@@ -66,9 +85,8 @@ def _limit(stage, sources):
     return min(stage.data.prompt_length or room, room)
 
 
-def _read(stage, sources):
-    """Returns the prompts as `Row`s, and the ids of each; refuses those too long."""
-    rows = read_rows(readers.prompts, sources.specs["files"], stage.data)
+def _encoded(rows, stage, sources):
+    """Returns the ids of each prompt; refuses one that is too long."""
     limit, ids = _limit(stage, sources), []
     for one in (row.record for row in rows):
         tools = {"tools": one.tools} if one.tools else {}
@@ -82,7 +100,7 @@ def _read(stage, sources):
                 f"data.prompt_length={stage.data.prompt_length}); shorten it or raise "
                 "model.max_length"
             )
-    return rows, ids
+    return ids
 
 
 def _pretraining(stage, sources):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import masked
+from stagecraft import masked, sharding
 from tests.stages import cases
 
 
@@ -24,3 +24,60 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
     for name in ("loss", "loss/rows", "loss/chosen"):
         np.testing.assert_allclose(merged[name], whole[name], rtol=1e-5)
     assert float(merged["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
+class Verifiers:
+    """Scores a completion by its first token; cannot score an odd record."""
+
+    names = ("first",)
+
+    def __init__(self):
+        self.records = []
+
+    def __call__(self, index, tokens, mask, ended):
+        self.records += index.tolist()
+        rewards = tokens[:, :1].astype(np.float64)
+        return np.where(np.asarray(index)[:, None] % 2, np.nan, rewards)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [
+        ("policy", "objective/scores"),
+        ("group_policy", "reward"),
+        ("online_preference", "objective/scores"),
+    ],
+)
+def test_held_out_prompts_are_sampled_and_scored(kind, score, sizes):
+    """The figures are those of the samples that were drawn, over real rows alone."""
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    scorer, changes = Verifiers(), dict(missing_eos_penalty=0.0)
+    if kind == "group_policy":
+        changes |= dict(overlong_cache=0)
+    with jax.set_mesh(mesh), cases.watched() as seen:
+        made, raw, config = cases.stage(
+            kind, mesh, without=("reward", "value"), verifiers=scorer, **changes
+        )
+        state = made.init(jax.random.key(0))
+        index = np.arange(16, dtype=np.int32)
+        index[12:] = -1  # fills the last batch up
+        raw = raw | {"index": index}
+        raw["prompt_mask"][12:] = False
+        metrics = made.evaluate(state, raw, jax.random.key(3))
+        metrics = cases.told(masked.results(metrics))
+        again = made.evaluate(state, raw, jax.random.key(3))
+        assert cases.told(masked.results(again)) == metrics
+    samples = len(seen["rewards"]) // 16
+    real = np.repeat(index >= 0, samples)
+    scored = real & np.isfinite(seen["rewards"]).all(1)
+    assert scored.sum() == 6 * samples and min(scorer.records) == 0
+    expected = seen["rewards"][scored].mean()
+    assert metrics[score] == pytest.approx(expected, rel=1e-5)
+    assert metrics["rewards/first/mean"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["rewards/unscored"] == pytest.approx(0.5)
+    lengths = seen["drawn"]["mask"].sum(1)[real]
+    assert metrics["completions/mean_length"] == pytest.approx(lengths.mean(), rel=1e-6)
+    assert metrics["completions/max_length"] == lengths.max()
+    ended = seen["drawn"]["ended"][real]
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 - ended.mean())

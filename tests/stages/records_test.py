@@ -1,6 +1,7 @@
 """The journal: killed anywhere, a stage goes on and writes the same bytes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -165,10 +166,20 @@ def test_killed_and_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(lineage=LINEAGE | {"config": "other"}), "config: c -> other"),
-        (dict(lineage=LINEAGE | {"data": {"p.jsonl": "e"}}), "data.p.jsonl: d -> e"),
         (
-            dict(lineage=LINEAGE | {"parents": {"start_from": {"id": "z"}}}),
+            dict(lineage=dataclasses.replace(LINEAGE, config="other")),
+            "config: c -> other",
+        ),
+        (
+            dict(lineage=dataclasses.replace(LINEAGE, data={"p.jsonl": "e"})),
+            "data.p.jsonl: d -> e",
+        ),
+        (
+            dict(
+                lineage=dataclasses.replace(
+                    LINEAGE, parents={"start_from": {"id": "z"}}
+                )
+            ),
             "parents.start_from: s -> z",
         ),
         (dict(rater="tests.stages.comparisons_test:first"), "rater: "),
@@ -222,6 +233,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 
 def test_all_prompts_come_before_any_comes_again():
-    order = records.shuffled(3, 7, np.random.default_rng(0))
+    order = records.shuffled(range(3), 7, np.random.default_rng(0))
     assert sorted(order[:6]) == [0, 0, 1, 1, 2, 2]
     assert sorted(order[:3]) == [0, 1, 2]
