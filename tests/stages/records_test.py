@@ -43,6 +43,10 @@ def select(folder, language):
     return selection.write(config, recording(folder, language, "best"))
 
 
+def other(**changes):
+    return dataclasses.replace(LINEAGE, **changes)
+
+
 def journal(folder):
     """The lines of a journal without their seconds."""
     lines = (folder / records.JOURNAL).read_bytes().split(b"\n")
@@ -167,11 +171,11 @@ def test_killed_and_run_again(tmp_path):
     ("changes", "says"),
     [
         (
-            dict(lineage=dataclasses.replace(LINEAGE, config="other")),
+            dict(lineage=other(config="other")),
             "config: c -> other",
         ),
         (
-            dict(lineage=dataclasses.replace(LINEAGE, data={"p.jsonl": "e"})),
+            dict(lineage=other(data={"p.jsonl": "e"})),
             "data.p.jsonl: d -> e",
         ),
         (
