@@ -245,7 +245,8 @@ def curate(rest):
         raise UserError("--config is missing, as in --config=experiments/curate.py:...")
     how = dict(executor=FLAGS.executor, workers=FLAGS.workers)
     if curation.curate(FLAGS.config, **how) is not None:
-        print(page.write(FLAGS.config.out))
+        path = Path(FLAGS.config.out) / "report.html"
+        print(path if path.exists() else page.write(path.parent))
 
 
 @takes(

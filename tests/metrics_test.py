@@ -69,3 +69,18 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
     assert "compiling" in lines[0]
     assert [line.split()[1] for line in lines[1:]] == ["2/4", "4/4"]
     assert "loss 0.25" in lines[-1] and "tokens/s" in lines[-1]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = metrics.Progress("filter", 3, log=3, stream=stream)
+    for step in range(1, 4):
+        progress.step(step)
+    progress.close()
+    assert "filter" in stream.getvalue() and "3/3" in stream.getvalue()
+    assert "\x1b" in stream.getvalue()

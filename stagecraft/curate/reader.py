@@ -55,14 +55,19 @@ def read(part, text_key, source_key, document):
             name of the source.
         document: characters a .txt document is collected up to; 0 for a whole file.
     """
-    if containers.is_text(streams.path_of(part.file)):
+    container = containers.of(streams.path_of(part.file))
+    if container.text:
         yield from _plain(part, document)
         return
     for where, record, line in _records(part):
         if isinstance(record, Bad):
             yield record
-        else:
-            yield _document(part, where, record, line, text_key, source_key)
+            continue
+        item = _document(part, where, record, line, text_key, source_key)
+        if container.columns and isinstance(item, Text):
+            rest = {k: _storable(v) for k, v in item.record.items()}
+            item = item._replace(record=rest)
+        yield item
 
 
 def texts_of_records(part):
@@ -120,8 +125,6 @@ def _document(part, where, record, line, text_key, source_key):
     if not isinstance(source, str) or not source:
         source = part.source
     rest = {k: v for k, v in record.items() if k != text_key}
-    if containers.of(streams.path_of(part.file)).columns:
-        rest = {k: _storable(v) for k, v in rest.items()}
     return Text(text, where, source, rest)
 
 

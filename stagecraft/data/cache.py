@@ -25,7 +25,7 @@ VERSION = 1
 _log = logging.getLogger("stagecraft.data")
 
 
-def tokens(spec, mapping, tokenizer, folder):
+def tokens(spec, mapping, tokenizer, folder) -> list[shards.Shards]:
     """Returns the documents of a files spec as shards, tokenised once.
 
     Args:
@@ -35,7 +35,7 @@ def tokens(spec, mapping, tokenizer, folder):
         folder: the cache.
 
     Returns:
-        list of verified `Shards`: those named, then those of the text.
+        verified ones: those named, then those of the text.
     """
     paths = files.expand(spec)
     identity = (tokenizer.digest, tokenizer.vocab_size)

@@ -34,7 +34,7 @@ class Dataset:
         workers: processes that put batches together; 0 for a thread of this one.
         buckets: lengths to cut a batch's last axis to, ascending: the smallest that
             holds its longest row. () leaves rows as they are.
-        report: what is told about the data: {name: number}.
+        report: figures about the data: {name: number}.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Dataset:
         ]
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Returns the rows of the first part: those of an epoch."""
         return _length(self.parts[0][0])
 
     @functools.cached_property
-    def tokens(self):
+    def tokens(self) -> int:
         """Returns the tokens of the first part that are no padding, learned or not."""
         rows, _ = self.parts[0]
         if not isinstance(rows, dict):
@@ -84,7 +84,7 @@ class Dataset:
         return int(real.sum())
 
     @functools.cached_property
-    def digest(self):
+    def digest(self) -> str:
         """Returns the SHA-256 of all parts' arrays: the same rows in the same order."""
         total = hashlib.sha256()
         for rows, _ in self.parts + self.beside:
@@ -96,7 +96,7 @@ class Dataset:
                 total.update(np.ascontiguousarray(value).data)
         return total.hexdigest()
 
-    def batch_at(self, step):
+    def batch_at(self, step: int) -> dict[str, np.ndarray]:
         """Returns the global batch of a step: {name: array [B, ...]}.
 
         Raises UserError where no token of it is a target: its loss would be of nothing.
@@ -124,8 +124,8 @@ class Dataset:
             batch |= more
         return batch
 
-    def iterator(self, start_step=0, *, process_index=0, process_count=1):
-        """Returns batches from a step on, with get_state and set_state.
+    def iterator(self, start_step=0, *, process_index=0, process_count=1) -> "Batches":
+        """Returns the batches from a step on, with get_state and set_state.
 
         Args:
             start_step: the first batch's step.

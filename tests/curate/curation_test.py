@@ -219,6 +219,18 @@ def test_one_worker_writes_the_same_bytes(corpus, result, tmp_path):
     assert not (tmp_path / "one.work").exists()
 
 
+def test_remote_files_are_curated_like_local_ones(corpus, result, tmp_path):
+    root = corpus["root"]
+    files = f"file://{root / 'a.jsonl.gz'},file://{root / 'b.jsonl'}"
+    test = f"file://{root / 'test.jsonl'}"
+    made = config(corpus, tmp_path / "out", files=files)
+    made["contamination"] = {"files": test}
+    assert curation.curate(made, workers=2)["documents"] == result[1]["documents"]
+    texts = [row["text"] for row in prose.read(tmp_path / "out")]
+    assert texts == [row["text"] for row in prose.read(result[0])]
+    assert prose.read(tmp_path / "out")[0]["where"].startswith("file:///")
+
+
 def test_done_is_done_and_another_config_is_other_work(corpus, result, caplog):
     out, told = result
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
@@ -358,6 +370,23 @@ def test_configs_that_are_wrong(tmp_path, changes, says):
     with pytest.raises(UserError, match=re.escape(says)):
         curation.curate(made)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(minhsh={}), "curation.minhsh: unknown key; did you mean 'minhash'"),
+        (dict(rules=("c4", "c4")), "curation.rules=('c4', 'c4'): names one twice"),
+        (dict(files=""), "curation.files: is empty"),
+        (dict(out="x"), "curation.out='x': leave it out; a run curates into WORKDIR"),
+    ],
+)
+def test_what_a_run_is_to_curate_is_checked_first(changes, says):
+    c = defaults.experiment()
+    c.stages.pretrain = defaults.stage("language_model", data=dict(files="a.txt"))
+    c.curation = {"files": "a.txt"} | changes
+    with pytest.raises(UserError, match=re.escape(says)):
+        experiment.resolve(c)
 
 
 def test_a_place_that_cannot_be_written(tmp_path, corpus):
