@@ -80,46 +80,48 @@ def _parse(argv, taken):
     What is wrong with them is a UserError.
     """
     FLAGS.set_gnu_getopt(True)  # flags may stand behind folders and prompts
+    config = None
+    if any(flag.kind is commands.CONFIG for flag in taken):
+        config, argv = _take_config(argv)
     try:
         for flag in taken:
-            if flag.kind is commands.CONFIG:
-                argv = _define_config(flag, argv)
-            else:
-                _define(flag)
+            _define(flag, config, argv)
         return FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{line} (see stagecraft {argv[0]} --help)") from error
 
 
-def _define(flag):
+def _define(flag, config, argv):
+    """Defines a flag; with a config, those of its overrides in `argv` too."""
     kind = flag.kind or type(flag.default)
-    if kind is int:
+    if kind is commands.CONFIG and config is not None:
+        config_flags.DEFINE_config_dict(flag.name, config, flag.help, sys_argv=argv)
+    elif kind is int:
         flags.DEFINE_integer(flag.name, flag.default, flag.help, flag.least)
-        return
-    by_kind = {bool: flags.DEFINE_bool, float: flags.DEFINE_float}
-    by_kind.get(kind, flags.DEFINE_string)(flag.name, flag.default, flag.help)
+    else:
+        by_kind = {bool: flags.DEFINE_bool, float: flags.DEFINE_float}
+        by_kind.get(kind, flags.DEFINE_string)(flag.name, flag.default, flag.help)
 
 
-def _define_config(flag, argv):
-    """Loads --config=FILE[:ARG] and defines its overrides, --config.KEY=VALUE.
+def _take_config(argv):
+    """Loads --config=FILE[:ARG]; the file runs here and never again.
 
-    The file runs here and never again: it may write the data that it names.
+    It may write the data that it names.
 
     Returns:
-        the arguments without --config.
+        the config, or None without the flag; and the other arguments.
     """
-    given, rest, arguments = None, [], iter(argv)
+    value, rest, arguments = None, [], iter(argv)
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == f"--{flag.name}":
-            given = value if equals else next(arguments, "")
+        name, equals, text = argument.partition("=")
+        if name == "--config":
+            value = text if equals else next(arguments, "")
         else:
             rest.append(argument)
-    if given is None:
-        flags.DEFINE_string(flag.name, flag.default, flag.help)
-        return rest
-    path, _, argument = given.partition(":")
+    if value is None:
+        return None, rest
+    path, _, argument = value.partition(":")
     if not Path(path).is_file():
         raise UserError(
             f"--config={path}: no such file; experiments lie in experiments/"
@@ -130,8 +132,7 @@ def _define_config(flag, argv):
             sys.path.insert(0, folder)
     config = _load(path, argument)
     _check_overrides(config, rest)
-    config_flags.DEFINE_config_dict(flag.name, config, flag.help, sys_argv=rest)
-    return rest
+    return config, rest
 
 
 def _load(path, argument):

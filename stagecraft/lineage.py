@@ -102,14 +102,14 @@ class StageRecord(_Json):
     REQUIRED = ("kind", "start_from", "finished")
 
     @classmethod
-    def read(cls, folder: str | Path) -> "StageRecord | None":
+    def read(cls, folder: str | Path) -> Self | None:
         """Reads the record of WORKDIR/STAGE; None where there is no stage."""
         path = Path(folder) / "stage.json"
         values = storage.read_json(path)
         return None if values is None else cls.from_json(values, str(path))
 
     @classmethod
-    def read_finished(cls, folder: str | Path) -> "StageRecord":
+    def read_finished(cls, folder: str | Path) -> Self:
         """Reads the record of a finished stage, or raises a UserError."""
         record = cls.read(folder)
         if record is None:
@@ -176,7 +176,7 @@ class Lineage(_Json):
     REQUIRED = ("stages",)
 
     @classmethod
-    def read(cls, root: str | Path) -> "Lineage":
+    def read(cls, root: str | Path) -> Self:
         """Reads the lineage of a work directory; an empty one where there is none."""
         path = Path(root) / "lineage.json"
         lineage = cls.from_json(storage.read_json(path, {"stages": {}}), str(path))

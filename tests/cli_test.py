@@ -142,6 +142,19 @@ def test_configs_that_are_wrong(folder):
     )
 
 
+def test_a_config_file_runs_once(folder):
+    """It may write data, as experiments/curated_text.py does; overrides reach it."""
+    script = folder / "small.py"
+    line = f"    open({str(folder / 'count')!r}, 'a').write('.')\n    return c\n"
+    script.write_text(script.read_text().replace("    return c\n", line))
+    refused(folder, "--config.stages.sft.batch_size=-4", says="sft.batch_size=-4")
+    assert (folder / "count").read_text() == "."
+    status, _, error = stagecraft("run", "--config", script, "--config.seed=many")
+    assert status == 2 and "config.seed" in error and "Traceback" not in error
+    status, _, error = stagecraft("run", f"--workdir={folder}/run")
+    assert status == 2 and "--config is missing" in error
+
+
 def test_answers_that_teach_nothing(folder):
     rows = [{"prompt": "word " * 40, "completion": "yes"} for _ in range(16)]
     write(folder / "answers.jsonl", rows)

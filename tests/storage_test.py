@@ -56,7 +56,7 @@ def test_a_folder_appears_whole(tmp_path):
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError, "No space left"),
         (UserError("no document is left"), UserError, "no document is left"),
         (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_a_folder_that_fails_leaves_nothing(tmp_path, replace, error, raised, says):
