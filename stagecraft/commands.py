@@ -94,6 +94,7 @@ def prompt(rest):
     """
     from stagecraft import run as running
     from stagecraft.anatomy import behaviour
+    from stagecraft.report import terminal
 
     if len(rest) != 1:
         raise UserError(
@@ -109,7 +110,7 @@ def prompt(rest):
         max_new_tokens=FLAGS.max_new_tokens,
         seed=FLAGS.seed,
     )
-    behaviour.show(rest[0], answers)
+    terminal.show_answers(rest[0], answers)
 
 
 @takes(
@@ -127,14 +128,14 @@ def chat(rest):
     """
     _no_more(rest)
     from stagecraft import run as running
-    from stagecraft.anatomy import behaviour
+    from stagecraft.report import chat as conversation
 
     current = running.open_run(_workdir())
     if not FLAGS.stage:
         raise UserError(
             f"--stage is missing; stages: {', '.join(current.config.stages)}"
         )
-    behaviour.chat(
+    conversation.chat(
         current,
         FLAGS.stage,
         temperature=FLAGS.temperature,
@@ -152,7 +153,7 @@ def report(rest):
     stagecraft report --workdir=runs/a
     """
     _no_more(rest)
-    from stagecraft.report import page as page
+    from stagecraft.report import page
 
     path = _workdir()
     if not (path / "config.json").exists():
@@ -179,10 +180,12 @@ def compare(rest):
     Prints the table and writes it as a page, with the numbers as JSON beside it.
     """
     from stagecraft.report import compare as sides
+    from stagecraft.report import compare_page, terminal
 
-    found = sides.compare(rest, stages=_listed(FLAGS.stages), baseline=FLAGS.baseline)
-    path = sides.write(found, FLAGS.out)
-    sides.show(found)
+    stages = _listed(FLAGS.stages)
+    comparison = sides.compare(rest, stages=stages, baseline=FLAGS.baseline)
+    path = compare_page.write(comparison, FLAGS.out)
+    terminal.show_comparison(comparison)
     print(path)
 
 
@@ -204,6 +207,7 @@ def eval_(rest):
     _no_more(rest)
     from stagecraft import run as running
     from stagecraft.anatomy import evaluate
+    from stagecraft.report import terminal
 
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
@@ -211,7 +215,7 @@ def eval_(rest):
     asked = {flag.name: FLAGS[flag.name].value for flag in ASKED}
     stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
     records = evaluate.evaluate(current, stages, tasks, **asked)
-    evaluate.show(records, current.stages)
+    terminal.show_tasks(records, current.stages)
 
 
 @takes(

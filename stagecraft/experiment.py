@@ -5,8 +5,16 @@ Whatever can be refused is refused here, before anything is compiled or written.
 
 from pathlib import Path
 
-from stagecraft import defaults, losses, optim, schema, sharding, trackers, worlds
-from stagecraft.anatomy import summary
+from stagecraft import (
+    claims,
+    defaults,
+    losses,
+    optim,
+    schema,
+    sharding,
+    trackers,
+    worlds,
+)
 from stagecraft.data import corpus, feed, mixture
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, lora, saved
@@ -37,8 +45,6 @@ ROLES = {
 FALLBACK = {"reference_from": "start_from", "value_from": "reward_from"}
 # Every kind but one needs a parent; what else a kind needs is checked with the rest.
 WITHOUT_PARENT = ("language_model",)
-# Keys that change no number of a run, so that it may be resumed with others.
-LEFT_OUT = ("mesh", "every", "cache", "workers", "trackers")
 # Kinds whose completions are scored, by a reward model or by verifiers.
 SCORED = ("policy", "group_policy", "online_preference", "selection")
 
@@ -115,7 +121,7 @@ def _check(c):
     if c.world.name:
         worlds.get(c.world.name)
     for claim in c.measure.claims:
-        summary.check_claim(claim)
+        claims.parse(claim)
     for name, stage in c.stages.items():
         where = f"stages.{name}"
         for role, allowed in ROLES[stage.kind].items():
@@ -463,10 +469,8 @@ def order(c, only=()):
 
 
 def identity(plain):
-    """The part of a plain config that decides the numbers: not mesh, not every.
-
-    Nor who is told of them, where tokens are kept and who puts batches together.
-    """
+    """The part of a plain config that decides the numbers."""
     if not isinstance(plain, dict):
         return plain
-    return {k: identity(v) for k, v in plain.items() if k not in LEFT_OUT}
+    without = defaults.KEYS_WITHOUT_EFFECT
+    return {k: identity(v) for k, v in plain.items() if k not in without}

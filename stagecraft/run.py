@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from stagecraft import (
+    conclude,
     defaults,
     experiment,
     process,
@@ -20,7 +21,6 @@ from stagecraft import (
     train,
     worlds,
 )
-from stagecraft.anatomy import summary
 from stagecraft.data import feed
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, saved
@@ -145,7 +145,7 @@ def run(config, root, only=()):
     else:
         current.tokenizer = tokenizers.load(root / TOKENIZER)
     with jax.set_mesh(current.mesh()):
-        return summary.conclude(current, changed=bool(todo), started=started)
+        return conclude.conclude(current, changed=bool(todo), started=started)
 
 
 def _claim(current):

@@ -8,15 +8,12 @@ import difflib
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from stagecraft import schema, storage
-from stagecraft.anatomy import behaviour, files
+from stagecraft.anatomy import behaviour, files, roles
 from stagecraft.anatomy.harness import Answers
 from stagecraft.errors import UserError
 from stagecraft.models.language import Language
@@ -106,7 +103,7 @@ def _stages(current, stages):
         if name not in known:
             kind = current.config.stages[name].kind
             why = "is not finished"
-            if kind not in behaviour.SPEAKING:
+            if not roles.speaks(kind):
                 why = f"is of kind {kind} and writes no text"
             raise UserError(
                 f"--stage={name}: {why}; expected some of: {', '.join(known) or 'none'}"
@@ -275,24 +272,3 @@ def _how(record):
     if record["limit"]:
         said.append(f"first {record['limit']}")
     return ", ".join(said)
-
-
-def show(records, order=(), file=None):
-    """Prints records, stages side by side."""
-    stages, rows = side_by_side(records, order)
-    table = Table(title="tasks", title_justify="left")
-    table.add_column("task", overflow="fold")
-    for name in stages:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [_cell(row["cells"].get(name)) for name in stages]
-        label = f"{row['task']} {row['metric']}"
-        table.add_row(f"{label}\n  {row['how']}" if row["how"] else label, *cells)
-    Console(file=file or sys.stdout, highlight=False).print(table)
-
-
-def _cell(cell):
-    if cell is None:
-        return ""
-    error = f" ±{cell['stderr']:.3f}" if cell["stderr"] is not None else ""
-    return f"{cell['value']:.4g}{error}"

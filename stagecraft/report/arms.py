@@ -12,13 +12,12 @@ import re
 from pathlib import Path
 
 from stagecraft import defaults, schema, storage
-from stagecraft.anatomy import files
-from stagecraft.anatomy.behaviour import SPEAKING
+from stagecraft.anatomy import files, roles
 from stagecraft.errors import UserError
 
 _SEEDED = re.compile(r"(.+)_seed(\d+)")
-# What never decides a number, or is what the seeds of an arm differ in.
-_LEFT_OUT = ("mesh", "every", "seed")
+# What decides no number, and what the samples of one arm differ in.
+_LEFT_OUT = (*defaults.KEYS_WITHOUT_EFFECT, "seed")
 _SHOWN = 3  # differences named in an arm's label
 _DEFAULT = "default"  # an argument of the objective that the config leaves out
 
@@ -170,15 +169,11 @@ def _chosen(runs, wanted):
     trained = {
         n: run.config["stages"][n]
         for n, (_, run) in everything.items()
-        if run.config["stages"][n].get("kind") not in defaults.RECORDS
+        if roles.trains(run.config["stages"][n].get("kind"))
     }
-    speaking = {n: c for n, c in trained.items() if c.get("kind") in SPEAKING}
-    in_turns = {
-        n
-        for n, c in speaking.items()
-        if c["kind"] != "language_model" or c.get("data", {}).get("format") != "text"
-    }
-    return in_turns or set(speaking) or set(trained)
+    speaking = {n for n, c in trained.items() if roles.speaks(c.get("kind"))}
+    in_turns = {n for n in speaking if roles.answers_in_turns(trained[n])}
+    return in_turns or speaking or set(trained)
 
 
 def _check_finished(run, chosen, named):
@@ -360,7 +355,7 @@ def _name(arms):
         # The objective first: it is what an ablation is most often about.
         differing.sort(key=lambda key: (not key.startswith("objective"), "." in key))
         arm.differs = {key: _value(arm, key) for key in differing}
-        label = " ".join([arm.stage, *_told(arm.differs)])
+        label = " ".join([arm.stage, *_in_words(arm.differs)])
         numbered = (f"{label} ({n})" for n in itertools.count(2))
         arm.label = (
             label
@@ -375,7 +370,7 @@ def _value(arm, key):
     return arm.settings.get(key, missing)
 
 
-def _told(differs):
+def _in_words(differs):
     words = [
         f"{key.removeprefix('objective_args.')}={_text(value)}"
         for key, value in differs.items()
