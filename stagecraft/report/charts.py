@@ -162,9 +162,9 @@ def _inline(figure, replaced, label):
 # -- means and intervals ------------------------------------------------------
 
 _PLOT = 390  # width, in points: about a phone's screen
-_MARGIN = 8
+_MARGIN = 9
 _LINE = 16  # height of a line of text
-_RAIL = 30  # height below the text of a row, in which its marks lie
+_RAIL = 34  # height below the text of a row, in which its marks lie
 _AXIS = 22  # height of the tick labels
 
 
@@ -211,7 +211,7 @@ def intervals(rows, *, name, label):
         for row, detail, size in zip(rows, details, heights, strict=True):
             axes.axhline(top, color=_RULE, linewidth=0.8, clip_on=False)
             _texts(axes, row, detail, top)
-            _marks(axes, row, base, top + size - _RAIL / 2 - 2, (low, high))
+            _marks(axes, row, base, top + size - _RAIL / 2 + 1, (low, high))
             top += size
         axes.axhline(top, color=_RULE, linewidth=0.8, clip_on=False)
         replaced = {**_STAND_INS, _stand_in(0): colour(0)}
@@ -230,7 +230,7 @@ def _texts(axes, row, detail, top):
     for x, text, shade, size, weight, line in lines:
         axes.text(
             x,
-            top + _LINE * line + 4,
+            top + _LINE * line + 7,
             text,
             color=shade,
             size=size,
