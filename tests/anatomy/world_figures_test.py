@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from stagecraft import defaults
 from stagecraft.anatomy import figures, roles, world_figures
 from stagecraft.worlds.countries import probes
+from stagecraft.worlds.countries.facts import split
 
 
 class Run:
@@ -86,8 +87,9 @@ def test_every_kind_that_writes_text_speaks():
 
 
 def test_every_figure_of_the_probes_has_a_row():
-    prompts = ["What is the capital of France?"] * 2
-    samples = probes.sample_figures(prompts, [("Paris.", True), ("No.", False)])
+    countries = split(0).dev
+    prompts = probes.heldout_prompts(0, countries, "dev")
+    samples = probes.sample_figures(prompts, [("Paris.", True)] * len(prompts))
     asked = {function.__name__ for function, _, _ in probes.PROBES}
     assert samples.keys() | asked <= figures.BY_NAME.keys()
     assert len(figures.BY_NAME) == len(figures.FIGURES)
