@@ -7,7 +7,6 @@ page's CSS variables, its text takes the page's font.
 import contextlib
 import io
 import re
-import textwrap
 
 from markupsafe import Markup, escape
 
@@ -169,7 +168,7 @@ _AXIS = 22  # height of the tick labels
 
 
 def intervals(rows, *, name, label):
-    """Means of several arms with their intervals, one below the other on one scale.
+    """Draws means of several arms with their intervals on one scale.
 
     Args:
         rows: [{"name", "detail", "text", "note": texts; "baseline", "apart" (it differs
@@ -188,57 +187,39 @@ def intervals(rows, *, name, label):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        details = [textwrap.wrap(row["detail"], 62)[:2] for row in rows]
-        noted = [bool(row["note"]) for row in rows]
-        heights = [
-            _LINE * (1 + len(detail) + note) + _RAIL
-            for detail, note in zip(details, noted, strict=True)
-        ]
-        height = sum(heights)
+        lines = 3 if any(row["detail"] for row in rows) else 2
+        size = _LINE * lines + _RAIL
+        height = size * len(rows)
         figure = Figure(figsize=(_PLOT / 72, (height + _AXIS) / 72))
-        bottom = _AXIS / (height + _AXIS)
-        side = _MARGIN / _PLOT
+        bottom, side = _AXIS / (height + _AXIS), _MARGIN / _PLOT
         axes = figure.add_axes((side, bottom, 1 - 2 * side, 1 - bottom))
         low, high = _scale(rows)
-        axes.set(xlim=(low, high), ylim=(height, 0), facecolor="none")
-        axes.set_yticks([])
+        axes.set(xlim=(low, high), ylim=(height, 0), facecolor="none", yticks=[])
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(axis="x", useOffset=False)
         axes.tick_params(colors=_MUTED, length=0, pad=4, labelsize=11)
         axes.spines[:].set_visible(False)
         base = next((row["mean"] for row in rows if row["baseline"]), None)
-        top = 0
-        for row, detail, size in zip(rows, details, heights, strict=True):
-            axes.axhline(top, color=_RULE, linewidth=0.8, clip_on=False)
-            _texts(axes, row, detail, top)
-            _marks(axes, row, base, top + size - _RAIL / 2 + 1, (low, high))
-            top += size
-        axes.axhline(top, color=_RULE, linewidth=0.8, clip_on=False)
-        replaced = {**_STAND_INS, _stand_in(0): colour(0)}
-        return _inline(figure, replaced, label)
+        for i, row in enumerate(rows):
+            axes.axhline(i * size, color=_RULE, linewidth=0.8, clip_on=False)
+            _texts(axes, row, i * size, lines)
+            _marks(axes, row, base, (i + 1) * size - _RAIL / 2 + 1, (low, high))
+        axes.axhline(height, color=_RULE, linewidth=0.8, clip_on=False)
+        return _inline(figure, {**_STAND_INS, _stand_in(0): colour(0)}, label)
 
 
-def _texts(axes, row, detail, top):
-    """The words of an arm above its marks: names at the left, numbers at the right."""
-    across = axes.get_yaxis_transform()  # from 0 to 1 across, points down
-    strong = "bold" if row["apart"] else "normal"
-    lines = [(0.0, row["name"], _INK, 12, "bold", 0)]
-    lines += [(0.0, text, _MUTED, 11, "normal", 1 + i) for i, text in enumerate(detail)]
-    lines.append((1.0, row["text"], _INK, 12, "normal", 0))
-    shade = _INK if row["apart"] else _MUTED
-    lines.append((1.0, row["note"], shade, 11, strong, 1 + len(detail)))
-    for x, text, shade, size, weight, line in lines:
-        axes.text(
-            x,
-            top + _LINE * line + 7,
-            text,
-            color=shade,
-            size=size,
-            weight=weight,
-            ha="right" if x else "left",
-            va="top",
-            transform=across,
-        )
+def _texts(axes, row, top, lines):
+    """Writes an arm's name at the left and its numbers at the right."""
+    shade, weight = (_INK, "bold") if row["apart"] else (_MUTED, "normal")
+    for x, line, text, style in (
+        (0, 0, row["name"], dict(color=_INK, size=12, weight="bold")),
+        (0, 1, _cut(row["detail"], 62), dict(color=_MUTED, size=11)),
+        (1, 0, row["text"], dict(color=_INK, size=12)),
+        (1, lines - 1, row["note"], dict(color=shade, size=11, weight=weight)),
+    ):
+        style |= dict(ha=("left", "right")[x], va="top")
+        across = axes.get_yaxis_transform()  # 0 to 1 across, points down
+        axes.text(x, top + _LINE * line + 7, text, transform=across, **style)
 
 
 def _marks(axes, row, base, y, limits):
@@ -259,18 +240,9 @@ def _marks(axes, row, base, y, limits):
     if len(row["values"]) > 1:
         seeds = [y + 11] * len(row["values"])
         axes.plot(row["values"], seeds, "o", color=_MUTED, ms=4, mew=0, **free)
-    edge = _INK if row["baseline"] else blue
-    axes.plot(
-        row["mean"],
-        y,
-        "s" if row["baseline"] else "o",
-        color=edge,
-        markerfacecolor=edge if row["baseline"] or row["apart"] else _PAPER,
-        ms=9,
-        mew=2.2,
-        zorder=4,
-        **free,
-    )
+    marker, edge = ("s", _INK) if row["baseline"] else ("o", blue)
+    fill = edge if row["baseline"] or row["apart"] else _PAPER
+    axes.plot(row["mean"], y, marker, color=edge, mfc=fill, ms=9, mew=2.2, **free)
 
 
 def _scale(rows):
