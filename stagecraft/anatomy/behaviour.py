@@ -19,7 +19,7 @@ def speaking_stages(current):
 def through_stages(
     current, prompt, *, temperature=0.0, samples=1, max_new_tokens=48, seed=0
 ):
-    """The same prompt given to every finished stage.
+    """Answers one prompt with every finished stage.
 
     Args:
         current: a `run.Run`.

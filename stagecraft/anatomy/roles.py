@@ -5,21 +5,12 @@
 
 from stagecraft import defaults
 
-_LANGUAGE_MODEL = "language_model"
-_SPEAKING = (
-    _LANGUAGE_MODEL,
-    "preference",
-    "unpaired_preference",
-    "policy",
-    "group_policy",
-    "online_preference",
-)
-_LOSS_UNITS = {_LANGUAGE_MODEL: "nats a token", "reward": "nats a pair"}
+_LOSS_UNITS = {"language_model": "nats a token", "reward": "nats a pair"}
 
 
 def speaks(kind: str) -> bool:
     """Whether the model of a stage of this kind writes text."""
-    return kind in _SPEAKING
+    return kind in defaults.KINDS and trains(kind) and not scores(kind)
 
 
 def scores(kind: str) -> bool:
@@ -34,7 +25,7 @@ def trains(kind: str) -> bool:
 
 def imitates(kind: str) -> bool:
     """Whether a stage of this kind learns to predict the text it is given."""
-    return kind == _LANGUAGE_MODEL
+    return kind == "language_model"
 
 
 def loss_unit(kind: str) -> str:

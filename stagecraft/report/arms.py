@@ -57,7 +57,7 @@ class Arm:
         return [sample.figures.get(figure) for sample in self.samples]
 
 
-def read(folders, stages=()):
+def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]:
     """The arms of several runs.
 
     Args:
@@ -139,7 +139,7 @@ def _same_measure(runs):
                 )
 
 
-def short(name):
+def short(name: str) -> str:
     """A stage's name without its seed.
 
     >>> short("simpo_seed2"), short("dpo")
