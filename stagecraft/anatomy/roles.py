@@ -3,6 +3,8 @@
 `settings` is a stage's config, a ConfigDict or the plain dict of config.json.
 """
 
+from collections.abc import Mapping
+
 from stagecraft import defaults
 
 _LOSS_UNITS = {"language_model": "nats a token", "reward": "nats a pair"}
@@ -33,12 +35,12 @@ def loss_unit(kind: str) -> str:
     return _LOSS_UNITS.get(kind, "the objective, as trained on")
 
 
-def reads_bare_text(settings) -> bool:
+def reads_bare_text(settings: Mapping) -> bool:
     """Whether a stage learns from running text, without turns of a chat."""
     data = settings.get("data") or {}
     return imitates(settings.get("kind")) and data.get("format") == "text"
 
 
-def answers_in_turns(settings) -> bool:
+def answers_in_turns(settings: Mapping) -> bool:
     """Whether the stage's model answers in turns of a chat."""
     return speaks(settings.get("kind")) and not reads_bare_text(settings)

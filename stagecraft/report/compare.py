@@ -10,7 +10,7 @@ from pathlib import Path
 from stagecraft.anatomy import figures, roles
 from stagecraft.anatomy.statistics import CONFIDENCE, difference, interval
 from stagecraft.errors import UserError
-from stagecraft.report import arms as grouping
+from stagecraft.report.arms import read as read_arms
 
 # Verdicts on a difference, beside "higher" and "lower".
 NOISE, ONE, FLAT = "within noise", "one seed: no interval", "no spread over seeds"
@@ -41,7 +41,7 @@ def compare(
         UserError: no run, unfinished, given twice, not comparable, an unknown stage or
             baseline.
     """
-    runs, arms, notes = grouping.read(folders, stages)
+    runs, arms, notes = read_arms(folders, stages)
     base = _baseline(arms, baseline)
     columns = _columns(arms)
     for column in columns:
