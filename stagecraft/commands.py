@@ -93,6 +93,7 @@ def prompt(rest):
     stagecraft prompt --workdir=runs/a "What is the capital of France?"
     """
     from stagecraft.anatomy import behaviour
+    from stagecraft.report import terminal
     from stagecraft.run import open_run
 
     if len(rest) != 1:
@@ -109,7 +110,7 @@ def prompt(rest):
         max_new_tokens=FLAGS.max_new_tokens,
         seed=FLAGS.seed,
     )
-    behaviour.show(rest[0], answers)
+    terminal.show_answers(rest[0], answers)
 
 
 @takes(
@@ -126,13 +127,13 @@ def chat(rest):
     stagecraft chat --workdir=runs/a --stage=dpo
     """
     _no_more(rest)
-    from stagecraft.anatomy import behaviour
+    from stagecraft.report import chat as conversation
     from stagecraft.run import open_run
 
     run = open_run(_workdir())
     if not FLAGS.stage:
         raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
-    behaviour.chat(
+    conversation.chat(
         run,
         FLAGS.stage,
         temperature=FLAGS.temperature,
@@ -176,12 +177,12 @@ def compare_(rest):
     held against a baseline, and a difference whose interval holds 0 is within noise.
     Prints the table and writes it as a page, with the numbers as JSON beside it.
     """
-    from stagecraft.report import compare
+    from stagecraft.report import compare, compare_page, terminal
 
     stages = _listed(FLAGS.stages)
     comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
-    path = compare.write(comparison, FLAGS.out)
-    compare.show(comparison)
+    path = compare_page.write(comparison, FLAGS.out)
+    terminal.show_comparison(comparison)
     print(path)
 
 
@@ -202,6 +203,7 @@ def eval_(rest):
     """
     _no_more(rest)
     from stagecraft.anatomy import evaluate
+    from stagecraft.report import terminal
     from stagecraft.run import open_run
 
     if not FLAGS.stage:
@@ -210,7 +212,7 @@ def eval_(rest):
     settings = {flag.name: FLAGS[flag.name].value for flag in ASKING}
     stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
     records = evaluate.evaluate(run, stages, tasks, **settings)
-    evaluate.show(records, run.stages)
+    terminal.show_tasks(records, run.stages)
 
 
 @takes(

@@ -10,6 +10,10 @@ from ml_collections import ConfigDict
 from stagecraft import schema
 from stagecraft.errors import UserError
 
+# Keys that change no number of a run: a run may be resumed with others, and stages that
+# differ in nothing else are one arm of a comparison.
+KEYS_WITHOUT_EFFECT = ("mesh", "every", "cache", "workers", "trackers")
+
 
 def experiment():
     """The top level: what all stages of an experiment share."""
@@ -36,7 +40,7 @@ def experiment():
     c.measure = ConfigDict()
     c.measure.split = "test"  # which held-out entities of the world: "test" or "dev"
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
-    c.measure.claims = ()  # what the summary must show: "sft.kl <= 8", see summary.py
+    c.measure.claims = ()  # what the summary must show: "sft.kl <= 8", see claims.py
     return c
 
 

@@ -3,8 +3,7 @@
 Whatever can be refused is refused here, before anything is compiled or written.
 """
 
-from stagecraft import defaults, schema, sharding, trackers, worlds
-from stagecraft.anatomy import summary
+from stagecraft import claims, defaults, schema, sharding, trackers, worlds
 from stagecraft.curate import config as curation
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
@@ -12,9 +11,6 @@ from stagecraft.models import locate
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.stages import kinds
 from stagecraft.stages.kinds import KINDS
-
-# Keys that change no number of a run, so that it may be resumed with others.
-LEFT_OUT = ("mesh", "every", "cache", "workers", "trackers")
 
 
 def resolve(config, *, check=True):
@@ -93,7 +89,7 @@ def _check(c):
     if c.world.name:
         worlds.get(c.world.name)
     for claim in c.measure.claims:
-        summary.check_claim(claim)
+        claims.parse(claim)
     for name, stage in c.stages.items():
         kind = kinds.of(stage)
         mesh = sharding.make_mesh(**mesh_sizes(c, stage))
@@ -187,10 +183,8 @@ def order(c, only=()):
 
 
 def identity(plain):
-    """The part of a plain config that decides the numbers: not mesh, not every.
-
-    Nor who is told of them, where tokens are kept and who puts batches together.
-    """
+    """The part of a plain config that decides the numbers."""
     if not isinstance(plain, dict):
         return plain
-    return {k: identity(v) for k, v in plain.items() if k not in LEFT_OUT}
+    without = defaults.KEYS_WITHOUT_EFFECT
+    return {k: identity(v) for k, v in plain.items() if k not in without}

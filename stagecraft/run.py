@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from stagecraft import (
+    conclude,
     experiment,
     process,
     runs,
@@ -19,7 +20,6 @@ from stagecraft import (
     train,
     worlds,
 )
-from stagecraft.anatomy import summary
 from stagecraft.curate import config as curate_config
 from stagecraft.curate import curation
 from stagecraft.data import stage_data
@@ -99,7 +99,7 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     else:
         this.tokenizer = tokenizers.load(root / runs.TOKENIZER)
     with jax.set_mesh(this.mesh()):
-        return summary.conclude(this, changed=bool(unfinished), started=started)
+        return conclude.conclude(this, changed=bool(unfinished), started=started)
 
 
 def _claim(run):

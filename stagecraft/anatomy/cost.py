@@ -16,21 +16,41 @@ twice the forward. Rematerialisation is work done again, not work needed, and is
 out.
 """
 
+from collections.abc import Mapping
+
 from stagecraft.models.config import ModelConfig
 
-# Keys of a model's config that the counts are made from.
+# Keys of a model's config that the counts need.
 NEEDED = frozenset(
-    ("vocab_size", "width", "layers", "heads", "kv_heads")
-    + ("head_dim", "ff_width", "tied", "qk_norm")
+    [
+        "vocab_size",
+        "width",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "ff_width",
+        "tied",
+        "qk_norm",
+    ]
 )
 _MATRICES = (
-    *("query", "key", "value", "output", "gate", "up", "down"),
-    *("router", "expert_gate", "expert_up", "expert_down"),
+    "query",
+    "key",
+    "value",
+    "output",
+    "gate",
+    "up",
+    "down",
+    "router",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
 )
 _COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
 
 
-def parameters(model):
+def parameters(model: Mapping) -> dict:
     """Counts the parameters of a decoder.
 
     Args:
@@ -41,7 +61,7 @@ def parameters(model):
         {"by_kind": {kind: int}, "embedding": int, "body": int, "total": int}; the body
         is all that is not an embedding, which is what scaling laws call N.
     """
-    c = _complete(model)
+    c = ModelConfig(**model)  # what an older run did not have is at its default
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     table = c.vocab_size * c.width
     sparse = sum(kind.sparse for kind in c.kinds)
@@ -77,11 +97,6 @@ def parameters(model):
     }
 
 
-def _complete(model):
-    """The model as a config: what an older run did not have is at its default."""
-    return ModelConfig(**model)
-
-
 def _norms(c, queries, keys):
     stream = c.width * (2 if c.norm == "layer" else 1)
     places = 4 if c.norm_place == "both" else 2
@@ -95,7 +110,9 @@ def _biases(c, queries, keys, dense):
     return c.layers * attention + dense * (wide + c.width) * c.ff_bias
 
 
-def forward_flops(model, tokens, context, *, scalar=False):
+def forward_flops(
+    model: Mapping, tokens: float, context: float, *, scalar: bool = False
+) -> float:
     """FLOPs of a forward pass.
 
     Args:
@@ -109,7 +126,7 @@ def forward_flops(model, tokens, context, *, scalar=False):
     Returns:
         FLOPs, a float.
     """
-    c, by_kind = _complete(model), parameters(model)["by_kind"]
+    c, by_kind = ModelConfig(**model), parameters(model)["by_kind"]
     working = {name: by_kind[name] for name in _MATRICES if name in by_kind}
     for name in working:
         if name.startswith("expert_"):
@@ -122,7 +139,7 @@ def forward_flops(model, tokens, context, *, scalar=False):
     return float(tokens * (2 * weights + attention))
 
 
-def stage_flops(counters, model, *, adapter=False):
+def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> float:
     """FLOPs of a whole stage.
 
     Args:
@@ -161,7 +178,7 @@ def stage_flops(counters, model, *, adapter=False):
     return total
 
 
-def share(stage, pretrain):
+def share(stage: float, pretrain: float) -> float:
     """A stage's FLOPs as a share of pretraining's.
 
     In published runs the later stages cost from 0.1 to some percent; with a small world

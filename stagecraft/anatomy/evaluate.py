@@ -8,15 +8,12 @@ import difflib
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from stagecraft import schema, storage
-from stagecraft.anatomy import behaviour
+from stagecraft.anatomy import behaviour, roles
 from stagecraft.anatomy.harness import Answers
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
@@ -51,10 +48,10 @@ def evaluate(
         apply_chat_template: through the model's own, for stages that speak in turns.
         num_fewshot: examples before each question; None for what the task says.
         seed: of generations that are sampled.
-        out: where the results are kept; None for WORKDIR/evaluations.json.
+        out: the file of results; None for WORKDIR/evaluations.json.
 
     Returns:
-        all records that are kept: [{"stage", "task", "limit", "shots", "chat",
+        all records in that file: [{"stage", "task", "limit", "shots", "chat",
         "documents", "metrics": {name: {"value", "stderr"}}}].
     """
     names = _stages(run, stages)
@@ -68,42 +65,43 @@ def evaluate(
             # A base model knows no turns.
             chat = apply_chat_template and run.chat_format(name)
             asked = dict(limit=limit, shots=num_fewshot, chat=chat)
-            found = _ask(language, specs, manager, seed=seed, **asked)
+            results = _ask(language, specs, manager, seed=seed, **asked)
             # By what was asked for, so that stages are columns of one table.
             asked["chat"] = apply_chat_template
-            _keep(path, [{"stage": name, **asked, **one} for one in found])
+            _keep(path, [{"stage": name, **asked, **one} for one in results])
     return read(path)
 
 
 def read(path):
     """The records of an evaluations.json; [] where there is none."""
-    found = storage.read_json(path, [])
+    records = storage.read_json(path, [])
     whole = {*KEY, "metrics"}
-    return [one for one in found if isinstance(one, dict) and whole <= one.keys()]
+    return [one for one in records if isinstance(one, dict) and whole <= one.keys()]
 
 
 def _keep(path, records):
     """Adds records; those of the same stage, task and way of asking are replaced."""
-    kept = {tuple(one[k] for k in KEY): one for one in [*read(path), *records]}
-    storage.write_json(path, list(kept.values()))
+    by_key = {tuple(one[k] for k in KEY): one for one in [*read(path), *records]}
+    storage.write_json(path, list(by_key.values()))
 
 
 def _stages(run, stages):
-    known = behaviour.speaking_stages(run)
+    speaking = behaviour.speaking_stages(run)
     if tuple(stages) == ("all",):
-        if not known:
+        if not speaking:
             raise UserError(f"{run.root}: no finished stage that writes text yet")
-        return known
+        return speaking
     for name in stages:
         if name not in run.config.stages:
             raise UserError(schema.unknown("--stage", name, run.config.stages.keys()))
-        if name not in known:
+        if name not in speaking:
             kind = run.config.stages[name].kind
             why = "is not finished"
-            if kind not in behaviour.SPEAKING:
+            if not roles.speaks(kind):
                 why = f"is of kind {kind} and writes no text"
             raise UserError(
-                f"--stage={name}: {why}; expected some of: {', '.join(known) or 'none'}"
+                f"--stage={name}: {why}; expected some of: "
+                f"{', '.join(speaking) or 'none'}"
             )
     return list(dict.fromkeys(stages))
 
@@ -112,7 +110,7 @@ def _stages(run, stages):
 
 
 def _quiet():
-    """No remarks that drown the table; and no processes, for a fork of JAX may hang."""
+    """Silences the harness's remarks, and its processes: a fork of JAX may hang."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "eval: lm-evaluation-harness is not installed: pip install "
@@ -150,14 +148,14 @@ def _tasks(tasks):
     for folder in folders:
         inside = Path(folder).resolve()
         entries = [manager.task_index[name] for name in manager.all_subtasks]
-        found = [
+        names = [
             entry.name
             for entry in entries
             if entry.yaml_path and inside in Path(entry.yaml_path).resolve().parents
         ]
-        if not found:
+        if not names:
             raise UserError(f"--tasks={folder}: no task (.yaml) in this folder")
-        specs += found
+        specs += names
     specs = list(dict.fromkeys(specs))
     try:
         loaded = manager.load(specs)
@@ -191,7 +189,7 @@ def _ask(language, specs, manager, *, limit, chat, shots, seed):
     """[{"task", "documents", "metrics"}] of one stage's model."""
     import lm_eval
 
-    got = lm_eval.simple_evaluate(
+    answer = lm_eval.simple_evaluate(
         model=model(language, seed=seed),
         tasks=list(specs),
         task_manager=manager,
@@ -201,14 +199,14 @@ def _ask(language, specs, manager, *, limit, chat, shots, seed):
         bootstrap_iters=BOOTSTRAP,
         log_samples=False,
     )
-    counts = got.get("n-samples", {})
+    counts = answer.get("n-samples", {})
     return [
         {
             "task": task,
             "documents": counts.get(task, {}).get("effective"),
             "metrics": metrics(values),
         }
-        for task, values in got["results"].items()
+        for task, values in answer["results"].items()
     ]
 
 
@@ -218,18 +216,18 @@ def metrics(values):
     >>> metrics({"alias": "qa", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 1})
     {'acc': {'value': 0.5, 'stderr': 0.1}, 'f1 (x)': {'value': 1, 'stderr': None}}
     """
-    found = {}
+    results = {}
     for key, value in values.items():
-        name, _, kind = key.partition(",")
-        if not kind or name.endswith("_stderr") or not is_number(value):
+        name, _, filtered = key.partition(",")
+        if not filtered or name.endswith("_stderr") or not is_number(value):
             continue
-        error = values.get(f"{name}_stderr,{kind}")
-        label = name if kind == "none" else f"{name} ({kind})"
-        found[label] = {
+        error = values.get(f"{name}_stderr,{filtered}")
+        label = name if filtered == "none" else f"{name} ({filtered})"
+        results[label] = {
             "value": value,
             "stderr": error if is_number(error) else None,
         }
-    return found
+    return results
 
 
 # -- side by side ----------------------------------------------------------------------
@@ -262,31 +260,10 @@ def side_by_side(records, order=()):
 
 def _how(record):
     """How a task was asked, in words: "5-shot, chat, first 100"."""
-    said = []
+    words = []
     if record["shots"] is not None:
-        said.append(f"{record['shots']}-shot")
-    said += ["chat"] * bool(record["chat"])
+        words.append(f"{record['shots']}-shot")
+    words += ["chat"] * bool(record["chat"])
     if record["limit"]:
-        said.append(f"first {record['limit']}")
-    return ", ".join(said)
-
-
-def show(records, order=(), file=None):
-    """Prints records, stages side by side."""
-    stages, rows = side_by_side(records, order)
-    table = Table(title="tasks", title_justify="left")
-    table.add_column("task", overflow="fold")
-    for name in stages:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [_cell(row["cells"].get(name)) for name in stages]
-        label = f"{row['task']} {row['metric']}"
-        table.add_row(f"{label}\n  {row['how']}" if row["how"] else label, *cells)
-    Console(file=file or sys.stdout, highlight=False).print(table)
-
-
-def _cell(cell):
-    if cell is None:
-        return ""
-    error = f" ±{cell['stderr']:.3f}" if cell["stderr"] is not None else ""
-    return f"{cell['value']:.4g}{error}"
+        words.append(f"first {record['limit']}")
+    return ", ".join(words)

@@ -32,7 +32,7 @@ _log = logging.getLogger("stagecraft")
 
 
 @jax.jit
-def _judge(model, batch):
+def _likelihoods(model, batch):
     """Sums of log-probabilities, and whether each token was the likeliest: f32[B]."""
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     stats = model.token_logps(hidden, batch["targets"])
@@ -57,7 +57,7 @@ class Answers:
 
     @property
     def tokenizer_name(self):
-        """What requests with a chat template are told apart by."""
+        """The key under which requests with a chat template are cached."""
         return self.language.tokenizer.digest
 
     def chat_template(self, chat_template=False):
@@ -85,8 +85,8 @@ class Answers:
             _log.warning("the chat template takes no system message: left out")
             text, ids = self._conversation(rest)
         tokenizer = self.language.tokenizer
-        told = tokenizer.template is not None and self._read(text) == ids
-        self._turns[text + begun] = None if told else [*ids, *tokenizer.encode(begun)]
+        plain = tokenizer.template is not None and self._read(text) == ids
+        self._turns[text + begun] = None if plain else [*ids, *tokenizer.encode(begun)]
         return text + begun
 
     def _conversation(self, messages):
@@ -115,14 +115,14 @@ class Answers:
         """What an empty context is: bos, also one that texts are not given, or eos."""
         tokenizer = self.language.tokenizer
         named = getattr(tokenizer, "named_bos", None)
-        found = (tokenizer.bos, named, tokenizer.eos)
-        return next(i for i in found if i is not None)
+        candidates = (tokenizer.bos, named, tokenizer.eos)
+        return next(i for i in candidates if i is not None)
 
     # -- log-likelihoods ---------------------------------------------------------------
 
     def loglikelihood(self, requests, **_):
         """(log-probability in nats, is it the greedy one) of each (context, text)."""
-        return self._judged([self._pair(*request.args) for request in requests])
+        return self._scored([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests, **_):
         """Log-probability in nats of each whole text, in windows of the context."""
@@ -130,11 +130,12 @@ class Answers:
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self._encode(text)
-            found = windows(ids, self._prefix(), self.language.model.config.max_length)
-            rows += found
-            owners += [number] * len(found)
+            size = self.language.model.config.max_length
+            parts = windows(ids, self._prefix(), size)
+            rows += parts
+            owners += [number] * len(parts)
         totals = [0.0] * len(requests)
-        for owner, (logp, _) in zip(owners, self._judged(rows), strict=True):
+        for owner, (logp, _) in zip(owners, self._scored(rows), strict=True):
             totals[owner] += logp
         return totals
 
@@ -153,7 +154,7 @@ class Answers:
         after = self._encode(whole, turns=turns)[len(before) :]
         return before or [self._prefix()], after
 
-    def _judged(self, rows):
+    def _scored(self, rows):
         """(log-probability, is it greedy) of (ids before, ids) each, in their order."""
         size, limit = self.language.batch_size, self.language.model.config.max_length
         for _, ids in rows:
@@ -164,21 +165,23 @@ class Answers:
                 )
         # As many as the last token's prediction needs; what is oldest is dropped.
         rows = [((*a, *b)[-limit - 1 :], len(b)) for a, b in rows]
-        found = [None] * len(rows)
+        scores = [None] * len(rows)
         for length, numbers in _by_length([len(row) - 1 for row, _ in rows], limit):
             for start in range(0, len(numbers), size):
                 part = numbers[start : start + size]
                 batch = _batch([rows[i] for i in part], size, length)
-                got = map(np.asarray, _judge(self.language.model, placed(batch)[0]))
-                for i, logp, greedy in zip(part, *got, strict=False):
-                    found[i] = (float(logp), bool(greedy))
-        return found
+                logps, greedy = _likelihoods(self.language.model, placed(batch)[0])
+                for i, logp, best in zip(
+                    part, np.asarray(logps), np.asarray(greedy), strict=False
+                ):
+                    scores[i] = (float(logp), bool(best))
+        return scores
 
     # -- generations -------------------------------------------------------------------
 
     def generate_until(self, requests, **_):
         """The text that follows each context, up to the strings that end it."""
-        found, groups = [None] * len(requests), {}
+        answers, groups = [None] * len(requests), {}
         for number, request in enumerate(requests):
             context, arguments = request.args
             settings, until = self._settings(arguments)
@@ -188,17 +191,17 @@ class Answers:
             room = self.language.model.config.max_length - settings[0]
             rows = [self._context(context)[-room:] for _, context in members]
             rows = [row or [self._prefix()] for row in rows]
-            for length, places in _by_length([len(row) for row in rows], room):
-                for start in range(0, len(places), size):
-                    part = places[start : start + size]
+            for length, numbers in _by_length([len(row) for row in rows], room):
+                for start in range(0, len(numbers), size):
+                    part = numbers[start : start + size]
                     key = jax.random.fold_in(jax.random.key(self.seed), batches)
                     batches += 1
                     texts = self._generate(
                         [rows[i] for i in part], length, key, settings, until
                     )
                     for i, text in zip(part, texts, strict=True):
-                        found[members[i][0]] = text
-        return found
+                        answers[members[i][0]] = text
+        return answers
 
     def _settings(self, arguments):
         """A task's generation_kwargs as (tokens, temperature, top_k, top_p), until."""
@@ -286,10 +289,10 @@ def windows(ids, prefix, size):
 
 def _by_length(lengths, limit):
     """[(padded length, numbers of the rows padded to it)], the longest first."""
-    found = {}
+    groups = {}
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        found.setdefault(_padded(lengths[number], limit), []).append(number)
-    return found.items()
+        groups.setdefault(_padded(lengths[number], limit), []).append(number)
+    return groups.items()
 
 
 def _padded(length, limit):
@@ -305,14 +308,14 @@ def _padded(length, limit):
 
 
 def _batch(rows, size, length):
-    """Rows of (ids, how many of the last are judged) as arrays [size, length]."""
+    """Rows of (ids, how many of the last are scored) as arrays [size, length]."""
     batch = {k: np.zeros((size, length), np.int32) for k in ("ids", "targets")}
     batch["segments"] = np.zeros((size, length), np.int32)
     batch["mask"] = np.zeros((size, length), bool)
     batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (size, 1))
-    for i, (ids, judged) in enumerate(rows):
+    for i, (ids, scored) in enumerate(rows):
         end = len(ids) - 1
         batch["ids"][i, :end], batch["targets"][i, :end] = ids[:-1], ids[1:]
         batch["segments"][i, :end] = 1
-        batch["mask"][i, end - judged : end] = True
+        batch["mask"][i, end - scored : end] = True
     return batch

@@ -15,13 +15,13 @@ _BODY = "body/"
 _STACK = "layers/"  # leaves below it carry the layers on axis 0
 
 
-def kind(name):
-    """The kind of matrix a parameter is, from its name.
+def matrix_name(name):
+    """Which matrix of a layer a parameter is, from its path in the tree.
 
-    >>> kind("layers/attention/query"), kind("layers/attention/query_norm/scale")
-    ('query', 'norm')
-    >>> kind("layers/sparse/experts/gate"), kind("layers/sparse/experts/router")
-    ('expert_gate', 'router')
+    >>> [matrix_name(f"layers/attention/{n}") for n in ("query", "query_norm/scale")]
+    ['query', 'norm']
+    >>> [matrix_name(f"layers/sparse/experts/{n}") for n in ("gate", "router")]
+    ['expert_gate', 'router']
     """
     if "norm" in name:
         return "norm"
@@ -61,37 +61,37 @@ def compare(before, after):
         unchanged_bf16, unchanged_fp32: share of the weights that are equal, as they are
             or after both sides are cast to bfloat16; unchanged_1e5: share that moved
             by at most 1e-5.
-        by_kind: {kind: the four above, and for matrices effective_rank, stable_rank and
-            full_rank (the largest possible) of the update, averaged over layers}.
-        by_layer: {kind: [relative_change of layer 0, 1, ...]} for the stacked leaves;
+        by_kind: {matrix: the four above, and effective_rank, stable_rank and full_rank
+            (the largest possible) of the update, averaged over layers}.
+        by_layer: {matrix: [relative_change of layer 0, 1, ...]} for the stacked leaves;
             "dense query" and "sparse query" where layers are stacked apart.
 
     Raises:
         UserError: as `delta`.
     """
-    whole, kinds, layers, ranks = _Sums(), {}, {}, {}
+    whole, by_matrix, layers, ranks = _Sums(), {}, {}, {}
     for name, a, b in _shared(before, after):
-        sums = _Sums.of(a, b)
+        sums, matrix = _Sums.of(a, b), matrix_name(name)
         whole.add(sums)
-        kinds.setdefault(kind(name), _Sums()).add(sums)
+        by_matrix.setdefault(matrix, _Sums()).add(sums)
         if name.startswith(_STACK):
             stack = name.removeprefix(_STACK).split("/")[0]
             apart = f"{stack} " if stack in ("dense", "sparse") else ""
-            slots = layers.setdefault(apart + kind(name), [_Sums() for _ in a])
+            slots = layers.setdefault(apart + matrix, [_Sums() for _ in a])
             for slot, one, other in zip(slots, a, b, strict=True):
                 slot.add(_Sums.of(one, other))
-            matrices = list(b - a)
+            updates = list(b - a)
         else:
-            matrices = [b - a]
-        if kind(name).startswith("expert_"):
-            matrices = [matrix for layer in matrices for matrix in layer]
-        if matrices[0].ndim >= 2 and not name.endswith("bias"):
-            found = [spectrum(_matrix(kind(name), m)) for m in matrices]
-            ranks.setdefault(kind(name), []).extend(found)
-    by_kind = {name: sums.figures() for name, sums in kinds.items()}
-    for name, found in ranks.items():
-        for key in found[0]:
-            by_kind[name][key] = float(np.mean([one[key] for one in found]))
+            updates = [b - a]
+        if matrix.startswith("expert_"):
+            updates = [expert for layer in updates for expert in layer]
+        if updates[0].ndim >= 2 and not name.endswith("bias"):
+            spectra = [spectrum(_two_sided(matrix, update)) for update in updates]
+            ranks.setdefault(matrix, []).extend(spectra)
+    by_kind = {name: sums.figures() for name, sums in by_matrix.items()}
+    for name, spectra in ranks.items():
+        for key in spectra[0]:
+            by_kind[name][key] = float(np.mean([one[key] for one in spectra]))
     by_layer = {
         name: [slot.relative_change() for slot in slots]
         for name, slots in layers.items()
@@ -169,7 +169,7 @@ class _Sums:
             setattr(self, name, getattr(self, name) + value)
 
     def relative_change(self):
-        # Biases are born zero: any move from nothing has no relative size.
+        # Biases begin at zero: a move from there has no relative size.
         return float(np.sqrt(self.moved / self.size)) if self.size else 0.0
 
     def figures(self):
@@ -181,7 +181,7 @@ class _Sums:
         }
 
 
-def _matrix(name, array):
+def _two_sided(name, array):
     """Folds heads into the side they belong to: [H, C, D] or [D, H, C] -> 2-D."""
     if name in ("output", "down", "expert_down"):
         return array.reshape(-1, array.shape[-1])

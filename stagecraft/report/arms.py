@@ -11,14 +11,15 @@ import math
 import re
 from pathlib import Path
 
-from stagecraft import defaults, metrics, runs, schema, storage
-from stagecraft.anatomy.behaviour import SPEAKING
+from stagecraft import defaults, runs, schema, storage
+from stagecraft.anatomy import roles
 from stagecraft.errors import UserError
+from stagecraft.metrics import is_number
 from stagecraft.models import locate
 
 _SEEDED = re.compile(r"(.+)_seed(\d+)")
-# What never decides a number, or is what the seeds of an arm differ in.
-_LEFT_OUT = ("mesh", "every", "seed")
+# What decides no number, and what the samples of one arm differ in.
+_LEFT_OUT = (*defaults.KEYS_WITHOUT_EFFECT, "seed")
 _SHOWN = 3  # differences named in an arm's label
 _DEFAULT = "default"  # an argument of the objective that the config leaves out
 
@@ -58,7 +59,7 @@ class Arm:
         return [sample.figures.get(figure) for sample in self.samples]
 
 
-def read(folders, stages=()):
+def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]:
     """The arms of several runs.
 
     Args:
@@ -140,24 +141,24 @@ def _same_measure(runs):
                 )
 
 
-def short(name):
+def short(name: str) -> str:
     """A stage's name without its seed.
 
     >>> short("simpo_seed2"), short("dpo")
     ('simpo', 'dpo')
     """
-    found = _SEEDED.fullmatch(name)
-    return found[1] if found else name
+    seeded = _SEEDED.fullmatch(name)
+    return seeded[1] if seeded else name
 
 
 def _chosen(runs, wanted):
     """Names of the stages to compare, over all runs."""
     everything = {s.name: (s, run) for run in runs for s in run.stages}
     if wanted:
-        known = dict.fromkeys([*everything, *map(short, everything)])
+        names = dict.fromkeys([*everything, *map(short, everything)])
         for name in wanted:
-            if name not in known:
-                raise UserError(schema.unknown(f"--stages={name}", name, known))
+            if name not in names:
+                raise UserError(schema.unknown(f"--stages={name}", name, names))
         chosen = {n for n in everything if {n, short(n)} & set(wanted)}
         for run in runs:
             names = [stage.name for stage in run.stages]
@@ -170,15 +171,11 @@ def _chosen(runs, wanted):
     trained = {
         n: run.config["stages"][n]
         for n, (_, run) in everything.items()
-        if run.config["stages"][n].get("kind") not in defaults.RECORDS
+        if roles.trains(run.config["stages"][n].get("kind"))
     }
-    speaking = {n: c for n, c in trained.items() if c.get("kind") in SPEAKING}
-    in_turns = {
-        n
-        for n, c in speaking.items()
-        if c["kind"] != "language_model" or c.get("data", {}).get("format") != "text"
-    }
-    return in_turns or set(speaking) or set(trained)
+    speaking = {n for n, c in trained.items() if roles.speaks(c.get("kind"))}
+    in_turns = {n for n in speaking if roles.answers_in_turns(trained[n])}
+    return in_turns or speaking or set(trained)
 
 
 def _check_finished(run, chosen, named):
@@ -214,9 +211,9 @@ def _add(arms, repeats, run, stage):
     arm = arms.setdefault(key, Arm("", short(stage.name), stage.kind, settings, {}, []))
     numbered = _SEEDED.fullmatch(stage.name)
     seed = run.config.get("seed"), int(numbered[2]) if numbered else None
-    figures = {k: v for k, v in run.summary[stage.name].items() if metrics.is_number(v)}
+    figures = {k: v for k, v in run.summary[stage.name].items() if is_number(v)}
     seconds = run.summary.get("seconds", {}).get(stage.name)
-    if metrics.is_number(seconds):
+    if is_number(seconds):
         figures["seconds"] = seconds
     for other in arm.samples:
         why = _repeated(seed, figures, other)
@@ -227,7 +224,7 @@ def _add(arms, repeats, run, stage):
 
 
 def _repeated(seed, figures, other):
-    """Why a sample is no other draw than `other`; "" if it is."""
+    """Why a sample is the same draw as `other`; "" where it is another one."""
     measured = (figures.keys() & other.figures.keys()) - {"seconds"}
     alike = all(
         math.isclose(figures[k], other.figures[k], rel_tol=1e-4, abs_tol=1e-6)
@@ -238,7 +235,7 @@ def _repeated(seed, figures, other):
         return why if alike else f"{why}, though the figures differ"
     same = all(figures[k] == other.figures[k] for k in measured)
     if seed[0] == other.seed[0] and measured and same:
-        # NAME_seed0 and NAME_seed1 of one run draw alike where nothing is drawn.
+        # NAME_seed0 and NAME_seed1 of one run are equal where nothing is random.
         return f"every figure is that of {other.stage}: nothing here was left to chance"
     return ""
 
@@ -248,8 +245,8 @@ def _repeated(seed, figures, other):
 
 def _settings(run, name):
     """{dotted key: value} of a stage, all it comes from, and what they share."""
-    found = {}
-    _trace(run.config, name, found)
+    stages = {}
+    _trace(run.config, name, stages)
     shared = {
         k: v
         for k, v in _completed(run.config).items()
@@ -258,45 +255,43 @@ def _settings(run, name):
     elsewhere = _outside(shared.get("tokenizer", {}).get("path", ""))
     if elsewhere:
         shared["tokenizer"] = _completed(elsewhere[0])["tokenizer"]
-    own = found.pop(short(name))
-    return dict(_flat("", own)) | dict(_flat("", found)) | dict(_flat("", shared))
+    own = stages.pop(short(name))
+    return dict(_flat("", own)) | dict(_flat("", stages)) | dict(_flat("", shared))
 
 
-def _trace(config, name, found):
-    """Adds a stage's settings to `found`, and those of the stages it names."""
-    stages = config["stages"]
-    settings = dict(_completed_stage(stages[name]))
-    label = short(name)
-    found[label] = settings
+def _trace(config, name, traced):
+    """Adds the settings of a stage, and of the stages it names, to `traced`."""
+    settings = dict(_completed_stage(config["stages"][name]))
+    traced[short(name)] = settings
     for key in [k for k in settings if k.endswith("_from")]:
-        settings[key] = _renamed(config, settings[key], found, "")
+        settings[key] = _renamed(config, settings[key], traced, "")
     data = settings.get("data")
     if isinstance(data, dict):
         settings["data"] = {
-            k: _renamed(config, v, found, "stage:") for k, v in data.items()
+            k: _renamed(config, v, traced, "stage:") for k, v in data.items()
         }
 
 
-def _renamed(config, value, found, prefix):
+def _renamed(config, value, traced, prefix):
     """The value with the stages it names traced, and named without their seeds."""
     if isinstance(value, list):
-        return [_renamed(config, one, found, prefix) for one in value]
+        return [_renamed(config, one, traced, prefix) for one in value]
     if not isinstance(value, str):
         return value
     parts = []
     for part in (p.strip() for p in value.split(",")):
         name, home = part.removeprefix(prefix), config
-        known = part.startswith(prefix) and name in config["stages"]
-        elsewhere = None if known else _outside(part)
+        is_stage = part.startswith(prefix) and name in config["stages"]
+        elsewhere = None if is_stage else _outside(part)
         if elsewhere:
             # The same file of another run: that run's seed is no difference either.
             home, name = elsewhere
-            known = name in home["stages"]
+            is_stage = name in home["stages"]
             part = name
-        if known:
+        if is_stage:
             part = prefix + short(name)
-            if short(name) not in found:
-                _trace(home, name, found)
+            if short(name) not in traced:
+                _trace(home, name, traced)
         parts.append(part)
     return ",".join(parts)
 
@@ -341,7 +336,7 @@ def _flat(prefix, value):
 
 def _name(arms):
     """Labels each arm: its stage, and how it differs from the stage's other arms."""
-    taken = set()
+    labels = set()
     for arm in arms:
         rivals = [other for other in arms if other.stage == arm.stage]
         keys = dict.fromkeys(key for other in rivals for key in other.settings)
@@ -353,14 +348,14 @@ def _name(arms):
         # The objective first: it is what an ablation is most often about.
         differing.sort(key=lambda key: (not key.startswith("objective"), "." in key))
         arm.differs = {key: _value(arm, key) for key in differing}
-        label = " ".join([arm.stage, *_told(arm.differs)])
+        label = " ".join([arm.stage, *_in_words(arm.differs)])
         numbered = (f"{label} ({n})" for n in itertools.count(2))
         arm.label = (
             label
-            if label not in taken
-            else next(one for one in numbered if one not in taken)
+            if label not in labels
+            else next(one for one in numbered if one not in labels)
         )
-        taken.add(arm.label)
+        labels.add(arm.label)
 
 
 def _value(arm, key):
@@ -368,7 +363,7 @@ def _value(arm, key):
     return arm.settings.get(key, missing)
 
 
-def _told(differs):
+def _in_words(differs):
     words = [
         f"{key.removeprefix('objective_args.')}={_text(value)}"
         for key, value in differs.items()
@@ -407,13 +402,13 @@ def _warnings(runs, arms):
 
 
 def _tokenizer(run):
-    found = _completed(run.config).get("tokenizer", {})
-    return {k: str(found.get(k)) for k in ("files", "vocab_size")}
+    settings = _completed(run.config).get("tokenizer", {})
+    return {k: str(settings.get(k)) for k in ("files", "vocab_size")}
 
 
 def _heldout(runs):
     """The digests of what the runs evaluate on, as far as lineage.json has them."""
-    found = set()
+    digests_of = {}
     for run in runs:
         for stage in run.stages:
             data = run.config["stages"][stage.name].get("data", {})
@@ -422,8 +417,6 @@ def _heldout(runs):
                 data.get("files") if data.get("heldout_share") else ""
             )
             if spec and isinstance(digests, dict):
-                found.add((short(stage.name), spec, digests.get(spec)))
-    by_stage = {}
-    for name, *rest in found:
-        by_stage.setdefault(name, set()).add(tuple(map(str, rest)))
-    return max(by_stage.values(), key=len, default=set())
+                seen = digests_of.setdefault(short(stage.name), set())
+                seen.add((str(spec), str(digests.get(spec))))
+    return max(digests_of.values(), key=len, default=set())

@@ -4,6 +4,7 @@ A picture is drawn once and serves light, dark and print: its colours are writte
 page's CSS variables, its text takes the page's font.
 """
 
+import contextlib
 import io
 import re
 
@@ -12,8 +13,13 @@ from markupsafe import Markup, escape
 from stagecraft.errors import UserError
 
 # Matplotlib needs real colours: stand-ins that nothing else uses, replaced in the SVG.
-_INK, _MUTED, _RULE = "#010101", "#020202", "#030303"
-_STAND_INS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)"}
+_INK, _MUTED, _RULE, _PAPER = "#010101", "#020202", "#030303", "#040404"
+_STAND_INS = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _RULE: "var(--rule)",
+    _PAPER: "var(--paper)",
+}
 COLOURS = 8  # stage colours in the page; more stages take them again, dashed
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _POINTS = 240  # about what a chart of this width can show
@@ -39,28 +45,15 @@ def curves(series, *, name, label):
     Raises:
         UserError: Matplotlib is not installed.
     """
-    try:
-        import matplotlib
+    with _matplotlib(name):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise UserError(
-            "the report's curves need Matplotlib: pip install 'stagecraft[report]'"
-        ) from error
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "axes.unicode_minus": True,
-        "path.simplify": True,
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(settings):
+
         figure = Figure(figsize=(4, 2.2))
         axes = figure.add_axes((0.125, 0.12, 0.85, 0.83))
         replaced = dict(_STAND_INS)
         for one in series:
-            stand_in = f"#0a0a{one['colour']:02x}"
+            stand_in = _stand_in(one["colour"])
             replaced[stand_in] = colour(one["colour"])
             _line(axes, one, stand_in)
         axes.margins(x=0.02, y=0.08)
@@ -75,9 +68,32 @@ def curves(series, *, name, label):
         axes.yaxis.get_offset_text().set_color(_MUTED)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_RULE)
-        page = io.StringIO()
-        figure.savefig(page, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(page.getvalue(), replaced, label)
+        return _inline(figure, replaced, label)
+
+
+@contextlib.contextmanager
+def _matplotlib(name):
+    """Settings under which Matplotlib draws; `name` salts the ids inside the SVG."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(
+            "the page's charts need Matplotlib: pip install 'stagecraft[report]'"
+        ) from error
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _stand_in(index):
+    return f"#0a0a{index:02x}"
 
 
 def _line(axes, one, stand_in):
@@ -123,8 +139,11 @@ def _running_mean(values):
     return [sum(window) / len(window) for window in windows]
 
 
-def _inline(text, replaced, label):
-    """Turns Matplotlib's standalone SVG into an element of the page."""
+def _inline(figure, replaced, label):
+    """A Matplotlib figure as an element of the page; stand-ins become its colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -137,6 +156,106 @@ def _inline(text, replaced, label):
         text = text.replace(stand_in, value)
     head = f'<svg role="img" aria-label="{escape(label)}"'
     return Markup(text.replace("<svg", head, 1).strip())
+
+
+# -- means and intervals ------------------------------------------------------
+
+_PLOT = 390  # width, in points: about a phone's screen
+_MARGIN = 9
+_LINE = 16  # height of a line of text
+_RAIL = 34  # height below the text of a row, in which its marks lie
+_AXIS = 22  # height of the tick labels
+
+
+def intervals(rows, *, name, label):
+    """Draws means of several arms with their intervals on one scale.
+
+    Args:
+        rows: [{"name", "detail", "text", "note": texts; "baseline", "apart" (it differs
+            from the baseline): bools; "mean", "half": floats or None, "values": one a
+            seed}].
+        name: unique on the page; salts the ids inside the SVG.
+        label: what a screen reader says.
+
+    Returns:
+        Markup, an `<svg>` that scales with its container.
+
+    Raises:
+        UserError: Matplotlib is not installed.
+    """
+    with _matplotlib(name):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        lines = 3 if any(row["detail"] for row in rows) else 2
+        size = _LINE * lines + _RAIL
+        height = size * len(rows)
+        figure = Figure(figsize=(_PLOT / 72, (height + _AXIS) / 72))
+        bottom, side = _AXIS / (height + _AXIS), _MARGIN / _PLOT
+        axes = figure.add_axes((side, bottom, 1 - 2 * side, 1 - bottom))
+        low, high = _scale(rows)
+        axes.set(xlim=(low, high), ylim=(height, 0), facecolor="none", yticks=[])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.ticklabel_format(axis="x", useOffset=False)
+        axes.tick_params(colors=_MUTED, length=0, pad=4, labelsize=11)
+        axes.spines[:].set_visible(False)
+        base = next((row["mean"] for row in rows if row["baseline"]), None)
+        for i, row in enumerate(rows):
+            axes.axhline(i * size, color=_RULE, linewidth=0.8, clip_on=False)
+            _texts(axes, row, i * size, lines)
+            _marks(axes, row, base, (i + 1) * size - _RAIL / 2 + 1, (low, high))
+        axes.axhline(height, color=_RULE, linewidth=0.8, clip_on=False)
+        return _inline(figure, {**_STAND_INS, _stand_in(0): colour(0)}, label)
+
+
+def _texts(axes, row, top, lines):
+    """Writes an arm's name at the left and its numbers at the right."""
+    shade, weight = (_INK, "bold") if row["apart"] else (_MUTED, "normal")
+    for x, line, text, style in (
+        (0, 0, row["name"], dict(color=_INK, size=12, weight="bold")),
+        (0, 1, _cut(row["detail"], 62), dict(color=_MUTED, size=11)),
+        (1, 0, row["text"], dict(color=_INK, size=12)),
+        (1, lines - 1, row["note"], dict(color=shade, size=11, weight=weight)),
+    ):
+        style |= dict(ha=("left", "right")[x], va="top")
+        across = axes.get_yaxis_transform()  # 0 to 1 across, points down
+        axes.text(x, top + _LINE * line + 7, text, transform=across, **style)
+
+
+def _marks(axes, row, base, y, limits):
+    """Draws interval, mean and seeds; an end beyond the limits becomes a caret."""
+    blue = _stand_in(0)
+    free = {"clip_on": False, "linestyle": "none"}  # no clip paths in the page
+    if base is not None:
+        axes.vlines(base, y - 11, y + 14, _MUTED, "dashed", linewidth=1, clip_on=False)
+    if row["mean"] is None:
+        return
+    if row["half"] is not None:
+        ends = row["mean"] - row["half"], row["mean"] + row["half"]
+        inside = [min(max(end, limits[0]), limits[1]) for end in ends]
+        axes.hlines(y, *inside, color=blue, linewidth=2, clip_on=False)
+        for end, shown, caret in zip(ends, inside, "<>", strict=True):
+            marker, size = (caret, 7) if shown != end else ("|", 10)
+            axes.plot(shown, y, marker, color=blue, ms=size, mew=2, **free)
+    if len(row["values"]) > 1:
+        seeds = [y + 11] * len(row["values"])
+        axes.plot(row["values"], seeds, "o", color=_MUTED, ms=4, mew=0, **free)
+    marker, edge = ("s", _INK) if row["baseline"] else ("o", blue)
+    fill = edge if row["baseline"] or row["apart"] else _PAPER
+    axes.plot(row["mean"], y, marker, color=edge, mfc=fill, ms=9, mew=2.2, **free)
+
+
+def _scale(rows):
+    """A range that holds every value; intervals far wider than it are cut."""
+    values = [value for row in rows for value in row["values"]]
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) * 0.1 or 1.0
+    measured = [row for row in rows if row["mean"] is not None]
+    ends = [row["mean"] + s * (row["half"] or 0.0) for row in measured for s in (-1, 1)]
+    low = max(min(low, *ends), low - span)
+    high = min(max(high, *ends), high + span)
+    room = 0.06 * ((high - low) or span)
+    return low - room, high + room
 
 
 # -- the graph of stages ------------------------------------------------------
@@ -163,7 +282,7 @@ def graph(nodes, edges):
     parts = [
         f'<svg role="img" viewBox="0 0 {width} {height}" '
         f'style="width:{width:g}px;min-width:{0.75 * width:g}px" '
-        f'aria-label="{escape(_told(edges))}">'
+        f'aria-label="{escape(_spoken(edges))}">'
     ]
     for parent, child, path, main in links:
         points = [places[name] for name in (parent, *path, child)]
@@ -173,7 +292,7 @@ def graph(nodes, edges):
     return Markup("".join(parts) + "</svg>")
 
 
-def _told(edges):
+def _spoken(edges):
     if not edges:
         return "Stages"
     return "Stages: " + "; ".join(f"{a} leads to {b}" for a, b, _ in edges)

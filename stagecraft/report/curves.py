@@ -1,6 +1,7 @@
 """A run's metrics as small charts: which to draw, in which words, and their numbers."""
 
-from stagecraft import metrics
+from stagecraft.anatomy import roles
+from stagecraft.metrics import is_number
 from stagecraft.report import charts
 
 # One chart each: title, unit, and the series it may show as (metric, label, marked).
@@ -70,7 +71,7 @@ def show(value):
     >>> show(0.12345), show(12), show(3.1e7), show(1.0), show(2.1e-5)
     ('0.123', '12', '31,000,000', '1.00', '2.1e-05')
     """
-    if not metrics.is_number(value):
+    if not is_number(value):
         return str(value) if value else "–"
     if isinstance(value, int) or abs(value) >= 1000:
         text = f"{value:,.0f}"
@@ -85,11 +86,11 @@ def show(value):
 
 def _chart(stage, title, unit, *series):
     """A chart of those series that the stage has; None when it has none."""
-    drawn = []
+    lines = []
     for key, label in series:
         steps, values = stage.series(key)
         if steps:
-            drawn.append(
+            lines.append(
                 {
                     "key": key,
                     "label": label,
@@ -99,47 +100,41 @@ def _chart(stage, title, unit, *series):
                     "marked": key.startswith("eval_") or key == "rewards/rejected",
                 }
             )
-    if not drawn:
+    if not lines:
         return None
-    if len(drawn) == 1:
-        drawn[0]["marked"] = False
-    told = "; ".join(
+    if len(lines) == 1:
+        lines[0]["marked"] = False
+    spoken = "; ".join(
         f"{one['label'] or one['key']} from {show(one['values'][0])} at step "
         f"{one['steps'][0]} to {show(one['values'][-1])} at step {one['steps'][-1]}"
-        for one in drawn
+        for one in lines
     )
-    name = f"{stage.name} {' '.join(one['key'] for one in drawn)}"
-    svg = charts.curves(drawn, name=name, label=f"{stage.name}, {title}: {told}")
-    return {"title": title, "unit": unit, "series": drawn, "svg": svg}
-
-
-_LOSS_UNITS = {
-    "language_model": "nats a token",
-    "reward": "nats a pair",
-}
+    name = f"{stage.name} {' '.join(one['key'] for one in lines)}"
+    svg = charts.curves(lines, name=name, label=f"{stage.name}, {title}: {spoken}")
+    return {"title": title, "unit": unit, "series": lines, "svg": svg}
 
 
 def panel(stage):
     """A stage's charts, the usual ones first; its samples; what it was."""
-    keys, main, taken = stage.keys(), [], set()
+    keys, main, used = stage.keys(), [], set()
     specs = list(CHARTS)
     golds = [key for key in keys if "gold" in key and not key.endswith("std")]
     specs[8:8] = [("Gold score", key.replace("eval_", ""), (key, "")) for key in golds]
     for title, unit, *series in specs:
         if title == "Loss":
-            unit = _LOSS_UNITS.get(stage.kind, "the objective, as trained on")
+            unit = roles.loss_unit(stage.kind)
         chart = _chart(stage, title, unit, *series)
         if chart:
             main.append(chart)
-            taken |= {key for key, _ in series}
+            used |= {key for key, _ in series}
     more = []
     for key in keys:
-        if key in taken or key.removeprefix("eval_") in _UNDRAWN:
+        if key in used or key.removeprefix("eval_") in _UNDRAWN:
             continue
         pair = [(key, "training"), (f"eval_{key}", "held out")]
         if key.startswith("eval_"):
             pair = [(key, "held out")]
-        taken |= {name for name, _ in pair}
+        used |= {name for name, _ in pair}
         values = stage.series(key)[1]
         if len(more) < _MORE and min(values) < max(values):
             more.append(_chart(stage, key, "", *pair))
@@ -150,18 +145,18 @@ def panel(stage):
 
 def overlays(stages):
     """Proxy and gold while training, all stages that have them in one chart each."""
-    found = []
+    shown = []
     for title, unit, wanted in (
         ("Score (proxy)", "reward model, a sample", lambda k: k == "objective/scores"),
         ("Gold score", "rules nobody trains on", lambda k: "gold" in k),
         ("KL to the reference", "nats a sequence", lambda k: k == "objective/kl"),
     ):
-        drawn = []
+        lines = []
         for stage in stages:
             key = next((k for k in stage.keys() if wanted(k)), None)  # noqa: SIM118
             if key:
                 steps, values = stage.series(key)
-                drawn.append(
+                lines.append(
                     {
                         "label": stage.name,
                         "steps": steps,
@@ -170,9 +165,9 @@ def overlays(stages):
                         "marked": False,
                     }
                 )
-        if len(drawn) > 1:
-            names = ", ".join(one["label"] for one in drawn)
+        if len(lines) > 1:
+            names = ", ".join(one["label"] for one in lines)
             label = f"{title} against step: {names}"
-            svg = charts.curves(drawn, name=f"overlay {title}", label=label)
-            found.append({"title": title, "unit": unit, "series": drawn, "svg": svg})
-    return found
+            svg = charts.curves(lines, name=f"overlay {title}", label=label)
+            shown.append({"title": title, "unit": unit, "series": lines, "svg": svg})
+    return shown

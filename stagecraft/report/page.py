@@ -6,63 +6,29 @@ forbids the rest. Whatever a model wrote is data and escaped as such.
 
 import datetime
 import json
+from pathlib import Path
 
-from stagecraft import metrics, runs
-from stagecraft.anatomy import cost, evaluate
+from stagecraft import runs
+from stagecraft.anatomy import cost, evaluate, figures
 from stagecraft.errors import UserError
+from stagecraft.metrics import is_number
 from stagecraft.report import charts, curves, render
 from stagecraft.report.curves import show
 from stagecraft.storage import write_text
 
-MEANINGS = {
-    "cloze_accuracy": (
-        "Cloze accuracy",
-        "“The capital of France is”: whole answer, greedy",
-    ),
-    "copy_probability": (
-        "Copy probability",
-        "probability of naming the entity asked about",
-    ),
-    "answer_rate": (
-        "Bare answers",
-        "bare questions whose greedy continuation begins with a right answer",
-    ),
-    "seen_accuracy": (
-        "Accuracy, demonstrated",
-        "questions about entities in the demonstrations, greedy",
-    ),
-    "heldout_accuracy": (
-        "Held-out accuracy",
-        "questions about entities in no demonstration, whole answer, greedy",
-    ),
-    "pair_accuracy": (
-        "Pair accuracy",
-        "held-out pairs put in the gold scorer's order, ties left out",
-    ),
-    "label_accuracy": (
-        "Label accuracy",
-        "the same for the noisy labels themselves: a ceiling of a kind",
-    ),
-    "reward_mean": ("Reward (proxy)", "mean score by the learned reward model"),
-    "gold_mean": ("Gold score", "mean score by the rules nobody trains on"),
-    "gold_win_rate": (
-        "Gold win rate",
-        "wins by gold against the SFT model's samples, ties half",
-    ),
-    "kl": ("KL", "nats a sequence from the SFT model, own samples"),
-    "length": ("Length", "mean tokens of a sample, its end included"),
-    "entropy": ("Entropy", "nats a token: the mean of −log p over own samples"),
-    "distinct": ("Distinct", "share of different texts among the samples"),
-    "eos_rate": ("Ends", "share of samples that end by themselves"),
-}
-
 _ACTIVITIES = (
-    *("compile", "sample", "score", "prepare"),
-    *("update", "eval", "save", "other"),
+    "compile",
+    "sample",
+    "score",
+    "prepare",
+    "update",
+    "eval",
+    "save",
+    "other",
 )
 
 
-def write(folder):
+def write(folder: str | Path) -> Path:
     """Writes a run's report.
 
     Args:
@@ -118,7 +84,7 @@ def _facts(run):
     if total:
         facts.append(("Wall time", f"{int(total // 60)} min {total % 60:.0f} s"))
     peaks = [s.info.get("peak_memory_bytes") for s in run.stages]
-    peaks = [peak for peak in peaks if metrics.is_number(peak)]
+    peaks = [peak for peak in peaks if is_number(peak)]
     if peaks:
         facts.append(("Peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
     records = (run.summary, run.lineage, run.config, *(s.info for s in run.stages))
@@ -152,10 +118,10 @@ def _graph(run):
 
 def _figures(run, stage):
     """A stage's own numbers in the summary."""
-    figures = run.summary.get(stage.name)
-    if not isinstance(figures, dict):
+    own = run.summary.get(stage.name)
+    if not isinstance(own, dict):
         return {}
-    return {key: value for key, value in figures.items() if metrics.is_number(value)}
+    return {key: value for key, value in own.items() if is_number(value)}
 
 
 def _bound(run, key):
@@ -171,11 +137,11 @@ def _headline(run):
     """Figures by stage: {"stages": [...], "rows": [{title, meaning, cells}]}."""
     table = {stage.name: _figures(run, stage) for stage in run.stages}
     stages = [stage for stage in run.stages if table[stage.name]]
-    keys = dict.fromkeys(key for figures in table.values() for key in figures)
-    order = [key for key in MEANINGS if key in keys]
+    keys = dict.fromkeys(key for own in table.values() for key in own)
+    order = [key for key in figures.BY_NAME if key in keys]
     rows = []
-    for key in order + [key for key in keys if key not in MEANINGS]:
-        title, meaning = MEANINGS.get(key, (key.replace("_", " "), ""))
+    for key in order + [key for key in keys if key not in figures.BY_NAME]:
+        row = figures.figure(key)
         cells = [
             {
                 "value": table[stage.name].get(key),
@@ -183,7 +149,7 @@ def _headline(run):
             }
             for stage in stages
         ]
-        rows.append({"title": title, "meaning": meaning, "cells": cells})
+        rows.append({"title": row.title, "meaning": row.meaning, "cells": cells})
     return {"stages": stages, "rows": rows}
 
 
@@ -195,7 +161,7 @@ def _other(run):
         if isinstance(value, dict):
             for key, inner in value.items():
                 yield from flat(f"{prefix}.{key}", inner)
-        elif metrics.is_number(value):
+        elif is_number(value):
             yield prefix, value, _bound(run, prefix)
 
     rows = []
@@ -219,21 +185,22 @@ def _answers(run):
 
 def _bars(run, keys):
     """Bars by stage for each of the figures that the summary has."""
-    found = []
+    bars = []
     for key in keys:
         rows = [(s, _figures(run, s).get(key)) for s in run.stages]
         rows = [(stage, value) for stage, value in rows if value is not None]
         if rows:
-            title, meaning = MEANINGS[key]
-            unit = key.endswith(("_accuracy", "_rate"))
-            found.append(_scaled(title, meaning, rows, top=1.0 if unit else None))
-    return found
+            bars.append(_scaled(key, rows))
+    return bars
 
 
-def _scaled(title, meaning, rows, top=None):
+def _scaled(key, rows):
     """Bars from zero, in percent of a track that holds them all, negatives too."""
+    figure = figures.figure(key)
     low = min(0.0, *(value for _, value in rows))
-    high = top or max(0.0, *(value for _, value in rows))
+    high = max(0.0, *(value for _, value in rows))
+    if figure.unit == "share":
+        high = 1.0
     span = (high - low) or 1.0
     bars = [
         {
@@ -245,7 +212,12 @@ def _scaled(title, meaning, rows, top=None):
         for stage, value in rows
     ]
     zero = 100 * -low / span
-    return {"title": title, "meaning": meaning, "bars": bars, "zero": zero}
+    return {
+        "title": figure.title,
+        "meaning": figure.meaning,
+        "bars": bars,
+        "zero": zero,
+    }
 
 
 def _tasks(run):
@@ -255,12 +227,12 @@ def _tasks(run):
     except UserError as error:
         run.missing.append(str(error))
         records = []
-    known = {stage.name: stage for stage in run.stages}
-    records = [one for one in records if one["stage"] in known]
-    names, rows = evaluate.side_by_side(records, known)
+    stages = {stage.name: stage for stage in run.stages}
+    records = [one for one in records if one["stage"] in stages]
+    names, rows = evaluate.side_by_side(records, stages)
     for row in rows:
         row["cells"] = [row["cells"].get(name) for name in names]
-    return {"stages": [known[name] for name in names], "rows": rows}
+    return {"stages": [stages[name] for name in names], "rows": rows}
 
 
 def _hacking(run):
@@ -276,36 +248,23 @@ def _weights(run):
     table = run.summary.get("weights")
     if not isinstance(table, dict):
         return None
-    known = [
+    changes = [
         (stage, table[stage.name])
         for stage in run.stages
         if isinstance(table.get(stage.name), dict)
-        and metrics.is_number(table[stage.name].get("relative_change"))
+        and is_number(table[stage.name].get("relative_change"))
     ]
     bars = []
-    for key, title, meaning, top in (
-        (
-            "relative_change",
-            "Relative change",
-            "Frobenius norm of the update over that of the parent's weights",
-            None,
-        ),
-        (
-            "unchanged_bf16",
-            "Unchanged in bfloat16",
-            "share of weights equal to the parent's after both are cast",
-            1.0,
-        ),
-    ):
-        rows = [(s, w[key]) for s, w in known if metrics.is_number(w.get(key))]
+    for key in ("relative_change", "unchanged_bf16"):
+        rows = [(s, w[key]) for s, w in changes if is_number(w.get(key))]
         if rows:
-            bars.append(_scaled(title, meaning, rows, top))
-    maps = [_heat(stage, found) for stage, found in known]
+            bars.append(_scaled(key, rows))
+    maps = [_heat(stage, change) for stage, change in changes]
     return {"bars": bars, "maps": [one for one in maps if one]}
 
 
-def _heat(stage, found):
-    layers, kinds = found.get("by_layer"), found.get("by_kind")
+def _heat(stage, change):
+    layers, kinds = change.get("by_layer"), change.get("by_kind")
     if not isinstance(layers, dict) or not layers:
         return None
     depth = max(len(values) for values in layers.values())
@@ -341,15 +300,14 @@ def _cost(run):
         for stage in run.stages
     ]
     rows = [(row["stage"], row["cost"].get("share")) for row in counts]
-    rows = [(stage, value) for stage, value in rows if metrics.is_number(value)]
-    title, meaning = "Share of pretraining", "FLOPs of the stage over pretraining's"
-    return {"bars": _scaled(title, meaning, rows) if rows else None, "counts": counts}
+    rows = [(stage, value) for stage, value in rows if is_number(value)]
+    return {"bars": _scaled("share", rows) if rows else None, "counts": counts}
 
 
 def _seconds(stage):
     seconds = stage.info.get("seconds")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return {k: v for k, v in seconds.items() if metrics.is_number(v)}
+    return {k: v for k, v in seconds.items() if is_number(v)}
 
 
 def _time(run):
@@ -376,20 +334,18 @@ def _time(run):
 
 def _data(run):
     """What each stage learned from: [(stage, {label: value}, sources of a mixture)]."""
-    found = []
+    rows = []
     for stage in run.stages:
-        told = stage.info.get("data")
-        if not isinstance(told, dict) or not told:
+        data = stage.info.get("data")
+        if not isinstance(data, dict) or not data:
             continue
-        told = dict(told)
-        sources, by = told.pop("sources", []), told.pop("share_by", "")
-        facts = {
-            k.replace("_", " "): v for k, v in told.items() if metrics.is_number(v)
-        }
-        if told.get("curations"):
-            facts["curated"] = ", ".join(one[:12] for one in told["curations"])
-        found.append((stage, facts, {"by": by, "rows": sources} if sources else None))
-    return found
+        data = dict(data)
+        sources, by = data.pop("sources", []), data.pop("share_by", "")
+        facts = {k.replace("_", " "): v for k, v in data.items() if is_number(v)}
+        if data.get("curations"):
+            facts["curated"] = ", ".join(one[:12] for one in data["curations"])
+        rows.append((stage, facts, {"by": by, "rows": sources} if sources else None))
+    return rows
 
 
 def _lineage(run):

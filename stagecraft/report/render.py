@@ -7,7 +7,7 @@ from stagecraft.report.curves import show
 
 
 def render(template, **values):
-    """A page of `anatomy/TEMPLATE`; whatever is put into it is data and escaped."""
+    """Fills `report/TEMPLATE`; all values are data and escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stagecraft", "report"),
         autoescape=True,

@@ -7,7 +7,14 @@ and no model is known here:
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     split(seed, size)                       which entities are held out
-    probes                                  held-out questions and their figures
+    probes                                  held-out questions and their figures:
+        PROBES                              (function, formats, entities): what is asked
+                                            of a stage's model; a function of (language,
+                                            entities) returns the figure of its name, or
+                                            a dict of figures
+        heldout_prompts(seed, entities, split)
+        sample_figures(prompts, answers)    of sampled answers: a dict of figures
+        win_rate, pair_order                of two answers to each prompt
     single_prompt                           the one shown through every stage
 """
 

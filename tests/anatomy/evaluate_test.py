@@ -7,6 +7,7 @@ import pytest
 from stagecraft import run
 from stagecraft.anatomy import evaluate
 from stagecraft.errors import UserError
+from stagecraft.report import terminal
 
 
 def record(stage, task="qa", value=0.5, **asked):
@@ -66,7 +67,7 @@ def test_stages_stand_side_by_side():
         "sft": 0.5,
     }
     shown = io.StringIO()
-    evaluate.show(records, ("sft", "dpo"), file=shown)
+    terminal.show_tasks(records, ("sft", "dpo"), file=shown)
     lines = shown.getvalue().splitlines()
     line = next(line for line in lines if "qa acc" in line)
     assert line.index("0.5") < line.index("0.25")

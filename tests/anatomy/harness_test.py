@@ -99,7 +99,7 @@ def test_the_likeliest_continuation_is_greedy(answers):
     before = [tokenizer.bos, *tokenizer.encode("abc")]
     best = greedy(answers, before, 3)
     second = [*best[:2], (best[2] + 1) % 256]
-    (_, yes), (_, no) = answers._judged([(before, best), (before, second)])
+    (_, yes), (_, no) = answers._scored([(before, best), (before, second)])
     assert yes and not no
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side: arms and their seeds, intervals, noise, the table and the page."""
+"""Runs side by side: arms and their seeds, noise, the table and the page."""
 
 import html.parser
 import io
@@ -6,16 +6,13 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
-from scipy import stats
 
+from stagecraft import defaults
 from stagecraft.errors import UserError
-from stagecraft.report import arms, compare
+from stagecraft.report import arms, charts, compare, compare_page, terminal
 
 EVIL = "<script>alert(1)</script>"
-# Two-sided 95% quantiles of Student's t, from any printed table.
-QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
 
 
 def make(folder, stages, seed=0, finished=True, **config):
@@ -78,44 +75,6 @@ def by_label(found):
     return {arm["arm"]: arm for arm in found["arms"]}
 
 
-# -- intervals -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("freedom", QUANTILES)
-def test_the_interval_is_students(freedom):
-    rng = np.random.default_rng(freedom)
-    values = rng.normal(3.0, 2.0, size=freedom + 1)
-    mean, half = compare.interval(list(values))
-    spread = math.sqrt(sum((v - values.mean()) ** 2 for v in values) / freedom)
-    assert mean == pytest.approx(values.mean())
-    want = QUANTILES[freedom] * spread / math.sqrt(len(values))
-    assert half == pytest.approx(want, rel=1e-3)
-
-
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (10, 2)])
-def test_the_difference_is_welchs(sizes):
-    rng = np.random.default_rng(sizes)
-    one, two = rng.normal(0, 1, sizes[0]), rng.normal(1, 5, sizes[1])
-    found, half = compare.difference(one, two)
-    judge = stats.ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
-    assert found - half == pytest.approx(judge.low)
-    assert found + half == pytest.approx(judge.high)
-
-
-def test_without_spread_there_is_no_interval():
-    assert compare.difference([1.0], [2.0, 3.0]) == (-1.5, None)
-    assert compare.difference([1.0, 1.0], [0.5, 0.5]) == (0.5, None)
-    found, half = compare.difference([1.0, 1.0], [0.0, 1.0])  # one side's will do
-    assert found == 0.5 and half == pytest.approx(12.706 * 0.5, rel=1e-3)
-
-
-def test_an_interval_holds_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    draws = rng.normal(0.0, 1.0, size=(4000, 3))
-    held = [abs(m) <= half for m, half in map(compare.interval, draws)]
-    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-
-
 # -- arms ------------------------------------------------------------------------------
 
 
@@ -149,6 +108,15 @@ def test_what_does_not_decide_a_number_makes_no_arm(tmp_path):
         ]
     )
     assert list(by_label(found)) == ["sft", "dpo"]
+
+
+@pytest.mark.parametrize("key", defaults.KEYS_WITHOUT_EFFECT)
+def test_keys_without_effect_make_no_arm(tmp_path, key):
+    runs = []
+    for seed, value in enumerate(("one", "two")):
+        stages = graph(gold(1.0 + seed), data={"files": "a", key: value})
+        runs.append(make(tmp_path / value, stages, seed, **{key: value}))
+    assert list(by_label(compare.compare(runs))) == ["sft", "dpo"]
 
 
 def test_a_difference_further_up_sets_an_arm_apart(tmp_path):
@@ -256,10 +224,10 @@ def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
     found = compare.compare(runs)
     assert by_label(found)["dpo"]["figures"]["length"]["values"] == [12.0, None]
     assert "dpo: Length is of 1 of its 2 seeds" in found["notes"]
-    compare.show(found)
+    terminal.show_comparison(found)
     sft = next(line for line in capsys.readouterr().out.splitlines() if "sft" in line)
     assert "–" in sft
-    page = text_of(compare.write(found, tmp_path / "c.html"))
+    page = text_of(compare_page.write(found, tmp_path / "c.html"))
     assert "–" in page and "nan" not in page.lower()
 
 
@@ -305,7 +273,7 @@ def test_new_kinds_speak(tmp_path):
 def test_the_table_fits_the_terminal(ablation, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     out = io.StringIO()
-    compare.show(compare.compare(ablation), out)
+    terminal.show_comparison(compare.compare(ablation), out)
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     for told in ("2.600 ±0.248", "+1.000 ±0.227 ▲", "0.000 ±0.045 ≈"):
@@ -342,7 +310,9 @@ def text_of(path):
 
 
 def test_the_page_loads_nothing_and_says_what_the_table_says(ablation, tmp_path):
-    path = compare.write(compare.compare(ablation), tmp_path / "out" / "sides.html")
+    path = compare_page.write(
+        compare.compare(ablation), tmp_path / "out" / "sides.html"
+    )
     text = path.read_text(encoding="utf-8")
     page = _Page(text)
     assert not re.search(r"https?://", text)
@@ -360,23 +330,35 @@ def test_the_page_loads_nothing_and_says_what_the_table_says(ablation, tmp_path)
 def test_what_runs_hold_is_escaped(tmp_path):
     run = make(tmp_path / "a&b", graph(gold(1.0), objective_args=dict(note=EVIL)))
     other = make(tmp_path / "<b>", graph(gold(1.0)))
-    text = compare.write(compare.compare([run, other]), tmp_path / "c.html").read_text()
+    text = compare_page.write(
+        compare.compare([run, other]), tmp_path / "c.html"
+    ).read_text()
     assert EVIL not in text and "<b>/" not in text
     assert "a&amp;b" in text and "&lt;script&gt;" in text
 
 
 def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):
-    first = compare.write(compare.compare(ablation), tmp_path / "c.html").read_bytes()
-    again = compare.write(compare.compare(ablation), tmp_path / "c.html").read_bytes()
+    first = compare_page.write(
+        compare.compare(ablation), tmp_path / "c.html"
+    ).read_bytes()
+    again = compare_page.write(
+        compare.compare(ablation), tmp_path / "c.html"
+    ).read_bytes()
     assert first == again
 
 
-def test_an_interval_wider_than_the_picture_is_cut(tmp_path):
-    runs = [make(tmp_path / f"r{s}", graph(gold(1.0 + s)), s) for s in range(2)]
-    found = compare.compare(runs, stages=["dpo"])
-    column = next(c for c in found["columns"] if c["key"] == "gold_mean")
-    [row] = compare._plot(found, column)["rows"]
-    assert row["cut"] == [True, True] and 0 <= row["left"] < row["right"] <= 100
+def test_an_interval_wider_than_the_picture_is_cut():
+    row = dict(name="dpo", detail="", text="", note="", baseline=True, apart=False)
+    seeds = [1.0, 2.0]
+    carets = {}
+    for half in (0.2, 50.0):
+        figure = dict(mean=1.5, half=half, values=seeds)
+        svg = charts.intervals([row | figure], name="plot", label="a <plot>")
+        assert 'aria-label="a &lt;plot&gt;"' in svg
+        low, high = charts._scale([row | figure])
+        assert low < 1.0 < 2.0 < high and high - low < 5.0
+        carets[half] = set(re.findall(r'xlink:href="#(\w+)"', svg))
+    assert carets[0.2] != carets[50.0]  # carets in place of caps
 
 
 # -- bad input -------------------------------------------------------------------------
@@ -450,4 +432,4 @@ def test_a_page_that_cannot_be_written(ablation, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path, "x.json", tmp_path / "file" / "c.html"):
         with pytest.raises(UserError, match="--out="):
-            compare.write(found, out)
+            compare_page.write(found, out)

@@ -15,8 +15,27 @@ from stagecraft.worlds.countries.scorer import begins, gold, refuses, right
 
 SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
+# (function, formats, entities) of what is asked of every finished stage; see `worlds`.
+PROBES = []
 
 
+def probe(*formats, about):
+    """Registers a function of (language, countries) whose name is the figure's.
+
+    Args:
+        formats: whose models are asked: "text" for those of bare text, "chat" for those
+            that answer in turns.
+        about: which countries it gets: "heldout", "train" or "everyone".
+    """
+
+    def register(function):
+        PROBES.append((function, formats, about))
+        return function
+
+    return register
+
+
+@probe("text", "chat", about="everyone")
 def cloze_accuracy(language, countries=COUNTRIES):
     """Returns the share of "The capital of France is" continued with the answer.
 
@@ -34,6 +53,7 @@ def cloze_accuracy(language, countries=COUNTRIES):
     return float(np.mean(hits))
 
 
+@probe("text", about="heldout")
 def copy_probability(language, countries):
     """Returns the mean probability of naming the country a text is about.
 
@@ -48,6 +68,7 @@ def copy_probability(language, countries):
     return float(np.mean(np.exp(language.logprob(prefixes, names))))
 
 
+@probe("text", about="everyone")
 def answer_rate(language, countries):
     """Returns the share of bare questions continued with a right answer."""
     asked = dialogue.facts(countries, forms=(0,))
@@ -74,6 +95,22 @@ def fact_accuracy(language, countries, *, chat=True):
         hits["all"].append(hit)
         hits[a].append(hit)
     return {name: float(np.mean(of_one)) for name, of_one in hits.items()}
+
+
+@probe("chat", about="heldout")
+def heldout_accuracy(language, countries):
+    """`fact_accuracy` on the countries of no demonstration, and by attribute."""
+    by_attribute = fact_accuracy(language, countries)
+    return {
+        "heldout_accuracy": by_attribute.pop("all"),
+        "heldout_accuracy_by": by_attribute,
+    }
+
+
+@probe("chat", about="train")
+def seen_accuracy(language, countries):
+    """`fact_accuracy` on the countries of the demonstrations."""
+    return fact_accuracy(language, countries)["all"]
 
 
 def heldout_prompts(seed, countries, role):

@@ -1,4 +1,4 @@
-"""What the summary compares a stage with, and the figures of its samples."""
+"""What a stage is compared with in a world, and the figures of its samples."""
 
 import json
 import math
@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from stagecraft.anatomy import behaviour, summary
+from stagecraft import defaults
+from stagecraft.anatomy import figures, roles, world_figures
 from stagecraft.models import locate
+from stagecraft.worlds.countries import probes
+from stagecraft.worlds.countries.facts import split
 
 
 class Run:
-    """What `_base` asks of a run."""
+    """What `sft_model` asks of a run."""
 
     def __init__(self, stages, root=Path()):
         self.config = ConfigDict({"stages": stages})
@@ -56,7 +59,7 @@ GRAPH = {
     ],
 )
 def test_a_stage_is_compared_with_the_sft_model_above_it(name, base):
-    assert summary._base(Run(GRAPH), name) == base
+    assert world_figures.sft_model(Run(GRAPH), name) == base
 
 
 def test_the_sft_model_may_be_another_runs(tmp_path):
@@ -73,15 +76,24 @@ def test_the_sft_model_may_be_another_runs(tmp_path):
         for name in ("sft", "dpo", "half", "gone")
     }
     run = Run({f"from_{k}": v for k, v in stages.items()})
-    assert summary._base(run, "from_sft") == str(tmp_path / "sft")
-    assert summary._base(run, "from_dpo") == str(tmp_path / "sft")
-    assert summary._base(run, "from_half") is None
-    assert summary._base(run, "from_gone") is None
+    assert world_figures.sft_model(run, "from_sft") == str(tmp_path / "sft")
+    assert world_figures.sft_model(run, "from_dpo") == str(tmp_path / "sft")
+    assert world_figures.sft_model(run, "from_half") is None
+    assert world_figures.sft_model(run, "from_gone") is None
 
 
 def test_every_kind_that_writes_text_speaks():
     kinds = {one["kind"] for one in GRAPH.values()}
-    assert set(behaviour.SPEAKING) == kinds
+    assert {kind for kind in defaults.KINDS if roles.speaks(kind)} == kinds
+
+
+def test_every_figure_of_the_probes_has_a_row():
+    countries = split(0).dev
+    prompts = probes.heldout_prompts(0, countries, "dev")
+    samples = probes.sample_figures(prompts, [("Paris.", True)] * len(prompts))
+    asked = {function.__name__ for function, _, _ in probes.PROBES}
+    assert samples.keys() | asked <= figures.BY_NAME.keys()
+    assert len(figures.BY_NAME) == len(figures.FIGURES)
 
 
 def test_entropy_of_samples_is_that_of_the_distribution():
@@ -95,12 +107,14 @@ def test_entropy_of_samples_is_that_of_the_distribution():
             row.append(int(rng.choice(3, p=p)))
         ids.append(row)
         logps.append(float(np.log(p[row]).sum()))
-    found = summary.talk(ids, logps)
+    measured = world_figures.length_and_entropy(ids, logps)
     length = 1 + 0.7 + 0.7**2  # a token more for each that did not end
-    assert found["length"] == pytest.approx(length, rel=0.01)
-    assert found["entropy"] == pytest.approx(-float(p @ np.log(p)), rel=0.01)
+    assert measured["length"] == pytest.approx(length, rel=0.01)
+    assert measured["entropy"] == pytest.approx(-float(p @ np.log(p)), rel=0.01)
 
 
 def test_silence_has_no_entropy():
-    assert summary.talk([[], []], [0.0, 0.0]) == {"length": 0.0, "entropy": 0.0}
-    assert math.copysign(1, summary.talk([[1]], [0.0])["entropy"]) == 1
+    measured = world_figures.length_and_entropy([[], []], [0.0, 0.0])
+    assert measured == {"length": 0.0, "entropy": 0.0}
+    certain = world_figures.length_and_entropy([[1]], [0.0])
+    assert math.copysign(1, certain["entropy"]) == 1

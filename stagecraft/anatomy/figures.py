@@ -1,0 +1,198 @@
+"""The figures of a run: one row each, read by every table, page and chart.
+
+A figure is measured in `anatomy` or by a world's probes under its `name`; whatever has
+no row here is shown all the same, under its plain name.
+"""
+
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """How a figure is shown.
+
+    Attributes:
+        name: its key in summary.json.
+        title: a few words.
+        meaning: what it is, in a line.
+        unit: "share" is from 0 to 1; "" where a number has no unit.
+        digits: after the point.
+        better: "higher" or "lower"; "" where neither is.
+        column: its place among the columns of `stagecraft compare`, from 1; 0 for none.
+    """
+
+    name: str
+    title: str
+    meaning: str = ""
+    unit: str = ""
+    digits: int = 3
+    better: str = ""
+    column: int = 0
+
+
+# In the order of the report.
+FIGURES = (
+    Figure(
+        "cloze_accuracy",
+        "Cloze accuracy",
+        "“The capital of France is”: whole answer, greedy",
+        unit="share",
+        better="higher",
+    ),
+    Figure(
+        "copy_probability",
+        "Copy probability",
+        "probability of naming the entity asked about",
+        unit="share",
+        better="higher",
+    ),
+    Figure(
+        "answer_rate",
+        "Bare answers",
+        "bare questions whose greedy continuation begins with a right answer",
+        unit="share",
+    ),
+    Figure(
+        "seen_accuracy",
+        "Accuracy, demonstrated",
+        "questions about entities in the demonstrations, greedy",
+        unit="share",
+        better="higher",
+    ),
+    Figure(
+        "heldout_accuracy",
+        "Held-out accuracy",
+        "questions about entities in no demonstration, whole answer, greedy",
+        unit="share",
+        better="higher",
+        column=5,
+    ),
+    Figure(
+        "pair_accuracy",
+        "Pair accuracy",
+        "held-out pairs put in the gold scorer's order, ties left out",
+        unit="share",
+        better="higher",
+        column=7,
+    ),
+    Figure(
+        "label_accuracy",
+        "Label accuracy",
+        "the same for the noisy labels themselves: a ceiling of a kind",
+        unit="share",
+    ),
+    Figure(
+        "reward_mean",
+        "Reward (proxy)",
+        "mean score by the learned reward model",
+        better="higher",
+    ),
+    Figure(
+        "gold_mean",
+        "Gold score",
+        "mean score by the rules nobody trains on",
+        better="higher",
+        column=2,
+    ),
+    Figure(
+        "gold_win_rate",
+        "Gold win rate",
+        "wins by gold against the SFT model's samples, ties half",
+        unit="share",
+        better="higher",
+        column=1,
+    ),
+    Figure(
+        "kl",
+        "KL",
+        "nats a sequence from the SFT model, own samples",
+        unit="nats a sequence",
+        digits=2,
+        column=3,
+    ),
+    Figure(
+        "length",
+        "Length",
+        "mean tokens of a sample, its end included",
+        unit="tokens",
+        digits=1,
+        column=4,
+    ),
+    Figure(
+        "entropy",
+        "Entropy",
+        "nats a token: the mean of −log p over own samples",
+        unit="nats a token",
+        column=6,
+    ),
+    Figure(
+        "distinct",
+        "Distinct",
+        "share of different texts among the samples",
+        unit="share",
+    ),
+    Figure(
+        "eos_rate",
+        "Ends",
+        "share of samples that end by themselves",
+        unit="share",
+    ),
+    Figure("words", "Words", "mean words of a sample", unit="words", digits=1),
+    Figure(
+        "refuses_harmful",
+        "Refuses harmful",
+        "share of harmful prompts that are refused",
+        unit="share",
+        better="higher",
+    ),
+    Figure(
+        "refuses_benign",
+        "Refuses benign",
+        "share of harmless prompts that are refused",
+        unit="share",
+        better="lower",
+    ),
+    Figure(
+        "sampled_accuracy",
+        "Accuracy, sampled",
+        "held-out questions answered rightly at temperature 1",
+        unit="share",
+        better="higher",
+    ),
+    Figure(
+        "seconds",
+        "Seconds",
+        "wall time of the stage alone",
+        unit="s",
+        digits=1,
+        better="lower",
+        column=8,
+    ),
+    Figure(
+        "relative_change",
+        "Relative change",
+        "Frobenius norm of the update over that of the parent's weights",
+    ),
+    Figure(
+        "unchanged_bf16",
+        "Unchanged in bfloat16",
+        "share of weights equal to the parent's after both are cast",
+        unit="share",
+    ),
+    Figure(
+        "share",
+        "Share of pretraining",
+        "FLOPs of the stage over pretraining's",
+    ),
+)
+BY_NAME = {figure.name: figure for figure in FIGURES}
+# Of `stagecraft compare`, in its order.
+COLUMNS = tuple(sorted((f for f in FIGURES if f.column), key=lambda f: f.column))
+
+
+def figure(name: str) -> Figure:
+    """The row of a figure; one is made up where the table has none.
+
+    >>> figure("kl").digits, figure("my_rate").title
+    (2, 'my rate')
+    """
+    return BY_NAME.get(name) or Figure(name, name.replace("_", " "))

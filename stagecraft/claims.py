@@ -1,0 +1,103 @@
+"""Claims about the figures of a run, such as "ppo.gold_mean > sft.gold_mean + 0.4".
+
+A claim is "KEY SIGN VALUE": a dotted key of the summary, one of <= >= < >, and a
+number, a key, KEY + NUMBER, KEY - NUMBER or NUMBER * KEY.
+"""
+
+import difflib
+import operator
+import re
+
+from stagecraft.errors import UserError
+
+_SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+_SHOWN = {"<=": "≤", ">=": "≥"}
+_CLAIM = re.compile(r"\S+ (<=|>=|<|>) \S+( [-+*] \S+)?")
+
+
+def parse(claim: str) -> tuple[str, str, list[str]]:
+    """The key, the sign and the words of the value; UserError for anything else.
+
+    >>> parse("ppo.gold_mean > sft.gold_mean + 0.4")
+    ('ppo.gold_mean', '>', ['sft.gold_mean', '+', '0.4'])
+    """
+    if not _CLAIM.fullmatch(claim):
+        raise UserError(
+            f"measure.claims: {claim!r}: expected 'KEY SIGN VALUE' as in "
+            "'sft.cloze_accuracy >= 0.93' or 'ppo.gold_mean > sft.gold_mean + 0.4'"
+        )
+    key, sign, *value = claim.split()
+    return key, sign, value
+
+
+def check(summary: dict, claims: tuple[str, ...]) -> dict[str, dict]:
+    """Checks claims against the figures of a run.
+
+    Args:
+        summary: nested dicts of numbers, as in summary.json.
+        claims: texts that `parse` reads.
+
+    Returns:
+        {key: {"must", "short", "holds"}}, `short` with numbers in place of keys. A
+        claim about a stage that was not run is left out; one about a figure that its
+        stage does not have fails, and `short` names that figure.
+
+    >>> check({"a": {"x": 2.0}, "b": {"x": 1.0}}, ["a.x > b.x + 0.5"])
+    {'a.x': {'must': '> b.x + 0.5', 'short': '> 1.5', 'holds': True}}
+    """
+    bounds = {}
+    for claim in claims:
+        key, sign, words = parse(claim)
+        left, right = lookup(summary, key), _value(summary, words)
+        if left is None or right is None:
+            missing = _missing(summary, [key, *words])
+            if missing:
+                bounds[key] = {"must": claim, "short": missing, "holds": False}
+            continue
+        must = f"{_SHOWN.get(sign, sign)} {' '.join(words)}"
+        short = f"{_SHOWN.get(sign, sign)} {right:.3g}"
+        holds = bool(_SIGNS[sign](left, right))
+        if key in bounds:
+            must = f"{bounds[key]['must']}, {must}"
+            short = f"{bounds[key]['short']}, {short}"
+            holds = holds and bounds[key]["holds"]
+        bounds[key] = {"must": must, "short": short, "holds": holds}
+    return bounds
+
+
+def lookup(summary: dict, key: str):
+    """The value under a dotted key; None where there is none."""
+    value = summary
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _missing(summary, words):
+    """One line about the first figure that a stage which ran does not have, or ""."""
+    for word in words:
+        stage, _, figure = word.partition(".")
+        if stage in summary and figure and lookup(summary, word) is None:
+            near = difflib.get_close_matches(figure, summary[stage], n=1)
+            hint = f"; did you mean {stage}.{near[0]}?" if near else ""
+            return f"no figure {word}{hint}"
+    return ""
+
+
+def _value(summary, words):
+    terms = [_number(summary, word) for word in words[::2]]
+    if any(term is None for term in terms):
+        return None
+    if len(terms) == 1:
+        return terms[0]
+    one, two = terms
+    return {"+": one + two, "-": one - two, "*": one * two}[words[1]]
+
+
+def _number(summary, word):
+    try:
+        return float(word)
+    except ValueError:
+        return lookup(summary, word)

@@ -1,0 +1,152 @@
+"""Tables on the terminal: figures of a run, answers, tasks, runs side by side."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stagecraft import claims
+from stagecraft.anatomy import evaluate, statistics
+from stagecraft.report import compare
+
+_NO_STAGE = ("bounds", "weights", "cost", "seconds")  # keys of a summary beside stages
+
+
+def show_summary(summary: dict) -> None:
+    """Prints a run's claims and figures, stages down."""
+    console = Console(highlight=False)
+    bounds = summary.get("bounds", {})
+    if bounds:
+        console.print(_claims(summary, bounds))
+    table = Table(title="figures by stage", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("figures", overflow="fold")
+    for name, figures in summary.items():
+        if name not in _NO_STAGE:
+            texts = [f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float)]
+            table.add_row(name, ", ".join(texts))
+    for name, key, form, unit in (
+        ("cost", "share", ".1%", "of pretraining's FLOPs"),
+        ("weights", "relative_change", ".3f", "relative change"),
+    ):
+        stages = summary.get(name, {}).items()
+        texts = [f"{stage} {v[key]:{form}}" for stage, v in stages if key in v]
+        if texts:
+            table.add_row(name, f"{', '.join(texts)} {unit}")
+    table.add_row("seconds", f"{summary['seconds']['total']:.0f} in total")
+    console.print(table)
+
+
+def _claims(summary, bounds):
+    table = Table(title="claims", title_justify="left")
+    for column in ("figure", "is", "must be", ""):
+        table.add_column(column, justify="right" if column == "is" else "left")
+    for key, bound in bounds.items():
+        value = claims.lookup(summary, key)
+        mark = "holds" if bound["holds"] else "[red]DOES NOT HOLD[/red]"
+        must = bound["must"] if value is not None else bound["short"]
+        shown = "–" if value is None else f"{value:.3f}"
+        table.add_row(key, shown, must, mark)
+    return table
+
+
+def show_answers(prompt: str, answers: dict, file=None) -> None:
+    """Prints what `behaviour.through_stages` returned, one row a stage."""
+    table = Table(title=Text(prompt), show_lines=True, title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("says", overflow="fold")
+    for name, completions in answers.items():
+        texts = [
+            Text(one["text"].strip() + ("" if one["ended"] else " ..."))
+            for one in completions
+        ]
+        table.add_row(name, Text("\n").join(texts))
+    Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def show_tasks(records: list, order=(), file=None) -> None:
+    """Prints the records of `evaluate`, stages side by side."""
+    stages, rows = evaluate.side_by_side(records, order)
+    table = Table(title="tasks", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for name in stages:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_task_cell(row["cells"].get(name)) for name in stages]
+        label = f"{row['task']} {row['metric']}"
+        table.add_row(f"{label}\n  {row['how']}" if row["how"] else label, *cells)
+    Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def _task_cell(cell):
+    if cell is None:
+        return ""
+    error = f" ±{cell['stderr']:.3f}" if cell["stderr"] is not None else ""
+    return f"{cell['value']:.4g}{error}"
+
+
+# -- runs side by side -----------------------------------------------------------------
+
+
+def show_comparison(comparison: dict, file=None) -> None:
+    """Prints what `compare.compare` returned: means of each arm, and differences."""
+    console = Console(file=file, highlight=False)
+    arms, columns = comparison["arms"], comparison["columns"]
+    base = comparison["baseline"]
+    others = [arm for arm in arms if arm["arm"] != base]
+    title = f"mean ± {statistics.CONFIDENCE:.0%} interval over seeds"
+    grids = [_grid(title, arms, compare.mean_text, True, columns)]
+    if others:
+        title = f"difference from {base}"
+        grids.append(_grid(title, others, compare.change_text, False, columns))
+    if all(_fits(console, grid) for grid in grids):
+        for grid in grids:
+            console.print(grid)
+    else:
+        for column in columns:
+            words = column["title"], column["meaning"]
+            console.print(Text(": ".join(filter(None, words)), style="italic"))
+            console.print(_strip(comparison, column))
+            console.print()
+    for line in compare.legend(comparison):
+        console.print(Text(line))
+    for note in comparison["notes"]:
+        console.print(Text(f"note: {note}"))
+
+
+def _fits(console, grid):
+    wide = Console(width=10_000)
+    return wide.measure(grid).maximum <= console.width
+
+
+def _grid(title, arms, cell, seeds, columns):
+    """Arms down, figures across."""
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("arm")
+    if seeds:
+        table.add_column("seeds", justify="right")
+    for column in columns:
+        table.add_column(Text(column["title"]), justify="right")
+    for arm in arms:
+        count = [str(len(arm["samples"]))] if seeds else []
+        cells = [cell(arm, column) for column in columns]
+        table.add_row(Text(arm["arm"]), *count, *cells)
+    return table
+
+
+def _strip(comparison, column):
+    """One figure, for a narrow terminal: arms down, mean and difference across."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold", ratio=1)
+    table.add_column("mean", justify="right", no_wrap=True)
+    several = len(comparison["arms"]) > 1
+    if several:
+        table.add_column("difference", justify="right", no_wrap=True)
+    for arm in comparison["arms"]:
+        change = compare.change_text(arm, column)
+        if arm["arm"] == comparison["baseline"]:
+            change = "baseline"
+        row = [compare.mean_text(arm, column)] + [change] * several
+        table.add_row(Text(arm["arm"]), *row)
+    return table
