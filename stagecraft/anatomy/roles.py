@@ -41,8 +41,8 @@ def loss_unit(kind: str | None) -> str:
 
 def reads_bare_text(settings: Mapping) -> bool:
     """Whether a stage learns from running text, without turns of a chat."""
-    kind = settings.get("kind")
-    return kind in KINDS and KINDS[kind].format(settings) == "text"
+    data = settings.get("data") or {}
+    return imitates(settings.get("kind")) and data.get("format") == "text"
 
 
 def answers_in_turns(settings: Mapping) -> bool:
