@@ -19,7 +19,7 @@ from stagecraft.errors import UserError
 
 FEATURES = 2**17
 _LEAST = 20  # samples of each kind
-_HELD = 5  # one sample in so many is held back to measure with
+_HELD = 5  # one sample in this many is held back to measure with
 _SHOWN = 20_000  # characters of a text that are looked at
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 

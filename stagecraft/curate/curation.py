@@ -47,7 +47,7 @@ def curate(config, *, executor="local", workers=2):
     from stagecraft.curate import engine, pipeline, publish
 
     engine.check(executor)
-    # Before anything is read: a tokenizer that is none is refused at once.
+    # A tokenizer that cannot be read is refused before the input is.
     digest = tokenizer.load(c.tokenizer).digest if c.tokenizer else ""
     out = Path(c.out)
     _check_out(out)

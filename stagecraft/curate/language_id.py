@@ -43,7 +43,7 @@ WORDS = {
     "их",
 }
 STOP_WORDS = {name: frozenset(text.split()) for name, text in WORDS.items()}
-# Languages with a script to themselves, among those told apart here.
+# Languages with a script to themselves, among those recognised here.
 SCRIPTS = {
     "ja": r"[\u3040-\u30ff]",
     "ko": r"[\uac00-\ud7af\u1100-\u11ff]",

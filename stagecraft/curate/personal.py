@@ -1,4 +1,4 @@
-"""Personal data that can be told by its form: e-mail and IP addresses, phone numbers.
+"""Personal data that is recognised by its form: e-mail and IP addresses, phone numbers.
 
 Each is replaced by an address or number reserved for documentation, and counted. Names,
 postal addresses and numbers in other forms stay.

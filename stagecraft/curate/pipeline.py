@@ -28,7 +28,7 @@ from stagecraft.curate.words import Words
 from stagecraft.errors import UserError
 
 
-def phases(c, work, tasks, survey, identity):
+def phases(c, work, tasks, survey, identity) -> list[Phase]:
     """Returns the phases; trains the classifier and indexes evaluation files.
 
     Args:
@@ -37,58 +37,78 @@ def phases(c, work, tasks, survey, identity):
         tasks: how many task files lie in it.
         survey: the inputs.Survey, for the report.
         identity: what names this work.
-
-    Returns:
-        list of Phase.
     """
-    work, words = Path(work), Words(c.language.keep or "en")
-    first = [steps.Read(work, c.examples, c.text_key, c.source_key, c.document)]
+    work, about = Path(work), {}
+    model = _classifier(c.quality, work, c, about)
+    filtering, names = _filtering(c, work, model)
+    duplicates_of, pairs = _near_duplicates(c, work, filtering)
+    q = c.quality
+    chance = (q.threshold, q.share, q.temperature, c.seed)
+    choose = duplicates.Choose(work, tasks, c.exact, pairs, *chance)
+    finishing, more = _finishing(c, work, model, about)
+    put_together = publish.Publish(
+        work=work,
+        out=Path(c.out),
+        tasks=tasks,
+        steps=names + more,
+        config=schema.plain(c),
+        about=about | {"files": survey.files, "size": survey.size},
+        model=model,
+        identity=identity,
+    )
+    return [
+        Phase("filter", filtering, tasks),
+        *duplicates_of,
+        Phase("choose", [choose], 1),
+        Phase("finish", finishing, tasks),
+        Phase("publish", [put_together], 1),
+    ]
+
+
+def _filtering(c, work, model):
+    """Returns the steps up to where documents are written, and the tallies' names."""
+    words = Words(c.language.keep or "en")
+    filtering = [steps.Read(work, c.examples, c.text_key, c.source_key, c.document)]
     names = ["read"]
     for name in c.rules:
         rule = _rule(name, c, words)
         if rule is not None:
-            first.append(steps.Filter(name, work, c.examples, rule))
+            filtering.append(steps.Filter(name, work, c.examples, rule))
             names.append(name)
-    about = {}
-    model = _classifier(c.quality, work, c, about)
     if model:
-        first.append(steps.Score(model))
-    first.append(steps.Keep(work))
-    pairs = ""
-    match_phases = []
-    if c.minhash.on:
-        config = dedup.MinhashConfig(
-            n_grams=c.minhash.n_grams,
-            num_buckets=c.minhash.buckets,
-            hashes_per_bucket=c.minhash.hashes,
-            seed=c.minhash.seed,
-            hash_config=HashConfig(precision=64),
-        )
-        signatures, pairs = str(work / "signatures"), str(work / "pairs")
-        first.append(
-            dedup.MinhashDedupSignature(signatures, config=config, language=words)
-        )
-        match = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
-        match_phases = [Phase("match", [match], c.minhash.buckets)]
-    q = c.quality
-    choose = duplicates.Choose(
-        work,
-        tasks,
-        c.exact,
-        pairs,
-        q.threshold,
-        q.share,
-        q.temperature,
-        c.seed,
+        filtering.append(steps.Score(model))
+    return [*filtering, steps.Keep(work)], names
+
+
+def _near_duplicates(c, work, filtering):
+    """Adds MinHash's signatures to the steps; returns its phases and their folder."""
+    if not c.minhash.on:
+        return [], ""
+    config = dedup.MinhashConfig(
+        n_grams=c.minhash.n_grams,
+        num_buckets=c.minhash.buckets,
+        hashes_per_bucket=c.minhash.hashes,
+        seed=c.minhash.seed,
+        hash_config=HashConfig(precision=64),
     )
-    last = [steps.Reread(work)]
+    signatures, pairs = str(work / "signatures"), str(work / "pairs")
+    words = Words(c.language.keep or "en")
+    sign = dedup.MinhashDedupSignature(signatures, config=config, language=words)
+    filtering.append(sign)
+    match = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
+    return [Phase("match", [match], c.minhash.buckets)], pairs
+
+
+def _finishing(c, work, model, about):
+    """Returns the steps after duplicates are known, and the tallies' names."""
+    finishing, names = [steps.Reread(work)], []
     for name, code, wanted in (
         ("exact duplicate", duplicates.EXACT, c.exact),
         ("near duplicate", duplicates.NEAR, c.minhash.on),
         ("quality", duplicates.UNCHOSEN, model),
     ):
         if wanted:
-            last.append(steps.Verdict(work, c.examples, name, code))
+            finishing.append(steps.Verdict(work, c.examples, name, code))
             names.append(name)
     if c.contamination.files:
         folder = work / "evaluation"
@@ -96,30 +116,13 @@ def phases(c, work, tasks, survey, identity):
         a = c.contamination
         about["evaluation"] = overlap.build(a.files, folder, a.n_grams, a.common)
         rule = overlap.Rule(folder, a.n_grams)
-        last.append(steps.Filter("contamination", work, c.examples, rule))
+        finishing.append(steps.Filter("contamination", work, c.examples, rule))
         names.append("contamination")
     if any(c.personal.values()):
-        last.append(steps.Scrub(work, c.examples, **c.personal))
+        finishing.append(steps.Scrub(work, c.examples, **c.personal))
         names.append("personal data")
-    last.append(steps.Write(work, c.examples, c.tokenizer))
-    names.append("write")
-    last_of_all = publish.Publish(
-        work=work,
-        out=Path(c.out),
-        tasks=tasks,
-        steps=names,
-        config=schema.plain(c),
-        about=about | {"files": survey.files, "size": survey.size},
-        model=model,
-        identity=identity,
-    )
-    return [
-        Phase("filter", first, tasks),
-        *match_phases,
-        Phase("choose", [choose], 1),
-        Phase("finish", last, tasks),
-        Phase("publish", [last_of_all], 1),
-    ]
+    finishing.append(steps.Write(work, c.examples, c.tokenizer))
+    return finishing, [*names, "write"]
 
 
 def _rule(name, c, words):

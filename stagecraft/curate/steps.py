@@ -132,7 +132,7 @@ class Score(PipelineStep):
 
 
 class Keep(PipelineStep):
-    """Writes the documents so far, and what duplicates are told by."""
+    """Writes the documents so far, and the keys that duplicates share."""
 
     type, name = "stagecraft", "keep"
 

@@ -7,7 +7,7 @@
     .array_record                one JSON object a record, as a line of .jsonl
 
 The first three may be compressed: .gz, .zst. Training refuses a file with its first
-fault, told as FILE:LINE or FILE:ROW with what was expected (`records`, `documents`);
+fault, named as FILE:LINE or FILE:ROW with what was expected (`records`, `documents`);
 curation sets each fault aside and reads on (`read`). A container is a function that
 reads it and its line in `CONTAINERS`.
 """

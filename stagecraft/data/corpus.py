@@ -95,8 +95,8 @@ def text_rows(documents, length, *, weights=None, prefix="") -> packing.Rows:
 def _documents(data, sources):
     """Returns the documents, (number) -> prompt, and how many sources are learned.
 
-    Parts of data.files are sources where they are told apart; the held-out files are
-    one source more.
+    Parts of data.files are sources of their own where they are weighed or mixed; the
+    held-out files are one source more.
     """
     parts = mixture.split(sources.specs["files"])
     if not (data.weights or mixture.wanted(data)):

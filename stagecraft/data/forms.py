@@ -40,7 +40,7 @@ JUDGEMENTS = {
 }
 PROMPTS = {"prompt-only": ("prompt",)}
 
-# Who speaks, by the names of other collections.
+# Roles by the names of other collections.
 SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
@@ -133,7 +133,7 @@ def _form(where, record, accepted, mapping):
     meant = set(mapping.values())
     chosen = {f: k for f, k in present.items() if meant & set(k)} or present
     keys = [key for several in chosen.values() for key in several]
-    # What does not go with "ranked" is told where rankings are read.
+    # What does not go with "ranked" is refused where rankings are read.
     if len(keys) > 1 and mapping.get("ranked", "ranked") not in keys:
         raise UserError(
             f"{where}: has {' and '.join(map(repr, keys))}, any of which may be meant; "

@@ -18,7 +18,7 @@ from stagecraft.errors import UserError
 
 # Rows of a block: shares are kept to within half a row of it.
 BLOCK = 2**16
-# Sources of up to so many rows are shuffled an epoch at a time.
+# Sources of up to this many rows are shuffled an epoch at a time.
 _SMALL = 2**17
 SHARE_BY = ("tokens", "examples")
 _log = logging.getLogger("stagecraft.data")

@@ -24,7 +24,7 @@ from stagecraft.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = "stagecraft-shards"
 VERSION = 1
-# A shard is closed after the document that brings it to so many tokens.
+# A shard is closed after the document that brings it to this many tokens.
 SHARD_TOKENS = 2**27
 # Tokens collected before they are written.
 _BUFFER = 2**20
@@ -244,7 +244,7 @@ def write(
         columns: names of values kept beside each document: numbers or texts, such as
             "score" or "source".
         settings: a dict of JSON values kept in the manifest: how it was made.
-        shard_tokens: a shard ends with the document that reaches so many.
+        shard_tokens: a shard ends with the document that reaches this many.
 
     Returns:
         the manifest's dict. Raises UserError, and leaves nothing behind, where there is

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-HELD = 20  # one document in so many is held out
+HELD = 20  # one document in this many is held out
 FAULTS = ("exact", "near", "boilerplate", "noise")
 
 _MENU = (
