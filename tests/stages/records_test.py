@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import defaults
+from stagecraft import defaults, storage
 from stagecraft.errors import UserError
 from stagecraft.signals.protocol import Sources
 from stagecraft.stages import comparisons, records, selection
@@ -225,6 +225,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         compare(tmp_path, Seeded())
     monkeypatch.undo()
     compare(tmp_path, Seeded())
+
+
+def test_the_journal_of_a_run_says_where_it_is_from(tiny_run):
+    stages = storage.read_json(tiny_run / "lineage.json")["stages"]
+    own, (first, *entries) = stages["comparisons"], journal(tiny_run / "comparisons")
+    assert [first[key] for key in ("config", "tokenizer", "data")] == [
+        own[key] for key in ("config", "tokenizer", "data")
+    ]
+    assert first["parents"] == {"start_from": stages["sft"]["id"]}
+    assert [sorted(entry)[-1] for entry in entries] == ["prompts", "verdicts"] * 4
+    told = storage.read_json(tiny_run / "comparisons" / "stage.json")
+    assert sum(told["dropped_by_reason"].values()) == told["dropped"]
 
 
 def test_all_prompts_come_before_any_comes_again():
