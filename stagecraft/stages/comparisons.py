@@ -2,9 +2,6 @@
 
 import collections
 
-import jax
-import numpy as np
-
 from stagecraft import schema
 from stagecraft.errors import UserError
 from stagecraft.signals import protocol, raters
@@ -45,13 +42,8 @@ def write(folder, language, asked, sources, config, key, *, lineage, name):
     Returns:
         {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}.
     """
-    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-    rng = np.random.default_rng(seed)
-    order = records.shuffled(len(asked), config.prompts, rng)
+    asked, seed, rng = records.shuffled(asked, config.prompts, key)
     rater = raters.make(config, sources, rng)
-
-    def complete(prompts, number):
-        return language.complete(prompts, seed=seed + number, **dict(config.sampling))
 
     def rate(part, groups):
         pairs = [tuple(group) for group in groups]
@@ -61,11 +53,11 @@ def write(folder, language, asked, sources, config, key, *, lineage, name):
     batches, seconds = records.collect(
         folder,
         records.header("comparisons", lineage, rater.identity, seed),
-        [asked[i] for i in order],
-        complete,
+        language,
+        asked,
         rate,
+        config,
         samples=2,
-        size=max(config.batch_size // 2, 1),
         name=name,
         rng=rng,
     )
@@ -73,7 +65,7 @@ def write(folder, language, asked, sources, config, key, *, lineage, name):
     if not pairs:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         raise UserError(
-            f"{name}: the rater dropped all {len(order)} pairs ({reasons}); identical "
+            f"{name}: the rater dropped all {len(asked)} pairs ({reasons}); identical "
             "answers come of sampling.temperature=0 or a model that has one answer"
         )
     records.write(folder, pairs)
@@ -82,7 +74,7 @@ def write(folder, language, asked, sources, config, key, *, lineage, name):
         "pairs": len(pairs),
         "dropped": dropped.total(),
         "dropped_by_reason": dict(sorted(dropped.items())),
-        "tokens": {"sampled": 2 * len(order) * limit},
+        "tokens": {"sampled": 2 * len(asked) * limit},
         "seconds": {"total": round(seconds, 3)},
     }
 

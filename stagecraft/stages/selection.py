@@ -7,7 +7,6 @@ arxiv.org/abs/2304.06767; Touvron et al. 2023, arxiv.org/abs/2307.09288, section
 import collections
 import math
 
-import jax
 import numpy as np
 
 from stagecraft import schema
@@ -51,12 +50,7 @@ def write(
         "kept_reward_mean", "tokens", "seconds"}; an answer that was cut off or could
         not be scored is never kept.
     """
-    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-    rng = np.random.default_rng(seed)
-    order = records.shuffled(len(asked), config.prompts, rng)
-
-    def complete(prompts, number):
-        return language.complete(prompts, seed=seed + number, **dict(config.sampling))
+    asked, seed, _ = records.shuffled(asked, config.prompts, key)
 
     def rate(part, groups):
         return _scores(part, groups, reward_model, verifiers, config)
@@ -68,15 +62,15 @@ def write(
     batches, seconds = records.collect(
         folder,
         records.header("selection", lineage, scorers, seed),
-        [asked[i] for i in order],
-        complete,
+        language,
+        asked,
         rate,
+        config,
         samples=config.samples,
-        size=max(config.batch_size // config.samples, 1),
         name=name,
     )
     best, rewards, dropped = _best(batches, config)
-    sampled = len(order) * config.samples
+    sampled = len(asked) * config.samples
     if not best:
         raise UserError(
             f"{name}: none of the {sampled} answers was kept; did none end by itself, "

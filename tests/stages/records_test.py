@@ -96,17 +96,17 @@ def test_what_was_sampled_but_not_rated_is_only_rated(tmp_path):
         with contextlib.suppress(KeyboardInterrupt):
             records.collect(
                 tmp_path,
-                {},
+                {"seed": 7},
+                language,
                 PROMPTS,
-                lambda prompts, number: language.complete(prompts, seed=number),
                 rate,
+                defaults.stage("comparisons", batch_size=4),
                 samples=2,
-                size=2,
                 name="x",
             )
         return language.seeds
 
-    assert go() == [0, 1] and go() == []
+    assert go() == [7, 8] and go() == []
     assert asked == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
     assert go() == [] and len(asked) == 3
 
@@ -240,6 +240,9 @@ def test_the_journal_of_a_run_says_where_it_is_from(tiny_run):
 
 
 def test_all_prompts_come_before_any_comes_again():
-    order = records.shuffled(3, 7, np.random.default_rng(0))
-    assert sorted(order[:6]) == [0, 0, 1, 1, 2, 2]
-    assert sorted(order[:3]) == [0, 1, 2]
+    order, seed, rng = records.shuffled("abc", 7, KEY)
+    assert sorted(order[:3]) == sorted(order[3:6]) == ["a", "b", "c"]
+    own = np.random.default_rng(seed)
+    assert order[:3] == ["abc"[i] for i in own.permutation(3)] and len(order) == 7
+    own.permutation(3), own.permutation(3)
+    assert rng.random() == own.random()
