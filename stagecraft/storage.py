@@ -8,7 +8,8 @@ WORKDIR/lineage.json         what each stage started from: digests of config, da
 WORKDIR/tokenizer/           its files, unchanged
 WORKDIR/world/               what the embedded world wrote
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
-                             TensorBoard events; records.jsonl of a stage of records
+                             TensorBoard events; journal.jsonl and records.jsonl of a
+                             stage that writes records
 WORKDIR/summary.json, prompt.json, report.html
 """
 

@@ -2,8 +2,6 @@
 
 import collections
 
-import numpy as np
-
 from stagecraft import schema
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
@@ -23,16 +21,9 @@ def write(config, recording):
     Returns:
         {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}.
     """
-    seed = records.seed(recording.key)
-    rng = np.random.default_rng(seed)
-    asked = records.shuffled(recording.asked, config.prompts, rng)
+    asked, seed, rng = records.shuffled(recording.asked, config.prompts, recording.key)
     sources = Sources(recording.world, recording.reward)
     rater = raters.make(config, sources, rng)
-
-    def complete(prompts, number):
-        return recording.language.complete(
-            prompts, seed=seed + number, **dict(config.sampling)
-        )
 
     def rate(part, groups):
         pairs = [tuple(group) for group in groups]
@@ -40,14 +31,12 @@ def write(config, recording):
         return protocol.checked(verdicts, len(pairs), schema.plain(config.rater))
 
     batches, seconds = records.collect(
-        recording.folder,
+        config,
+        recording,
         records.header(KIND.name, recording.lineage, rater.identity, seed),
         asked,
-        complete,
         rate,
         samples=2,
-        size=max(config.batch_size // 2, 1),
-        name=recording.name,
         rng=rng,
     )
     pairs, dropped = _pairs(batches, config.soft_labels)

@@ -8,6 +8,7 @@ function of the journal alone, and written whole at the end.
 """
 
 import collections
+import contextlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from stagecraft import metrics, schema, storage
 from stagecraft.errors import UserError
@@ -123,21 +125,15 @@ class Journal:
         return json.loads(line)
 
 
-class _writing:
-    """Turns a failure to write a file into one line."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.path}: cannot write here ({error.strerror}); free space, or "
-                "choose another --workdir; the same command goes on from here"
-            ) from error
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write here ({error.strerror}); free space, or choose "
+            "another --workdir; the same command goes on from here"
+        ) from error
 
 
 def _lines(path):
@@ -184,40 +180,41 @@ def header(kind, lineage, rater, seed):
 
 
 def collect(
-    folder, header, asked, complete, rate, *, samples, size, name, rng=None
+    config, recording, header, asked, rate, *, samples, rng=None
 ) -> tuple[list[Batch], float]:
     """Samples answers to prompts and rates them, as far as the journal has not.
 
     Args:
-        folder: WORKDIR/STAGE.
-        header: see `header`.
+        config: the stage's config: batch_size, sampling.
+        recording: a `Recording`.
+        header: see `header`; batch n is sampled with its seed + n.
         asked: the prompts' records, in the order in which they are asked.
-        complete: (prompts, number of the batch) -> [(text, ended)], one a prompt.
         rate: (records, [[(text, ended)] of each]) -> a JSON value for each record.
         samples: answers to each prompt.
-        size: prompts of a batch.
-        name: for the progress line.
         rng: a numpy Generator that `rate` draws from, or None. Its state is part of the
             journal, so that it draws the same whenever a stage was killed.
 
     Returns:
         the batches, and the seconds they took in all processes that worked on them.
     """
+    size = max(config.batch_size // samples, 1)
     parts = [asked[i : i + size] for i in range(0, len(asked), size)]
     batches, seconds = [], 0.0
 
     def sample(number, prompts):
-        flat = complete([p for p in prompts for _ in range(samples)], number)
-        groups = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        each = [p for p in prompts for _ in range(samples)]
+        seed = header["seed"] + number
+        answers = recording.language.complete(each, seed=seed, **dict(config.sampling))
+        groups = [answers[i : i + samples] for i in range(0, len(each), samples)]
         return {"batch": number, "prompts": prompts, "answers": groups}
 
     def judge(number, part, answers):
         entry = {"batch": number, "verdicts": rate(part, answers)}
         return entry | ({"rng": rng.bit_generator.state} if rng is not None else {})
 
-    progress = metrics.Progress(name, len(parts))
+    progress = metrics.Progress(recording.name, len(parts))
     try:
-        with Journal(Path(folder) / JOURNAL, header) as journal:
+        with Journal(recording.folder / JOURNAL, header) as journal:
             for number, part in enumerate(parts):
                 prompts = [record["prompt"] for record in part]
                 sampled, _ = journal.once(sample, number, prompts)
@@ -241,17 +238,22 @@ def write(folder, records):
     storage.write_text(Path(folder) / RECORDS, "".join(lines))
 
 
-def seed(key) -> int:
-    """Returns the seed of a stage's sampling, from its random key."""
-    return int(jax.random.randint(key, (), 0, 2**31 - 1))
+def shuffled(asked, count, key):
+    """Returns `count` records in a random order, all of them before any comes again.
 
+    Args:
+        asked: the prompts' records.
+        count: how many to return.
+        key: random key.
 
-def shuffled(rows, count, rng) -> list:
-    """Returns `count` of the rows in a random order, all before any comes again."""
-    order = []
+    Returns:
+        (the records, the seed of their order, the numpy Generator that drew it).
+    """
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    rng, order = np.random.default_rng(seed), []
     while len(order) < count:
-        order += rng.permutation(len(rows)).tolist()
-    return [rows[i] for i in order[:count]]
+        order += rng.permutation(len(asked)).tolist()
+    return [asked[i] for i in order[:count]], seed, rng
 
 
 def format(config) -> str:

@@ -30,15 +30,8 @@ def write(config, recording):
         "kept_reward_mean", "tokens", "seconds"}; an answer that was cut off or could
         not be scored is never kept.
     """
-    seed = records.seed(recording.key)
-    rng = np.random.default_rng(seed)
-    asked = records.shuffled(recording.asked, config.prompts, rng)
+    asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
     reward_model, functions = recording.reward, verifiers.find(config.verifiers)
-
-    def complete(prompts, number):
-        return recording.language.complete(
-            prompts, seed=seed + number, **dict(config.sampling)
-        )
 
     def rate(part, groups):
         return _scores(part, groups, reward_model, functions, config)
@@ -48,14 +41,12 @@ def write(config, recording):
         verifiers=verifiers.identity(functions),
     )
     batches, seconds = records.collect(
-        recording.folder,
+        config,
+        recording,
         records.header(KIND.name, recording.lineage, scorers, seed),
         asked,
-        complete,
         rate,
         samples=config.samples,
-        size=max(config.batch_size // config.samples, 1),
-        name=recording.name,
     )
     best, rewards, dropped = _best(batches, config)
     sampled = len(asked) * config.samples

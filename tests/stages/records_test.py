@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import defaults
+from stagecraft import defaults, storage
 from stagecraft.errors import UserError
 from stagecraft.stages import comparisons, records, selection
 from tests.stages.answers import LINEAGE, PROMPTS, Seeded, recording
@@ -94,18 +94,16 @@ def test_what_was_sampled_but_not_rated_is_only_rated(tmp_path):
         language = Seeded()
         with contextlib.suppress(KeyboardInterrupt):
             records.collect(
-                tmp_path,
-                {},
+                defaults.stage("comparisons", batch_size=4),
+                recording(tmp_path, language, "x"),
+                {"seed": 7},
                 PROMPTS,
-                lambda prompts, number: language.complete(prompts, seed=number),
                 rate,
                 samples=2,
-                size=2,
-                name="x",
             )
         return language.seeds
 
-    assert go() == [0, 1] and go() == []
+    assert go() == [7, 8] and go() == []
     assert asked == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
     assert go() == [] and len(asked) == 3
 
@@ -236,7 +234,22 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     compare(tmp_path, Seeded())
 
 
+def test_the_journal_of_a_run_says_where_it_is_from(tiny_run):
+    stages = storage.read_json(tiny_run / "lineage.json")["stages"]
+    own, (first, *entries) = stages["comparisons"], journal(tiny_run / "comparisons")
+    assert [first[key] for key in ("config", "tokenizer", "data")] == [
+        own[key] for key in ("config", "tokenizer", "data")
+    ]
+    assert first["parents"] == {"start_from": stages["sft"]["id"]}
+    assert [sorted(entry)[-1] for entry in entries] == ["prompts", "verdicts"] * 4
+    told = storage.read_json(tiny_run / "comparisons" / "stage.json")
+    assert sum(told["dropped_by_reason"].values()) == told["dropped"]
+
+
 def test_all_prompts_come_before_any_comes_again():
-    order = records.shuffled(range(3), 7, np.random.default_rng(0))
-    assert sorted(order[:6]) == [0, 0, 1, 1, 2, 2]
-    assert sorted(order[:3]) == [0, 1, 2]
+    order, seed, rng = records.shuffled("abc", 7, KEY)
+    assert sorted(order[:3]) == sorted(order[3:6]) == ["a", "b", "c"]
+    own = np.random.default_rng(seed)
+    assert order[:3] == ["abc"[i] for i in own.permutation(3)] and len(order) == 7
+    own.permutation(3), own.permutation(3)
+    assert rng.random() == own.random()
