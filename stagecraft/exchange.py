@@ -9,7 +9,7 @@ from stagecraft import defaults, run, schema, sharding, storage
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, peft, saved
-from stagecraft.text import outward
+from stagecraft.text import tokenizer_export
 from stagecraft.text import tokenizer as tokenizers
 
 # What a folder's tokenizer files must not replace: it is written anew.
@@ -109,7 +109,7 @@ def export(
     tokenizer, said = current.tokenizer, []
 
     def extra(temporary):
-        files, notes = outward.files(tokenizer)
+        files, notes = tokenizer_export.files(tokenizer)
         said.extend(notes)
         for path, data in files.items():
             if path not in OURS:

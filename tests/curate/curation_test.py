@@ -18,7 +18,7 @@ from stagecraft.curate import curation, engine
 from stagecraft.data import feed, readers, shards
 from stagecraft.errors import UserError
 from stagecraft.text import chat
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 from tests.curate import prose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory):
     for name, rows in (("good", good), ("bad", bad)):
         text = "".join(json.dumps(r) + "\n" for r in rows)
         (root / f"{name}.jsonl").write_text(text)
-    Tokenizer.train([p.text for p in clean], 320, root / "t.model")
+    SentencePiece.train([p.text for p in clean], 320, root / "t.model")
     return {"root": root, "found": found, "leaked": leaked, "personal": personal}
 
 
@@ -125,7 +125,7 @@ def test_pretraining_reads_the_text_and_the_shards(corpus, result):
     out, told = result
     texts = [r["text"] for r in prose.read(out)]
     assert [*readers.texts(out / "text")] == texts
-    model = Tokenizer.load(corpus["root"] / "t.model")
+    model = SentencePiece.load(corpus["root"] / "t.model")
     found = shards.Shards(out / "shards").check_tokenizer(model.digest, 320).verify()
     assert len(found) == len(texts) and found.tokens == told["tokens"]
     for i in (0, 7, len(texts) - 1):
@@ -157,7 +157,10 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert told["identity"][:12] in page and str(out / "shards") in page
     # Shards and text are the same batches.
-    resolved, model = experiment.resolve(c), Tokenizer.load(c.tokenizer.path)
+    resolved, model = (
+        experiment.resolve(c),
+        SentencePiece.load(c.tokenizer.path),
+    )
     stage, found = resolved.stages.pretrain, []
     for name in ("shards", "text"):
         stage.data.files = str(out / name)

@@ -10,14 +10,14 @@ from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language, placed
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import tokenizer as tokenizers
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     texts = ["the cat sat on the mat", "what is the capital of France?"] * 20
-    tokenizer = Tokenizer.train(texts, 290, path)
+    tokenizer = SentencePiece.train(texts, 290, path)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         width=16,
