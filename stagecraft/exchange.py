@@ -9,8 +9,8 @@ from stagecraft import defaults, run, schema, sharding, storage
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, peft, saved
-from stagecraft.text import tokenizer_export
 from stagecraft.text import tokenizer as tokenizers
+from stagecraft.text import tokenizer_export
 
 # What a folder's tokenizer files must not replace: it is written anew.
 OURS = ("config.json",)

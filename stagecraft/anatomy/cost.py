@@ -44,7 +44,7 @@ def parameters(model):
     c = _complete(model)
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     table = c.vocab_size * c.width
-    sparse = sum(kind.sparse for kind in c.kinds)
+    sparse = sum(spec.sparse for spec in c.layer_specs)
     dense = c.layers - sparse
     expert = sparse * c.experts * c.width * c.expert_width
     by_kind = {
@@ -117,7 +117,7 @@ def forward_flops(model, tokens, context, *, scalar=False):
     weights = sum(working.values())
     if not scalar:
         weights += c.vocab_size * c.width
-    seen = sum(min(context, k.window) if k.window else context for k in c.kinds)
+    seen = sum(min(context, s.window) if s.window else context for s in c.layer_specs)
     attention = 4 * c.heads * c.head_dim * seen
     return float(tokens * (2 * weights + attention))
 

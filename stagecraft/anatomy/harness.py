@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
-from stagecraft.models.language import placed
 from stagecraft.text import chat
 
 # The harness's own limit, for tasks that name none.
@@ -169,7 +169,8 @@ class Answers:
             for start in range(0, len(numbers), size):
                 part = numbers[start : start + size]
                 batch = _batch([rows[i] for i in part], size, length)
-                got = map(np.asarray, _judge(self.language.model, placed(batch)[0]))
+                batch = sharding.on_mesh(batch)
+                got = map(np.asarray, _judge(self.language.model, batch))
                 for i, logp, greedy in zip(part, *got, strict=False):
                     found[i] = (float(logp), bool(greedy))
         return found

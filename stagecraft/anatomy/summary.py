@@ -18,7 +18,7 @@ from stagecraft import defaults, metrics, storage, worlds
 from stagecraft.anatomy import behaviour, cost, weights
 from stagecraft.errors import UserError
 from stagecraft.models import scores
-from stagecraft.models.language import Language, placed
+from stagecraft.models.language import Language
 from stagecraft.report import page
 
 ROWS = 128  # held-out prompts answered at once
@@ -226,7 +226,7 @@ def _against(world, prompts, samples, language, others):
 
 def _scores(model, samples):
     rows = [p + a for p, a in zip(samples["prompts"], samples["ids"], strict=True)]
-    return scores.of_rows(model, rows, lambda batch: placed(batch)[0])
+    return scores.of_rows(model, rows)
 
 
 def _pairs(model, world, prompts, one, two, seed):

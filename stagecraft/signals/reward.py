@@ -1,7 +1,6 @@
 """A reward model as a judge of texts, for stages that write records."""
 
 from stagecraft.models import scores
-from stagecraft.models.language import placed
 from stagecraft.text import chat
 
 
@@ -22,7 +21,7 @@ class RewardModel:
             self._ids(prompt, *answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        return scores.of_rows(self.model, rows, lambda batch: placed(batch)[0])
+        return scores.of_rows(self.model, rows)
 
     def _ids(self, prompt, text, ended):
         answer = {"role": "assistant", "content": text, "ended": ended}

@@ -8,10 +8,9 @@ seems to begin.
 import jax
 import jax.numpy as jnp
 
-from stagecraft import masked, optim
+from stagecraft import masked, optim, sharding
 from stagecraft.errors import UserError
 from stagecraft.models import lora
-from stagecraft.models.language import placed
 from stagecraft.models.scores import scores
 from stagecraft.stages import objective, stage
 
@@ -125,7 +124,7 @@ def normalize(state, reference, batch_size, frozen=None):
         model = lora.join(frozen, model)  # its bias is the state's own
         total = masked.Mean.empty()
         for raw in reference.epoch(batch_size):
-            total = total.merge(_mean_score(model, placed(raw)[0]))
+            total = total.merge(_mean_score(model, sharding.on_mesh(raw)))
         model.bias[...] = model.bias[...] - total.result()
     return state, {"reference_reward": float(total.result())}
 

@@ -102,7 +102,7 @@ def trained(config, parent, mesh, *, scalar=False):
         settings = lora.Settings(**config.lora)
         # Made at once as shapes: a target the model lacks is refused here.
         lora.abstract(settings, parent, mesh, scalar=scalar)
-        return Trained(parent, lora.made(settings, parent, mesh, scalar=scalar))
+        return Trained(parent, lora.init_fn(settings, parent, mesh, scalar=scalar))
     copy = make_copy(parent, mesh)
     if not scalar or isinstance(parent, ScalarModel):
         return Trained(None, lambda key: copy())

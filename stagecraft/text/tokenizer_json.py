@@ -290,7 +290,7 @@ class HuggingFaceTokenizer:
         return []
 
     def _padding(self, named, added, control):
-        """Returns pad_token, unless it ends texts or turns; else an id nothing else uses."""
+        """Returns pad_token, unless it ends texts or turns; else an unused id."""
         taken = {self.eos, self.bos, *self.stops}
         named_pad = self._ids.get(named.get("pad_token"))
         if named_pad is not None and named_pad not in taken:

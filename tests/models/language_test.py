@@ -7,7 +7,7 @@ import pytest
 from stagecraft.errors import UserError
 from stagecraft.models import sampling, scores
 from stagecraft.models.config import ModelConfig
-from stagecraft.models.language import Language, placed
+from stagecraft.models.language import Language
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import tokenizer as tokenizers
 from stagecraft.text.tokenizer import SentencePiece
@@ -78,7 +78,7 @@ def test_a_prompt_that_does_not_fit_is_refused(parts):
 def test_scores_of_rows_are_read_at_their_last_token(parts):
     model = ScalarModel(parts[0], jax.random.key(1))
     rows = [[2, 9, 10, 11], [2, 30]]
-    found = scores.of_rows(model, rows, lambda b: placed(b)[0], batch_size=2)
+    found = scores.of_rows(model, rows, batch_size=2)
     for row, score in zip(rows, found, strict=True):
         ids = np.array([row], np.int32)
         alone = model(ids, np.arange(len(row))[None], np.ones_like(ids))[0, -1]
