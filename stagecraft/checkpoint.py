@@ -3,11 +3,12 @@
 A checkpoint has three items, so that a child stage or an export reads the parameters
 alone: `model` (clean names such as layers/attention/query), `train` (optimizer state,
 step, whatever else the stage carries) and `data` (the data iterator's state). Orbax
-writes into a temporary folder and renames it, so that a checkpoint exists whole or
-not at all, whenever the process dies.
+writes into a temporary folder and renames it, so that a checkpoint is complete or
+absent, whenever the process dies.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,23 +19,23 @@ from stagecraft.errors import UserError
 
 
 class Checkpoints:
-    """Save and restore in one folder; saving runs in the background.
+    """Saves and restores in one folder; saving runs in the background.
 
     Args:
         folder: WORKDIR/STAGE/checkpoints.
         keep: how many of the newest to keep.
     """
 
-    def __init__(self, folder, *, keep=1):
+    def __init__(self, folder: str | Path, *, keep: int = 1):
         self.folder = Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest(self):
-        """The newest complete step, or None."""
+    def latest(self) -> int | None:
+        """Returns the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step, model, train, data):
+    def save(self, step: int, model: Any, train: Any, data: dict) -> None:
         """Starts a save; arrays are copied out before this returns.
 
         Args:
@@ -49,7 +50,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, step, model, train):
+    def restore(self, step: int, model: Any, train: Any) -> tuple[Any, Any, dict]:
         """Reads a checkpoint into the shapes, dtypes and shardings of `model`, `train`.
 
         Args:
@@ -59,7 +60,7 @@ class Checkpoints:
         Returns:
             model, train, data.
         """
-        got = self._manager.restore(
+        items = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(_abstract(model)),
@@ -67,18 +68,19 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return _refill(model, got.model), _refill(train, got.train), got.data
+        return _refill(model, items.model), _refill(train, items.train), items.data
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns once every started save is complete on disk."""
         self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
+        """Waits for saves and closes the manager."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def load_model(folder, abstract):
+def load_model(folder: str | Path, abstract: Any) -> tuple[Any, int]:
     """Reads only the parameters of the newest checkpoint under `folder`.
 
     Args:
@@ -97,12 +99,12 @@ def load_model(folder, abstract):
         if step is None:
             raise UserError(f"{path}: no complete checkpoint; run that stage first")
         args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
-        got = manager.restore(step, args=args)
-    return _refill(abstract, got.model), step
+        items = manager.restore(step, args=args)
+    return _refill(abstract, items.model), step
 
 
 def _nest(pytree):
-    """{"layers/up": x} as {"layers": {"up": x}}: what Orbax calls a clean tree."""
+    """Nests {"layers/up": x} as {"layers": {"up": x}}, the tree Orbax stores."""
     out = {}
     for name, leaf in tree.named(pytree).items():
         *folders, last = name.split("/")

@@ -1,4 +1,4 @@
-"""What the host is told: to keep memory for the next step, to end what is left over."""
+"""The process itself: it keeps freed memory, and workers end with their parent."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ import threading
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def keep_memory():
+def keep_memory() -> None:
     """Lets freed memory stay in the process, where glibc is the allocator.
 
     On a CPU backend every step frees and asks again for the same large buffers. glibc
@@ -31,11 +31,11 @@ def keep_memory():
 
 
 @functools.cache
-def end_with_parent():
-    """Ends a worker process when the one it works for is gone, killed or not.
+def end_with_parent() -> None:
+    """Ends a worker process when its parent is gone, killed or not.
 
-    A worker that waits to hand over what it made would wait for ever. Does nothing in a
-    process that is nobody's worker.
+    Otherwise a worker that waits to hand over a batch would wait forever. Does nothing
+    in a process that is not a worker.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
