@@ -1,7 +1,7 @@
 """Rotary positions, and how their wavelengths stretch beyond the trained length.
 
-Two of the scalings depend on the length of a text. That is its own document alone: other
-documents in the row or the batch change nothing.
+Two of the scalings depend on the length of a text. That is its own document alone: what
+else is in the row or the batch changes nothing.
 """
 
 import math
