@@ -1,10 +1,13 @@
 """Configs refuse what they do not know, in one line with the nearest name."""
 
+import math
+
 import pytest
 from ml_collections import ConfigDict
 
 from stagecraft import defaults, schema
 from stagecraft.errors import UserError
+from stagecraft.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,19 @@ def test_difference_finds_the_first_key():
     two = schema.plain(ConfigDict(dict(a=1, b=dict(c=(1, 3)))))
     assert schema.difference(one, two) == "b.c: [1, 2] -> [1, 3]"
     assert schema.difference(one, one) == ""
+
+
+def test_objects_are_imported_by_name():
+    assert schema.imported("rater", "math:gcd") is math.gcd
+
+
+@pytest.mark.parametrize("spec", ["math", "math:gdc", "no_such_module:f", ":f", ""])
+def test_a_name_that_cannot_be_imported_is_refused(spec):
+    says = f"rater={spec!r}: cannot import it .*; expected 'package.module:function'"
+    with pytest.raises(UserError, match=says):
+        schema.imported("rater", spec)
+
+
+def test_the_decoders_keys_are_the_fields_of_its_config():
+    config = ModelConfig(vocab_size=7, **defaults.model())
+    assert config == ModelConfig(vocab_size=7) and config.max_length == 256

@@ -160,15 +160,14 @@ class ModelConfig:
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """The `LayerSpec` of each layer, from the first to the last."""
         patterns = (self.sliding, self.rotates, self.sparse)
+        sliding, rotates, sparse = (per_layer(p, self.layers) for p in patterns)
         return tuple(
             LayerSpec(
-                window=self.window if slides else 0,
-                rotates=self.positions == "rope" and rotates,
-                sparse=self.experts > 0 and sparse,
+                window=self.window if sliding[i] else 0,
+                rotates=self.positions == "rope" and rotates[i],
+                sparse=self.experts > 0 and sparse[i],
             )
-            for slides, rotates, sparse in zip(
-                *(per_layer(pattern, self.layers) for pattern in patterns), strict=True
-            )
+            for i in range(self.layers)
         )
 
     @property
