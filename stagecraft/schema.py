@@ -104,8 +104,18 @@ def choice(where: str, value: Any, allowed: Iterable) -> None:
         )
 
 
-def imported(where: str, spec: str) -> Any:
-    """Returns the object of "package.module:function", or raises a UserError."""
+def imported(where: str, spec: Any) -> Any:
+    """Returns the object that "package.module:function" names, or a callable itself.
+
+    Args:
+        where: the key, for the message.
+        spec: its value.
+
+    >>> imported("objective", "math:sqrt")(4.0)
+    2.0
+    """
+    if callable(spec):
+        return spec
     module, colon, name = spec.partition(":")
     try:
         if not colon:

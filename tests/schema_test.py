@@ -52,6 +52,7 @@ def test_difference_finds_the_first_key():
 
 def test_objects_are_imported_by_name():
     assert schema.imported("rater", "math:gcd") is math.gcd
+    assert schema.imported("rater", math.gcd) is math.gcd
 
 
 @pytest.mark.parametrize("spec", ["math", "math:gdc", "no_such_module:f", ":f", ""])
