@@ -22,6 +22,7 @@ from stagecraft.text.tokenizer import Tokenizer
 ROUND = 16
 # The text that tokenizers return for a part of a character.
 HALF = "\ufffd"
+# What `complete` and `stream` do by default.
 GREEDY = {"max_new_tokens": 32, "temperature": 0.0}
 
 
