@@ -1,8 +1,8 @@
 """What experiment files share: reading the argument after the colon, and two sizes."""
 
-import difflib
+import types
 
-from stagecraft import defaults
+from stagecraft import defaults, schema
 from stagecraft.errors import UserError
 
 
@@ -28,14 +28,12 @@ def parse_arg(arg, **known):
             if listing and any(sign in part for sign in "./*"):
                 values[last] += f",{part}"  # another file of a list
                 continue
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(
-                f"--config=FILE:{arg}: unknown argument {name!r}; {hint}known: "
-                f"{', '.join(known)}"
+                f"--config=FILE:{arg}: unknown argument {name!r}; "
+                f"{schema.hint(name, known)}known: {', '.join(known)}"
             )
         values[name], last = _read(name, text, known[name], bool(equals)), name
-    return type("Arg", (), values)
+    return types.SimpleNamespace(**values)
 
 
 def _read(name, text, default, given):
@@ -89,6 +87,5 @@ def tiny(config, steps=2):
 
 def unknown(where, name, known):
     """The one line for a name that an experiment does not know."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = schema.hint(name, known)
     return f"{where}={name!r}: unknown; {hint}known: {', '.join(known)}"

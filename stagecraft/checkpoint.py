@@ -8,6 +8,7 @@ whenever the process dies.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,8 +35,8 @@ class Checkpoints:
         """Returns the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step, model, train, data):
-        """Starts a save; arrays are copied before this returns.
+    def save(self, step: int, model: Any, train: Any, data: dict) -> None:
+        """Starts a save; arrays are copied out before this returns.
 
         Args:
             step: int, steps done.
@@ -49,7 +50,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, step, model, train):
+    def restore(self, step: int, model: Any, train: Any) -> tuple[Any, Any, dict]:
         """Reads a checkpoint into the shapes, dtypes and shardings of `model`, `train`.
 
         Args:
@@ -69,16 +70,17 @@ class Checkpoints:
         )
         return _refill(model, items.model), _refill(train, items.train), items.data
 
-    def wait(self):
-        """Waits until every started save is complete on disk."""
+    def wait(self) -> None:
+        """Returns once every started save is complete on disk."""
         self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
+        """Waits for saves and closes the manager."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def load_model(folder, abstract):
+def load_model(folder: str | Path, abstract: Any) -> tuple[Any, int]:
     """Reads only the parameters of the newest checkpoint under `folder`.
 
     Args:
@@ -102,7 +104,7 @@ def load_model(folder, abstract):
 
 
 def _nest(pytree):
-    """Returns {"layers": {"up": x}} for {"layers/up": x}: names as Orbax nests them."""
+    """Nests {"layers/up": x} as {"layers": {"up": x}}, the tree Orbax stores."""
     out = {}
     for name, leaf in tree.named(pytree).items():
         *folders, last = name.split("/")

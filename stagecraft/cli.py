@@ -4,7 +4,6 @@ A UserError is printed as one line and ends the command with status 2; `--debug`
 the traceback. Anything else that escapes is a bug of ours and is shown whole.
 """
 
-import difflib
 import importlib.util
 import logging
 import os
@@ -55,8 +54,7 @@ def _dispatch(argv):
         print(f"stagecraft {__version__}")
         return 0
     if name not in commands.COMMANDS:
-        near = difflib.get_close_matches(name, commands.COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = schema.hint(name, commands.COMMANDS)
         raise UserError(
             f"unknown command {name!r}; {hint}commands: {', '.join(commands.COMMANDS)}"
         )

@@ -1,14 +1,19 @@
 """Every key an experiment may set, with its default and its meaning: the one place.
 
+The keys of `model` lie in `models/config.py`, since they make the decoder.
+
 `experiment()` and `stage(kind)` return complete configs; an experiment file changes
 what it is about and nothing else. Library code reads keys plainly, since all of them
 are always there. "" stands for none in texts, 0 for never or off in numbers.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from stagecraft import schema
 from stagecraft.errors import UserError
+from stagecraft.models.config import ModelConfig
 
 # Keys that change no number of a run: a run may be resumed with others, and stages that
 # differ in nothing else are one arm of a comparison.
@@ -50,59 +55,16 @@ def mesh():
 
 
 def model():
-    """The decoder's shape; see `stagecraft.models.config.ModelConfig`.
+    """The decoder: the fields of `stagecraft.models.config.ModelConfig`, where each has
+    its default and its meaning.
 
-    It is for models made from nothing. Where every stage starts from a folder, it is
-    the folder's model, whatever is set here; only how to compute (dtype, remat) and a
-    max_length that is not this one stay the experiment's.
+    They are for models trained from scratch. Where every stage starts from a folder,
+    the folder's model is used whatever is set here, except for how to compute (dtype,
+    remat) and a max_length other than the default.
     """
-    return ConfigDict(
-        dict(
-            width=128,
-            layers=4,
-            heads=4,
-            kv_heads=4,
-            head_dim=32,
-            ff_width=352,
-            max_length=256,  # the context, in tokens
-            tied=True,  # one table for input and output embedding
-            embed_scale=1.0,  # Gemma: width^0.5
-            norm="rms",  # or "layer"
-            norm_offset=0.0,  # Gemma: 1
-            norm_place="pre",  # or "post" (OLMo 2), "both" (Gemma)
-            norm_eps=1e-5,
-            qk_norm=True,
-            qk_norm_over="head",  # or "projection" (OLMo 2)
-            qkv_bias=False,
-            out_bias=False,
-            ff_bias=False,
-            attention_scale=0.0,  # 0: head_dim^-0.5
-            attention_softcap=0.0,  # 0 for none
-            logit_softcap=0.0,
-            window=0,  # tokens a sliding layer sees; 0 for no such layers
-            sliding=(),  # (True, False): every other layer; () for all
-            positions="rope",  # or "learned", "none"
-            rotates=(),  # which layers rotate, repeated; () for all
-            rope_theta=10_000.0,
-            rope_theta_sliding=0.0,  # of sliding layers; 0 for the same
-            rope_share=1.0,  # of a head's channels
-            rope_scaling="none",  # or "linear", "dynamic", "llama3", "yarn", "longrope"
-            rope_arguments=(),  # its numbers, in the order of config.ROPE_SCALING
-            gated=True,
-            activation="silu",  # or "gelu", "gelu_tanh", "relu"
-            experts=0,  # feed-forwards to choose from; 0 for one
-            experts_per_token=2,
-            expert_width=0,
-            experts_renormalize=True,
-            sparse=(),  # which layers have experts, repeated; () for all
-            balance_coef=0.0,  # of the load-balancing loss
-            init_std=0.02,
-            dtype="float32",  # of the computation; master weights are float32
-            remat="none",
-            attention="auto",  # or "xla", "blockwise", "cudnn", "splash"
-            strict_kernels=False,  # a kernel that cannot be had is an error
-        )
-    )
+    given = ("vocab_size", "family")  # by the tokenizer, and by a folder
+    fields = dataclasses.fields(ModelConfig)
+    return ConfigDict({f.name: f.default for f in fields if f.name not in given})
 
 
 def optimizer():

@@ -11,8 +11,8 @@ from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, LineageEntry, Parent, StageRecord
 from stagecraft.models import huggingface, locate, peft, saved
 from stagecraft.run import open_run
-from stagecraft.text import outward
 from stagecraft.text import tokenizer as tokenizers
+from stagecraft.text import tokenizer_export
 
 # Files of the folder that the tokenizer's own files must not replace.
 OURS = ("config.json",)
@@ -121,7 +121,7 @@ def export(
     tokenizer, remarks = run.tokenizer, []
 
     def extra(temporary):
-        files, notes = outward.files(tokenizer)
+        files, notes = tokenizer_export.files(tokenizer)
         remarks.extend(notes)
         for path, data in files.items():
             if path not in OURS:

@@ -4,17 +4,18 @@ The learning rate stays outside the transformation, so that a step is always
 `params - schedule(step) * updates` and the step counter is the training loop's own.
 """
 
-import difflib
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
+from ml_collections import ConfigDict
 
-from stagecraft import tree
+from stagecraft import schema, tree
 from stagecraft.errors import UserError
 
 
@@ -44,7 +45,7 @@ def _muon(c):
     arxiv.org/abs/2502.16982, eq. 4).
     """
 
-    def make(axes):
+    def make_group(axes):
         dimensions = {name: matrix_axes(name, own) for name, own in axes.items()}
         matrices = optax.contrib.muon(
             learning_rate=-1.0,  # a direction: sign and rate are applied later
@@ -57,10 +58,10 @@ def _muon(c):
         labels = {name: "muon" if d else "adam" for name, d in dimensions.items()}
         return optax.partition({"muon": matrices, "adam": _adam(c)}, labels)
 
-    return layerwise(make)
+    return layerwise(make_group)
 
 
-# What turns a clipped gradient into a direction.
+# How a clipped gradient becomes a direction.
 DIRECTIONS = {
     "adamw": _adam,
     "adam": _adam,
@@ -71,7 +72,7 @@ DIRECTIONS = {
     "sgd": lambda c: optax.identity(),
 }
 
-# What the learning rate does once warm; each takes (config, steps, steps of decay).
+# The learning rate after warm-up; each takes (config, steps, steps of decay).
 SCHEDULES = {
     "constant": lambda c, steps, decay: optax.constant_schedule(c.lr),
     "cosine": lambda c, steps, decay: optax.cosine_decay_schedule(
@@ -85,7 +86,7 @@ SCHEDULES = {
     ),
 }
 
-# Every setting: its type, what it may be, and the test of that.
+# Every setting: its type, its range in words, and as a test.
 _SETTINGS = {
     "name": (str, f"one of {', '.join(DIRECTIONS)}", lambda v: v in DIRECTIONS),
     "lr": (float, "at least 0", lambda v: v >= 0),
@@ -104,7 +105,7 @@ _SETTINGS = {
 
 
 class Optimizer(NamedTuple):
-    """Everything an update needs besides gradients.
+    """A gradient transformation and its learning rate.
 
     Attributes:
         tx: gradient transformation without the learning rate and without the sign.
@@ -112,21 +113,19 @@ class Optimizer(NamedTuple):
     """
 
     tx: optax.GradientTransformation
-    schedule: Callable
+    schedule: Callable[[Any], Array]
 
 
 def _validate(config, steps):
     for key in config:
         if key not in _SETTINGS:
-            near = difflib.get_close_matches(key, _SETTINGS, n=1)
-            known = f"did you mean {near[0]}?" if near else f"known: {[*_SETTINGS]}"
-            raise UserError(f"optimizer.{key} is no setting of the optimizer; {known}")
-    for key, (kind, limits, allowed) in _SETTINGS.items():
+            raise UserError(schema.unknown(f"optimizer.{key}", key, _SETTINGS))
+    for key, (wanted, limits, allowed) in _SETTINGS.items():
         if key not in config:
             raise UserError(f"optimizer.{key} is missing; it must be {limits}")
         value = config[key]
-        kinds = (int, float) if kind is float else kind
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        types = (int, float) if wanted is float else wanted
+        fits = isinstance(value, types) and not isinstance(value, bool)
         if not fits or not allowed(value):
             raise UserError(f"optimizer.{key} must be {limits}, got {value!r}")
     if config.warmup_steps >= steps:
@@ -158,12 +157,12 @@ def _decay_steps(config, steps):
     return round(config.decay_share * steps)
 
 
-# Names of what is not decayed: norms, their scales, and biases.
+# Names of parameters without weight decay: norms, their scales, and biases.
 _UNDECAYED = re.compile(r"(scale|bias|norm)$")
 
 
-def decayed(params):
-    """Which parameters weight decay pulls on: all but norms, scales and biases.
+def decayed(params: Any) -> Any:
+    """Marks the parameters with weight decay: all but norms, scales and biases.
 
     Decided by name, since stacking the layers gives every scale one more axis.
 
@@ -176,17 +175,19 @@ def decayed(params):
     return tree.map_names(lambda name, _: not _UNDECAYED.search(name), params)
 
 
-def matrix_axes(name, axes):
-    """Which dimensions of a parameter Muon takes as rows and columns of its matrix.
+def matrix_axes(
+    name: str, axes: tuple[str | None, ...]
+) -> optax.contrib.MuonDimensionNumbers | None:
+    """Returns which dimensions of a parameter are rows and columns for Muon.
 
     Args:
-        name: of the parameter, as `tree.named` has it.
+        name: of the parameter, as in `tree.named`.
         axes: the logical names of its dimensions; None for those without a name.
 
     Returns:
-        optax's MuonDimensionNumbers; None for what is no matrix of a layer: norms,
-        biases, scalar heads, routers, and embeddings, whose rows are looked up one by
-        one.
+        optax's MuonDimensionNumbers; None for parameters that are no matrix of a layer:
+        norms, biases, scalar heads, routers, and embeddings, whose rows are looked up
+        one by one.
 
     >>> matrix_axes("layers/attention/query", ("embed", "heads", None))
     MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
@@ -216,71 +217,71 @@ def matrix_axes(name, axes):
     return optax.contrib.MuonDimensionNumbers(rows, columns)
 
 
-def layerwise(make):
-    """A transformation that treats each layer of stacked parameters as its own.
+def layerwise(make_group: Callable[[dict], Any]) -> optax.GradientTransformation:
+    """Makes a transformation that treats each layer of stacked parameters separately.
 
     Layers are stacked in one array ([L, D, F]), but a matrix to orthogonalise, or a
     second moment to factor, is one layer's. The state's arrays keep the logical axes of
     their parameters' dimensions, those of factored moments too, so that
-    `sharding.init_optimizer` can place them.
+    `sharding.init_optimizer` can shard them.
 
     Args:
-        make: ({name: logical axes of one layer's array}) -> the transformation of a
-            dict {name: array} of such arrays.
+        make_group: ({name: logical axes of one layer's array}) -> the transformation of
+            a dict {name: array} of such arrays.
 
     Returns:
         a GradientTransformation on trees of modules (or of plain arrays).
     """
 
     def groups(params):
-        """{how they are stacked: {name: (array, axes of one layer)}}."""
-        found = {}
+        """Groups parameters: {stack's name: {name: (array, axes of one layer)}}."""
+        out = {}
         for name, variable in _variables(params).items():
             array, axes = variable
             stacked = array.ndim - len(axes)
             key = f"layers{array.shape[0]}" if stacked else "single"
-            found.setdefault(key, {})[name] = variable
-        return found
+            out.setdefault(key, {})[name] = variable
+        return out
 
-    def inner(group):
-        return make({name: axes for name, (_, axes) in group.items()})
+    def transformation(group):
+        return make_group({name: axes for name, (_, axes) in group.items()})
 
-    def place(key, group, state):
+    def with_axes(key, group, state):
         """Wraps the arrays of a state, so that they carry axes."""
         stack = () if key == "single" else ("layers",)
 
         def one(path, array):
             names = [getattr(part, "key", None) for part in path]
-            of = next((n for n in reversed(names) if n in group), None)
-            if of is None:
+            name = next((n for n in reversed(names) if n in group), None)
+            if name is None:
                 return array
-            parameter, axes = group[of]
-            kept = _kept(array.shape, parameter.shape, (*stack, *axes))
-            return nnx.Param(array, axes=kept)
+            parameter, axes = group[name]
+            axes = _remaining_axes(array.shape, parameter.shape, (*stack, *axes))
+            return nnx.Param(array, axes=axes)
 
         return jax.tree.map_with_path(one, state)
 
     def init(params):
-        found = {}
+        state = {}
         for key, group in groups(params).items():
-            start = inner(group).init
-            start = start if key == "single" else jax.vmap(start)
+            init_group = transformation(group).init
+            init_group = init_group if key == "single" else jax.vmap(init_group)
             arrays = {name: array for name, (array, _) in group.items()}
-            found[key] = place(key, group, start(arrays))
-        return found
+            state[key] = with_axes(key, group, init_group(arrays))
+        return state
 
     def update(updates, state, params=None):
-        grads, out, after = tree.named(updates), {}, {}
+        grads, directions, new_state = tree.named(updates), {}, {}
         for key, group in groups(params).items():
-            step = inner(group).update
+            step = transformation(group).update
             step = step if key == "single" else jax.vmap(step)
             bare = jax.tree.map(_bare, state[key], is_leaf=_is_variable)
             arrays = {name: array for name, (array, _) in group.items()}
-            own = {name: grads[name] for name in arrays}
-            found, new = step(own, bare, arrays)
-            out |= found
-            after[key] = place(key, group, new)
-        return tree.map_names(lambda name, _: out[name], updates), after
+            group_grads = {name: grads[name] for name in arrays}
+            group_directions, new = step(group_grads, bare, arrays)
+            directions |= group_directions
+            new_state[key] = with_axes(key, group, new)
+        return tree.map_names(lambda name, _: directions[name], updates), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -294,30 +295,30 @@ def _bare(x):
 
 
 def _variables(params):
-    """{name: (array, logical axes of one layer's dimensions)}."""
-    found = {}
+    """Returns {name: (array, logical axes of one layer's dimensions)}."""
+    out = {}
     arrays = tree.named(params)
     leaves = jax.tree.leaves(params, is_leaf=_is_variable)
     leaves = [leaf for leaf in leaves if _bare(leaf) is not None]
     for (name, array), leaf in zip(arrays.items(), leaves, strict=True):
         axes = leaf.get_metadata().get("axes") if _is_variable(leaf) else None
-        found[name] = (array, (None,) * array.ndim if axes is None else tuple(axes))
-    return found
+        out[name] = (array, (None,) * array.ndim if axes is None else tuple(axes))
+    return out
 
 
-def _kept(shape, whole, axes):
-    """The axes of those dimensions of a parameter that its moments still have."""
-    kept, at = [], 0
+def _remaining_axes(shape, parameter_shape, axes):
+    """Returns the axes of those dimensions of a parameter that its moments keep."""
+    out, at = [], 0
     for size in shape:
-        while at < len(whole) and whole[at] != size:
+        while at < len(parameter_shape) and parameter_shape[at] != size:
             at += 1
-        kept.append(axes[at] if at < len(whole) else None)
+        out.append(axes[at] if at < len(parameter_shape) else None)
         at += 1
-    return tuple(kept)
+    return tuple(out)
 
 
-def ema(average, params, decay):
-    """Exponential moving average of weights: decay * average + (1 - decay) * params.
+def ema(average: Any, params: Any, decay: float) -> Any:
+    """Averages weights exponentially: decay * average + (1 - decay) * params.
 
     Args:
         average: tree like `params`; the first is a copy of them.
@@ -333,8 +334,8 @@ def ema(average, params, decay):
     return optax.incremental_update(params, average, 1.0 - decay)
 
 
-def learning_rate(config, steps):
-    """The schedule alone; arguments as in `make`."""
+def learning_rate(config: ConfigDict, steps: int) -> Callable[[Any], Array]:
+    """Returns the schedule alone; arguments as in `make`."""
     warm = config.warmup_steps
     decay = _decay_steps(config, steps)
     after = SCHEDULES[config.schedule](config, steps - warm, decay)
@@ -343,14 +344,14 @@ def learning_rate(config, steps):
         step = jnp.asarray(step, jnp.int32)
         since = jnp.maximum(step - warm, 0).astype(jnp.float32)
         rate = jnp.asarray(after(since), jnp.float32)
-        # Step 0 is worth a step too: the ramp starts at 1/warm, not at 0.
+        # The ramp starts at 1/warm, not at 0: step 0 also learns.
         ramp = (step + 1).astype(jnp.float32) / max(warm, 1)
         return jnp.where(step < warm, config.lr * ramp, rate)
 
     return schedule
 
 
-def make(config, *, steps):
+def make(config: ConfigDict, *, steps: int) -> Optimizer:
     """Builds the optimizer a config describes.
 
     Args:
@@ -381,7 +382,14 @@ def make(config, *, steps):
     return Optimizer(optax.chain(*parts), learning_rate(config, steps))
 
 
-def apply(optimizer, grads, opt_state, params, step, lr_scale=None):
+def apply(
+    optimizer: Optimizer,
+    grads: Any,
+    opt_state: optax.OptState,
+    params: Any,
+    step: Any,
+    lr_scale: dict[str, float] | None = None,
+) -> tuple[Any, optax.OptState, dict[str, Array]]:
     """Takes one step: params - learning rate * updates.
 
     Args:

@@ -23,7 +23,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def keep_memory():
+def keep_memory() -> None:
     """Lets freed memory stay in the process, where glibc is the allocator.
 
     On a CPU backend every step frees and asks again for the same large buffers. glibc
@@ -43,11 +43,11 @@ def keep_memory():
 
 
 @functools.cache
-def end_with_parent():
-    """Ends a worker process when its parent process is gone, killed or not.
+def end_with_parent() -> None:
+    """Ends a worker process when its parent is gone, killed or not.
 
-    A worker that waits to hand over a batch would otherwise wait forever. Does nothing
-    in a process that is no worker.
+    Otherwise a worker that waits to hand over a batch would wait forever. Does nothing
+    in a process that is not a worker.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

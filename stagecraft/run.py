@@ -166,7 +166,7 @@ def _tokenizer(config, root):
     elif config.tokenizer.files:
         texts = stage_data.texts(config.tokenizer.files, root)
         path = folder / tokenizers.FILE
-        return tokenizers.Tokenizer.train(texts, config.tokenizer.vocab_size, path)
+        return tokenizers.SentencePiece.train(texts, config.tokenizer.vocab_size, path)
     elif experiment.outside(config):
         # With a model comes the tokenizer it was trained with.
         source = locate.locate(experiment.outside(config)[0])

@@ -1,4 +1,4 @@
-"""Configs that refuse what they do not know: unknown keys, wrong types, bad choices.
+"""Checks of configs: unknown keys, wrong types, bad choices, functions by name.
 
 Every refusal is one line that names the key, what it got, what it may be, and the
 nearest known name.
@@ -6,6 +6,8 @@ nearest known name.
 
 import difflib
 import importlib
+from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,13 +17,13 @@ from stagecraft.errors import UserError
 FREE = ("objective_args", "stages", "curation")
 
 
-def merge(config, changes, path=""):
+def merge(config: ConfigDict, changes: Any, path: str = "") -> ConfigDict:
     """Sets keys of `config` from a nested mapping, checking names and types.
 
     Args:
         config: a complete ConfigDict of defaults; changed in place.
         changes: a mapping (dict or ConfigDict).
-        path: where `config` sits, for messages: "stages.sft".
+        path: of `config`, for messages: "stages.sft".
 
     Returns:
         config.
@@ -44,19 +46,19 @@ def merge(config, changes, path=""):
     return config
 
 
-def coerce(where, value, default):
-    """The value in the default's type, or a UserError."""
-    kind = type(default)
+def coerce(where: str, value: Any, default: Any) -> Any:
+    """Returns the value in the default's type, or raises a UserError."""
+    wanted = type(default)
     if callable(value) and isinstance(default, str):
         return value  # an objective written in a notebook
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is tuple and isinstance(value, (list, tuple)):
+    if wanted is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
-    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+    if isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
     raise UserError(
-        f"{where}={value!r}: expected {_NAMES[kind]}, got {type(value).__name__}"
+        f"{where}={value!r}: expected {_NAMES[wanted]}, got {type(value).__name__}"
     )
 
 
@@ -69,31 +71,45 @@ _NAMES = {
 }
 
 
-def unknown(where, name, known):
-    """The one line for a name nobody knows, with the nearest known one.
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns the name most similar to `name`; "" where none is similar."""
+    close = difflib.get_close_matches(str(name), [*map(str, names)], n=1, cutoff=0.5)
+    return close[0] if close else ""
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """Returns "did you mean 'lr'? ", or "" where no name is similar."""
+    near = nearest(name, names)
+    return f"did you mean {near!r}? " if near else ""
+
+
+def unknown(where: str, name: str, names: Iterable[str]) -> str:
+    """Returns the message for an unknown key, with the nearest known one.
 
     >>> unknown("optimizer.lrr", "lrr", ["lr", "b1"])
     "optimizer.lrr: unknown key; did you mean 'lr'? known here: b1, lr"
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{where}: unknown key; {hint}known here: {', '.join(sorted(known))}"
+    listed = ", ".join(sorted(names))
+    return f"{where}: unknown key; {hint(name, names)}known here: {listed}"
 
 
-def choice(where, value, allowed):
+def choice(where: str, value: Any, allowed: Iterable) -> None:
     """Refuses a value that is not one of `allowed`."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), list(map(str, allowed)), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(value, allowed)
         options = ", ".join(map(repr, allowed))
-        raise UserError(f"{where}={value!r}: expected one of {options}{hint}")
+        raise UserError(
+            f"{where}={value!r}: expected one of {options}"
+            + (f"; did you mean {near!r}?" if near else "")
+        )
 
 
-def imported(where, spec):
-    """Returns the object that "package.module:name" names; a callable as it is.
+def imported(where: str, spec: Any) -> Any:
+    """Returns the object that "package.module:function" names, or a callable itself.
 
     Args:
-        where: the config's key, for the message.
+        where: the key, for the message.
+        spec: its value.
 
     >>> imported("objective", "math:sqrt")(4.0)
     2.0
@@ -112,15 +128,15 @@ def imported(where, spec):
         ) from error
 
 
-def positive(where, value, *, zero=False):
-    """Refuses a number below one (or below zero)."""
+def positive(where: str, value: float, *, zero: bool = False) -> None:
+    """Refuses a number that is not positive; with `zero` also allows 0."""
     if value < 0 or (value == 0 and not zero):
         least = "0 or more" if zero else "more than 0"
         raise UserError(f"{where}={value!r}: expected {least}")
 
 
-def plain(config):
-    """A config as nested dicts of JSON values, keys sorted; callables by name.
+def plain(config: Any) -> Any:
+    """Returns a config as nested dicts of JSON values, keys sorted; callables by name.
 
     >>> plain(ConfigDict(dict(b=(1, 2), a=dict(lr=0.1))))
     {'a': {'lr': 0.1}, 'b': [1, 2]}
@@ -134,8 +150,8 @@ def plain(config):
     return config
 
 
-def difference(old, new, path=""):
-    """Where two plain configs first differ, as "key: old -> new"; "" if nowhere.
+def difference(old: Any, new: Any, path: str = "") -> str:
+    """Returns where two plain configs first differ, "key: old -> new"; "" if nowhere.
 
     >>> difference({"a": {"lr": 1, "b": 2}}, {"a": {"lr": 3, "b": 2}})
     'a.lr: 1 -> 3'
@@ -145,8 +161,7 @@ def difference(old, new, path=""):
             where = f"{path}.{key}" if path else key
             if key not in old or key not in new:
                 return f"{where}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-            found = difference(old[key], new[key], where)
-            if found:
-                return found
+            if change := difference(old[key], new[key], where):
+                return change
         return ""
     return "" if old == new else f"{path}: {old} -> {new}"

@@ -1,8 +1,8 @@
-"""Where every array lives: one device mesh, and one table from array axes to it.
+"""Sharding: one device mesh, and one table from the axes of arrays to its axes.
 
 Parameters name their logical axes next to their shape
 (`nnx.Param(array, axes=("embed", "ff"))`); `RULES` maps those names to the three mesh
-axes, and every placement in the library is read from there:
+axes, and every sharding in the library is read from there:
 
 - `data` splits the batch and keeps a copy of the parameters;
 - `fsdp` splits the batch and the parameters (gathered where they are used);
@@ -15,10 +15,15 @@ model code runs on one device, in a notebook, with no mesh at all.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,8 +45,10 @@ RULES = {
 }
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
-    """A mesh with axes `("data", "fsdp", "tensor")`.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
+) -> Mesh:
+    """Makes a mesh with axes `("data", "fsdp", "tensor")`.
 
     Args:
         data: number of replicas that split the batch; -1 means all devices that remain.
@@ -55,21 +62,21 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    unknown = [name for name, size in sizes.items() if size == -1]
-    if len(unknown) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
         raise UserError(
             f"mesh: sizes must be positive, with at most one -1 (all devices that "
             f"remain), got {asked}; write the others as numbers"
         )
-    known = math.prod(size for size in sizes.values() if size != -1)
-    for name in unknown:
-        sizes[name] = len(devices) // known
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for name in free:
+        sizes[name] = len(devices) // fixed
     total = math.prod(sizes.values())
-    if not unknown and total < len(devices) and jax.process_count() == 1:
-        devices = devices[:total]  # asked for so many and no more
+    if not free and total < len(devices) and jax.process_count() == 1:
+        devices = devices[:total]
     if total != len(devices):
         raise UserError(
-            f"mesh: {asked} needs {'a multiple of ' if unknown else ''}{known} "
+            f"mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} "
             f"devices, but {len(devices)} are available; change the sizes, or use -1 "
             f"for one of them"
         )
@@ -78,20 +85,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     )
 
 
-def spec(axes) -> P:
-    """The `PartitionSpec` of an array whose dimensions have these logical names."""
+def spec(axes: Iterable[str | None]) -> P:
+    """Returns the `PartitionSpec` of an array with these logical dimension names."""
     return P(*(RULES[name] for name in axes))
 
 
-def shardings(abstract, mesh: Mesh):
-    """The sharding of every array in a tree, read from its parameters' axes.
+def shardings(abstract: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array in a tree, read from its parameters' axes.
 
     Args:
         abstract: any tree; of modules (`jax.eval_shape` of a constructor is enough), or
             of optimizer state built from them. An `nnx.Variable` with one dimension
             more than its `axes` is stacked over layers. Variables without `axes` and
             arrays outside a variable (a step count) are replicated.
-        mesh: the mesh to place on.
+        mesh: the mesh.
 
     Returns:
         The same tree, with a `NamedSharding` in place of every array.
@@ -102,7 +109,7 @@ def shardings(abstract, mesh: Mesh):
 def _map_specs(function, tree):
     """Applies (array, PartitionSpec) -> anything to every array of a tree."""
 
-    def place(node):
+    def apply(node):
         if not isinstance(node, nnx.Variable):
             return function(node, P())
         axes = node.get_metadata().get("axes")
@@ -116,22 +123,22 @@ def _map_specs(function, tree):
         return jax.tree.map(leaf, node)
 
     return jax.tree.map(
-        place, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        apply, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
 
 
-def init_sharded(make_fn, mesh: Mesh):
-    """A constructor whose arrays are sharded from birth.
+def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
+    """Makes a constructor whose arrays are sharded as soon as they exist.
 
-    Nothing is ever built whole on one device: the shapes come from `jax.eval_shape`,
+    No array is ever complete on one device: the shapes come from `jax.eval_shape`,
     and the arrays from one compiled program with their final shardings as outputs.
 
     Args:
-        make_fn: any function of arrays or keys that returns modules.
-        mesh: the mesh to place on.
+        init_fn: any function of arrays or keys that returns modules.
+        mesh: the mesh.
 
     Returns:
-        A function of the same arguments as `make_fn`.
+        A function of the same arguments as `init_fn`.
     """
 
     # A program that runs once: on a CPU, compiling its random numbers at full
@@ -140,32 +147,25 @@ def init_sharded(make_fn, mesh: Mesh):
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
 
     def construct(*args):
-        placed = shardings(jax.eval_shape(make_fn, *args), mesh)
+        outputs = shardings(jax.eval_shape(init_fn, *args), mesh)
         with jax.set_mesh(mesh):
-            make = jax.jit(make_fn, out_shardings=placed, compiler_options=options)
-            return make(*args)
+            init = jax.jit(init_fn, out_shardings=outputs, compiler_options=options)
+            return init(*args)
 
     return construct
 
 
-def abstract(function, *args, mesh: Mesh):
-    """What a function returns, as shapes with the shardings of their axes.
+def abstract(init_fn: Callable, mesh: Mesh, *args: Any) -> Any:
+    """Returns the result of `init_sharded(init_fn, mesh)(*args)` without its data.
 
-    Args:
-        function: of modules, arrays or keys, as `init_sharded` takes.
-        *args: its arguments, real or abstract.
-        mesh: the mesh the arrays would be placed on.
-
-    Returns:
-        The function's result with a `jax.ShapeDtypeStruct` in place of every array:
-        nothing is computed or allocated.
+    Arrays are `jax.ShapeDtypeStruct`s with shardings; nothing is allocated.
     """
-    shapes = jax.eval_shape(function, *args)
+    shapes = jax.eval_shape(init_fn, *args)
     return with_shardings(shapes, shardings(shapes, mesh))
 
 
-def with_shardings(shapes, placement):
-    """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings.
+def with_shardings(shapes: Any, placement: Any) -> Any:
+    """Returns arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings.
 
     Args:
         shapes: any tree of arrays or shapes.
@@ -178,8 +178,10 @@ def with_shardings(shapes, placement):
     )
 
 
-def init_optimizer(tx, params, mesh: Mesh):
-    """Optimizer state whose moments are sharded like their parameters.
+def init_optimizer(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh
+) -> optax.OptState:
+    """Makes an optimizer state whose moments are sharded like their parameters.
 
     `jax.jit(tx.init)` alone leaves the moments on one device; they keep the
     parameters' axes, though, so their shardings are read in the same way.
@@ -187,30 +189,30 @@ def init_optimizer(tx, params, mesh: Mesh):
     Args:
         tx: an `optax.GradientTransformation`.
         params: modules (or a tree of them) with real or abstract arrays.
-        mesh: the mesh to place on.
+        mesh: the mesh.
     """
     return init_sharded(tx.init, mesh)(params)
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
-    """The sharding of a batch array: rows over `data` and `fsdp`, the rest whole."""
+    """Returns the sharding of a batch array: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, spec(("batch",) + (None,) * (ndim - 1)))
 
 
-def shard_batch(batch, mesh: Mesh):
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a host's rows of a batch on the mesh, as global arrays.
 
     Args:
         batch: a tree of host arrays, rows first; in a program of several processes, the
             rows that belong to this process.
-        mesh: the mesh to place on.
+        mesh: the mesh.
 
     Raises:
         UserError: the rows do not divide over `data` times `fsdp`.
     """
     shards = row_shards(mesh)
 
-    def place(array):
+    def shard(array):
         array = np.asarray(array)
         rows = array.shape[0] * jax.process_count()
         if rows % shards:
@@ -221,33 +223,43 @@ def shard_batch(batch, mesh: Mesh):
         sharding = batch_sharding(mesh, array.ndim)
         return jax.make_array_from_process_local_data(sharding, array)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(shard, batch)
+
+
+def on_mesh(batch: Any) -> Any:
+    """Shards a batch over the mesh that is set; without one its arrays are only moved.
+
+    Args:
+        batch: as of `shard_batch`.
+    """
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(jnp.asarray, batch) if mesh.empty else shard_batch(batch, mesh)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split: data times fsdp."""
+    """Returns into how many parts the rows of a batch are split: data times fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds complete."""
     return NamedSharding(mesh, P())
 
 
-def replicate(tree, mesh: Mesh):
-    """Puts a tree of arrays whole on every device of the mesh."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies a tree of arrays to every device of the mesh."""
     return jax.device_put(tree, whole(mesh))
 
 
-def current_mesh():
-    """The mesh being traced under, or None: no mesh, or inside a `jax.shard_map`."""
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """Returns the mesh being traced under; None for none or in a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return None
     return mesh
 
 
-def constrain(x, *axes):
+def constrain(x: Array, *axes: str | None) -> Array:
     """Fixes the sharding of an intermediate array under the current mesh.
 
     Args:
@@ -255,22 +267,26 @@ def constrain(x, *axes):
         *axes: one logical axis name or None for each dimension of `x`.
 
     Returns:
-        `x`; as it is when no mesh is set.
+        `x`, unchanged when no mesh is set.
     """
     if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def constrain_rows(x):
-    """Fixes the rows of an array to the batch axes; a scalar stays as it is."""
-    return constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x
+def constrain_rows(tree: Any) -> Any:
+    """Fixes every array of a tree to rows over the batch axes; scalars stay."""
+
+    def rows(x):
+        return constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x
+
+    return jax.tree.map(rows, tree)
 
 
-def constrain_tree(tree):
+def constrain_tree(tree: Any) -> Any:
     """Fixes every array of a tree to the sharding of its axes, as `shardings` reads it.
 
-    For gradients: the partitioner alone may leave them whole on every device.
+    For gradients: the partitioner alone may leave them replicated on every device.
     """
     if current_mesh() is None:
         return tree

@@ -1,8 +1,8 @@
 """Trackers beside metrics.jsonl and TensorBoard: wandb, trackio and MLflow, on request.
 
-`trackers="wandb"` in an experiment sends every stage's numbers there too, as one run a
-stage; several names are separated by commas. A stage that is resumed goes on in the
-same run, whose id is kept in WORKDIR/STAGE/tracker.json. Training never depends on a
+`trackers="wandb"` in an experiment sends every stage's metrics there too, as one run a
+stage; several names are separated by commas. A resumed stage continues the same run,
+whose id is in WORKDIR/STAGE/tracker.json. Training never depends on a
 tracker: one that fails is turned off with one warning.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from stagecraft import process, schema, storage
 from stagecraft.errors import UserError
 
-# The name of what all runs belong to, in each tracker's own sense.
+# The project (or experiment) of all runs, in each tracker's own terms.
 PROJECT = "stagecraft"
 # In a stage's folder: {tracker: id of its run}.
 FILE = "tracker.json"
@@ -26,38 +26,38 @@ _log = logging.getLogger("stagecraft")
 
 
 class Wandb:
-    """Weights & Biases; its environment variables say where to: WANDB_MODE=offline."""
+    """Weights & Biases; configured by environment variables: WANDB_MODE=offline."""
 
-    def start(self, name, config, folder, known):
-        """Begins a run, or goes on in a known one.
+    def start(self, name, config, folder, run_id):
+        """Begins a run, or continues one.
 
         Args:
             name: of the run.
             config: plain nested dicts.
             folder: where the tracker may keep files.
-            known: the id that `start` returned before, or None.
+            run_id: the id that `start` returned before, or None.
 
         Returns:
             the run's id, a text.
         """
         self._wandb = importlib.import_module("wandb")
-        id_ = known or uuid.uuid4().hex[:16]
+        run_id = run_id or uuid.uuid4().hex[:16]
         self._run = self._wandb.init(
             project=PROJECT,
             name=name,
-            id=id_,
+            id=run_id,
             resume="allow",
             config=config,
             dir=str(folder),
         )
-        return id_
+        return run_id
 
     def scalars(self, step, values):
-        """Records {name: float}; several calls for one step add up."""
+        """Logs {name: float}; several calls for one step add up."""
         self._run.log(values, step=step)
 
     def texts(self, step, samples):
-        """Records [{"prompt", "completion"}]; a prompt of messages as JSON."""
+        """Logs [{"prompt", "completion"}]; a prompt of messages as JSON."""
         table = self._wandb.Table(columns=["prompt", "completion"])
         for sample in samples:
             table.add_data(_text(sample["prompt"]), sample["completion"])
@@ -68,14 +68,14 @@ class Wandb:
 
 
 class Trackio:
-    """Trackio, which keeps runs on this machine and knows them by their names."""
+    """Trackio, which keeps runs on this machine, by name."""
 
-    def start(self, name, config, folder, known):
+    def start(self, name, config, folder, run_id):
         self._trackio = importlib.import_module("trackio")
         # Two work directories of one name are still two runs.
-        id_ = known or f"{name}-{uuid.uuid4().hex[:8]}"
-        self._trackio.init(project=PROJECT, name=id_, config=config, resume="allow")
-        return id_
+        run_id = run_id or f"{name}-{uuid.uuid4().hex[:8]}"
+        self._trackio.init(project=PROJECT, name=run_id, config=config, resume="allow")
+        return run_id
 
     def scalars(self, step, values):
         self._trackio.log(values, step=step)
@@ -89,13 +89,13 @@ class Trackio:
 
 
 class Mlflow:
-    """MLflow; MLFLOW_TRACKING_URI says where to."""
+    """MLflow; configured by MLFLOW_TRACKING_URI."""
 
-    def start(self, name, config, folder, known):
+    def start(self, name, config, folder, run_id):
         self._mlflow = importlib.import_module("mlflow")
         self._mlflow.set_experiment(PROJECT)
-        if known:
-            return self._mlflow.start_run(run_id=known).info.run_id
+        if run_id:
+            return self._mlflow.start_run(run_id=run_id).info.run_id
         run = self._mlflow.start_run(run_name=name)
         # As a file: MLflow's parameters are short texts that never change.
         self._mlflow.log_dict(config, "config.json")
@@ -116,8 +116,8 @@ class Mlflow:
 TRACKERS = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
 
 
-def names(text):
-    """The trackers that `trackers` names; each known and installed.
+def names(text: str) -> list[str]:
+    """Returns the trackers of a config's `trackers`; each known and installed.
 
     Args:
         text: "", or names separated by commas.
@@ -125,21 +125,20 @@ def names(text):
     Returns:
         list of str.
     """
-    found = list(
-        dict.fromkeys(filter(None, (part.strip() for part in text.split(","))))
-    )
-    for name in found:
+    parts = [part.strip() for part in text.split(",")]
+    trackers = list(dict.fromkeys(filter(None, parts)))
+    for name in trackers:
         schema.choice("trackers", name, tuple(TRACKERS))
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"trackers={text!r}: {name} is not installed: pip install "
                 f"'stagecraft[{name}]'"
             )
-    return found
+    return trackers
 
 
 class Watch:
-    """Hands a stage's numbers to trackers; drops one for good when it fails.
+    """Sends a stage's metrics to trackers; drops one for good when it fails.
 
     Args:
         started: {name: tracker} that have begun a run.
@@ -149,16 +148,16 @@ class Watch:
         self._started = dict(started)
 
     def scalars(self, step, values):
-        """Hands on {name: float} of a step."""
+        """Sends {name: float} of a step."""
         self._each("scalars", step, values)
 
     def texts(self, step, samples):
-        """Hands on [{"prompt", "completion", ...}] drawn at a step."""
+        """Sends [{"prompt", "completion", ...}] sampled at a step."""
         if samples:
             self._each("texts", step, samples)
 
     def close(self):
-        """Ends the runs; nothing is handed on after it."""
+        """Ends the runs; nothing is sent after it."""
         self._each("close")
         self._started = {}
 
@@ -169,8 +168,8 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(text, folder, *, name, config):
-    """A `Watch` of the named trackers while a stage trains.
+def watching(text: str, folder: str | Path, *, name: str, config: dict):
+    """Yields a `Watch` of the named trackers while a stage trains.
 
     Args:
         text: the experiment's `trackers`.
@@ -185,7 +184,7 @@ def watching(text, folder, *, name, config):
         ids[key] = tracker.start(name, config, folder, ids.get(key))
         storage.write_json(folder / FILE, ids)
 
-    # One process speaks for all.
+    # One process reports for all.
     for key in names(text) if process.is_first() else ():
         tracker = TRACKERS[key]()
         if _try(key, start, tracker, key):
@@ -198,10 +197,10 @@ def watching(text, folder, *, name, config):
 
 
 def _try(name, call, *arguments):
-    """Whether a call into a tracker went well; a warning where it did not."""
+    """Returns whether a call into a tracker succeeded; warns where it did not."""
     try:
         call(*arguments)
-    except Exception as error:  # whatever it is, it is not worth a training run
+    except Exception as error:  # no tracker's failure may end a training run
         line = " ".join(str(error).split()) or type(error).__name__
         _log.warning("%s failed and is off from here on (%s)", name, line)
         return False

@@ -1,11 +1,13 @@
 """Names, sizes, norms and digests of any tree of arrays, Flax modules included.
 
-A parameter's name is the path a reader would write, `layers/attention/query`: the
-wrapper that Flax puts around each array has no part in it.
+A parameter's name is the path a reader would write, `layers/attention/query`, without
+the wrapper that Flax puts around each array.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,8 @@ def _is_variable(x):
     return isinstance(x, nnx.Variable)
 
 
-def named(tree):
-    """Every array of a tree by its name.
+def named(tree: Any) -> dict[str, Any]:
+    """Returns every array of a tree by its name.
 
     Args:
         tree: any pytree: modules, dicts or lists of modules, optimizer states, abstract
@@ -39,13 +41,13 @@ def named(tree):
         if name in names:
             raise ValueError(f"two leaves of this tree are both named {name!r}")
         leaf = leaf.get_value() if _is_variable(leaf) else leaf
-        if leaf is not None:  # an empty variable is no leaf for jax either
+        if leaf is not None:  # jax does not count an empty variable as a leaf either
             names[name] = leaf
     return names
 
 
-def map_names(function, tree):
-    """Replaces each leaf by what `function` makes of its name and itself.
+def map_names(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Applies a function to the name and the array of each leaf.
 
     Args:
         function: (name, array) -> new leaf.
@@ -58,13 +60,13 @@ def map_names(function, tree):
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def count(tree):
-    """Number of parameters: the sizes of all leaves added up, as a Python int."""
+def count(tree: Any) -> int:
+    """Counts parameters: the sum of the sizes of all leaves."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def global_norm(tree):
-    """Euclidean norm of all floating-point leaves taken as one vector.
+def global_norm(tree: Any) -> jax.Array:
+    """Returns the Euclidean norm of all floating-point leaves taken as one vector.
 
     Args:
         tree: any pytree of arrays; integer leaves (step counters) are left out.
@@ -80,8 +82,8 @@ def global_norm(tree):
     return jnp.sqrt(total)
 
 
-def digest(tree):
-    """SHA-256 of a tree's contents: names, dtypes, shapes and bytes, sorted by name.
+def digest(tree: Any) -> str:
+    """Returns the SHA-256 of a tree: names, dtypes, shapes and bytes, sorted by name.
 
     Equal digests mean equal trees bit for bit, whatever their sharding or the order of
     their dicts. Every leaf must be addressable from this process.

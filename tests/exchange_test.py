@@ -12,7 +12,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import huggingface
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from stagecraft.text import bytes_, outward
+from stagecraft.text import byte_tokenizer, tokenizer_export
 
 CONFIG = ModelConfig(
     vocab_size=264, width=16, layers=2, heads=2, kv_heads=2, head_dim=8, ff_width=24
@@ -27,14 +27,14 @@ def single():
 def folders(tmp_path_factory):
     """A language model and a reward model as somebody else's folders."""
     root = tmp_path_factory.mktemp("folders")
-    tokenizer = bytes_.Bytes()
+    tokenizer = byte_tokenizer.ByteTokenizer()
     body = Transformer(CONFIG, jax.random.key(0))
     for name, model in {
         "model": body,
         "reward": ScalarModel(body, jax.random.key(1)),
     }.items():
         huggingface.save(model, root / name, ids={"pad_token_id": tokenizer.pad})
-        for file, data in outward.files(tokenizer)[0].items():
+        for file, data in tokenizer_export.files(tokenizer)[0].items():
             (root / name / file).write_bytes(data)
     pairs = [
         {"prompt": f"{i}?", "chosen": f"{i + 1}.", "rejected": "No."} for i in range(16)
@@ -95,7 +95,9 @@ def test_commands_work_on_an_import(folders, imported, tmp_path, capsys):
         (path / "model.safetensors").read_bytes() for path in (folders / "model", out)
     )
     assert one == two
-    for name in outward.files(bytes_.Bytes())[0] | {"generation_config.json": b""}:
+    for name in tokenizer_export.files(byte_tokenizer.ByteTokenizer())[0] | {
+        "generation_config.json": b""
+    }:
         assert (out / name).read_bytes() == (folders / "model" / name).read_bytes()
 
 
@@ -109,7 +111,7 @@ def test_a_stage_starts_from_a_folder(folders, imported, tmp_path, by):
     current = run.open_run(tmp_path / "run")
     assert current.config.model.width == 16
     assert current.config.model.max_length == CONFIG.max_length
-    assert current.tokenizer.vocab_size == bytes_.Bytes.vocab_size
+    assert current.tokenizer.vocab_size == byte_tokenizer.ByteTokenizer.vocab_size
     entry = json.loads((tmp_path / "run" / "lineage.json").read_text())
     found = entry["stages"]["dpo"]["parents"]["start_from"]["id"]
     if by == "hf":

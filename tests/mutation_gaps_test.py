@@ -11,7 +11,7 @@ import pytest
 from stagecraft import defaults, run, runs, tree
 from stagecraft.data import stage_data
 from stagecraft.stages import group_policy, kinds, rollout
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 from tests.stages import cases
 
 
@@ -42,7 +42,7 @@ def test_a_row_that_one_source_could_not_score_is_not_scored():
 )
 def test_only_groups_are_sampled_in_excess(kind, rows, tmp_path):
     words = ["What is the capital of France? Paris."] * 20
-    tokenizer = Tokenizer.train(words, 300, tmp_path / "tokenizer.model")
+    tokenizer = SentencePiece.train(words, 300, tmp_path / "tokenizer.model")
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(9))
     )

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from stagecraft import defaults, schema
 from stagecraft.errors import UserError
+from stagecraft.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -49,11 +50,18 @@ def test_difference_finds_the_first_key():
     assert schema.difference(one, one) == ""
 
 
-def test_what_a_spec_names_is_imported():
-    assert schema.imported("rater", "math:pi") == math.pi
-    assert schema.imported("rater", len) is len
-    for spec in ("nowhere_at_all:f", "json:nothing", "json", ":f"):
-        says = f"rater='{spec}': cannot import it .*; expected 'package.module:function"
-        with pytest.raises(UserError, match=says) as error:
-            schema.imported("rater", spec)
-        assert "\n" not in str(error.value)
+def test_objects_are_imported_by_name():
+    assert schema.imported("rater", "math:gcd") is math.gcd
+    assert schema.imported("rater", math.gcd) is math.gcd
+
+
+@pytest.mark.parametrize("spec", ["math", "math:gdc", "no_such_module:f", ":f", ""])
+def test_a_name_that_cannot_be_imported_is_refused(spec):
+    says = f"rater={spec!r}: cannot import it .*; expected 'package.module:function'"
+    with pytest.raises(UserError, match=says):
+        schema.imported("rater", spec)
+
+
+def test_the_decoders_keys_are_the_fields_of_its_config():
+    config = ModelConfig(vocab_size=7, **defaults.model())
+    assert config == ModelConfig(vocab_size=7) and config.max_length == 256

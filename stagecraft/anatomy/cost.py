@@ -64,7 +64,7 @@ def parameters(model: Mapping) -> dict:
     c = ModelConfig(**model)  # what an older run did not have is at its default
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     table = c.vocab_size * c.width
-    sparse = sum(kind.sparse for kind in c.kinds)
+    sparse = sum(spec.sparse for spec in c.layer_specs)
     dense = c.layers - sparse
     expert = sparse * c.experts * c.width * c.expert_width
     by_kind = {
@@ -134,7 +134,7 @@ def forward_flops(
     weights = sum(working.values())
     if not scalar:
         weights += c.vocab_size * c.width
-    seen = sum(min(context, k.window) if k.window else context for k in c.kinds)
+    seen = sum(min(context, s.window) if s.window else context for s in c.layer_specs)
     attention = 4 * c.heads * c.head_dim * seen
     return float(tokens * (2 * weights + attention))
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
-from stagecraft.models.language import placed
 from stagecraft.text import chat
 
 # The harness's own limit, for tasks that name none.
@@ -170,7 +170,8 @@ class Answers:
             for start in range(0, len(numbers), size):
                 part = numbers[start : start + size]
                 batch = _batch([rows[i] for i in part], size, length)
-                logps, greedy = _likelihoods(self.language.model, placed(batch)[0])
+                batch = sharding.on_mesh(batch)
+                logps, greedy = _likelihoods(self.language.model, batch)
                 for i, logp, best in zip(
                     part, np.asarray(logps), np.asarray(greedy), strict=False
                 ):

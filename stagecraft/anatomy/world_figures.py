@@ -10,7 +10,6 @@ import numpy as np
 from stagecraft import worlds
 from stagecraft.anatomy import behaviour, roles
 from stagecraft.models import scores
-from stagecraft.models.language import placed
 
 ROWS = 128  # held-out prompts answered at once
 
@@ -223,4 +222,4 @@ def _scoring(run, name, base, world, answers, figures):
 def _scores(model, samples):
     """The reward model's score of each sampled answer: f32[B]."""
     rows = [p + a for p, a in zip(samples["prompts"], samples["ids"], strict=True)]
-    return scores.of_rows(model, rows, lambda batch: placed(batch)[0])
+    return scores.of_rows(model, rows)

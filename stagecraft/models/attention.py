@@ -1,6 +1,6 @@
 """Attention, as functions of arrays.
 
-`attention` is the one seam for faster kernels: whole sequences, causal within segments.
+`attention` is the only call of faster kernels: whole sequences, causal within segments.
 `cached_attention` is its counterpart for decoding, new tokens against a cache.
 """
 
@@ -9,6 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
@@ -23,18 +24,18 @@ LANES = 128
 
 
 def attention(
-    query,
-    key,
-    value,
-    segments,
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array,
     *,
-    window=0,
-    softcap=0.0,
-    scale=None,
-    kernel="xla",
-    strict=False,
-):
-    """Causal attention within segments, softmax in float32.
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    kernel: str = "xla",
+    strict: bool = False,
+) -> Array:
+    """Computes causal attention within segments, softmax in float32.
 
     A token sees itself and earlier tokens (by index) with the same segment number.
     Padding is a segment like any other (number 0): it is finite, and no real token
@@ -60,7 +61,7 @@ def attention(
     choice = kernels.choose(kernel, request, strict=strict)
     window = window if window < t else 0
     span = f" in a window of {window}" if window else ""
-    kernels.say(f"attention{span}", choice)
+    kernels.log_once(f"attention{span}", choice)
     run = functools.partial(
         KERNELS[choice.kernel], window=window, softcap=softcap, scale=scale
     )
@@ -69,8 +70,16 @@ def attention(
     return _on_each_device(run, query, key, value, segments)
 
 
-def cached_attention(query, keys, values, visible, *, softcap=0.0, scale=None):
-    """Attention of new tokens to a cache of keys and values.
+def cached_attention(
+    query: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    *,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Array:
+    """Computes attention of new tokens to a cache of keys and values.
 
     Args:
         query: [B, T, H, C]; T is 1 in decoding.
@@ -83,12 +92,12 @@ def cached_attention(query, keys, values, visible, *, softcap=0.0, scale=None):
         [B, T, H, C] in the dtype of `query`.
     """
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    kernels.say("attention to a cache", kernels.Choice("xla", "the only one"))
+    kernels.log_once("attention to a cache", kernels.Choice("xla", "the only one"))
     return _attend(query, keys, values, visible, softcap, scale)
 
 
 def _attend(query, keys, values, visible, softcap, scale):
-    """[B, T, H, C], 2 x [B, K, S, C], bool[B, T, S] -> [B, T, H, C]."""
+    """Attends: [B, T, H, C], 2 x [B, K, S, C], bool[B, T, S] -> [B, T, H, C]."""
     b, t, h, c = query.shape
     k = keys.shape[1]
     # Heads before tokens: both contractions are then batched matmuls, faster on a CPU
@@ -106,7 +115,7 @@ def _attend(query, keys, values, visible, softcap, scale):
 
 
 def _xla(query, key, value, segments, *, window, softcap, scale):
-    """In chunks of rows, each against the keys up to its end alone: half the work."""
+    """Attends in chunks of rows, each only to the keys up to its end: half the work."""
     t = segments.shape[1]
     chunks = max(1, min(CHUNKS, t // LEAST))
     edges = [t * i // chunks for i in range(chunks + 1)]
@@ -119,17 +128,19 @@ def _xla(query, key, value, segments, *, window, softcap, scale):
         visible &= index[rows, None] >= index[None, seen]
         if window:
             visible &= index[rows, None] - index[None, seen] < window
-        parts = (query[:, rows], key[:, :, seen], value[:, :, seen], visible)
-        out.append(_attend(*parts, softcap, scale))
+        keys, values = key[:, :, seen], value[:, :, seen]
+        out.append(_attend(query[:, rows], keys, values, visible, softcap, scale))
     return jnp.concatenate(out, axis=1) if chunks > 1 else out[0]
 
 
 def _cudnn(query, key, value, segments, *, window, softcap, scale):
-    """cuDNN's flash attention, which knows segments as a mask only."""
-    del softcap  # there is none: see kernels.missing
+    """Runs cuDNN's flash attention, which takes segments only as a mask."""
+    del softcap  # not supported: see kernels.missing
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return jax.nn.dot_product_attention(
-        *(query, key, value),
+        query,
+        key,
+        value,
         mask=same,
         scale=scale,
         is_causal=True,
@@ -139,7 +150,7 @@ def _cudnn(query, key, value, segments, *, window, softcap, scale):
 
 
 def _splash(query, key, value, segments, *, window, softcap, scale, interpret=False):
-    """JAX's Pallas kernel for TPUs, one row of the batch after the other."""
+    """Runs JAX's Pallas kernel for TPUs, one row of the batch after the other."""
     # Imported here: Pallas for TPUs takes a second that no other machine needs.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

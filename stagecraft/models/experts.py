@@ -11,11 +11,12 @@ over `fsdp` as everywhere else.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
@@ -27,15 +28,15 @@ BLOCK = (8, 128)
 
 
 class Routing(NamedTuple):
-    """What the router said of each token.
+    """The router's output for each token.
 
     Attributes:
         probabilities: f32[B, T, E], of all experts, before any choice.
         chosen: i32[B, T, k].
     """
 
-    probabilities: Any
-    chosen: Any
+    probabilities: Array
+    chosen: Array
 
 
 class Balance(NamedTuple):
@@ -49,8 +50,8 @@ class Balance(NamedTuple):
         load: f32[E], share of the copies that each expert gets.
     """
 
-    loss: Any
-    load: Any
+    loss: Array
+    load: Array
 
 
 class Experts(nnx.Module):
@@ -73,7 +74,7 @@ class Experts(nnx.Module):
         self.up = normal(keys[2], wide, c.init_std, axes)
         self.down = normal(keys[3], narrow, down_std, ("experts", "ff", "embed"))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> tuple[Array, Routing]:
         """[B, T, D] -> ([B, T, D], Routing)."""
         logits = linear.project(x, self.router).astype(jnp.float32)
         probabilities = jax.nn.softmax(logits, axis=-1)
@@ -86,11 +87,11 @@ class Experts(nnx.Module):
         return mixed, Routing(probabilities, chosen)
 
 
-def balance(routing: Routing, real) -> Balance:
-    """The balance of one layer.
+def balance(routing: Routing, real: Array) -> Balance:
+    """Computes the balance of one layer.
 
     Args:
-        routing: of the layer.
+        routing: the layer's.
         real: bool[B, T], False on padding.
     """
     count = routing.probabilities.shape[-1]
@@ -102,7 +103,7 @@ def balance(routing: Routing, real) -> Balance:
 
 
 def _on_each_device(mix, x, shares, chosen, weights):
-    """Runs `mix` on rows of [N, D], under a mesh each device on its own."""
+    """Runs `mix` on rows of [N, D]; under a mesh each device on its own rows."""
 
     def flat(x, shares, chosen, weights):
         rows = [a.reshape(-1, a.shape[-1]) for a in (x, shares, chosen)]
@@ -111,7 +112,7 @@ def _on_each_device(mix, x, shares, chosen, weights):
     if sharding.current_mesh() is None:
         return flat(x, shares, chosen, weights)
 
-    def island(x, shares, chosen, weights):
+    def on_device(x, shares, chosen, weights):
         gate, up, down = weights
         gate, up = (
             jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate, up)
@@ -127,12 +128,12 @@ def _on_each_device(mix, x, shares, chosen, weights):
     wide = sharding.spec(("experts", "embed", "ff"))
     narrow = sharding.spec(("experts", "ff", "embed"))
     return jax.shard_map(
-        island, in_specs=(rows, rows, rows, [wide, wide, narrow]), out_specs=rows
+        on_device, in_specs=(rows, rows, rows, [wide, wide, narrow]), out_specs=rows
     )(x, shares, chosen, weights)
 
 
 def _mix(x, shares, chosen, gate, up, down, *, activation):
-    """Sum of the chosen experts' outputs, by their shares.
+    """Sums the chosen experts' outputs, weighted by their shares.
 
     Args:
         x: [N, D].
@@ -156,36 +157,40 @@ def _mix(x, shares, chosen, gate, up, down, *, activation):
 
     on_cpu = jax.default_backend() == "cpu"
     name = "blockwise" if on_cpu else "ragged_dot"
-    kernels.say("products of experts", kernels.Choice(name, "the only one here"))
+    kernels.log_once("products of experts", kernels.Choice(name, "the only one here"))
     # Ragged products are dense ones on a CPU: every expert on every row.
     least, most = BLOCK
     block = chosen.size // (2 * gate.shape[0]) // least * least
     block = max(least, min(most, block))
     return jax.lax.platform_dependent(
-        *(x, shares, gate, up, down),
+        x,
+        shares,
+        gate,
+        up,
+        down,
         cpu=functools.partial(work, block, _blockwise_product),
         default=functools.partial(work, 1, _ragged_product),
     )
 
 
 class _Layout(NamedTuple):
-    """Where each copy of a token lies among the sorted rows.
+    """The order of the copies of tokens among the sorted rows.
 
     Attributes:
-        place: i32[N, k], the row of each copy.
-        copy: i32[R], the copy (token * k + choice) in each row; N k where none is.
+        row: i32[N, k], the row of each copy.
+        copy: i32[R], the copy (token * k + choice) in each row; N k in an empty row.
         sizes: i32[E], rows of each expert's group, padding included.
-        block: rows of a block: of one expert all.
+        block: rows of a block, all of one expert.
     """
 
-    place: Any
-    copy: Any
-    sizes: Any
+    row: Array
+    copy: Array
+    sizes: Array
     block: int
 
 
 def _layout(chosen, experts, block):
-    """The layout of i32[N, k] choices, each group padded to a multiple of `block`."""
+    """Sorts i32[N, k] choices, each group padded to a multiple of `block`."""
     copies = chosen.size
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
@@ -194,49 +199,49 @@ def _layout(chosen, experts, block):
     first, padded_first = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
     by_expert = expert[order]
     row = padded_first[by_expert] + jnp.arange(copies) - first[by_expert]
-    # At worst every expert opens a block for one row, and the rest fill blocks.
+    # At worst every expert needs a block for one row, and the rest fill blocks.
     opened = min(experts, copies)
     blocks = opened + (copies - opened) // block
-    place = jnp.zeros((copies,), jnp.int32).at[order].set(row)
+    row_of_copy = jnp.zeros((copies,), jnp.int32).at[order].set(row)
     copy = jnp.full((blocks * block,), copies, jnp.int32).at[row].set(order)
-    return _Layout(place.reshape(chosen.shape), copy, sizes, block)
+    return _Layout(row_of_copy.reshape(chosen.shape), copy, sizes, block)
 
 
 def _spread(x, layout):
-    """Rows from tokens: [N, D] -> [R, D], zero where a row holds no copy."""
-    count, k = layout.place.shape
+    """Copies tokens to rows: [N, D] -> [R, D], zero in empty rows."""
+    count, k = layout.row.shape
 
     @jax.custom_vjp
-    def spread(x, place, copy):
+    def spread(x, row, copy):
         return _take(x, copy // k, copy < count * k)
 
-    def forward(x, place, copy):
-        return spread(x, place, copy), place
+    def forward(x, row, copy):
+        return spread(x, row, copy), row
 
-    def backward(place, dy):
+    def backward(row, dy):
         # As a gather: scattering rows back is far slower on every device.
-        return dy[place].sum(axis=1), None, None
+        return dy[row].sum(axis=1), None, None
 
     spread.defvjp(forward, backward)
-    return spread(x, layout.place, layout.copy)
+    return spread(x, layout.row, layout.copy)
 
 
 def _collect(rows, layout):
-    """Copies of tokens from rows: [R, D] -> [N, k, D]."""
-    count, k = layout.place.shape
+    """Collects the copies of tokens from rows: [R, D] -> [N, k, D]."""
+    count, k = layout.row.shape
 
     @jax.custom_vjp
-    def collect(rows, place, copy):
-        return rows[place]
+    def collect(rows, row, copy):
+        return rows[row]
 
-    def forward(rows, place, copy):
-        return rows[place], copy
+    def forward(rows, row, copy):
+        return rows[row], copy
 
     def backward(copy, dy):
         return _take(dy.reshape(count * k, -1), copy, copy < count * k), None, None
 
     collect.defvjp(forward, backward)
-    return collect(rows, layout.place, layout.copy)
+    return collect(rows, layout.row, layout.copy)
 
 
 def _take(x, index, there):
@@ -244,12 +249,12 @@ def _take(x, index, there):
 
 
 def _ragged_product(rows, weight, layout):
-    """Each group of rows times its expert's matrix: [R, D], [E, D, F] -> [R, F]."""
+    """Multiplies groups of rows by their experts: [R, D], [E, D, F] -> [R, F]."""
     return jax.lax.ragged_dot(rows, weight, layout.sizes)
 
 
 def _blockwise_product(rows, weight, layout):
-    """The same, one block of rows after the other."""
+    """Does the same, one block of rows after the other."""
     return _by_blocks(rows, weight, layout.sizes, layout.block)
 
 
@@ -285,7 +290,7 @@ _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 
 def _expert_of_block(sizes, blocks, block):
-    """i32[blocks]; the blocks after the last group belong to anyone."""
+    """Returns i32[blocks]; blocks after the last group may belong to any expert."""
     ends = jnp.cumsum(sizes) // block
-    found = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-    return jnp.minimum(found, sizes.size - 1).astype(jnp.int32)
+    expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    return jnp.minimum(expert, sizes.size - 1).astype(jnp.int32)

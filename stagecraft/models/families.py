@@ -1,30 +1,31 @@
-"""The model families: how a Hugging Face folder spells what our decoder has.
+"""The model families: how a Hugging Face folder spells our decoder.
 
 A family is a table of two parts, both read in both directions: pairs that translate
 its config.json (`translation.py`), and for each parameter its key in the folder and how
-its axes go (`places.py`). `"(h c) d -> d h c"` says that theirs is a matrix whose rows
-are heads times channels, and ours has three axes; letters mean nothing outside their
-line. In keys `{l}` counts layers and `{e}` experts, which are axes of ours.
-`"d (0/3 h c)"` is the first of three parts of one tensor.
+its axes map (`layouts.py`). In `"(h c) d -> d h c"` theirs is a matrix whose rows are
+heads times channels, and ours has three axes; letters mean nothing outside their line.
+`"d (0/3 h c)"` is the first of three parts of one tensor. In keys `{l}` counts layers
+and `{e}` experts, which are axes of ours.
 """
 
 import dataclasses
-import difflib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from stagecraft import schema
 from stagecraft.errors import UserError
 from stagecraft.models import translation as t
+from stagecraft.models.config import ModelConfig
 from stagecraft.models.translation_rope import rope, rope_by_type
 
 
 class Family(NamedTuple):
-    """How one family is spelled.
+    """The spelling of one family.
 
     Attributes:
         name: `model_type` in its config.json.
         classes: what transformers calls its class before "ForCausalLM", and before
             "ForSequenceClassification".
-        defaults: what transformers takes for keys that config.json leaves out.
+        defaults: transformers' values of keys that config.json leaves out.
         config: translations of config.json.
         top: {our parameter: (their key, axes)} outside the layers.
         layer: the same within one layer, keys after `layers`.
@@ -32,11 +33,11 @@ class Family(NamedTuple):
     """
 
     name: str
-    classes: tuple
-    defaults: dict
-    config: tuple
-    top: dict
-    layer: dict
+    classes: tuple[str, str]
+    defaults: dict[str, Any]
+    config: tuple[t.Pair, ...]
+    top: dict[str, tuple[str, str]]
+    layer: dict[str, tuple[str, str]]
     layers: str = "model.layers.{l}."
 
 
@@ -53,6 +54,7 @@ SIZES = t.renamed(**OUTER)
 FF = t.renamed(ff_width="intermediate_size")
 ROPE = rope()
 BASE = (SIZES, t.heads())
+DENSE = (*BASE, FF)
 # transformers' own, where they are not the sizes of one particular model.
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -108,7 +110,7 @@ BOTH_NORMS = POST_NORMS | {
 
 
 def experts(router, gate, up, down):
-    """Keys of the experts of a layer, every expert's matrices apart."""
+    """Returns the keys of a layer's experts, each with matrices of its own."""
     return {
         "experts/router": (router, "e d -> d e"),
         "experts/gate": (gate, "f d -> e d f"),
@@ -124,7 +126,7 @@ LLAMA = Family(
     "llama",
     ("Llama", "Llama"),
     DEFAULTS | {"max_position_embeddings": 2048},
-    (*BASE, FF, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias"), ROPE),
+    (*DENSE, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias"), ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -132,7 +134,7 @@ MISTRAL = Family(
     "mistral",
     ("Mistral", "Mistral"),
     DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072},
-    (*BASE, FF, PLAIN, t.activation(), t.window(types=False), ROPE),
+    (*DENSE, PLAIN, t.activation(), t.window(types=False), ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -140,7 +142,7 @@ QWEN2 = Family(
     "qwen2",
     ("Qwen2", "Qwen2"),
     DEFAULTS | {"sliding_window": 4096, "max_window_layers": 28},
-    (*BASE, FF, PLAIN, t.implied(qkv_bias=True), t.activation(), QWEN_WINDOW, ROPE),
+    (*DENSE, PLAIN, t.implied(qkv_bias=True), t.activation(), QWEN_WINDOW, ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -148,7 +150,7 @@ QWEN3 = Family(
     "qwen3",
     ("Qwen3", "Qwen3"),
     DEFAULTS | {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    (*BASE, FF, QK_NORM, BIASES, t.activation(), QWEN_WINDOW, ROPE),
+    (*DENSE, QK_NORM, BIASES, t.activation(), QWEN_WINDOW, ROPE),
     TOP,
     LLAMA_LAYER,
 )
@@ -158,7 +160,12 @@ QWEN3_MOE = Family(
     DEFAULTS
     | {"sliding_window": 4096, "num_experts_per_tok": 8, "norm_topk_prob": False},
     (
-        *(*BASE, FF, QK_NORM, BIASES, t.activation(), ROPE, t.sparse()),
+        *DENSE,
+        QK_NORM,
+        BIASES,
+        t.activation(),
+        ROPE,
+        t.sparse(),
         t.window(switch=True, types=False),
         t.either("experts", "num_experts", "num_local_experts"),
         t.renamed(
@@ -181,7 +188,11 @@ MIXTRAL = Family(
     ("Mixtral", "Mixtral"),
     DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
     (
-        *(*BASE, PLAIN, t.activation(), rope(theta=1e6), t.window(types=False)),
+        *BASE,
+        PLAIN,
+        t.activation(),
+        rope(theta=1e6),
+        t.window(types=False),
         t.renamed(
             experts="num_local_experts",
             experts_per_token="num_experts_per_tok",
@@ -200,7 +211,10 @@ MIXTRAL = Family(
     ),
 )
 GEMMA = (
-    *(*BASE, FF, BIASES, t.activation("hidden_activation"), t.query_scale()),
+    *DENSE,
+    BIASES,
+    t.activation("hidden_activation"),
+    t.query_scale(),
     t.implied(
         norm_place="both", norm_offset=1.0, embed_scale=lambda c: c["width"] ** 0.5
     ),
@@ -224,7 +238,9 @@ GEMMA2 = Family(
         "final_logit_softcapping": 30.0,
     },
     (
-        *(*GEMMA, PLAIN, ROPE),
+        *GEMMA,
+        PLAIN,
+        ROPE,
         t.optional(attention_softcap="attn_logit_softcapping"),
         t.window(lambda hf, i: i % 2 == 0, idle=4096),
     ),
@@ -243,7 +259,9 @@ GEMMA3 = Family(
         "sliding_window_pattern": 6,
     },
     (
-        *(*GEMMA, QK_NORM, rope_by_type()),
+        *GEMMA,
+        QK_NORM,
+        rope_by_type(),
         # Its attn_logit_softcapping is a key that transformers reads and does not use.
         t.window(lambda hf, i: (i + 1) % hf["sliding_window_pattern"] != 0, idle=4096),
     ),
@@ -255,7 +273,10 @@ OLMO2 = Family(
     ("Olmo2", "Olmo2"),
     DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
     (
-        *(*BASE, FF, BIASES, t.activation(), ROPE),
+        *DENSE,
+        BIASES,
+        t.activation(),
+        ROPE,
         t.implied(qk_norm=True, qk_norm_over="projection", norm_place="post"),
         t.refused("clip_qkv", "clipped queries, keys and values"),
     ),
@@ -267,8 +288,13 @@ SMOLLM3 = Family(
     ("SmolLM3", "SmolLM3"),
     DEFAULTS | {"tie_word_embeddings": True},
     (
-        *(*BASE, FF, PLAIN, t.activation(), BIASES, t.flag("mlp_bias", "ff_bias")),
-        *(t.rotating(), rope(theta=2e6)),
+        *DENSE,
+        PLAIN,
+        t.activation(),
+        BIASES,
+        t.flag("mlp_bias", "ff_bias"),
+        t.rotating(),
+        rope(theta=2e6),
         t.window(
             lambda hf, i: (i + 1) % hf.get("no_rope_layer_interval", 4) == 0,
             switch=True,
@@ -284,8 +310,13 @@ STABLELM = Family(
     | {"layer_norm_eps": 1e-5, "use_qkv_bias": False, "max_position_embeddings": 4096},
     (
         t.renamed(**OUTER | dict(norm_eps="layer_norm_eps")),
-        *(t.heads(whole=True), FF, PLAIN, t.implied(norm="layer"), t.activation()),
-        *(t.flag("use_qkv_bias", "qkv_bias"), rope(share=0.25)),
+        t.heads(fill_width=True),
+        FF,
+        PLAIN,
+        t.implied(norm="layer"),
+        t.activation(),
+        t.flag("use_qkv_bias", "qkv_bias"),
+        rope(share=0.25),
         t.refused("use_parallel_residual", "parallel attention and feed-forward"),
         t.refused("qk_layernorm", "LayerNorm on queries and keys"),
     ),
@@ -323,8 +354,13 @@ GPT2 = Family(
             lambda c: {"n_inner": c.ff_width},
         ),
         t.implied(
-            **dict(norm="layer", positions="learned", gated=False, qk_norm=False),
-            **dict(qkv_bias=True, out_bias=True, ff_bias=True),
+            norm="layer",
+            positions="learned",
+            gated=False,
+            qk_norm=False,
+            qkv_bias=True,
+            out_bias=True,
+            ff_bias=True,
             head_dim=lambda c: c["width"] // c["heads"],
         ),
         t.activation("activation_function", tanh="gelu_new"),
@@ -361,17 +397,13 @@ GPT2 = Family(
     "transformer.h.{l}.",
 )
 
-# In the order in which a model trained from scratch tries them on.
-FAMILIES = {
-    family.name: family
-    for family in (
-        *(LLAMA, QWEN3, QWEN2, MISTRAL, OLMO2, SMOLLM3, GEMMA2, GEMMA3),
-        *(MIXTRAL, QWEN3_MOE, STABLELM, GPT2),
-    )
-}
-# A model of images and text: the text's decoder is read, the rest left.
+# In the order in which `matching` tries them for a model trained from scratch.
+DENSE_FAMILIES = (LLAMA, QWEN3, QWEN2, MISTRAL, OLMO2, SMOLLM3, GEMMA2, GEMMA3)
+OTHERS = (MIXTRAL, QWEN3_MOE, STABLELM, GPT2)
+FAMILIES = {family.name: family for family in DENSE_FAMILIES + OTHERS}
+# A model of images and text: only its text decoder is read.
 TEXT_OF_GEMMA3 = {"model_type": "gemma3_text"}
-# What the best-known other architectures have that ours lacks.
+# Features of well-known architectures that our decoder lacks, by a key that shows them.
 FEATURES = {
     "kv_lora_rank": "multi-head latent attention",
     "swiglu_limit": "attention sinks and clipped experts",
@@ -382,11 +414,11 @@ FEATURES = {
 }
 
 
-def of(hf):
-    """The family of a config.json, by its `model_type`.
+def of(hf: dict) -> Family:
+    """Returns the family of a config.json, by its `model_type`.
 
     Raises:
-        UserError: we have none of that name, or it asks for what none of ours has.
+        UserError: there is none of that name, or its weights are quantised.
     """
     name = text_part(hf).get("model_type")
     if hf.get("quantization_config"):
@@ -398,43 +430,41 @@ def of(hf):
     if name in FAMILIES:
         return FAMILIES[name]
     has = [text for key, text in FEATURES.items() if hf.get(key)]
-    near = difflib.get_close_matches(str(name), FAMILIES, n=1)
+    features = f" (it has {', '.join(has)})" if has else ""
     raise UserError(
-        f"config.json: model_type={name!r} is not implemented"
-        + (f" (it has {', '.join(has)})" if has else "")
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f"; known: {', '.join(FAMILIES)}"
+        f"config.json: model_type={name!r} is not implemented{features}; "
+        f"{schema.hint(name, FAMILIES)}known: {', '.join(FAMILIES)}"
     )
 
 
-def text_part(hf):
-    """The part of a config.json that is about text: all of it, but for Gemma 3's."""
+def text_part(hf: dict) -> dict:
+    """Returns the part of a config.json about text: all of it, except in Gemma 3."""
     if hf.get("model_type") != "gemma3" or "text_config" not in hf:
         return hf
     outer = {k: v for k, v in hf.items() if not k.endswith("_config")}
     return outer | {"tie_word_embeddings": True} | hf["text_config"] | TEXT_OF_GEMMA3
 
 
-def read_config(hf):
-    """The `ModelConfig` of a config.json, its family's name among the fields."""
+def read_config(hf: dict) -> ModelConfig:
+    """Reads a config.json, its family's name among the fields."""
     family = of(hf)
-    found = t.read(family.config, family.defaults | text_part(hf))
-    return dataclasses.replace(found, family=family.name)
+    config = t.read(family.config, family.defaults | text_part(hf))
+    return dataclasses.replace(config, family=family.name)
 
 
-def write_config(family, config):
-    """The keys of config.json that say what a model computes."""
+def write_config(family: Family, config: ModelConfig) -> dict:
+    """Returns the keys of config.json that say what a model computes."""
     return {"model_type": family.name} | t.write(family.config, config)
 
 
-def matching(config):
-    """The family that has all a config asks for.
+def matching(config: ModelConfig) -> Family:
+    """Returns the family that can spell a config.
 
     Args:
         config: a `ModelConfig`; the family it names comes first.
 
     Raises:
-        UserError: there is none; says what the nearest one lacks.
+        UserError: there is none; names what the nearest one lacks.
     """
     names = dict.fromkeys([config.family, *FAMILIES])
     lacking = {}

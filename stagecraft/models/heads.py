@@ -1,14 +1,15 @@
 """Log-probabilities of tokens, without ever holding all logits.
 
-The logits of a batch are its largest array by far: B * T * V numbers. They are made
-here for one block of tokens at a time, reduced to a few numbers a token, and made again
+The logits of a batch are its largest array by far: B * T * V numbers. They are computed
+here for one block of tokens at a time, reduced to a few numbers a token, and recomputed
 in the backward pass.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
@@ -20,11 +21,11 @@ BLOCK_ELEMENTS = 2**22
 
 
 class TokenStats(NamedTuple):
-    """What is kept of each token's logits; f32 arrays shaped like the targets.
+    """Statistics of each token's logits; f32 arrays shaped like the targets.
 
     Attributes:
-        logps: log-probability of the target in nats, at the temperature. Gradients go
-            through this field and `log_z` only, and `entropy` when asked for.
+        logps: log-probability of the target in nats, at the temperature. Only this
+            field and `log_z` have gradients, and `entropy` when asked for.
         entropy: of the distribution at the temperature, in nats.
         correct: 1 where no token has a larger logit than the target, else 0.
         logit_mean: mean over the vocabulary of the logits before the temperature.
@@ -32,31 +33,31 @@ class TokenStats(NamedTuple):
         log_p2: log of the sum of squared probabilities; None unless asked for.
     """
 
-    logps: Any
-    entropy: Any = None
-    correct: Any = None
-    logit_mean: Any = None
-    log_z: Any = None
-    log_p2: Any = None
+    logps: Array
+    entropy: Array | None = None
+    correct: Array | None = None
+    logit_mean: Array | None = None
+    log_z: Array | None = None
+    log_p2: Array | None = None
 
 
 def token_logps(
-    hidden,
-    embedding,
-    targets,
+    hidden: Array,
+    embedding: Array,
+    targets: Array,
     *,
-    temperature=1.0,
-    softcap=0.0,
-    block_size=None,
-    stats=True,
-    squares=False,
-    entropy_gradient=False,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    block_size: int | None = None,
+    stats: bool = True,
+    squares: bool = False,
+    entropy_gradient: bool = False,
 ) -> TokenStats:
-    """Log-probability of each target token, in blocks of tokens.
+    """Computes each target token's log-probability, in blocks of tokens.
 
     Under a mesh each device works on its own rows: the embedding is gathered over
     `fsdp` once, outside the loop over blocks, its vocabulary stays split over `tensor`
-    (the log-sum-exp is put together with a maximum and a sum over that axis), and its
+    (the log-sum-exp takes a maximum and a sum over that axis), and its
     gradient is summed over devices once, after the loop.
 
     Args:
@@ -77,20 +78,20 @@ def token_logps(
     Raises:
         UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
     """
-    current, kinds = (
-        sharding.current_mesh(),
-        _Kinds(softcap, stats, squares, entropy_gradient),
-    )
-    if current is None:
-        return _local(hidden, embedding, targets, temperature, block_size, kinds, None)
-    shards = current.shape["data"] * current.shape["fsdp"]
+    mesh = sharding.current_mesh()
+    options = _Options(softcap, stats, squares, entropy_gradient)
+    if mesh is None:
+        return _local(
+            hidden, embedding, targets, temperature, block_size, options, axis=None
+        )
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if targets.shape[0] % shards:
         raise UserError(
             f"batch_size: {targets.shape[0]} rows do not divide over data * fsdp = "
             f"{shards} shards; use a multiple of {shards}"
         )
 
-    def island(hidden, embedding, targets):
+    def on_device(hidden, embedding, targets):
         embedding = embedding.astype(hidden.dtype)
         embedding = jax.lax.all_gather(embedding, "fsdp", axis=1, tiled=True)
         # Marked as varying here and not where they are first used: the transpose of
@@ -98,19 +99,19 @@ def token_logps(
         embedding = jax.lax.pcast(embedding, "data", to="varying")
         hidden = jax.lax.pcast(hidden, "tensor", to="varying")
         return _local(
-            hidden, embedding, targets, temperature, block_size, kinds, axis="tensor"
+            hidden, embedding, targets, temperature, block_size, options, axis="tensor"
         )
 
     rows = sharding.spec(("batch",) + (None,) * (targets.ndim - 1))
     return jax.shard_map(
-        island,
+        on_device,
         in_specs=(P(*rows, None), sharding.spec(("vocab", "embed")), rows),
         out_specs=rows,
     )(hidden, embedding, targets)
 
 
-class _Kinds(NamedTuple):
-    """Which fields of `TokenStats` are made, and how."""
+class _Options(NamedTuple):
+    """Which fields of `TokenStats` to compute, and how."""
 
     softcap: float
     stats: bool
@@ -118,8 +119,8 @@ class _Kinds(NamedTuple):
     entropy_gradient: bool
 
 
-def _local(hidden, embedding, targets, temperature, block_size, kinds, axis):
-    """One device's rows; `axis` names the mesh axis its vocabulary is split over."""
+def _local(hidden, embedding, targets, temperature, block_size, options, axis):
+    """Computes one device's rows; its vocabulary is split over the mesh axis `axis`."""
     vocab, width = embedding.shape
     shape, count = targets.shape, targets.size
     if block_size is None:
@@ -129,7 +130,7 @@ def _local(hidden, embedding, targets, temperature, block_size, kinds, axis):
     embedding = embedding.astype(hidden.dtype)
 
     def block(xs):
-        return _block(*xs, embedding, temperature, kinds, axis)
+        return _block(*xs, embedding, temperature, options, axis)
 
     if blocks == 1:
         out = block((hidden, targets))
@@ -146,7 +147,7 @@ def _local(hidden, embedding, targets, temperature, block_size, kinds, axis):
     return jax.tree.map(lambda x: x.reshape(shape), out)
 
 
-def _block(hidden, targets, embedding, temperature, kinds, axis):
+def _block(hidden, targets, embedding, temperature, options, axis):
     """[N, D], i32[N], [V, D] -> TokenStats of f32[N]."""
     stop = jax.lax.stop_gradient
 
@@ -154,7 +155,7 @@ def _block(hidden, targets, embedding, temperature, kinds, axis):
         return x if axis is None else jax.lax.psum(x, axis)
 
     raw = jnp.einsum("nd,vd->nv", hidden, embedding, preferred_element_type=jnp.float32)
-    raw = linear.softcap(raw, kinds.softcap)
+    raw = linear.softcap(raw, options.softcap)
     top = stop(raw).max(axis=-1)
     if axis is not None:
         top = jax.lax.pmax(top, axis)
@@ -167,23 +168,24 @@ def _block(hidden, targets, embedding, temperature, kinds, axis):
     hit = targets[:, None] == jnp.arange(embedding.shape[0])[None, :]
     target = total(jnp.where(hit, raw, 0.0).sum(axis=-1))
     logps = (target - top) / temperature - lse
-    if not kinds.stats:
+    if not options.stats:
         return TokenStats(logps)
-    held = (lambda x: x) if kinds.entropy_gradient else stop
-    expected = total(held(exps * shifted).sum(axis=-1)) * jnp.exp(-held(lse))
+    maybe_stop = (lambda x: x) if options.entropy_gradient else stop
+    expected = total(maybe_stop(exps * shifted).sum(axis=-1))
+    expected = expected * jnp.exp(-maybe_stop(lse))
     vocab = embedding.shape[0] * (1 if axis is None else jax.lax.axis_size(axis))
-    if kinds.softcap:
+    if options.softcap:
         mean = stop(raw).sum(axis=-1) / vocab
     else:  # the product with the mean embedding: no pass over the logits
         mean = stop(embedding).astype(jnp.float32).sum(axis=0) / vocab
         mean = stop(hidden).astype(jnp.float32) @ mean
     return TokenStats(
         logps=logps,
-        entropy=held(lse) - expected,
+        entropy=maybe_stop(lse) - expected,
         correct=(stop(target) >= top).astype(jnp.float32),
         logit_mean=total(mean),
         log_z=lse + top / temperature,
-        log_p2=_log_p2(exps, lse, total) if kinds.squares else None,
+        log_p2=_log_p2(exps, lse, total) if options.squares else None,
     )
 
 

@@ -2,38 +2,38 @@
 
 Both stream: one tensor of the folder at a time is on its way between the disk and the
 sharded arrays, each device its own slice of it, so that the host never holds the model.
-`families.py` says what is called how.
+The names and axes of tensors are in `families.py`.
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stagecraft import process, sharding, storage, tree
+from stagecraft import process, schema, sharding, storage, tree
 from stagecraft.errors import UserError
-from stagecraft.models import families, places, saved, tensors
+from stagecraft.models import families, layouts, saved, tensors
 from stagecraft.models.config import ModelConfig
-from stagecraft.models.transformer import ScalarModel
+from stagecraft.models.transformer import ScalarModel, Transformer
 
-# Their names of what we can write, and the format's.
+# The dtypes we write: transformers' name and the format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_SIZE = 5 * 10**9
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Our reward models have a bias, theirs have not: config.json carries it.
+# Our reward models have a bias, theirs do not: config.json carries it.
 BIAS = "stagecraft_reward_bias"
-# Tensors of theirs that are no weights, or no weights of the text's decoder.
+# Tensors that are no weights, or not weights of the text decoder.
 IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."
@@ -43,22 +43,22 @@ IGNORED = re.compile(
 # Reading
 
 
-def read_json(folder, name):
-    """A JSON file of the folder, or a UserError that names it."""
+def read_json(folder: str | Path, name: str) -> dict:
+    """Reads a JSON file of the folder, or raises a UserError that names it."""
     path = Path(folder) / name
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
-def info(folder):
-    """Returns what `saved.describe` says of a module, of a folder's model.
+def info(folder: str | Path) -> dict:
+    """Reads a folder's module and model, as `saved.info` does for a stage.
 
     Returns:
         {"module": "transformer" or "scalar", "model": fields of `ModelConfig`}.
@@ -72,7 +72,7 @@ def info(folder):
     scalar = any(
         "ForSequenceClassification" in a for a in hf.get("architectures") or ()
     )
-    if scalar:  # such a folder has no output embedding, whatever it says of it
+    if scalar:  # such a folder has no output embedding, whatever its config says
         config = dataclasses.replace(config, tied=True)
     return {
         "module": "scalar" if scalar else "transformer",
@@ -80,13 +80,13 @@ def info(folder):
     }
 
 
-def config(folder):
-    """The `ModelConfig` of a folder."""
+def config(folder: str | Path) -> ModelConfig:
+    """Returns the `ModelConfig` of a folder."""
     return ModelConfig(**info(folder)["model"])
 
 
-def digest(folder):
-    """SHA-256 of the folder's config and weights, as a lineage tells it."""
+def digest(folder: str | Path) -> str:
+    """Returns the SHA-256 of the folder's config and weights, its id in a lineage."""
     hasher = hashlib.sha256()
     paths = [Path(folder) / "config.json", *tensors.files(Path(folder))]
     for path in paths:
@@ -97,47 +97,55 @@ def digest(folder):
 
 
 class Plan(NamedTuple):
-    """What is to be read: `abstract` the module as shapes, `places` the list of
-    `Place`, `tensors` {key: Tensor}."""
+    """A checked folder, ready to be read.
+
+    Attributes:
+        abstract: the module as shapes with shardings.
+        layouts: of its tensors.
+        tensors: {key: Tensor}.
+    """
 
     abstract: Any
-    places: list
-    tensors: dict
+    layouts: list[layouts.Layout]
+    tensors: dict[str, tensors.Tensor]
 
 
-def examine(folder, mesh, *, module=None, **changes):
-    """Looks at a folder's config and headers: all is there, and of the right shape.
+def examine(
+    folder: str | Path, mesh: Mesh, *, module: str | None = None, **changes
+) -> Plan:
+    """Checks from a folder's config and headers that its tensors are complete.
 
     Args and errors as of `load`, of whose work it is the first part.
     """
     folder = Path(folder)
-    told = info(folder)
-    if module not in (None, told["module"]):
+    model_info = info(folder)
+    if module not in (None, model_info["module"]):
         needs = {
             "transformer": "...ForCausalLM",
             "scalar": "...ForSequenceClassification",
         }
         raise UserError(
             f"{folder}: config.json: architectures: expected a {needs[module]}, this "
-            f"is a {needs[told['module']]}"
+            f"is a {needs[model_info['module']]}"
         )
-    told["model"] |= changes
-    abstract = saved.abstract(told, mesh)
+    model_info["model"] |= changes
+    abstract = saved.abstract(model_info, mesh)
     shapes = tree.named(abstract)
     weights = {k: v for k, v in shapes.items() if k != "bias"}
-    model = ModelConfig(**told["model"])
+    model = ModelConfig(**model_info["model"])
     family = families.FAMILIES[model.family]
-    placed = places.places(family, model, weights)
-    return Plan(abstract, placed, _checked(folder, family, placed, shapes))
+    wanted = layouts.of_model(family, model, weights)
+    return Plan(abstract, wanted, _checked_tensors(folder, family, wanted, shapes))
 
 
-def load(folder, mesh, *, module=None, **changes):
+def load(
+    folder: str | Path, mesh: Mesh, *, module: str | None = None, **changes
+) -> Transformer | ScalarModel:
     """Reads a model, each device its own part.
 
     Args:
         folder: with config.json and *.safetensors.
-        mesh: where to put the parameters, which are float32 whatever the
-            folder's dtype.
+        mesh: of the parameters, which are float32 whatever the folder's dtype.
         module: "transformer" or "scalar", where only one will do.
         **changes: fields of `ModelConfig` that are the run's: dtype, remat.
 
@@ -145,7 +153,7 @@ def load(folder, mesh, *, module=None, **changes):
         a `Transformer`, or a `ScalarModel` from a ...ForSequenceClassification.
 
     Raises:
-        UserError: the folder is not whole, or not what its config.json says.
+        UserError: the folder is incomplete, or does not fit its config.json.
     """
     plan = examine(folder, mesh, module=module, **changes)
     abstract = plan.abstract
@@ -155,10 +163,10 @@ def load(folder, mesh, *, module=None, **changes):
     )
     arrays = tree.named(empty())
     names = list(arrays)
-    for place in plan.places:
-        # Taken out, so that the array is written in place and not copied.
-        stack = arrays.pop(place.ours)
-        arrays[place.ours] = _fill(stack, plan.tensors[place.key], place)
+    for layout in plan.layouts:
+        # Popped, so that the array is written in place and not copied.
+        stack = arrays.pop(layout.ours)
+        arrays[layout.ours] = _fill(stack, plan.tensors[layout.key], layout)
     if "bias" in arrays:
         bias = read_json(folder, "config.json").get(BIAS, 0.0)
         arrays["bias"] = jax.device_put(jnp.float32(bias), arrays["bias"].sharding)
@@ -166,44 +174,44 @@ def load(folder, mesh, *, module=None, **changes):
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _checked(folder, family, placed, shapes):
-    """{key: Tensor} of the folder, all there and of the right shape."""
-    found = tensors.read_folder(folder)
-    found = _plain_names(found, family)
-    wanted = {place.key: place for place in placed}
+def _checked_tensors(folder, family, wanted, shapes):
+    """Returns {key: Tensor} of the folder: all are present, with the right shapes."""
+    present = _plain_names(tensors.read_folder(folder), family)
+    wanted = {layout.key: layout for layout in wanted}
     if "unembed" not in shapes:
-        found.pop("lm_head.weight", None)  # some write tied embeddings twice
+        present.pop("lm_head.weight", None)  # some write tied embeddings twice
     for key in wanted:
-        if key not in found:
+        if key not in present:
             raise UserError(
                 f"{folder}: lacks {key}, which its config.json calls for"
-                + _nearest(key, found.keys() - wanted.keys(), "there is")
+                + _nearest(key, present.keys() - wanted.keys(), "there is")
             )
-    for key in found:
+    for key in present:
         if key not in wanted:
             raise UserError(
                 f"{folder}: holds {key}, which no {family.name} of its config.json has"
                 + _nearest(key, wanted, "it has")
             )
-    for key, place in wanted.items():
-        if found[key].dtype not in tensors.DTYPES:
+    for key, layout in wanted.items():
+        tensor = present[key]
+        if tensor.dtype not in tensors.DTYPES:
             raise UserError(
-                f"{found[key].path}: holds {key} as {found[key].dtype}; expected one "
+                f"{tensor.path}: holds {key} as {tensor.dtype}; expected one "
                 f"of {', '.join(tensors.DTYPES)} (quantised weights are not read)"
             )
-        expected = place.axes.shape(_sizes(place, shapes))
-        if found[key].shape != expected:
+        expected = layout.axes.shape(_sizes(layout, shapes))
+        if tensor.shape != expected:
             raise UserError(
-                f"{folder}: {key} has shape {list(found[key].shape)}; its config.json "
+                f"{folder}: {key} has shape {list(tensor.shape)}; its config.json "
                 f"calls for {list(expected)}"
             )
-    return found
+    return present
 
 
-def _plain_names(found, family):
-    """Their names as transformers writes them for a model of text with a head."""
+def _plain_names(read, family):
+    """Renames tensors to transformers' names for a text model with a head."""
     out = {}
-    for name, tensor in found.items():
+    for name, tensor in read.items():
         for inner in ("model.language_model.", "language_model.model."):
             if name.startswith(inner):
                 name = "model." + name.removeprefix(inner)
@@ -218,40 +226,40 @@ def _plain_names(found, family):
 
 
 def _nearest(name, names, verb):
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; the nearest {verb} is {near[0]}" if near else ""
+    near = schema.nearest(name, names)
+    return f"; the nearest {verb} is {near}" if near else ""
 
 
-def _sizes(place, shapes):
-    """{letter: size} of a place, from our array's shape."""
-    shape = shapes[place.ours].shape[len(place.index) :]
-    return dict(zip(place.axes.ours, shape, strict=True))
+def _sizes(layout, shapes):
+    """{letter: size} of a layout, from our array's shape."""
+    shape = shapes[layout.ours].shape[len(layout.index) :]
+    return dict(zip(layout.axes.ours, shape, strict=True))
 
 
-def _fill(stack, tensor, place):
-    """Our array with one tensor of theirs in its place."""
-    sizes = _sizes(place, {place.ours: stack})
+def _fill(stack, tensor, layout):
+    """Our array with one tensor of theirs in its layout."""
+    sizes = _sizes(layout, {layout.ours: stack})
     program, sharding = _reader(
-        place.axes, tuple(sizes.items()), len(place.index), stack.sharding
+        layout.axes, tuple(sizes.items()), len(layout.index), stack.sharding
     )
     mapped = tensor.open()
-    mapped = mapped[place.axes.region(mapped.shape)]
+    mapped = mapped[layout.axes.region(mapped.shape)]
     if mapped.dtype == np.float64:
         mapped = mapped.astype(np.float32)
     theirs = jax.make_array_from_callback(
         mapped.shape, sharding, lambda index: np.ascontiguousarray(mapped[index])
     )
-    stack, finite = program(stack, theirs, np.asarray(place.index, np.int32))
+    stack, finite = program(stack, theirs, np.asarray(layout.index, np.int32))
     if not finite:
         raise UserError(
-            f"{tensor.path}: {place.key} holds values that are not finite (NaN or "
+            f"{tensor.path}: {layout.key} holds values that are not finite (NaN or "
             "infinity); a model cannot start from it"
         )
     return stack
 
 
 def _theirs(axes, leading, sharding):
-    """The sharding of a tensor of theirs that is split as ours is."""
+    """Returns the sharding of a tensor of theirs that is split as ours is."""
     spec = (*sharding.spec, *[None] * (leading + len(axes.ours)))
     ours = dict(zip(axes.ours, spec[leading:], strict=False))
     spec = P(*(ours[x[0]] if x else None for _, _, x in axes.theirs))
@@ -260,12 +268,12 @@ def _theirs(axes, leading, sharding):
 
 @functools.lru_cache(maxsize=256)
 def _reader(axes, sizes, leading, sharding):
-    """(stack, theirs, index) -> (stack, finite), and the sharding of theirs."""
+    """Makes (stack, theirs, index) -> (stack, finite), and the sharding of theirs."""
     sizes = dict(sizes)
     split = [x for _, _, letters in axes.theirs for x in letters]
     order = [split.index(x) for x in axes.ours]
 
-    def place(stack, array, index):
+    def write(stack, array, index):
         finite = jnp.isfinite(array).all()
         array = array.reshape(axes.shape(sizes, split=True)).transpose(order)
         array = array.astype(stack.dtype).reshape((1,) * leading + array.shape)
@@ -273,7 +281,7 @@ def _reader(axes, sizes, leading, sharding):
         return jax.lax.dynamic_update_slice(stack, array, start), finite
 
     outputs = (sharding, NamedSharding(sharding.mesh, P()))
-    program = jax.jit(place, donate_argnums=0, out_shardings=outputs)
+    program = jax.jit(write, donate_argnums=0, out_shardings=outputs)
     return program, _theirs(axes, leading, sharding)
 
 
@@ -281,33 +289,33 @@ def _reader(axes, sizes, leading, sharding):
 
 
 def save(
-    module,
-    folder,
+    module: Transformer | ScalarModel,
+    folder: str | Path,
     *,
-    dtype="float32",
-    shard_size=SHARD_SIZE,
-    overwrite=False,
-    ids=None,
-    generation=None,
-    extra=None,
-):
-    """Writes a folder that transformers and vLLM open, whole or not at all.
+    dtype: str = "float32",
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    ids: dict | None = None,
+    generation: dict | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> families.Family:
+    """Writes a folder that transformers and vLLM open, completely or not at all.
 
-    It is written beside its place and renamed into it; what was there stays whole until
-    then.
+    It is written under a temporary name and then renamed; a folder it replaces stays
+    complete until then.
 
     Args:
-        module: a `Transformer`, or a `ScalarModel`: it leaves as a
+        module: a `Transformer`, or a `ScalarModel`, which is written as a
             ...ForSequenceClassification with one label. Their head has no bias: ours
-            goes to config.json, and comes back from there.
+            is written to config.json and read from there.
         folder: where to; must not hold anything, unless `overwrite`.
         dtype: of the weights in the folder.
         shard_size: bytes of weights in a file, at most.
-        overwrite: replace a folder that is there.
-        ids: of `IDS`, for config.json; null without, since readers would take a
-            family's own for them.
-        generation: for generation_config.json, where `extra` does not write one;
-            `ids` without.
+        overwrite: replace an existing folder.
+        ids: {name of `IDS`: id}, for config.json; null without, since readers would
+            otherwise take the family's own.
+        generation: for generation_config.json, where `extra` does not write one; by
+            default `ids`.
         extra: (folder) -> None, writes further files: the tokenizer's.
 
     Returns:
@@ -329,8 +337,8 @@ def save(
     return family
 
 
-def free(folder, overwrite):
-    """The path of a folder that may be written: it holds nothing, or may be lost."""
+def free(folder: str | Path, overwrite: bool) -> Path:
+    """Returns the path of a folder that may be written: empty, or to be replaced."""
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
@@ -348,23 +356,24 @@ def _write_weights(module, family, config, folder, dtype, shard_size):
     if isinstance(module, ScalarModel):
         arrays.pop("body/unembed", None)
     pieces = {}
-    for place in places.places(family, config, arrays):
-        pieces.setdefault(place.key, []).append(place)
+    for layout in layouts.of_model(family, config, arrays):
+        pieces.setdefault(layout.key, []).append(layout)
     shapes = {
-        key: found[0].axes.shape(_sizes(found[0], arrays))
-        for key, found in pieces.items()
+        key: parts[0].axes.shape(_sizes(parts[0], arrays))
+        for key, parts in pieces.items()
     }
 
     def make(key):
         parts = [
-            (place, _take(arrays[place.ours], place, dtype)) for place in pieces[key]
+            (layout, _take(arrays[layout.ours], layout, dtype))
+            for layout in pieces[key]
         ]
         if len(parts) == 1:
             return parts[0][1]
-        whole = np.empty(shapes[key], parts[0][1].dtype)
-        for place, part in parts:
-            whole[place.axes.region(whole.shape)] = part
-        return whole
+        joined = np.empty(shapes[key], parts[0][1].dtype)
+        for layout, part in parts:
+            joined[layout.axes.region(joined.shape)] = part
+        return joined
 
     if process.is_first():
         tensors.write_folder(
@@ -375,16 +384,16 @@ def _write_weights(module, family, config, folder, dtype, shard_size):
             make(key)
 
 
-def _take(stack, place, dtype):
-    """One tensor of theirs, or its part, out of our array."""
-    sizes = _sizes(place, {place.ours: stack})
+def _take(stack, layout, dtype):
+    """Cuts one tensor of theirs, or its part, out of our array."""
+    sizes = _sizes(layout, {layout.ours: stack})
     program = _writer(
-        place.axes, tuple(sizes.items()), len(place.index), stack.sharding, dtype
+        layout.axes, tuple(sizes.items()), len(layout.index), stack.sharding, dtype
     )
-    array, finite = program(stack, np.asarray(place.index, np.int32))
+    array, finite = program(stack, np.asarray(layout.index, np.int32))
     if not finite:
         raise UserError(
-            f"{place.key}: holds values that {dtype} cannot (NaN, infinity or beyond "
+            f"{layout.key}: holds values that {dtype} cannot (NaN, infinity or beyond "
             "its range); "
             + ("use --dtype=bfloat16" if dtype == "float16" else "the model is broken")
         )
@@ -393,7 +402,7 @@ def _take(stack, place, dtype):
 
 @functools.lru_cache(maxsize=256)
 def _writer(axes, sizes, leading, sharding, dtype):
-    """(stack, index) -> (theirs, finite), split as ours is.
+    """Makes (stack, index) -> (theirs, finite), split as ours is.
 
     In a program of several processes it is gathered to all, since one of them writes.
     """
@@ -421,8 +430,8 @@ def _writer(axes, sizes, leading, sharding, dtype):
 def _write_configs(module, family, config, folder, dtype, ids):
     ids = dict.fromkeys(IDS) | (ids or {})
     scalar = isinstance(module, ScalarModel)
-    kind = "ForSequenceClassification" if scalar else "ForCausalLM"
-    out = {"architectures": [family.classes[scalar] + kind]}
+    suffix = "ForSequenceClassification" if scalar else "ForCausalLM"
+    out = {"architectures": [family.classes[scalar] + suffix]}
     out |= families.write_config(family, config)
     out |= {"dtype": dtype, "torch_dtype": dtype} | ids
     if scalar:

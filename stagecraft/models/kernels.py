@@ -1,4 +1,4 @@
-"""Which attention kernel runs, and why: chosen while tracing, said once.
+"""Which attention kernel runs, and why: chosen while tracing, logged once.
 
 | kernel    | runs on | segments | windows | soft-cap | dtypes    | channels        |
 | xla       | all     | yes      | yes     | yes      | all       | all             |
@@ -21,7 +21,7 @@ from stagecraft.errors import UserError
 
 LOGGER = logging.getLogger("stagecraft")
 
-# What each kind of device has of its own.
+# The native kernel of each platform.
 NATIVE = {"gpu": "cudnn", "tpu": "splash"}
 
 # From here on blocks win on a CPU: at 512 tokens twice the speed and a fifth of the
@@ -30,12 +30,12 @@ LONG = 512
 
 
 class Request(NamedTuple):
-    """What is asked of a kernel.
+    """The shapes and options a kernel must support.
 
     Attributes:
         length: T.
         channels: C.
-        dtype: of queries, by its name.
+        dtype: name of the queries' dtype.
         softcap: 0 for none.
     """
 
@@ -46,24 +46,24 @@ class Request(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A kernel, and why it is this one.
+    """A kernel, and why it was chosen.
 
     Attributes:
         kernel: its name.
         reason: in words.
-        fallen: whether it stands in for another.
+        fallback: whether it replaces another.
     """
 
     kernel: str
     reason: str
-    fallen: bool = False
+    fallback: bool = False
 
 
-def missing(kernel, request, platform):
-    """Why a kernel cannot do what is asked; "" where it can."""
-    at = {native: where for where, native in NATIVE.items()}.get(kernel)
-    if at is not None and platform != at:
-        return f"{kernel} runs on a {at.upper()}, and this is a {platform.upper()}"
+def missing(kernel: str, request: Request, platform: str) -> str:
+    """Returns why a kernel cannot serve a request; "" where it can."""
+    home = {native: device for device, native in NATIVE.items()}.get(kernel)
+    if home is not None and platform != home:
+        return f"{kernel} runs on a {home.upper()}, and this is a {platform.upper()}"
     if kernel != "cudnn":
         return ""
     if request.softcap:
@@ -80,8 +80,10 @@ def missing(kernel, request, platform):
     return ""
 
 
-def choose(asked, request, *, strict=False, platform=None):
-    """The kernel of attention over whole sequences.
+def choose(
+    asked: str, request: Request, *, strict: bool = False, platform: str | None = None
+) -> Choice:
+    """Chooses the kernel of attention over whole sequences.
 
     Args:
         asked: a name of the table above, or "auto".
@@ -110,11 +112,11 @@ def choose(asked, request, *, strict=False, platform=None):
             f"model.attention={asked!r}: {reason}; change it, or allow {best} with "
             "model.strict_kernels=False"
         )
-    return Choice(best, f"instead of {wanted}: {reason}", fallen=True)
+    return Choice(best, f"instead of {wanted}: {reason}", fallback=True)
 
 
 @functools.cache
-def say(operation, choice):
+def log_once(operation: str, choice: Choice) -> None:
     """Logs a choice the first time it is made, a fall-back as a warning."""
-    level = logging.WARNING if choice.fallen else logging.INFO
+    level = logging.WARNING if choice.fallback else logging.INFO
     LOGGER.log(level, "%s: %s (%s)", operation, choice.kernel, choice.reason)

@@ -1,32 +1,29 @@
-"""A model with its tokenizer: text in, text out. For judges, reports and people.
+"""A model with its tokenizer: text in, text out, for evaluation and for people.
 
 Work is cut into batches of one size and lengths are rounded up, so that a few compiled
 programs serve every call and every stage's model.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from stagecraft import losses, sharding
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
+from stagecraft.models.transformer import Transformer
 from stagecraft.text.chat import beginning, generation_prompt
+from stagecraft.text.tokenizer import Tokenizer
 
 # Lengths are rounded up to a multiple of this, to bound the number of compilations.
 ROUND = 16
-# What a tokenizer writes for a part of a character.
+# The text that tokenizers return for a part of a character.
 HALF = "\ufffd"
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_k", "top_p"),
-)
-def _generate(model, ids, mask, key, **settings):
-    return sampling.generate(model, ids, mask, key, **settings)
+# What `complete` and `stream` do by default.
+GREEDY = {"max_new_tokens": 32, "temperature": 0.0}
 
 
 @functools.partial(jax.jit, static_argnames="temperature")
@@ -46,11 +43,13 @@ class Language:
         batch_size: rows worked on at once; a multiple of the mesh's batch axes.
     """
 
-    def __init__(self, model, tokenizer, *, batch_size=128):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 128
+    ):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def encode(self, prompt, *, chat_format):
-        """Ids of a prompt: a text or messages as a chat turn, or a bare text."""
+    def encode(self, prompt: str | list[dict], *, chat_format: bool) -> list[int]:
+        """Encodes a prompt: a text or messages as a chat turn, or a bare text."""
         if not chat_format:
             return [*beginning(self.tokenizer), *self.tokenizer.encode(prompt)]
         messages = prompt
@@ -58,8 +57,8 @@ class Language:
             messages = [{"role": "user", "content": prompt}]
         return generation_prompt(messages, self.tokenizer)
 
-    def stop_ids(self, *, chat_format):
-        """Tokens that end what is written: a turn, or a text."""
+    def stop_ids(self, *, chat_format: bool) -> tuple[int, ...]:
+        """Returns the tokens that end a completion: a turn, or a text."""
         tokenizer = self.tokenizer
         if chat_format:
             return tokenizer.stops
@@ -67,44 +66,46 @@ class Language:
 
     def complete(
         self,
-        prompts,
+        prompts: list,
         *,
-        chat=True,
-        temperature=0.0,
-        max_new_tokens=32,
-        seed=0,
-        top_k=0,
-        top_p=1.0,
-    ):
-        """Completions of texts.
+        chat: bool = True,
+        seed: int = 0,
+        **settings,
+    ) -> list[tuple[str, bool]]:
+        """Completes texts.
 
         Args:
             prompts: list of str, or of message lists when `chat`.
             chat: as a user's turn to be answered; otherwise as text to be continued.
-            temperature: 0 for greedy.
-            max_new_tokens: int.
-            seed: int; the same seed gives the same completions.
-            top_k, top_p: truncate the distribution; 0 and 1.0 do not.
+            seed: the same seed gives the same completions.
+            **settings: fields of `sampling.SamplingParams`; without any, greedy with at
+                most 32 tokens.
 
         Returns:
             list of (text, ended): whether it stopped by itself.
         """
         rows = [self.encode(p, chat_format=chat) for p in prompts]
-        settings = dict(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_ids=self.stop_ids(chat_format=chat),
-        )
+        stop_ids = self.stop_ids(chat_format=chat)
+        settings = GREEDY | {"stop_ids": stop_ids} | settings
         sampled = self.sample_ids(rows, seed=seed, **settings)
         return [
             (self.tokenizer.decode(ids[:-1] if ended else ids), ended)
             for ids, ended, _ in sampled
         ]
 
-    def sample_ids(self, rows, *, seed=0, **settings):
-        """Completions as ids: list of (ids through the stop token, ended, logps)."""
+    def sample_ids(
+        self, rows: list[list[int]], *, seed: int = 0, **settings
+    ) -> list[tuple[list[int], bool, float]]:
+        """Samples completions of ids.
+
+        Args:
+            rows: prompts.
+            seed: as of `complete`.
+            **settings: fields of `sampling.SamplingParams`.
+
+        Returns:
+            list of (ids through the stop token, ended, their log-probability in nats).
+        """
         if not rows:
             return []
         self._check_room(rows, settings["max_new_tokens"])
@@ -113,34 +114,30 @@ class Language:
         for number, part in enumerate(_batches(rows, self.batch_size)):
             key = jax.random.fold_in(jax.random.key(seed), number)
             prompts = self.left_padded(part, length)
-            got = _generate(self.model, *prompts, key, **settings)
-            tokens, seen, ended = map(np.asarray, (got.tokens, got.mask, got.ended))
-            logps = np.asarray(got.logps)
+            sample = sampling.generate(self.model, *prompts, key, **settings)
+            tokens, mask, logps, ended = map(np.asarray, sample)
             for i in range(len(part)):
-                keep = seen[i]
-                written = [int(t) for t in tokens[i][keep]]
-                out.append((written, bool(ended[i]), float(logps[i][keep].sum())))
+                ids = [int(t) for t in tokens[i][mask[i]]]
+                out.append((ids, bool(ended[i]), float(logps[i][mask[i]].sum())))
         return out
 
     def stream(
         self,
-        prompt,
+        prompt: str | list[dict],
         *,
-        chat=True,
-        temperature=0.0,
-        max_new_tokens=32,
-        seed=0,
-        top_k=0,
-        top_p=1.0,
-    ):
-        """One completion as it comes: a generator of (more text, ended).
+        chat: bool = True,
+        seed: int = 0,
+        **settings,
+    ) -> Iterator[tuple[str, bool]]:
+        """Yields one completion piece by piece: (more text, ended).
 
-        Joined, the texts are what `complete` returns. What is not yet a character is
-        held back until it is.
+        Joined, the texts are what `complete` returns. Parts of a character are held
+        back until it is complete. Arguments as of `complete`.
         """
+        settings = GREEDY | {"stop_ids": self.stop_ids(chat_format=chat)} | settings
         row = self.encode(prompt, chat_format=chat)
-        self._check_room([row], max_new_tokens)
-        # A talk grows turn by turn; few lengths are few compilations.
+        self._check_room([row], settings["max_new_tokens"])
+        # A conversation grows turn by turn; few lengths are few compilations.
         length = ROUND
         while length < len(row):
             length *= 2
@@ -148,21 +145,17 @@ class Language:
             self.model,
             *self.left_padded([row], length),
             jax.random.fold_in(jax.random.key(seed), 0),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_ids=self.stop_ids(chat_format=chat),
+            **settings,
         )
-        said, ended = "", False
+        yielded, ended = "", False
         while not ended and (sample := next(samples, None)) is not None:
             ended = bool(sample.ended[0])
             ids = np.asarray(sample.tokens[0])[np.asarray(sample.mask[0])].tolist()
             text = self.tokenizer.decode(ids[:-1] if ended else ids)
-            if not ended and len(ids) < max_new_tokens:
+            if not ended and len(ids) < settings["max_new_tokens"]:
                 text = text.rstrip(HALF)
-            yield text[len(said) :], ended
-            said = text
+            yield text[len(yielded) :], ended
+            yielded = text
 
     def _check_room(self, rows, max_new_tokens):
         longest, limit = max(map(len, rows)), self.model.config.max_length
@@ -173,8 +166,8 @@ class Language:
                 "of them"
             )
 
-    def left_padded(self, rows, length):
-        """Left-padded ids and their mask, placed on the mesh."""
+    def left_padded(self, rows: list[list[int]], length: int) -> tuple[Array, Array]:
+        """Returns left-padded ids and their mask on the mesh."""
         ids = np.zeros((self.batch_size, length), np.int32)
         mask = np.zeros((self.batch_size, length), bool)
         for i, row in enumerate(rows):
@@ -182,18 +175,23 @@ class Language:
             mask[i, length - len(row) :] = True
         # Rows that only fill the batch up hold one token, so that none is empty.
         mask[len(rows) :, -1] = True
-        return placed(ids, mask)
+        return sharding.on_mesh((ids, mask))
 
-    def logprob(self, prefixes, continuations):
-        """Log-probability in nats of each text after its prefix, as bare text."""
+    def logprob(self, prefixes: list[str], continuations: list[str]) -> list[float]:
+        """Returns the log-probability in nats of each text after its prefix."""
         rows = [
             (self.encode(prefix, chat_format=False), self.tokenizer.encode(text))
             for prefix, text in zip(prefixes, continuations, strict=True)
         ]
         return self.logprob_ids(rows)
 
-    def logprob_ids(self, rows, temperature=1.0):
-        """Log-probability in nats of ids after ids: list of (prefix, continuation)."""
+    def logprob_ids(self, rows: list[tuple], temperature: float = 1.0) -> list[float]:
+        """Returns log-probabilities in nats of ids after ids.
+
+        Args:
+            rows: list of (prefix, continuation), each a list of ids.
+            temperature: divides the logits.
+        """
         if not rows:
             return []
         longest = max(len(a) + len(b) for a, b in rows)
@@ -210,8 +208,9 @@ class Language:
                 batch["ids"][i, :end] = [*prefix, *text]
                 batch["mask"][i, len(prefix) : end] = True
                 batch["segments"][i, :end] = 1
-            got = _logps(self.model, placed(batch)[0], temperature=temperature)
-            out += np.asarray(got)[: len(part)].tolist()
+            batch = sharding.on_mesh(batch)
+            logps = _logps(self.model, batch, temperature=temperature)
+            out += np.asarray(logps)[: len(part)].tolist()
         return out
 
 
@@ -221,11 +220,3 @@ def _rounded(length):
 
 def _batches(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def placed(*arrays):
-    """Arrays on the current mesh, split over the batch axes; as they are without."""
-    current = jax.sharding.get_mesh()
-    if current.empty:
-        return jax.tree.map(jnp.asarray, arrays)
-    return sharding.shard_batch(arrays, current)

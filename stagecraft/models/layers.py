@@ -1,7 +1,7 @@
-"""The loop over stacked layers, all of one kind or in a repeating pattern.
+"""The loop over stacked layers, all alike or in a repeating pattern.
 
 A scan runs one body, so layers that differ are scanned by the period of their pattern:
-one turn runs as many layers as the pattern is long, each as its own kind. A pattern
+one turn runs as many layers as the pattern is long, each by its own spec. A pattern
 that does not repeat (all dense, then all sparse) is scanned run by run.
 """
 
@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 
 
-def scan(body_of, carry, stacks, kinds, *, unroll=1):
-    """Carries something through layers.
+def scan(body_of, carry, stacks, specs, *, unroll=1):
+    """Runs a body through layers, carrying a tree from each to the next.
 
     Args:
-        body_of: (kind) -> body; body: (carry, layer) -> (carry, out), the outs of all
-            kinds alike.
+        body_of: (spec) -> body; body: (carry, layer) -> (carry, out), the outs of all
+            specs with the same shapes.
         carry: any tree of arrays.
         stacks: layers stacked along axis 0, one tree; or {"dense", "sparse": tree}.
-        kinds: a `Kind` for each layer.
+        specs: a `LayerSpec` for each layer.
         unroll: how many layers one turn of the loop runs.
 
     Returns:
@@ -27,28 +27,28 @@ def scan(body_of, carry, stacks, kinds, *, unroll=1):
     """
     mixed = hasattr(stacks, "keys")
     stacks = dict(stacks) if mixed else {"": stacks}
-    segments = plan(kinds)
+    segments = plan(specs)
     outs = []
     for pattern, turns in segments:
-        names = [_stack_of(kind) if mixed else "" for kind in pattern]
-        taken = {}
+        names = [_stack_of(spec) if mixed else "" for spec in pattern]
+        parts = {}
         for name in dict.fromkeys(names):
             count = turns * names.count(name)
             if len(segments) == 1:
-                taken[name] = stacks[name]
+                parts[name] = stacks[name]
             else:
-                taken[name], stacks[name] = _cut(stacks[name], count)
+                parts[name], stacks[name] = _cut(stacks[name], count)
         size = len(pattern)
         if size == 1:
             (name,) = names
             carry, out = jax.lax.scan(
-                body_of(pattern[0]), carry, taken[name], unroll=min(unroll, turns)
+                body_of(pattern[0]), carry, parts[name], unroll=min(unroll, turns)
             )
         else:
-            xs = {name: _by_turn(stack, turns) for name, stack in taken.items()}
+            xs = {name: _by_turn(stack, turns) for name, stack in parts.items()}
             turn = _turn(body_of, pattern, names)
-            whole = turns if unroll >= len(kinds) else 1
-            carry, out = jax.lax.scan(turn, carry, xs, unroll=whole)
+            unrolled = turns if unroll >= len(specs) else 1
+            carry, out = jax.lax.scan(turn, carry, xs, unroll=unrolled)
             out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
         outs.append(out)
     if len(outs) == 1:
@@ -56,52 +56,51 @@ def scan(body_of, carry, stacks, kinds, *, unroll=1):
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
 
-def plan(kinds):
-    """How a loop runs through layers: [(pattern, turns)].
+def plan(specs):
+    """Plans how a loop runs through layers: [(pattern, turns)].
 
     >>> plan("ababa")
     [(('a', 'b'), 2), (('a',), 1)]
     >>> plan("aaabb")
     [(('a',), 3), (('b',), 2)]
     """
-    kinds, count = tuple(kinds), len(kinds)
-    period = next(p for p in range(1, count + 1) if kinds[p:] == kinds[: count - p])
+    specs, count = tuple(specs), len(specs)
+    period = next(p for p in range(1, count + 1) if specs[p:] == specs[: count - p])
     if turns := count // period if count >= 2 * period else 0:
-        whole = turns * period
-        return [(kinds[:period], turns), *_runs(kinds[whole:])]
-    return _runs(kinds)
+        return [(specs[:period], turns), *_runs(specs[turns * period :])]
+    return _runs(specs)
 
 
-def each(stacks, kinds):
-    """The layers one by one: [(kind, layer)]; arguments as of `scan`."""
+def each(stacks, specs):
+    """Returns the layers one by one, [(spec, layer)]; arguments as of `scan`."""
     mixed = hasattr(stacks, "keys")
-    found = dict(stacks) if mixed else {"": stacks}
-    pieces = {name: iter(_split(stack)) for name, stack in found.items()}
-    return [(kind, next(pieces[_stack_of(kind) if mixed else ""])) for kind in kinds]
+    stacks = dict(stacks) if mixed else {"": stacks}
+    pieces = {name: iter(_split(stack)) for name, stack in stacks.items()}
+    return [(spec, next(pieces[_stack_of(spec) if mixed else ""])) for spec in specs]
 
 
-def _runs(kinds):
-    """[((kind,), how many in a row)]."""
-    return [((kind,), len([*run])) for kind, run in itertools.groupby(kinds)]
+def _runs(specs):
+    """Groups equal neighbours: [((spec,), how many in a row)]."""
+    return [((spec,), len([*run])) for spec, run in itertools.groupby(specs)]
 
 
 def _by_turn(stack, turns):
     return jax.tree.map(lambda x: x.reshape(turns, -1, *x.shape[1:]), stack)
 
 
-def _stack_of(kind):
-    return "sparse" if kind.sparse else "dense"
+def _stack_of(spec):
+    return "sparse" if spec.sparse else "dense"
 
 
 def _turn(body_of, pattern, names):
-    """The body of a scan whose turn runs one layer of each place in the pattern."""
-    bodies = {kind: body_of(kind) for kind in pattern}
+    """Makes the body of a scan whose turn runs the layers of one pattern."""
+    bodies = {spec: body_of(spec) for spec in pattern}
 
     def turn(carry, stacks):
         pieces = {name: iter(_split(stack)) for name, stack in stacks.items()}
         outs = []
-        for kind, name in zip(pattern, names, strict=True):
-            carry, out = bodies[kind](carry, next(pieces[name]))
+        for spec, name in zip(pattern, names, strict=True):
+            carry, out = bodies[spec](carry, next(pieces[name]))
             outs.append(out)
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
@@ -109,7 +108,7 @@ def _turn(body_of, pattern, names):
 
 
 def _split(stack):
-    """The layers of a stack. The gradient of a split is one concatenation."""
+    """Splits a stack into layers. The gradient of a split is one concatenation."""
     leaves, treedef = jax.tree.flatten(stack)
     count = leaves[0].shape[0]
     split = [jax.lax.split(x, (1,) * count) for x in leaves]
@@ -117,7 +116,7 @@ def _split(stack):
 
 
 def _cut(stack, count):
-    """The first layers of a stack, and the others (None where there are none)."""
+    """Cuts a stack into its first layers and the others (None if there are none)."""
     leaves, treedef = jax.tree.flatten(stack)
     rest = leaves[0].shape[0] - count
     if not rest:

@@ -1,4 +1,4 @@
-"""What the decoder's layers are made of: parameters, products, activations."""
+"""Building blocks of the decoder's layers: parameters, products, activations."""
 
 import functools
 import math
@@ -6,8 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-# Of a feed-forward, by the names a config gives them.
+# Activations of a feed-forward, by their names in a config.
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -16,18 +17,20 @@ ACTIVATIONS = {
 }
 
 
-def normal(key, shape, std, axes):
-    """A parameter of N(0, std^2), with the logical names of its dimensions."""
+def normal(
+    key: Array, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]
+) -> nnx.Param:
+    """Makes a parameter of N(0, std^2), with the logical names of its dimensions."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
 
 
-def zeros(shape, axes):
-    """A parameter that starts at zero: a bias."""
+def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """Makes a parameter that starts at zero: a bias."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
 class Adapted(nnx.Module):
-    """A weight that stays, with the product of two thin ones beside it: W + s A B.
+    """A frozen weight plus a low-rank product: W + s A B.
 
     Args:
         weight: Param [*contracted, *out].
@@ -35,7 +38,7 @@ class Adapted(nnx.Module):
         b: Param [R, *out].
         scale: s.
         dropout: share of the inputs of A that are dropped.
-        key: u32[2], data of the random key they are drawn with; None drops nothing.
+        key: u32[2], data of the random key for dropout; None drops nothing.
     """
 
     def __init__(self, weight, a, b, scale: float, dropout: float = 0.0, key=None):
@@ -43,17 +46,22 @@ class Adapted(nnx.Module):
         self.scale, self.dropout = scale, dropout
         self.key = nnx.data(key)  # under a trace Flax would take it for a setting
 
-    def beside(self, x, contracted: int):
-        """What the thin ones add to the product of x with the weight."""
+    def low_rank(self, x: Array, contracted: int) -> Array:
+        """Computes s x A B, which is added to the product of x with the weight."""
         if self.key is not None:
             key = jax.random.wrap_key_data(self.key)
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+            mask = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(mask, x / (1 - self.dropout), 0)
         inner = project(x, self.a, contracted=contracted)
         return self.scale * project(inner, self.b)
 
 
-def project(x, weight, bias=None, contracted: int = 1):
+def project(
+    x: Array,
+    weight: nnx.Param | Adapted,
+    bias: nnx.Param | None = None,
+    contracted: int = 1,
+) -> Array:
     """Contracts the last dimensions of x with the first ones of a weight.
 
     Both are flattened to matrices: the gradient of the weight is then a plain matmul.
@@ -63,14 +71,14 @@ def project(x, weight, bias=None, contracted: int = 1):
         x: [..., *contracted], in the compute dtype.
         weight: Param [*contracted, *out], or an `Adapted` one.
         bias: Param [*out], or None.
-        contracted: how many dimensions are summed over.
+        contracted: number of dimensions to sum over.
 
     Returns:
         [..., *out].
     """
     if isinstance(weight, Adapted):
         out = project(x, weight.weight, bias, contracted)
-        return out + weight.beside(x, contracted)
+        return out + weight.low_rank(x, contracted)
     weight = weight[...].astype(x.dtype)
     rows, columns = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     size = math.prod(weight.shape[:contracted])
@@ -79,6 +87,6 @@ def project(x, weight, bias=None, contracted: int = 1):
     return out if bias is None else out + bias[...].astype(x.dtype)
 
 
-def softcap(x, cap: float):
-    """Keeps x within (-cap, cap): cap tanh(x / cap); 0 leaves it alone."""
+def softcap(x: Array, cap: float) -> Array:
+    """Limits x to (-cap, cap): cap tanh(x / cap); 0 changes nothing."""
     return cap * jnp.tanh(x / cap) if cap else x

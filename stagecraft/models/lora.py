@@ -1,28 +1,31 @@
-"""LoRA: thin matrices beside weights that stay.
+"""LoRA: low-rank matrices beside frozen weights.
 
 A targeted weight W acts as W + s A B with s = alpha / rank (Hu et al. 2021,
 arxiv.org/abs/2106.09685). What is trained is an `Adapter`: A and B of every target, and
-whole what is new or asked for: a scalar head, the embeddings. The base is never
-touched: `join` puts an adapter beside it without a copy, and the base alone is the
-model with its adapter off.
+in full a new scalar head and, if asked for, the embeddings. The base never changes:
+`join` puts an adapter beside it without a copy, and the base alone is the model without
+its adapter.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
 
 from stagecraft import schema, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import linear
 from stagecraft.models.transformer import ScalarModel
 
-# What may be adapted: where it lies in a layer, and over how many of its dimensions a
-# product sums.
+# Weights that may be adapted: their path in a layer, and how many of their dimensions a
+# product sums over.
 TARGETS = {
     "query": ("attention/query", 1),
     "key": ("attention/key", 1),
@@ -48,21 +51,24 @@ class Settings:
     embeddings: bool
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """s in W + s A B; with rslora alpha / sqrt(rank) (arxiv.org/abs/2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """The targets, each once, in the order of `TARGETS`."""
         if self.targets == "all":
             return tuple(TARGETS)
-        given = [name.strip() for name in self.targets.split(",") if name.strip()]
-        return tuple(name for name in TARGETS if name in given)
+        return tuple(name for name in TARGETS if name in _split(self.targets))
 
 
-def check(where, config):
-    """Refuses impossible settings; `where` is what the keys lie under."""
+def _split(targets):
+    return [name.strip() for name in targets.split(",") if name.strip()]
+
+
+def check(where: str, config) -> None:
+    """Refuses impossible settings; `where` is the group of the keys, for messages."""
     settings = Settings(**config)
     if settings.rank < 0:
         raise UserError(
@@ -74,12 +80,12 @@ def check(where, config):
         raise UserError(
             f"{where}.dropout={settings.dropout}: expected from 0 (off) to below 1"
         )
-    given = [name.strip() for name in settings.targets.split(",") if name.strip()]
-    if not given:
+    targets = _split(settings.targets)
+    if not targets:
         raise UserError(
             f"{where}.targets: is empty; expected 'all' or some of {', '.join(TARGETS)}"
         )
-    for name in given:
+    for name in targets:
         if name in ("embed", "unembed", "embeddings"):
             raise UserError(
                 f"{where}.targets={settings.targets!r}: embeddings take no adapter; "
@@ -94,23 +100,24 @@ def check(where, config):
             raise UserError(schema.unknown(f"{where}.targets", name, TARGETS))
 
 
-class Low(NamedTuple):
-    """A [*contracted, R] and B [R, *out] of one target, Params; stacked over layers."""
+class LoraPair(NamedTuple):
+    """A [*contracted, R] and B [R, *out] of one target, stacked over layers."""
 
-    a: Any
-    b: Any
+    a: nnx.Param
+    b: nnx.Param
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Adapter:
-    """What is trained in place of a model.
+    """The trainable parameters of LoRA, in place of a model's own.
 
     Attributes:
-        parts: {name of a parameter of the model: `Low`, or a Param trained whole}.
+        parts: {name of a parameter of the model: `LoraPair`, or a Param trained in
+            full}.
         settings: the `Settings`, static.
     """
 
-    def __init__(self, parts, settings):
+    def __init__(self, parts: dict, settings: Settings):
         self.parts, self.settings = dict(parts), settings
 
     def tree_flatten_with_keys(self):
@@ -124,8 +131,8 @@ class Adapter:
         return cls(zip(keys, children, strict=True), settings)
 
 
-def begin(settings, base, key, *, scalar=False):
-    """A fresh adapter: A random as PEFT's, B zero, so that nothing changes yet.
+def init(settings: Settings, base, key: Array, *, scalar: bool = False) -> Adapter:
+    """Makes a fresh adapter: A random as PEFT's, B zero, so that nothing changes yet.
 
     Args:
         settings: a `Settings`.
@@ -135,47 +142,45 @@ def begin(settings, base, key, *, scalar=False):
             new one.
 
     Returns:
-        an `Adapter`, of arrays of its own.
+        an `Adapter`, which shares no array with its base.
     """
     prefix = "body/" if scalar else ""
     inside = "body/" if isinstance(base, ScalarModel) else ""
-    found, parts = tree.named(base), {}
-    low_key = jax.random.fold_in(key, 1)
+    parameters, parts = tree.named(base), {}
+    pair_key = jax.random.fold_in(key, 1)
     for target in settings.names:
         where, contracted = TARGETS[target]
-        names = [n for n in found if n.startswith(f"{inside}layers/")]
+        names = [n for n in parameters if n.startswith(f"{inside}layers/")]
         names = [n for n in names if n.endswith(f"/{where}")]
         if not names and settings.targets != "all":
-            has = [t for t, (w, _) in TARGETS.items() if _has(found, w)]
+            has = [t for t, (w, _) in TARGETS.items() if _has(parameters, w)]
             raise UserError(
                 f"lora.targets={settings.targets!r}: this model has no {target} that "
                 f"takes an adapter; it has {', '.join(has)}"
             )
         for name in names:
-            own = jax.random.fold_in(low_key, len(parts))
-            low = _low(_at(base, name), contracted, settings.rank, own)
-            parts[prefix + name.removeprefix(inside)] = low
-    whole = base
+            own_key = jax.random.fold_in(pair_key, len(parts))
+            pair = _init_pair(_at(base, name), contracted, settings.rank, own_key)
+            parts[prefix + name.removeprefix(inside)] = pair
     if scalar:
-        whole = base if isinstance(base, ScalarModel) else ScalarModel(base, key)
-        parts |= {name: getattr(whole, name) for name in HEAD}
+        model = base if isinstance(base, ScalarModel) else ScalarModel(base, key)
+        parts |= {name: getattr(model, name) for name in HEAD}
     if settings.embeddings:
-        kept = EMBEDDINGS[:1] if scalar else EMBEDDINGS
-        for name in kept:
-            if inside + name in found:
+        for name in EMBEDDINGS[:1] if scalar else EMBEDDINGS:
+            if inside + name in parameters:
                 parts[prefix + name] = _at(base, inside + name)
-    own = {
-        k: v if isinstance(v, Low) else jax.tree.map(jnp.copy, v)
+    copies = {
+        k: v if isinstance(v, LoraPair) else jax.tree.map(jnp.copy, v)
         for k, v in parts.items()
     }
-    return Adapter(own, settings)
+    return Adapter(copies, settings)
 
 
-def _has(found, where):
-    return any(name.endswith(f"/{where}") for name in found)
+def _has(parameters, where):
+    return any(name.endswith(f"/{where}") for name in parameters)
 
 
-def _low(weight, contracted, rank, key):
+def _init_pair(weight, contracted, rank, key):
     axes = tuple(weight.get_metadata()["axes"])
     lead = weight.ndim - len(axes)  # layers, where they are stacked
     stack, shape = weight.shape[:lead], weight.shape[lead:]
@@ -184,23 +189,23 @@ def _low(weight, contracted, rank, key):
         key, (*stack, *shape[:contracted], rank), jnp.float32, -bound, bound
     )
     b = jnp.zeros((*stack, rank, *shape[contracted:]), jnp.float32)
-    return Low(
+    return LoraPair(
         nnx.Param(a, axes=(*axes[:contracted], None)),
         nnx.Param(b, axes=(None, *axes[contracted:])),
     )
 
 
-def join(base, adapter, key=None):
-    """The model that an adapter makes of its base; no array is copied or computed.
+def join(base: Any, adapter: Any, key: Array | None = None) -> Any:
+    """Returns the adapted model; no array is copied or computed.
 
     Args:
         base: a `Transformer` or `ScalarModel`; a dict of them for a dict of adapters;
-            None where a model is trained whole.
-        adapter: an `Adapter`, or a dict; with base=None any model, returned as it is.
+            None where all weights are trained.
+        adapter: an `Adapter`, or a dict; with base=None any model, returned unchanged.
         key: a random key for dropout; None drops nothing.
 
     Returns:
-        a module of the same kind, whose targets are `linear.Adapted`.
+        a module of the base's class, whose targets are `linear.Adapted`.
     """
     if base is None:
         return adapter
@@ -209,54 +214,53 @@ def join(base, adapter, key=None):
         if key is not None:
             keys = jax.random.split(key, len(adapter))
         return {
-            part: join(base[part], adapter[part], own)
-            for part, own in zip(adapter, keys, strict=True)
+            name: join(base[name], adapter[name], own_key)
+            for name, own_key in zip(adapter, keys, strict=True)
         }
-    settings, module = adapter.settings, _own(base, adapter)
+    settings, module = adapter.settings, _rebuilt(base, adapter)
     for number, (name, part) in enumerate(adapter.parts.items()):
-        if not isinstance(part, Low):
+        if not isinstance(part, LoraPair):
             _put(module, name, part)
             continue
-        weight, drops = _at(module, name), None
+        weight, keys = _at(module, name), None
         if key is not None and settings.dropout:
-            drops = _drops(jax.random.fold_in(key, number), weight, part)
+            keys = _dropout_keys(jax.random.fold_in(key, number), weight, part)
         adapted = linear.Adapted(
-            weight, part.a, part.b, settings.scale, settings.dropout, drops
+            weight, part.a, part.b, settings.scale, settings.dropout, keys
         )
         _put(module, name, adapted)
     return module
 
 
-def _drops(key, weight, low):
-    """Data of a random key, one for each layer of stacked weights."""
-    stack = weight.shape[: _lead(weight, low)]
+def _dropout_keys(key, weight, pair):
+    """Returns the data of a random key, or of one for each layer of stacked weights."""
+    stack = weight.shape[: _lead(weight, pair)]
     return jax.random.key_data(jax.random.split(key, stack) if stack else key)
 
 
-def _lead(weight, low):
-    """How many axes of a weight are stacks of layers."""
-    return low.a.ndim + low.b.ndim - 2 - weight.ndim
+def _lead(weight, pair):
+    """Counts the axes of a weight that are stacks of layers."""
+    return pair.a.ndim + pair.b.ndim - 2 - weight.ndim
 
 
-def merge(base, adapter):
-    """A plain model: W + s A B in place of every target; the rest is the base's own."""
-    module = _own(base, adapter)
+def merge(base: Any, adapter: Adapter) -> Any:
+    """Returns a plain model, W + s A B for every target and the base's other arrays."""
+    module = _rebuilt(base, adapter)
     for name, part in adapter.parts.items():
-        if isinstance(part, Low):
+        if isinstance(part, LoraPair):
             weight = _at(module, name)
             lead = _lead(weight, part)
             value = weight[...]
-            new = _merged(lead, value.sharding)(
-                value, part.a[...], part.b[...], adapter.settings.scale
-            )
-            part = weight.replace(new)
+            program = _merge_program(lead, value.sharding)
+            scale = adapter.settings.scale
+            part = weight.replace(program(value, part.a[...], part.b[...], scale))
         _put(module, name, part)
     return module
 
 
 @functools.lru_cache(maxsize=64)
-def _merged(lead, sharding):
-    def merged(weight, a, b, scale):
+def _merge_program(lead, sharding):
+    def merge(weight, a, b, scale):
         def product(a, b):
             return jnp.tensordot(a, b, 1, precision="highest")
 
@@ -264,11 +268,11 @@ def _merged(lead, sharding):
             product = jax.vmap(product)
         return weight + scale * product(a, b)
 
-    return jax.jit(merged, out_shardings=sharding)
+    return jax.jit(merge, out_shardings=sharding)
 
 
-def _own(base, adapter):
-    """The base's modules anew around the same arrays, with a head if one is trained."""
+def _rebuilt(base, adapter):
+    """Rebuilds the base's modules around its arrays, with a head if one is trained."""
     module = jax.tree.map(lambda x: x, base)
     if "head" in adapter.parts and not isinstance(module, ScalarModel):
         head = {name: adapter.parts[name] for name in HEAD}
@@ -277,7 +281,7 @@ def _own(base, adapter):
 
 
 def _at(module, name):
-    """What lies in a module under a name such as layers/ff/up."""
+    """Returns the part of a module with a name such as layers/ff/up."""
     for step in name.split("/"):
         module = module[step] if isinstance(module, nnx.Dict) else getattr(module, step)
     return module
@@ -288,19 +292,19 @@ def _put(module, name, value):
     setattr(_at(module, "/".join(path)) if path else module, last, value)
 
 
-def made(settings, base, mesh, *, scalar=False):
-    """(key) -> a fresh adapter, sharded from birth; see `begin`."""
-    born = sharding.init_sharded(
-        functools.partial(_begin, settings=settings, scalar=scalar), mesh
-    )
-    return lambda key: born(base, key)
+def init_fn(
+    settings: Settings, base: Any, mesh: Mesh, *, scalar: bool = False
+) -> Callable[[Array], Adapter]:
+    """Returns (key) -> a fresh sharded adapter; arguments as of `init`."""
+    init_on_mesh = sharding.init_sharded(_init_from_base(settings, scalar), mesh)
+    return lambda key: init_on_mesh(base, key)
 
 
-def _begin(base, key, *, settings, scalar):
-    return begin(settings, base, key, scalar=scalar)
+def abstract(settings: Settings, base: Any, mesh: Mesh, *, scalar: bool = False) -> Any:
+    """Returns an adapter as shapes with shardings; arguments as of `init`."""
+    init_from_base = _init_from_base(settings, scalar)
+    return sharding.abstract(init_from_base, mesh, base, jax.random.key(0))
 
 
-def abstract(settings, base, mesh, *, scalar=False):
-    """An adapter as shapes with shardings."""
-    begin = functools.partial(_begin, settings=settings, scalar=scalar)
-    return sharding.abstract(begin, base, jax.random.key(0), mesh=mesh)
+def _init_from_base(settings, scalar):
+    return lambda base, key: init(settings, base, key, scalar=scalar)

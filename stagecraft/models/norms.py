@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from stagecraft.models import linear
 from stagecraft.models.config import ModelConfig
@@ -24,7 +25,7 @@ class RMSNorm(nnx.Module):
         start = jnp.full((size,), 1.0 - offset, jnp.float32)
         self.scale = nnx.Param(start, axes=(axis,))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(mean_square + self.eps) * _scale(self)
@@ -44,7 +45,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(start, axes=(axis,))
         self.bias = linear.zeros((size,), (axis,))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -52,10 +53,10 @@ class LayerNorm(nnx.Module):
         return (y + self.bias[...]).astype(x.dtype)
 
 
-def make(config: ModelConfig):
-    """A norm of the residual stream, as the config says."""
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.width, config.norm_eps, "embed", config.norm_offset)
+def make(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """Makes a norm of the residual stream."""
+    norm_class = RMSNorm if config.norm == "rms" else LayerNorm
+    return norm_class(config.width, config.norm_eps, "embed", config.norm_offset)
 
 
 def _scale(norm):

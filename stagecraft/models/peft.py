@@ -1,29 +1,31 @@
 """Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
 
-Their A is [R, in] and their B [out, R], named after the module they sit on; which
-module that is, and how its axes go, `families.py` says. A module of theirs that is
-several weights of ours (GPT-2's c_attn) becomes one adapter of so many times the rank,
-its B zero where one part does not touch another.
+Their A is [R, in] and their B [out, R], named after the module they adapt; that module
+and its axes are in `families.py`. A module of theirs that is n weights of ours (GPT-2's
+c_attn) becomes one adapter of n times the rank, whose B is zero between the parts.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stagecraft import process, sharding, storage
 from stagecraft.errors import UserError
-from stagecraft.models import families, huggingface, lora, places, tensors
-from stagecraft.models.transformer import ScalarModel
+from stagecraft.models import families, huggingface, layouts, lora, tensors
+from stagecraft.models.config import ModelConfig
+from stagecraft.models.transformer import ScalarModel, Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BIAS = huggingface.BIAS  # of a scalar head: theirs has none
 ROOT = "base_model.model."
-# What a config of theirs may ask for that changes the numbers, and that we lack.
+# Options of a PEFT config that change the numbers and that we do not implement.
 LACKING = {
     "use_dora": "DoRA",
     "lora_bias": "biases of B",
@@ -39,12 +41,12 @@ LACKING = {
     "arrow_config": "Arrow routing",
     "megatron_config": "Megatron layers",
 }
-# Ways to begin that change the base's weights too.
+# Initialisations that change the base's weights too.
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def is_adapter(folder):
-    """Whether a folder is an adapter and no model by itself."""
+def is_adapter(folder: str | Path) -> bool:
+    """Tells whether a folder holds an adapter and not a model by itself."""
     folder = Path(folder)
     return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
@@ -52,16 +54,25 @@ def is_adapter(folder):
 # Writing
 
 
-def save(adapter, config, folder, mesh, *, base, overwrite=False, extra=None):
-    """Writes an adapter as PEFT does, whole or not at all.
+def save(
+    adapter: lora.Adapter,
+    config: ModelConfig,
+    folder: str | Path,
+    mesh: Mesh,
+    *,
+    base: str | Path,
+    overwrite: bool = False,
+    extra: Callable[[Path], None] | None = None,
+) -> families.Family:
+    """Writes an adapter as PEFT does, completely or not at all.
 
     Args:
         adapter: a `lora.Adapter`.
-        config: the `ModelConfig` of the model it sits on.
+        config: the `ModelConfig` of its base.
         folder: where to.
-        mesh: the mesh the adapter lies on.
-        base: for base_model_name_or_path, what PEFT is to load it onto.
-        overwrite: replace a folder that is there.
+        mesh: of the adapter.
+        base: for base_model_name_or_path, the model PEFT is to load it onto.
+        overwrite: replace an existing folder.
         extra: (folder) -> None, writes further files: the tokenizer's.
 
     Returns:
@@ -71,37 +82,38 @@ def save(adapter, config, folder, mesh, *, base, overwrite=False, extra=None):
     family = families.matching(config)
     host = jax.tree.map(np.asarray, sharding.replicate(adapter, mesh)).parts
     bias = float(host.pop("bias")[...]) if "bias" in host else 0.0
-    found, modules = {}, {}
+    arrays, modules = {}, {}
     shapes = {name: _shape(part) for name, part in host.items()}
-    for place in places.places(family, config, shapes):
-        part = host[place.ours]
-        if isinstance(part, lora.Low):
-            modules.setdefault(place.key.removesuffix(".weight"), []).append(place)
+    for layout in layouts.of_model(family, config, shapes):
+        part = host[layout.ours]
+        if isinstance(part, lora.LoraPair):
+            modules.setdefault(layout.key.removesuffix(".weight"), []).append(layout)
         else:
-            sizes = dict(zip(place.axes.ours, part.shape, strict=True))
-            found[place.key] = part[...].reshape(place.axes.shape(sizes))
+            sizes = dict(zip(layout.axes.ours, part.shape, strict=True))
+            arrays[layout.key] = part[...].reshape(layout.axes.shape(sizes))
     for module, pieces in modules.items():
         a, b = _joined(pieces, host, shapes)
-        found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        arrays |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     embed = family.top["embed"][0]
-    if config.tied and embed in found and "head" not in host:
+    if config.tied and embed in arrays and "head" not in host:
         # PEFT trains a copy of one module and leaves the other: both are written.
-        found["lm_head.weight"] = found[embed]
-    told = _config(adapter.settings, family, modules, config)
-    whole = {name.split(".")[-2] for name in found if "lora_" not in name}
-    told |= {"modules_to_save": sorted(whole) or None}
-    told |= {"task_type": "SEQ_CLS" if "head" in host else "CAUSAL_LM"}
-    told |= {"base_model_name_or_path": str(base)} | ({BIAS: bias} if bias else {})
+        arrays["lm_head.weight"] = arrays[embed]
+    peft_config = _config(adapter.settings, family, modules, config)
+    full = {name.split(".")[-2] for name in arrays if "lora_" not in name}
+    peft_config |= {"modules_to_save": sorted(full) or None}
+    peft_config |= {"task_type": "SEQ_CLS" if "head" in host else "CAUSAL_LM"}
+    peft_config |= {"base_model_name_or_path": str(base)}
+    peft_config |= {BIAS: bias} if bias else {}
     with storage.new_folder(folder, replace=overwrite) as temporary:
         if process.is_first():
-            shapes = {ROOT + name: array.shape for name, array in found.items()}
+            shapes = {ROOT + name: array.shape for name, array in arrays.items()}
             tensors.write_file(
                 temporary / WEIGHTS,
                 shapes,
-                lambda n: found[n.removeprefix(ROOT)],
+                lambda n: arrays[n.removeprefix(ROOT)],
                 "F32",
             )
-            text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+            text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG).write_text(text, encoding="utf-8")
         if extra is not None:
             extra(temporary)
@@ -109,8 +121,8 @@ def save(adapter, config, folder, mesh, *, base, overwrite=False, extra=None):
 
 
 def _shape(part):
-    """The shape of the parameter that a part of an adapter sits on, or is."""
-    if isinstance(part, lora.Low):
+    """Returns the shape of the parameter that a part of an adapter adapts, or is."""
+    if isinstance(part, lora.LoraPair):
         lead = part.a.ndim - len(part.a.get_metadata()["axes"])
         shape = (*part.a.shape[:-1], *part.b.shape[lead + 1 :])
     else:
@@ -119,7 +131,7 @@ def _shape(part):
 
 
 class _Sides(NamedTuple):
-    """One of our weights as the two sides of a module of theirs.
+    """One of our weights as inputs and outputs of a module of theirs.
 
     Attributes:
         size: (in, out) of the module.
@@ -133,32 +145,34 @@ class _Sides(NamedTuple):
     written: tuple
 
 
-def _sides(place, shapes):
-    own = "/".join(place.ours.split("/")[-2:])
-    contracted = next(count for where, count in lora.TARGETS.values() if where == own)
-    shape = shapes[place.ours].shape[len(place.index) :]
-    sizes = place.axes.shape(dict(zip(place.axes.ours, shape, strict=True)))
-    letters = [dimension[2] for dimension in place.axes.theirs]
-    source = letters.index(place.axes.ours[:contracted])
-    region = place.axes.region(sizes)[1 - source]
+def _sides(layout, shapes):
+    path = "/".join(layout.ours.split("/")[-2:])
+    contracted = next(count for where, count in lora.TARGETS.values() if where == path)
+    shape = shapes[layout.ours].shape[len(layout.index) :]
+    sizes = layout.axes.shape(dict(zip(layout.axes.ours, shape, strict=True)))
+    letters = [dimension[2] for dimension in layout.axes.theirs]
+    source = letters.index(layout.axes.ours[:contracted])
+    region = layout.axes.region(sizes)[1 - source]
     size = (sizes[source], sizes[1 - source])
     return _Sides(size, region, shape[:contracted], shape[contracted:])
 
 
 def _joined(pieces, host, shapes):
-    """A [R, in] and B [out, R] of one module of theirs."""
+    """Joins our parts to A [R, in] and B [out, R] of one module of theirs."""
     rank = host[pieces[0].ours].a.shape[-1]
     inside, out = _sides(pieces[0], shapes).size
     a = np.empty((len(pieces) * rank, inside), np.float32)
     b = np.zeros((out, len(pieces) * rank), np.float32)
-    for number, place in enumerate(pieces):
-        low, rows = host[place.ours], slice(number * rank, (number + 1) * rank)
-        a[rows] = low.a[place.index].reshape(inside, rank).T
-        b[_sides(place, shapes).region, rows] = low.b[place.index].reshape(rank, -1).T
+    for number, layout in enumerate(pieces):
+        pair, rows = host[layout.ours], slice(number * rank, (number + 1) * rank)
+        a[rows] = pair.a[layout.index].reshape(inside, rank).T
+        region = _sides(layout, shapes).region
+        b[region, rows] = pair.b[layout.index].reshape(rank, -1).T
     return a, b
 
 
 def _config(settings, family, modules, config):
+    """Returns the keys of adapter_config.json that describe the adapter."""
     short = _short(family)
     if config.experts:  # whose modules may have the same names
         short = str
@@ -184,7 +198,7 @@ def _config(settings, family, modules, config):
 
 
 def _short(family):
-    """(module) -> the end of its name that no other module of a layer shares."""
+    """Returns (module) -> the end of its name that is unique within a layer."""
     modules = {key.rpartition(".")[0] for key, _ in family.layer.values()}
     ends = [module.rpartition(".")[2] for module in modules]
 
@@ -198,8 +212,8 @@ def _short(family):
 # Reading
 
 
-def base_of(folder):
-    """The folder of the model that an adapter sits on."""
+def base_of(folder: str | Path) -> Path:
+    """Returns the folder of the model that an adapter belongs to."""
     folder = Path(folder)
     name = str(huggingface.read_json(folder, CONFIG).get("base_model_name_or_path"))
     for path in (Path(name), folder / name):
@@ -211,32 +225,34 @@ def base_of(folder):
     )
 
 
-def info(folder):
-    """As `huggingface.info`, of the model that an adapter makes."""
-    told = huggingface.info(base_of(folder))
+def info(folder: str | Path) -> dict:
+    """Reads module and model of an adapted model, as `huggingface.info` does."""
+    model_info = huggingface.info(base_of(folder))
     if huggingface.read_json(folder, CONFIG).get("task_type") == "SEQ_CLS":
-        told["module"] = "scalar"
-    return told
+        model_info["module"] = "scalar"
+    return model_info
 
 
-def digest(folder):
-    """SHA-256 of an adapter's files and of the model it sits on."""
+def digest(folder: str | Path) -> str:
+    """Returns the SHA-256 of an adapter's files and of its base."""
     hasher = hashlib.sha256(huggingface.digest(base_of(folder)).encode())
     for name in (CONFIG, WEIGHTS):
         hasher.update((Path(folder) / name).read_bytes())
     return hasher.hexdigest()
 
 
-def read(folder, base, mesh):
-    """The `lora.Adapter` of a PEFT folder, for the model it sits on.
+def read(
+    folder: str | Path, base: Transformer | ScalarModel, mesh: Mesh
+) -> lora.Adapter:
+    """Reads a PEFT folder.
 
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
-        base: a `Transformer` or a `ScalarModel`.
+        base: the model it belongs to.
         mesh: where to put it.
 
     Returns:
-        an `Adapter` of scale 1: each module's own is in its B.
+        an `Adapter` of scale 1: each module's own scale is in its B.
     """
     folder = Path(folder)
     config = huggingface.read_json(folder, CONFIG)
@@ -246,45 +262,46 @@ def read(folder, base, mesh):
             f"{folder}: lacks {WEIGHTS}; pickles are not opened: save the adapter as "
             "safetensors"
         )
-    found = tensors.read_header(folder / WEIGHTS)
-    found = {name.removeprefix(ROOT): tensor for name, tensor in found.items()}
+    header = tensors.read_header(folder / WEIGHTS)
+    stored = {name.removeprefix(ROOT): tensor for name, tensor in header.items()}
     body = getattr(base, "body", base)
-    scalar = "score.weight" in found or isinstance(base, ScalarModel)
+    scalar = "score.weight" in stored or isinstance(base, ScalarModel)
     family = families.matching(body.config)
-    rank = max([x.shape[0] for n, x in found.items() if ".lora_A." in n], default=1)
+    rank = max([x.shape[0] for n, x in stored.items() if ".lora_A." in n], default=1)
     settings = lora.Settings(rank, float(rank), "all", 0.0, False, embeddings=True)
     blank = lora.abstract(settings, base, mesh, scalar=scalar).parts
     shapes = {n: _shape(part) for n, part in blank.items() if n != "bias"}
     arrays, used = {}, set()
-    for place in places.places(family, body.config, shapes):
-        module = place.key.removesuffix(".weight")
+    for layout in layouts.of_model(family, body.config, shapes):
+        module = layout.key.removesuffix(".weight")
         names = [f"{module}.lora_{side}.weight" for side in "AB"]
-        part = blank[place.ours]
-        if not isinstance(part, lora.Low) and place.key in found:
-            arrays[place.ours] = _numbers(found[place.key]).reshape(part.shape)
-            used.add(place.key)
-        elif isinstance(part, lora.Low) and names[0] in found:
-            if place.ours not in arrays:
-                arrays[place.ours] = [np.zeros(x.shape, np.float32) for x in part]
+        part = blank[layout.ours]
+        if not isinstance(part, lora.LoraPair) and layout.key in stored:
+            arrays[layout.ours] = _finite(stored[layout.key]).reshape(part.shape)
+            used.add(layout.key)
+        elif isinstance(part, lora.LoraPair) and names[0] in stored:
+            if layout.ours not in arrays:
+                arrays[layout.ours] = [np.zeros(x.shape, np.float32) for x in part]
             scale = _scale(config, module)
-            _place(arrays[place.ours], place, shapes, found, names, scale)
+            _fill_pair(arrays[layout.ours], layout, shapes, stored, names, scale)
             used.update(names)
-    used |= _tied(folder, found, family, body.config)
-    for name in found:
+    used |= _tied(folder, stored, family, body.config)
+    for name in stored:
         if name not in used:
             raise UserError(
                 f"{folder / WEIGHTS}: holds {ROOT}{name}, which sits on nothing that "
                 f"takes an adapter in a {family.name} of its base's config.json"
             )
     if "head" in arrays:
-        own = float(base.bias[...]) if isinstance(base, ScalarModel) else 0.0
-        arrays["bias"] = np.float32(config.get(BIAS, own))
+        bias = float(base.bias[...]) if isinstance(base, ScalarModel) else 0.0
+        arrays["bias"] = np.float32(config.get(BIAS, bias))
     parts = {name: _filled(blank[name], value) for name, value in arrays.items()}
     adapter = lora.Adapter(parts, settings)
     return jax.device_put(adapter, sharding.shardings(adapter, mesh))
 
 
 def _check(folder, config):
+    """Refuses an adapter_config.json that asks for what we do not implement."""
     where = folder / CONFIG
     if config.get("peft_type") != "LORA":
         raise UserError(
@@ -293,9 +310,9 @@ def _check(folder, config):
     lacking = [text for key, text in LACKING.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         lacking.append("trained biases")
-    begun = str(config.get("init_lora_weights"))
-    if begun.startswith(REBASED):
-        lacking.append(f"a base changed by init_lora_weights={begun!r}")
+    init = str(config.get("init_lora_weights"))
+    if init.startswith(REBASED):
+        lacking.append(f"a base changed by init_lora_weights={init!r}")
     if lacking:
         raise UserError(
             f"{where}: asks for {', '.join(lacking)}, which we do not read; merge it "
@@ -304,7 +321,7 @@ def _check(folder, config):
 
 
 def _scale(config, module):
-    """alpha / rank of one module, by the config's patterns."""
+    """Returns alpha / rank of one module, by the config's patterns."""
 
     def of(pattern, default):
         for key, value in (config.get(pattern) or {}).items():
@@ -317,45 +334,46 @@ def _scale(config, module):
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _numbers(tensor):
-    found = np.asarray(tensor.open()).astype(np.float32)
-    if not np.isfinite(found).all():
+def _finite(tensor):
+    """Reads a tensor as f32, or raises a UserError if a value is not finite."""
+    array = np.asarray(tensor.open()).astype(np.float32)
+    if not np.isfinite(array).all():
         raise UserError(
             f"{tensor.path}: holds values that are not finite (NaN or infinity); a "
             "model cannot start from it"
         )
-    return found
+    return array
 
 
-def _place(arrays, place, shapes, found, names, scale):
-    """Puts A and B of one module of theirs into our stacked arrays."""
-    sides = _sides(place, shapes)
+def _fill_pair(arrays, layout, shapes, stored, names, scale):
+    """Writes A and B of one module of theirs into our stacked arrays."""
+    sides = _sides(layout, shapes)
     for name in names:
-        if name not in found:
-            raise UserError(f"{found[names[0]].path}: holds {names[0]} but no {name}")
-    a, b = (_numbers(found[name]) for name in names)
+        if name not in stored:
+            raise UserError(f"{stored[names[0]].path}: holds {names[0]} but no {name}")
+    a, b = (_finite(stored[name]) for name in names)
     rank = a.shape[0]
     expected = ((rank, sides.size[0]), (sides.size[1], rank))
     for name, array, shape in zip(names, (a, b), expected, strict=True):
         if array.shape != shape:
             raise UserError(
-                f"{found[name].path}: {ROOT}{name} has shape {list(array.shape)}; on "
+                f"{stored[name].path}: {ROOT}{name} has shape {list(array.shape)}; on "
                 f"its base it must be {list(shape)}"
             )
-    arrays[0][place.index][..., :rank] = a.T.reshape(*sides.read, rank)
-    own = scale * b[sides.region].T
-    arrays[1][place.index][:rank] = own.reshape(rank, *sides.written)
+    arrays[0][layout.index][..., :rank] = a.T.reshape(*sides.read, rank)
+    scaled = scale * b[sides.region].T
+    arrays[1][layout.index][:rank] = scaled.reshape(rank, *sides.written)
 
 
-def _tied(folder, found, family, config):
-    """Their output embedding, where one table is both: it must be the same."""
+def _tied(folder, stored, family, config):
+    """Returns names that repeat a tied embedding; refuses one that differs from it."""
     embed = family.top["embed"][0]
-    if not config.tied or not {embed, "lm_head.weight"} & found.keys():
+    if not config.tied or not {embed, "lm_head.weight"} & stored.keys():
         return set()
-    if "lm_head.weight" in found and embed in found:
-        if np.array_equal(*(found[n].open() for n in (embed, "lm_head.weight"))):
+    if "lm_head.weight" in stored and embed in stored:
+        if np.array_equal(stored[embed].open(), stored["lm_head.weight"].open()):
             return {"lm_head.weight"}
-    elif embed in found and "score.weight" in found:
+    elif embed in stored and "score.weight" in stored:
         return set()
     raise UserError(
         f"{folder / WEIGHTS}: trains {embed} and lm_head.weight apart, but its base "
@@ -364,12 +382,12 @@ def _tied(folder, found, family, config):
 
 
 def _filled(part, value):
-    if isinstance(part, lora.Low):
-        return lora.Low(*(x.replace(v) for x, v in zip(part, value, strict=True)))
+    if isinstance(part, lora.LoraPair):
+        return lora.LoraPair(*(x.replace(v) for x, v in zip(part, value, strict=True)))
     return part.replace(value)
 
 
-def load(folder, mesh, **how):
-    """The model that an adapter makes of its base, merged; see `huggingface.load`."""
+def load(folder: str | Path, mesh: Mesh, **how) -> Transformer | ScalarModel:
+    """Reads an adapter merged into its base; arguments as of `huggingface.load`."""
     base = huggingface.load(base_of(folder), mesh, **how)
     return lora.merge(base, read(folder, base, mesh))

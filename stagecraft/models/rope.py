@@ -1,12 +1,13 @@
-"""Rotary positions, and how their wavelengths stretch beyond the length trained on.
+"""Rotary positions, and how their wavelengths stretch beyond the trained length.
 
-Two kinds of scaling depend on how long a text is. Its length here is that of its own
-document: what else lies in the batch, or in the row, changes nothing.
+Two of the scalings depend on the length of a text. That is its own document alone: what
+else is in the row or the batch changes nothing.
 """
 
 import math
 
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft.models.config import ROPE_SCALING, ModelConfig
 
@@ -14,15 +15,17 @@ from stagecraft.models.config import ROPE_SCALING, ModelConfig
 BY_LENGTH = ("dynamic", "longrope")
 
 
-def angles(config: ModelConfig, positions, segments, *, sliding: bool):
-    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 15).
+def angles(
+    config: ModelConfig, positions: Array, segments: Array | None, *, sliding: bool
+) -> tuple[Array, Array]:
+    """Computes cosines and sines of rotary position embedding (Su et al. 2021, eq. 15).
 
     Args:
         config: the model's.
         positions: i32[B, T], of each token in its document.
         segments: i32[B, T], which document each token belongs to; None where every
             position is the last of its document so far (decoding).
-        sliding: for the layers with a window, whose base may be their own.
+        sliding: for layers with a window, which may have a base of their own.
 
     Returns:
         Two f32[B, T, 1, R/2] for `rotate`, R channels rotating.
@@ -45,7 +48,7 @@ def angles(config: ModelConfig, positions, segments, *, sliding: bool):
     return jnp.cos(turns) * factor, jnp.sin(turns) * factor
 
 
-def rotate(x, angles):
+def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     """Rotates channel pairs (i, i + R/2), Llama's pairing; x is [B, T, H, C].
 
     Channels from R on, R twice the width of `angles`, stay as they are.
@@ -62,8 +65,8 @@ def rotate(x, angles):
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def document_lengths(positions, segments):
-    """Length of each token's document: i32[B, T].
+def document_lengths(positions: Array, segments: Array | None) -> Array:
+    """Returns the length of each token's document so far or in full: i32[B, T].
 
     Args: as of `angles`.
     """
@@ -78,12 +81,12 @@ def _none(theta, exponents, lengths):
 
 
 def _linear(theta, exponents, lengths, *, factor):
-    """Positions divided by the factor (Chen et al. 2023)."""
+    """Divides positions by the factor (Chen et al. 2023)."""
     return theta**-exponents / factor
 
 
 def _dynamic(theta, exponents, lengths, *, factor, original_length):
-    """A base that grows with the length, once beyond the original (NTK-aware)."""
+    """Grows the base with the length, once beyond the original (NTK-aware)."""
     channels = 2 * exponents.size
     longer = jnp.maximum(lengths, original_length).astype(jnp.float32)
     growth = factor * longer / original_length - (factor - 1)
@@ -94,15 +97,15 @@ def _dynamic(theta, exponents, lengths, *, factor, original_length):
 def _llama3(
     theta, exponents, lengths, *, factor, low_frequency, high_frequency, original_length
 ):
-    """Long waves divided by the factor, short ones kept, between them a mean of both.
+    """Divides long waves by the factor, keeps short ones, and mixes both in between.
 
     Dubey et al. 2024; long and short are measured in turns over the original length.
     """
     plain = theta**-exponents
     turns = original_length * plain / (2 * math.pi)
-    kept = (turns - low_frequency) / (high_frequency - low_frequency)
-    kept = jnp.clip(kept, 0.0, 1.0)
-    return (1 - kept) * plain / factor + kept * plain
+    share = (turns - low_frequency) / (high_frequency - low_frequency)
+    share = jnp.clip(share, 0.0, 1.0)
+    return (1 - share) * plain / factor + share * plain
 
 
 def _yarn(
@@ -117,12 +120,12 @@ def _yarn(
     attention_factor,
     truncate,
 ):
-    """The same by a ramp over channels (Peng et al. 2023, section 3.2)."""
+    """Does the same with a ramp over channels (Peng et al. 2023, section 3.2)."""
     plain = theta**-exponents
     pairs = exponents.size
 
     def channel(turns):
-        """The pair of channels that makes so many turns over the original length."""
+        """Returns the pair of channels with `turns` turns over the original length."""
         share = math.log(original_length / (turns * 2 * math.pi)) / math.log(theta)
         return pairs * share
 
@@ -146,7 +149,7 @@ def _longrope(
     original_length,
     attention_factor,
 ):
-    """A factor for each pair, one set up to the original length and one beyond."""
+    """Divides each pair by its factor: one set up to the original length, one after."""
     short, long = (
         jnp.asarray(factors, jnp.float32) for factors in (short_factors, long_factors)
     )

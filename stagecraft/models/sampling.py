@@ -1,18 +1,21 @@
 """Sampling from the decoder: prefill, then one token at a time from a cache.
 
-The blocks are those of training; only the way tokens see each other differs, and it is
-passed to them as a function.
+The blocks are those of training; only how tokens attend to each other differs, and that
+is passed to them as a function.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import sharding
 from stagecraft.errors import UserError
-from stagecraft.models import attention as attention_lib
+from stagecraft.models import attention
+from stagecraft.models.transformer import Transformer
 
 
 class Sample(NamedTuple):
@@ -26,30 +29,54 @@ class Sample(NamedTuple):
         ended: bool[B], True where a stop token came within N tokens.
     """
 
-    tokens: Any
-    mask: Any
-    logps: Any
-    ended: Any
+    tokens: Array
+    mask: Array
+    logps: Array
+    ended: Array
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        *("max_new_tokens", "stop_ids", "temperature", "top_k", "top_p", "samples"),
-    ),
-)
+class SamplingParams(NamedTuple):
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: N.
+        stop_ids: the tokens that end a row, which keeps them; () ends none early.
+        temperature: divides the logits; 0 takes the most likely token, and log-probs
+            are then at temperature 1.
+        top_k: sample from the k most likely tokens only; 0 is off.
+        top_p: then from the fewest of these that reach this probability (Holtzman et
+            al. 2020); 1 is off.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def validate(self) -> "SamplingParams":
+        """Returns itself, or raises a UserError that names the value out of range."""
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
+        ):
+            if not ok:
+                value = getattr(self, name)
+                raise UserError(f"{name}: expected {expected}, got {value}")
+        return self
+
+
+@functools.partial(jax.jit, static_argnames=(*SamplingParams._fields, "samples"))
 def generate(
-    model,
-    prompt_ids,
-    prompt_mask,
-    key,
+    model: Transformer,
+    prompt_ids: Array,
+    prompt_mask: Array,
+    key: Array,
     *,
-    max_new_tokens,
-    stop_ids,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    samples=1,
+    samples: int = 1,
+    **settings,
 ) -> Sample:
     """Samples completions; compiled once for each prompt shape and setting.
 
@@ -61,14 +88,8 @@ def generate(
         prompt_ids: i32[B, P] left-padded prompts.
         prompt_mask: bool[B, P], True on real tokens.
         key: a random key.
-        max_new_tokens: N.
-        stop_ids: tuple of the tokens that end a row, kept in it; () ends none early.
-        temperature: divides the logits; 0 takes the most likely token, and log-probs
-            are then at temperature 1.
-        top_k: draw from the k most likely tokens only; 0 is off.
-        top_p: then from the fewest of these that reach this probability (Holtzman et
-            al. 2020); 1 is off.
         samples: G, completions of each prompt, which share its prefill.
+        **settings: fields of `SamplingParams`.
 
     Returns:
         A `Sample` of B * G rows, the samples of one prompt next to each other.
@@ -76,128 +97,127 @@ def generate(
     Raises:
         UserError: a setting is out of its range.
     """
-    _check(max_new_tokens, temperature, top_k, top_p, samples)
-    drawing = _Drawing(stop_ids, temperature, top_k, top_p)
-    talk, cache = _begin(
-        *(model, prompt_ids, prompt_mask, key, max_new_tokens, samples, drawing)
-    )
-    return _go_on(model, talk, cache, key, max_new_tokens, drawing)[0].sample
+    params = SamplingParams(**settings).validate()
+    if samples < 1:
+        raise UserError(f"samples: expected 1 or more, got {samples}")
+    state, cache = _begin(model, prompt_ids, prompt_mask, key, samples, params)
+    state, _ = _decode_loop(model, state, cache, key, params.max_new_tokens, params)
+    return state.sample
 
 
 def stream(
-    model,
-    prompt_ids,
-    prompt_mask,
-    key,
+    model: Transformer,
+    prompt_ids: Array,
+    prompt_mask: Array,
+    key: Array,
     *,
-    max_new_tokens,
-    stop_ids,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    every=8,
-):
-    """What `generate` returns, as far as it has come: a generator of `Sample`s.
+    every: int = 8,
+    **settings,
+) -> Iterator[Sample]:
+    """Yields what `generate` returns as it grows.
 
     The tokens are the same, whatever `every` is: the number of them between two yields.
     """
-    _check(max_new_tokens, temperature, top_k, top_p, 1)
-    drawing = _Drawing(stop_ids, temperature, top_k, top_p)
-    talk, cache = _begin_alone(
-        *(model, prompt_ids, prompt_mask, key, max_new_tokens, 1, drawing)
-    )
+    params = SamplingParams(**settings).validate()
+    state, cache = _begin_jit(model, prompt_ids, prompt_mask, key, 1, params)
     until = 1
-    yield talk.sample
-    while until < max_new_tokens and not talk.sample.ended.all():
-        until = min(until + every, max_new_tokens)
-        talk, cache = _go_on_alone(model, talk, cache, key, until, drawing)
-        yield talk.sample
+    yield state.sample
+    while until < params.max_new_tokens and not state.sample.ended.all():
+        until = min(until + every, params.max_new_tokens)
+        state, cache = _decode_loop_jit(model, state, cache, key, until, params)
+        yield state.sample
 
 
-class _Drawing(NamedTuple):
-    """How tokens are chosen, and which of them end a row."""
+class DecodeState(NamedTuple):
+    """Completions being decoded.
 
-    stop_ids: tuple
-    temperature: float
-    top_k: int
-    top_p: float
+    Attributes:
+        step: i32, tokens sampled so far.
+        token: i32[B], the last one of each row.
+        prompt_mask: bool[B, P].
+        sample: the `Sample` so far, with room for N tokens.
+    """
 
-
-class _Talk(NamedTuple):
-    """Completions under way: N of them are `step`, and the last is `token` i32[B]."""
-
-    step: Any
-    token: Any
-    prompt_mask: Any  # bool[B, P]
+    step: Array
+    token: Array
+    prompt_mask: Array
     sample: Sample
 
 
 def _begin(
-    model, prompt_ids, prompt_mask, key, max_new_tokens, samples, drawing
-) -> tuple[_Talk, Any]:
-    """Prompts and the first token of each row: the talk and its cache."""
+    model, prompt_ids, prompt_mask, key, samples, params
+) -> tuple[DecodeState, Any]:
+    """Reads the prompts and samples each row's first token: the state and its cache."""
+    room = params.max_new_tokens
     prompt_mask = prompt_mask.astype(bool)
-    hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, max_new_tokens)
+    hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, room)
     prompt_mask = _repeat(prompt_mask, samples, axis=0)
     none = jnp.zeros((prompt_mask.shape[0],), bool)
-    token, logps, ended = _choose(model, key, 0, hidden, none, drawing)
-    empty = (prompt_mask.shape[0], max_new_tokens)
+    token, logps, ended = _next_token(model, key, 0, hidden, none, params)
+    empty = (prompt_mask.shape[0], room)
     sample = Sample(
         tokens=_write(jnp.zeros(empty, jnp.int32), 0, token),
         mask=_write(jnp.zeros(empty, bool), 0, ~none),
         logps=_write(jnp.zeros(empty, jnp.float32), 0, logps),
         ended=ended,
     )
-    return _Talk(jnp.int32(1), token, prompt_mask, sample), cache
+    return DecodeState(jnp.int32(1), token, prompt_mask, sample), cache
 
 
-def _go_on(model, talk, cache, key, until, drawing) -> tuple[_Talk, Any]:
-    """The talk until there are so many tokens, or every row has ended."""
-    prompt_length, room = talk.prompt_mask.shape[1], talk.sample.tokens.shape[1]
-    lengths = talk.prompt_mask.sum(axis=1, dtype=jnp.int32)
+def _decode_loop(model, state, cache, key, until, params) -> tuple[DecodeState, Any]:
+    """Decodes until rows have `until` tokens or have all ended."""
+    prompt_length, room = state.prompt_mask.shape[1], state.sample.tokens.shape[1]
+    lengths = state.prompt_mask.sum(axis=1, dtype=jnp.int32)
     slots = jnp.arange(prompt_length + room)
-    prompt_slots = jnp.pad(talk.prompt_mask, ((0, 0), (0, room)))
+    prompt_slots = jnp.pad(state.prompt_mask, ((0, 0), (0, room)))
 
-    def going(state):
-        talk, _ = state
-        return (talk.step < until) & ~talk.sample.ended.all()
+    def unfinished(carry):
+        state, _ = carry
+        return (state.step < until) & ~state.sample.ended.all()
 
-    def advance(state):
-        talk, cache = state
-        step, sample = talk.step, talk.sample
+    def advance(carry):
+        state, cache = carry
+        step, sample = state.step, state.sample
         slot = prompt_length + step - 1
         visible = prompt_slots | ((slots >= prompt_length) & (slots <= slot))
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = _decode(model, talk.token, positions, visible, slot, cache)
+        hidden, cache = _decode(model, state.token, positions, visible, slot, cache)
         live = ~sample.ended
-        token, logps, ended = _choose(model, key, step, hidden, sample.ended, drawing)
+        token, logps, ended = _next_token(
+            model, key, step, hidden, sample.ended, params
+        )
         sample = Sample(
             tokens=_write(sample.tokens, step, token),
             mask=_write(sample.mask, step, live),
             logps=_write(sample.logps, step, logps),
             ended=ended,
         )
-        talk = talk._replace(step=step + 1, token=token, sample=sample)
-        return talk, cache
+        state = state._replace(step=step + 1, token=token, sample=sample)
+        return state, cache
 
-    return jax.lax.while_loop(going, advance, (talk, cache))
-
-
-_begin_alone = jax.jit(_begin, static_argnames=("max_new_tokens", "samples", "drawing"))
-_go_on_alone = jax.jit(_go_on, static_argnames="drawing", donate_argnames="cache")
+    return jax.lax.while_loop(unfinished, advance, (state, cache))
 
 
-def _choose(model, key, step, hidden, ended, drawing):
-    """The next token of each row, its log-prob, and which rows have ended now."""
+_begin_jit = jax.jit(_begin, static_argnames=("samples", "params"))
+_decode_loop_jit = jax.jit(
+    _decode_loop, static_argnames="params", donate_argnames="cache"
+)
+
+
+def _next_token(model, key, step, hidden, ended, params):
+    """Samples each row's next token: the tokens, their log-probs, which rows ended."""
     logits = _last_logits(model, hidden)
-    drawn, logps = _draw(
+    token, logps = _draw(
         jax.random.fold_in(key, step),
-        *(logits, drawing.temperature, drawing.top_k, drawing.top_p),
+        logits,
+        params.temperature,
+        params.top_k,
+        params.top_p,
     )
-    drawn = jnp.where(ended, 0, drawn)
+    token = jnp.where(ended, 0, token)
     logps = jnp.where(ended, 0.0, logps)
-    now = drawn[:, None] == jnp.array(drawing.stop_ids, jnp.int32)
-    return drawn, logps, ended | now.any(axis=1)
+    stops = token[:, None] == jnp.array(params.stop_ids, jnp.int32)
+    return token, logps, ended | stops.any(axis=1)
 
 
 def _write(out, step, column):
@@ -206,18 +226,6 @@ def _write(out, step, column):
 
 def _repeat(x, samples, axis):
     return x if samples == 1 else jnp.repeat(x, samples, axis=axis)
-
-
-def _check(max_new_tokens, temperature, top_k, top_p, samples):
-    for name, value, ok, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1 (off)"),
-        ("samples", samples, samples >= 1, "1 or more"),
-    ):
-        if not ok:
-            raise UserError(f"{name}: expected {expected}, got {value}")
 
 
 def _prefill(model, ids, mask, samples, room):
@@ -230,12 +238,12 @@ def _prefill(model, ids, mask, samples, room):
     positions = jnp.cumsum(segments, axis=1) - segments
     angles = model.angles(positions, segments)
 
-    def step(x, layer, kind):
+    def step(x, layer, spec):
         def attend(query, key, value):
-            attended = model.attend(query, key, value, segments, kind)
+            attended = model.attend(query, key, value, segments, spec)
             return attended, (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-        x, cache, _ = layer(x, angles[kind], attend)
+        x, cache, _ = layer(x, angles[spec], attend)
         return x, cache
 
     x = model.lookup(ids, positions)
@@ -247,7 +255,7 @@ def _prefill(model, ids, mask, samples, room):
 
     padding = ((0, 0), (0, 0), (0, room), (0, 0))
     cache = tuple(map(cached, range(c.layers)))
-    return model.norm(_repeat(x[:, -1:], samples, axis=0)), _place(cache)
+    return model.norm(_repeat(x[:, -1:], samples, axis=0)), _shard_cache(cache)
 
 
 def _decode(model, token, positions, visible, slot, cache):
@@ -261,51 +269,54 @@ def _decode(model, token, positions, visible, slot, cache):
     angles = model.angles(positions, None)
     slots = jnp.arange(visible.shape[1])
     x, caches = model.lookup(token[:, None], positions), []
-    for (kind, layer), old in zip(model.each_layer(), cache, strict=True):
+    for (spec, layer), old in zip(model.each_layer(), cache, strict=True):
         # Slots lie as far apart as the positions they hold, also behind padding.
-        near = visible & (slot - slots < kind.window) if kind.window else visible
+        near = visible & (slot - slots < spec.window) if spec.window else visible
 
         def attend(query, key, value, old=old, near=near):
             new = jax.tree.map(
-                lambda kept, one: jax.lax.dynamic_update_slice(
-                    kept, one.swapaxes(1, 2), (0, 0, slot, 0)
+                lambda slots, one: jax.lax.dynamic_update_slice(
+                    slots, one.swapaxes(1, 2), (0, 0, slot, 0)
                 ),
                 old,
                 (key, value),
             )
-            attended = attention_lib.cached_attention(
-                *(query, *new, near[:, None, :]),
+            attended = attention.cached_attention(
+                query,
+                *new,
+                near[:, None, :],
                 softcap=c.attention_softcap,
                 scale=c.scale,
             )
             return attended, new
 
-        x, new, _ = layer(x, angles[kind], attend)
+        x, new, _ = layer(x, angles[spec], attend)
         caches.append(new)
-    return model.norm(x), _place(tuple(caches))
+    return model.norm(x), _shard_cache(tuple(caches))
 
 
-def _place(cache):
+def _shard_cache(cache):
+    """Fixes the sharding of a cache: rows over the batch axes, heads over `tensor`."""
     return jax.tree.map(
         lambda x: sharding.constrain(x, "batch", "kv_heads", None, None), cache
     )
 
 
 def _last_logits(model, hidden):
-    """[B, 1, D] -> f32[B, V], each row's vocabulary whole on one device."""
+    """Computes [B, 1, D] -> f32[B, V], each row's vocabulary on one device."""
     logits = model.project_out(hidden[:, 0])
     return sharding.constrain(logits, "batch", None)
 
 
 def _draw(key, logits, temperature, top_k, top_p):
-    """One token a row: f32[B, V] -> (i32[B], f32[B] log-probs)."""
+    """Samples one token a row: f32[B, V] -> (i32[B], f32[B] log-probs)."""
     greedy = temperature == 0
     logits = logits if greedy else logits / temperature
     if greedy:
         token = logits.argmax(axis=-1).astype(jnp.int32)
     elif top_k or top_p < 1:
-        kept = min(top_k, logits.shape[1]) if top_k else logits.shape[1]
-        values, indices = jax.lax.top_k(logits, kept)
+        count = min(top_k, logits.shape[1]) if top_k else logits.shape[1]
+        values, indices = jax.lax.top_k(logits, count)
         weights = jax.nn.softmax(values, axis=-1)
         before = jnp.cumsum(weights, axis=-1) - weights
         # The first token is always kept; a token is dropped once those before it
@@ -320,7 +331,7 @@ def _draw(key, logits, temperature, top_k, top_p):
 
 
 def _categorical(key, logits):
-    """Draws from each row by one uniform number, from a key of the row's own."""
+    """Samples from each row with one uniform number from the row's own key."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
     # In (0, 1]: a token of probability zero is never the first to reach it.
     uniform = 1.0 - jax.vmap(jax.random.uniform)(keys)[:, None]

@@ -35,9 +35,7 @@ def abstract(info: dict[str, Any], mesh: jax.sharding.Mesh):
     config = ModelConfig(**info["model"])
     check_mesh(config, mesh)
     make = MODULES[info["module"]]
-    return sharding.abstract(
-        lambda key: make(config, key), jax.random.key(0), mesh=mesh
-    )
+    return sharding.abstract(lambda key: make(config, key), mesh, jax.random.key(0))
 
 
 def load(folder: str | Path, mesh: jax.sharding.Mesh) -> Transformer | ScalarModel:

@@ -1,12 +1,16 @@
-"""A scalar model's word on whole sequences: its output at their last real token."""
+"""Scores of whole sequences: a scalar model's output at their last real token."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+from stagecraft import sharding
+from stagecraft.models.transformer import ScalarModel
 
 
-def last_token(mask):
-    """Index of the last true element along the last axis; 0 where none is.
+def last_token(mask: Array) -> Array:
+    """Returns the index of the last true element along the last axis; 0 where none is.
 
     Args:
         mask: bool[..., T].
@@ -19,8 +23,10 @@ def last_token(mask):
     return jnp.where(mask.any(-1), last, 0).astype(jnp.int32)
 
 
-def scores(model, ids, mask, segments, positions):
-    """The scalar model's output at the last masked token of each row.
+def scores(
+    model: ScalarModel, ids: Array, mask: Array, segments: Array, positions: Array
+) -> Array:
+    """Returns the scalar model's output at the last masked token of each row.
 
     Args:
         model: a `ScalarModel`.
@@ -36,13 +42,14 @@ def scores(model, ids, mask, segments, positions):
 _scores = jax.jit(scores)
 
 
-def of_rows(model, rows, place, *, batch_size=128, multiple=16):
-    """Scores of id sequences of any lengths.
+def of_rows(
+    model: ScalarModel, rows: list, *, batch_size: int = 128, multiple: int = 16
+) -> list[float]:
+    """Scores id sequences of any lengths.
 
     Args:
         model: a `ScalarModel`.
         rows: list of ids, the last one being where the score is read.
-        place: puts a dict of numpy arrays on the mesh.
         batch_size: rows at once.
         multiple: lengths are rounded up to one of this, to bound compilations.
 
@@ -54,13 +61,14 @@ def of_rows(model, rows, place, *, batch_size=128, multiple=16):
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         ids = np.zeros((batch_size, length), np.int32)
-        seen = np.zeros((batch_size, length), bool)
+        mask = np.zeros((batch_size, length), bool)
         for i, row in enumerate(part):
             ids[i, : len(row)] = row
-            seen[i, : len(row)] = True
+            mask[i, : len(row)] = True
         positions = np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
         batch = dict(
-            ids=ids, mask=seen, segments=seen.astype(np.int32), positions=positions
+            ids=ids, mask=mask, segments=mask.astype(np.int32), positions=positions
         )
-        out += np.asarray(_scores(model, **place(batch)))[: len(part)].tolist()
+        values = _scores(model, **sharding.on_mesh(batch))
+        out += np.asarray(values)[: len(part)].tolist()
     return out

@@ -8,6 +8,7 @@ here because the library wants all tensors at once.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,31 +25,31 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Read only to be measured: what they hold is no weight of ours.
+# Sizes of dtypes that no weight of ours has, in bytes, to check a header.
 OTHER = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U32": 4}
 OTHER |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U64": 8}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# The library's own limit: beyond it a header is damage.
+# The library's own limit: a longer header means a damaged file.
 LONGEST_HEADER = 100_000_000
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies.
+    """The position of one tensor in a file.
 
     Attributes:
         path: the file.
-        dtype: the format's name of it, such as "BF16".
+        dtype: the format's name, such as "BF16".
         shape: tuple of ints.
         start: offset of its first byte in the file.
     """
 
     path: Path
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     start: int
 
-    def open(self):
-        """The tensor as a memory map: pages are read when they are looked at."""
+    def open(self) -> np.ndarray:
+        """Maps the tensor into memory: pages are read when they are used."""
         if not math.prod(self.shape):
             return np.zeros(self.shape, DTYPES[self.dtype])
         return np.memmap(
@@ -56,28 +57,28 @@ class Tensor(NamedTuple):
         )
 
 
-def read_folder(folder):
-    """The tensors of a folder: {name: Tensor}, nothing of them read but headers.
+def read_folder(folder: str | Path) -> dict[str, Tensor]:
+    """Reads the headers of a folder's files: {name: Tensor}.
 
     Raises:
-        UserError: a shard is missing, cut short or damaged; only pickles are there.
+        UserError: a shard is missing, cut short or damaged, or all are pickles.
     """
     folder = Path(folder)
-    found = {}
+    tensors = {}
     for path in files(folder):
-        found |= read_header(path)
+        tensors |= read_header(path)
     index = folder / INDEX
     if index.exists():
         for name, file in _weight_map(index).items():
-            if name not in found:
+            if name not in tensors:
                 raise UserError(
                     f"{folder / file}: lacks {name}, which {INDEX} says it holds"
                 )
-    return found
+    return tensors
 
 
-def read_header(path):
-    """{name: Tensor} of one file, its offsets checked against its size."""
+def read_header(path: str | Path) -> dict[str, Tensor]:
+    """Reads {name: Tensor} of one file; checks offsets against the file's size."""
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -101,6 +102,7 @@ def read_header(path):
 
 
 def _tensor(path, name, entry, offset, size):
+    """Returns the `Tensor` of a header's entry; `offset` is where the data begins."""
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     item = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER.get(dtype)
@@ -117,8 +119,8 @@ def _tensor(path, name, entry, offset, size):
     return Tensor(path, dtype, shape, offset + start)
 
 
-def files(folder):
-    """The safetensors files of a folder: those of its index, where it has one."""
+def files(folder: Path) -> list[Path]:
+    """Lists the safetensors files of a folder: those of its index, if it has one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / INDEX).exists():
@@ -132,9 +134,8 @@ def files(folder):
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
+    if paths := sorted(folder.glob("*.safetensors")):
+        return paths
     pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
     if pickles:
         raise UserError(
@@ -146,22 +147,29 @@ def files(folder):
 
 def _weight_map(path):
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): Path(file).name for name, file in found.items()}
+        entries = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not an index of safetensors files (no weight_map); fetch it again"
         ) from error
 
 
-def write_folder(folder, shapes, make, *, dtype, shard_size):
+def write_folder(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    make: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    shard_size: int,
+) -> None:
     """Writes tensors into one file, or into several with an index.
 
     Args:
         folder: an existing folder.
         shapes: {name: shape}, in the order to write.
         make: (name) -> array of that shape and dtype, called once for each in order;
-            one at a time is held.
+            only one is held at a time.
         dtype: a name of `DTYPES`.
         shard_size: bytes of tensors in a file, at most, unless one is larger.
     """
@@ -174,20 +182,20 @@ def write_folder(folder, shapes, make, *, dtype, shard_size):
             filled = 0
         shards[-1].append(name)
         filled += size
-    files_ = [SINGLE]
-    if len(shards) > 1:
-        count = len(shards)
-        files_ = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for file, names in zip(files_, shards, strict=True):
+    count = len(shards)
+    paths = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        paths = [SINGLE]
+    for file, names in zip(paths, shards, strict=True):
         write_file(folder / file, {n: shapes[n] for n in names}, make, dtype)
-    if len(shards) > 1:
+    if count > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * item
-        where = {n: f for f, names in zip(files_, shards, strict=True) for n in names}
+        where = {n: f for f, names in zip(paths, shards, strict=True) for n in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
-def write_file(path, shapes, make, dtype):
+def write_file(path: Path, shapes: dict, make: Callable, dtype: str) -> None:
     """Writes one file; see `write_folder`."""
     item, start = DTYPES[dtype].itemsize, 0
     header = {"__metadata__": {"format": "pt"}}
@@ -196,7 +204,7 @@ def write_file(path, shapes, make, dtype):
         header[name] = dict(dtype=dtype, shape=shape, data_offsets=[start, stop])
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # tensors begin where vector loads like it
+    text += b" " * (-(8 + len(text)) % 64)  # aligned for vector loads
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():

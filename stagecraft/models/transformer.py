@@ -6,14 +6,17 @@ Configs and other settings are static fields. Parameters are float32 and cast to
 compute dtype where they are used; norms, softmax and logits are float32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from stagecraft import sharding
-from stagecraft.models import attention as attention_lib
-from stagecraft.models import heads, layers, linear, norms, rope
+from stagecraft.models import attention, heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.experts import Balance, Experts, balance
 
@@ -24,7 +27,7 @@ SAVED = ("query", "key", "value", "attended")
 # copies of a loop, a visible part of a small model's step.
 UNROLL = 8
 
-# Every product with a weight goes through here, but those of experts.
+# Every product with a weight, except those of experts.
 _project = linear.project
 
 
@@ -35,22 +38,22 @@ class Attention(nnx.Module):
         c = config
         keys = jax.random.split(key, 4)
         out_std = c.init_std / (2 * c.layers) ** 0.5
-        heads, kv_heads = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
+        dims, kv_dims = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
         axes, kv_axes = ("heads", None), ("kv_heads", None)
         normal, zeros = linear.normal, linear.zeros
-        self.query = normal(keys[0], (c.width, *heads), c.init_std, ("embed", *axes))
-        kv = (c.width, *kv_heads)
+        self.query = normal(keys[0], (c.width, *dims), c.init_std, ("embed", *axes))
+        kv = (c.width, *kv_dims)
         self.key = normal(keys[1], kv, c.init_std, ("embed", *kv_axes))
         self.value = normal(keys[2], kv, c.init_std, ("embed", *kv_axes))
-        self.out = normal(keys[3], (*heads, c.width), out_std, (*axes, "embed"))
-        self.query_bias = zeros(heads, axes) if c.qkv_bias else None
-        self.key_bias = zeros(kv_heads, kv_axes) if c.qkv_bias else None
-        self.value_bias = zeros(kv_heads, kv_axes) if c.qkv_bias else None
+        self.out = normal(keys[3], (*dims, c.width), out_std, (*axes, "embed"))
+        self.query_bias = zeros(dims, axes) if c.qkv_bias else None
+        self.key_bias = zeros(kv_dims, kv_axes) if c.qkv_bias else None
+        self.value_bias = zeros(kv_dims, kv_axes) if c.qkv_bias else None
         self.out_bias = zeros((c.width,), ("embed",)) if c.out_bias else None
         self.query_norm = _head_norm(c, c.heads, "heads") if c.qk_norm else None
         self.key_norm = _head_norm(c, c.kv_heads, "kv_heads") if c.qk_norm else None
 
-    def __call__(self, x, angles, attend):
+    def __call__(self, x: Array, angles, attend: Callable) -> tuple[Array, Any]:
         query = _project(x, self.query, self.query_bias)
         key = _project(x, self.key, self.key_bias)
         value = _project(x, self.value, self.value_bias)
@@ -67,23 +70,23 @@ class Attention(nnx.Module):
         return _project(attended, self.out, self.out_bias, contracted=2), extra
 
 
-def _head_norm(config, heads, axis):
-    """Over each head's channels, or over all heads at once."""
+def _head_norm(config, count, axis):
+    """Makes the norm of `count` heads: over each one's channels, or over all."""
     c = config
     if c.qk_norm_over == "head":
         return norms.RMSNorm(c.head_dim, c.norm_eps, None, c.norm_offset)
-    return norms.RMSNorm(heads * c.head_dim, c.norm_eps, axis, c.norm_offset)
+    return norms.RMSNorm(count * c.head_dim, c.norm_eps, axis, c.norm_offset)
 
 
 def _norm_heads(norm, x):
-    """[B, T, H, C] normalised as the size of the norm's scale says."""
+    """Normalises [B, T, H, C] over as many channels as the norm's scale has."""
     if norm.scale.shape[-1] == x.shape[-1]:
         return norm(x)
     return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020), and what is near it."""
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020), and its relatives."""
 
     def __init__(self, config: ModelConfig, key):
         c = config
@@ -100,7 +103,7 @@ class FeedForward(nnx.Module):
         self.up_bias = zeros((c.ff_width,), ("ff",)) if bias else None
         self.down_bias = zeros((c.width,), ("embed",)) if bias else None
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         activate = linear.ACTIVATIONS[self.activation]
         if self.gate is None:
             inner = activate(_project(x, self.up, self.up_bias))
@@ -113,12 +116,12 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then feed-forward, each added to the residual stream.
 
-    Norms stand before each of the two, after each, or both.
+    Norms come before each of the two, after each, or both.
 
     Args:
         config: the model's.
         key: random key of the initial weights.
-        sparse: whether the feed-forward is a choice of experts.
+        sparse: whether the feed-forward is a mixture of experts.
     """
 
     def __init__(self, config: ModelConfig, key, sparse: bool):
@@ -133,14 +136,14 @@ class Block(nnx.Module):
         self.experts = Experts(config, ff_key) if sparse else None
         self.ff_post_norm = norms.make(config) if after else None
 
-    def __call__(self, x, angles, attend):
+    def __call__(self, x: Array, angles, attend: Callable) -> tuple:
         """Runs the layer.
 
         Args:
             x: [B, T, D] residual stream.
             angles: from `rope.angles`; None where nothing rotates.
-            attend: (query, key, value) -> (attended, extra); the way tokens see each
-                other, the only part in which training and decoding differ.
+            attend: (query, key, value) -> (attended, extra); how tokens see each other,
+                the only part in which training and decoding differ.
 
         Returns:
             [B, T, D]; extra; the experts' `Routing`, or None.
@@ -169,7 +172,7 @@ class Transformer(nnx.Module):
         key: random key of the initial weights.
     """
 
-    def __init__(self, config: ModelConfig, key):
+    def __init__(self, config: ModelConfig, key: Array):
         c = config.validate()
         embed_key, layers_key, unembed_key = jax.random.split(key, 3)
         self.config = c
@@ -187,8 +190,8 @@ class Transformer(nnx.Module):
             None if c.tied else linear.normal(unembed_key, table, c.init_std, axes)
         )
 
-    def hidden(self, ids, positions, segments):
-        """Final hidden states of whole sequences.
+    def hidden(self, ids: Array, positions: Array, segments: Array) -> Array:
+        """Returns the final hidden states of whole sequences.
 
         Args:
             ids: i32[B, T] tokens.
@@ -201,17 +204,19 @@ class Transformer(nnx.Module):
         """
         return self._hidden(ids, positions, segments, balanced=False)[0]
 
-    def hidden_and_balance(self, ids, positions, segments):
-        """The same, and how the experts share the work: a `Balance`.
+    def hidden_and_balance(
+        self, ids: Array, positions: Array, segments: Array
+    ) -> tuple[Array, Balance]:
+        """Returns the final hidden states, and how the experts share the work.
 
         For models with experts; arguments as of `hidden`.
         """
         x, total = self._hidden(ids, positions, segments, balanced=True)
-        count = sum(kind.sparse for kind in self.config.kinds)
+        count = sum(spec.sparse for spec in self.config.layer_specs)
         return x, jax.tree.map(lambda a: a / count, total)
 
     def _hidden(self, ids, positions, segments, *, balanced):
-        """Hidden states, and the layers' balances added up if asked for."""
+        """Returns hidden states, and the sum of the layers' balances if `balanced`."""
         c = self.config
         angles = self.angles(positions, segments)
         total = None
@@ -221,14 +226,14 @@ class Transformer(nnx.Module):
                 load=jnp.zeros((c.experts,), jnp.float32),
             )
 
-        def step(carry, layer, kind):
+        def step(carry, layer, spec):
             x, total = carry
 
             def attend(query, key, value):
-                return self.attend(query, key, value, segments, kind), None
+                return self.attend(query, key, value, segments, spec), None
 
-            x, _, routing = layer(x, angles[kind], attend)
-            if total is not None and kind.sparse:
+            x, _, routing = layer(x, angles[spec], attend)
+            if total is not None and spec.sparse:
                 total = jax.tree.map(jnp.add, total, balance(routing, segments > 0))
             return (x, total), None
 
@@ -236,12 +241,15 @@ class Transformer(nnx.Module):
         (x, total), _ = self.through(step, carry, unroll=self.unroll, remat=c.remat)
         return self.norm(x), total
 
-    def attend(self, query, key, value, segments, kind):
-        """Attention over whole sequences, as a layer of this `Kind` has it."""
+    def attend(self, query, key, value, segments, spec):
+        """Attention over whole sequences in a layer of this `LayerSpec`."""
         c = self.config
-        return attention_lib.attention(
-            *(query, key, value, segments),
-            window=kind.window,
+        return attention.attention(
+            query,
+            key,
+            value,
+            segments,
+            window=spec.window,
             softcap=c.attention_softcap,
             scale=c.scale,
             kernel=c.attention,
@@ -249,35 +257,35 @@ class Transformer(nnx.Module):
         )
 
     def through(self, step, carry, *, unroll=1, remat="none"):
-        """Carries something through the layers, from the first to the last.
+        """Runs a step through the layers, from the first to the last.
 
         Args:
-            step: (carry, layer, kind) -> (carry, out), `kind` a static `Kind`.
+            step: (carry, layer, spec) -> (carry, out), `spec` a static `LayerSpec`.
             carry: any tree of arrays.
-            unroll: layers that one turn of the loop runs, where all are of one kind.
+            unroll: layers that one turn of the loop runs, where all have one spec.
             remat: see `ModelConfig`.
 
         Returns:
             carry; the outs, stacked over layers.
         """
         return layers.scan(
-            lambda kind: _remat(lambda c, layer: step(c, layer, kind), remat),
+            lambda spec: _remat(lambda c, layer: step(c, layer, spec), remat),
             carry,
             self.layers,
-            self.config.kinds,
+            self.config.layer_specs,
             unroll=unroll,
         )
 
     def each_layer(self):
-        """[(kind, layer)], from the first to the last."""
-        return layers.each(self.layers, self.config.kinds)
+        """Returns [(spec, layer)], from the first to the last."""
+        return layers.each(self.layers, self.config.layer_specs)
 
-    def output_embedding(self):
-        """f32[V, D]: the rows whose products with hidden states are the logits."""
+    def output_embedding(self) -> Array:
+        """Returns f32[V, D], whose products with hidden states are the logits."""
         return (self.embed if self.unembed is None else self.unembed)[...]
 
-    def token_logps(self, hidden, targets, **options):
-        """`heads.token_logps` of this model's logits."""
+    def token_logps(self, hidden: Array, targets: Array, **options) -> heads.TokenStats:
+        """Calls `heads.token_logps` with this model's output embedding."""
         return heads.token_logps(
             hidden,
             self.output_embedding(),
@@ -286,23 +294,23 @@ class Transformer(nnx.Module):
             **options,
         )
 
-    def project_out(self, hidden):
-        """Logits of hidden states: [..., D] -> f32[..., V]."""
+    def project_out(self, hidden: Array) -> Array:
+        """Returns the logits of hidden states: [..., D] -> f32[..., V]."""
         embedding = self.output_embedding().astype(hidden.dtype)
         logits = jnp.einsum(
             "...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32
         )
         return linear.softcap(logits, self.config.logit_softcap)
 
-    def logits(self, ids, positions, segments):
-        """f32[B, T, V], all at once: for tests and short sequences only.
+    def logits(self, ids: Array, positions: Array, segments: Array) -> Array:
+        """Returns f32[B, T, V] logits at once, for tests and short sequences only.
 
         Training goes through `token_logps`, which never builds this array.
         """
         return self.project_out(self.hidden(ids, positions, segments))
 
-    def lookup(self, ids, positions):
-        """Input embeddings: 2 x i32[B, T] -> [B, T, D] in the compute dtype.
+    def lookup(self, ids: Array, positions: Array) -> Array:
+        """Looks up input embeddings: 2 x i32[B, T] -> [B, T, D] in the compute dtype.
 
         A learned position beyond the table is that of its last row: the data is cut to
         `max_length`, so that only padding can lie there.
@@ -320,23 +328,23 @@ class Transformer(nnx.Module):
             x = x + jnp.take(table, positions, axis=0, mode="clip")
         return sharding.constrain(x, "batch", None, None)
 
-    def angles(self, positions, segments):
-        """{kind: rotary angles, or None} for the kinds of this model's layers.
+    def angles(self, positions: Array, segments: Array | None) -> dict:
+        """Returns {spec: rotary angles, or None} for the specs of this model's layers.
 
         Args: as of `rope.angles`.
         """
-        made = {}  # the same arrays for kinds that rotate alike
+        shared = {}  # the same arrays for specs that rotate alike
         out = {}
-        for kind in self.config.kinds:
-            own = kind.window > 0 and self.config.rope_theta_sliding > 0
-            if kind.rotates and own not in made:
-                made[own] = rope.angles(self.config, positions, segments, sliding=own)
-            out[kind] = made[own] if kind.rotates else None
+        for spec in self.config.layer_specs:
+            own = spec.window > 0 and self.config.rope_theta_sliding > 0
+            if spec.rotates and own not in shared:
+                shared[own] = rope.angles(self.config, positions, segments, sliding=own)
+            out[spec] = shared[own] if spec.rotates else None
         return out
 
     @property
     def unroll(self) -> int:
-        """How many layers one turn of the layer loop runs."""
+        """Number of layers that one turn of the layer loop runs."""
         return self.config.layers if self.config.layers <= UNROLL else 1
 
 
@@ -349,7 +357,7 @@ class ScalarModel(nnx.Module):
         head, bias: Params f32[D] and f32[], in place of new ones.
     """
 
-    def __init__(self, body: Transformer, key, head=None, bias=None):
+    def __init__(self, body: Transformer, key: Array | None, head=None, bias=None):
         width = body.config.width
         self.body = body
         if head is None:
@@ -357,27 +365,27 @@ class ScalarModel(nnx.Module):
         self.head = head
         self.bias = linear.zeros((), ()) if bias is None else bias
 
-    def __call__(self, ids, positions, segments):
-        """f32[B, T]; arguments as in `Transformer.hidden`."""
+    def __call__(self, ids: Array, positions: Array, segments: Array) -> Array:
+        """Returns f32[B, T] values; arguments as in `Transformer.hidden`."""
         hidden = self.body.hidden(ids, positions, segments).astype(jnp.float32)
         return hidden @ self.head[...] + self.bias[...]
 
 
 def _stacks(config, keys):
-    """Layers stacked along one axis; dense and sparse ones apart where both are."""
+    """Stacks layers along one axis; dense and sparse ones apart where both occur."""
 
     def stack(sparse, keys):
         return jax.vmap(lambda key: Block(config, key, sparse))(keys)
 
-    places = {"dense": [], "sparse": []}
-    for place, kind in enumerate(config.kinds):
-        places["sparse" if kind.sparse else "dense"].append(place)
-    if not (places["dense"] and places["sparse"]):
-        return stack(bool(places["sparse"]), keys)
+    numbers = {"dense": [], "sparse": []}
+    for number, spec in enumerate(config.layer_specs):
+        numbers["sparse" if spec.sparse else "dense"].append(number)
+    if not (numbers["dense"] and numbers["sparse"]):
+        return stack(bool(numbers["sparse"]), keys)
     return nnx.Dict(
         {
-            name: stack(name == "sparse", keys[jnp.asarray(where)])
-            for name, where in places.items()
+            name: stack(name == "sparse", keys[jnp.asarray(part)])
+            for name, part in numbers.items()
         }
     )
 

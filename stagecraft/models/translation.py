@@ -6,11 +6,11 @@ written, for older readers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from stagecraft.errors import UserError
-from stagecraft.models.config import ModelConfig
+from stagecraft.models.config import ModelConfig, per_layer
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -22,59 +22,63 @@ ACTIVATIONS = {
 }
 # Fields that say how to compute or to train, and not what.
 THE_RUNS = (
-    *("dtype", "remat", "attention", "strict_kernels"),
-    *("balance_coef", "init_std", "family"),
+    "dtype",
+    "remat",
+    "attention",
+    "strict_kernels",
+    "balance_coef",
+    "init_std",
+    "family",
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class Keys(dict):
-    """A config.json whose missing keys are named."""
+    """A config.json that names a missing key in a UserError."""
 
     def __missing__(self, key):
         raise UserError(f"config.json: has no {key!r}")
 
 
 class Pair(NamedTuple):
-    """One translation.
+    """A translation of a few keys.
 
     Attributes:
         read: (Keys, fields so far) -> more fields of `ModelConfig`.
         write: (ModelConfig) -> keys of config.json.
     """
 
-    read: Callable
-    write: Callable
+    read: Callable[[Keys, dict], dict]
+    write: Callable[[ModelConfig], dict]
 
 
-def renamed(**names):
-    """Values that only change their name: width="hidden_size"."""
+def renamed(**names: str) -> Pair:
+    """Renames keys: width="hidden_size"."""
     return Pair(
         lambda hf, c: {ours: hf[theirs] for ours, theirs in names.items()},
         lambda c: {theirs: getattr(c, ours) for ours, theirs in names.items()},
     )
 
 
-def optional(**names):
-    """Numbers whose absence they write as null and we as 0."""
+def optional(**names: str) -> Pair:
+    """Renames numbers that are null where they are off, and 0 in our config."""
     return Pair(
         lambda hf, c: {o: float(hf.get(t) or 0.0) for o, t in names.items()},
         lambda c: {t: getattr(c, o) or None for o, t in names.items()},
     )
 
 
-def either(ours, *names):
-    """A value that went by several names: the first there is, and all are written."""
+def either(ours: str, *names: str) -> Pair:
+    """Translates a key with several names: reads the first present, writes all."""
 
     def read(hf, c):
-        found = next((name for name in names if name in hf), names[0])
-        return {ours: hf[found]}
+        return {ours: hf[next((name for name in names if name in hf), names[0])]}
 
     return Pair(read, lambda c: dict.fromkeys(names, getattr(c, ours)))
 
 
-def implied(**values):
-    """Fields that a family has without saying so; a value may be made from others."""
+def implied(**values) -> Pair:
+    """Sets fields that no key spells; a value may be a function of earlier fields."""
 
     def read(hf, c):
         return {k: v(c) if callable(v) else v for k, v in values.items()}
@@ -82,16 +86,16 @@ def implied(**values):
     return Pair(read, lambda c: {})
 
 
-def flag(theirs, *ours):
-    """One key of theirs that is several fields of ours."""
+def flag(theirs: str, *ours: str) -> Pair:
+    """Translates one key of theirs to several fields of ours."""
     return Pair(
         lambda hf, c: dict.fromkeys(ours, bool(hf[theirs])),
         lambda c: {theirs: getattr(c, ours[0])},
     )
 
 
-def refused(key, feature, allowed=(None, False)):
-    """A key that must not be set: we have nothing that does what it asks for."""
+def refused(key: str, feature: str, allowed: tuple = (None, False)) -> Pair:
+    """Refuses a key whose feature our decoder lacks."""
 
     def read(hf, c):
         if hf.get(key) not in allowed:
@@ -104,16 +108,16 @@ def refused(key, feature, allowed=(None, False)):
     return Pair(read, lambda c: {})
 
 
-def heads(*, whole=False):
-    """Head counts and sizes, which may be left out.
+def heads(*, fill_width: bool = False) -> Pair:
+    """Translates head counts and sizes, which may be left out.
 
     Args:
-        whole: heads fill the width, and their size has no key.
+        fill_width: heads fill the width, and their size has no key.
     """
 
     def read(hf, c):
         count = hf["num_attention_heads"]
-        named = None if whole else hf.get("head_dim")
+        named = None if fill_width else hf.get("head_dim")
         return {
             "heads": count,
             "kv_heads": hf.get("num_key_value_heads") or count,
@@ -122,17 +126,17 @@ def heads(*, whole=False):
 
     def write(c):
         out = {"num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads}
-        return out if whole else out | {"head_dim": c.head_dim}
+        return out if fill_width else out | {"head_dim": c.head_dim}
 
     return Pair(read, write)
 
 
-def activation(key="hidden_act", *, tanh="gelu_pytorch_tanh"):
-    """The feed-forward's nonlinearity.
+def activation(key: str = "hidden_act", *, tanh: str = "gelu_pytorch_tanh") -> Pair:
+    """Translates the feed-forward's nonlinearity.
 
     Args:
-        key: their name of it.
-        tanh: what they call GELU's approximation by tanh.
+        key: its key in config.json.
+        tanh: their name of GELU's approximation by tanh.
     """
 
     def read(hf, c):
@@ -150,17 +154,17 @@ def activation(key="hidden_act", *, tanh="gelu_pytorch_tanh"):
     return Pair(read, write)
 
 
-def query_scale():
-    """Gemma's attention scale, written as the number whose root divides the scores."""
+def query_scale() -> Pair:
+    """Translates Gemma's attention scale: the number whose root divides the scores."""
 
     def read(hf, c):
         scale = float(hf["query_pre_attn_scalar"]) ** -0.5
         return {"attention_scale": 0.0 if scale == c["head_dim"] ** -0.5 else scale}
 
     def write(c):
-        found = c.attention_scale**-2 if c.attention_scale else c.head_dim
-        whole = math.isclose(found, round(found), rel_tol=1e-6)
-        return {"query_pre_attn_scalar": round(found) if whole else found}
+        scalar = c.attention_scale**-2 if c.attention_scale else c.head_dim
+        is_integer = math.isclose(scalar, round(scalar), rel_tol=1e-6)
+        return {"query_pre_attn_scalar": round(scalar) if is_integer else scalar}
 
     return Pair(read, write)
 
@@ -168,17 +172,8 @@ def query_scale():
 # Which layers do what
 
 
-def per_layer(pattern, layers):
-    """A pattern repeated to one value a layer.
-
-    >>> per_layer((True, False), 3)
-    (True, False, True)
-    """
-    return tuple(bool(pattern[i % len(pattern)]) for i in range(layers))
-
-
-def shortest(values):
-    """The shortest pattern that repeats to these values; () where all are true.
+def shortest(values: Iterable[bool]) -> tuple[bool, ...]:
+    """Returns the shortest pattern that repeats to these values; () if all are true.
 
     >>> shortest([True, False, True, False, True])
     (True, False)
@@ -192,15 +187,21 @@ def shortest(values):
     )
 
 
-def window(slides=None, *, switch=False, types=True, idle=None):
-    """Sliding windows.
+def window(
+    slides: Callable[[Keys, int], bool] | None = None,
+    *,
+    switch: bool = False,
+    types: bool = True,
+    idle: int | None = None,
+) -> Pair:
+    """Translates sliding windows.
 
     Args:
-        slides: (hf, layer) -> whether it slides, where `layer_types` does not say; None
+        slides: (hf, layer) -> whether it slides, where `layer_types` is absent; None
             for all.
         switch: nothing slides unless `use_sliding_window` is set.
-        types: whether `layer_types` is heeded, and written.
-        idle: the size to write where no layer slides, if there must be one.
+        types: whether `layer_types` is read and written.
+        idle: the size to write where no layer slides, if the family needs one.
     """
 
     def read(hf, c):
@@ -209,66 +210,66 @@ def window(slides=None, *, switch=False, types=True, idle=None):
             return {"window": 0, "sliding": ()}
         named = hf.get("layer_types") if types else None
         if named:
-            known = {SLIDING: True, FULL: False}
+            meanings = {SLIDING: True, FULL: False}
             for name in named:
-                if name not in known:
+                if name not in meanings:
                     raise UserError(
                         f"config.json: layer_types names {name!r}, which is not "
-                        f"implemented; known: {', '.join(known)}"
+                        f"implemented; known: {', '.join(meanings)}"
                     )
-            found = [known[name] for name in named]
+            sliding = [meanings[name] for name in named]
         else:
-            found = [slides is None or slides(hf, i) for i in range(c["layers"])]
-        if not any(found):
+            sliding = [slides is None or slides(hf, i) for i in range(c["layers"])]
+        if not any(sliding):
             return {"window": 0, "sliding": ()}
-        return {"window": size, "sliding": shortest(found)}
+        return {"window": size, "sliding": shortest(sliding)}
 
     def write(c):
-        found = per_layer(c.sliding or (True,), c.layers)
+        sliding = per_layer(c.sliding, c.layers)
         if not c.window:
-            found = (False,) * c.layers
+            sliding = (False,) * c.layers
         out = {"sliding_window": c.window or idle}
         if switch:
             out["use_sliding_window"] = bool(c.window)
-            # Older readers: the first so many do not slide, all others do.
-            out["max_window_layers"] = found.index(True) if any(found) else c.layers
+            # Older readers: layers from this one on slide.
+            first = sliding.index(True) if any(sliding) else c.layers
+            out["max_window_layers"] = first
         if types:
-            out["layer_types"] = [SLIDING if slides else FULL for slides in found]
+            out["layer_types"] = [SLIDING if slides else FULL for slides in sliding]
         return out
 
     return Pair(read, write)
 
 
-def rotating():
-    """SmolLM3's layers without rotation: 1 rotates, 0 does not."""
+def rotating() -> Pair:
+    """Translates SmolLM3's layers without rotation: 1 rotates, 0 does not."""
 
     def read(hf, c):
-        found = hf.get("no_rope_layers")
-        if found is None:
+        rotates = hf.get("no_rope_layers")
+        if rotates is None:
             every = hf.get("no_rope_layer_interval", 4)
-            found = [(i + 1) % every != 0 for i in range(c["layers"])]
-        return {"rotates": shortest(found)}
+            rotates = [(i + 1) % every != 0 for i in range(c["layers"])]
+        return {"rotates": shortest(rotates)}
 
     def write(c):
-        found = per_layer(c.rotates or (True,), c.layers)
-        return {"no_rope_layers": [int(x) for x in found]}
+        return {"no_rope_layers": [int(x) for x in per_layer(c.rotates, c.layers)]}
 
     return Pair(read, write)
 
 
-def sparse():
-    """Qwen3-MoE's layers with experts among dense ones."""
+def sparse() -> Pair:
+    """Translates Qwen3-MoE's layers with experts among dense ones."""
 
     def read(hf, c):
         every, dense = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers")
-        found = [
+        values = [
             (i + 1) % every == 0 and i not in (dense or ()) for i in range(c["layers"])
         ]
-        return {"sparse": shortest(found)}
+        return {"sparse": shortest(values)}
 
     def write(c):
-        found = per_layer(c.sparse or (True,), c.layers)
-        dense = [i for i, is_sparse in enumerate(found) if not is_sparse]
+        values = per_layer(c.sparse, c.layers)
+        dense = [i for i, is_sparse in enumerate(values) if not is_sparse]
         return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
     return Pair(read, write)
@@ -277,29 +278,29 @@ def sparse():
 # Whole configs
 
 
-def read(pairs, hf):
-    """Fields of `ModelConfig` from config.json."""
+def read(pairs: Iterable[Pair], hf: dict) -> ModelConfig:
+    """Reads a `ModelConfig` from the keys of config.json."""
     hf, fields = Keys(hf), {}
     try:
         for pair in pairs:
             fields |= pair.read(hf, fields)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"config.json: a value is not of the kind its key takes ({error})"
+            f"config.json: a value is not of the type its key takes ({error})"
         ) from error
     return ModelConfig(**fields)
 
 
-def write(pairs, config):
-    """Keys of config.json from a `ModelConfig`."""
+def write(pairs: Iterable[Pair], config: ModelConfig) -> dict:
+    """Returns the keys of config.json for a `ModelConfig`."""
     out = {}
     for pair in pairs:
         out |= pair.write(config)
     return out
 
 
-def meaning(config):
-    """A config's fields as far as they bear on what the model computes.
+def meaning(config: ModelConfig) -> dict:
+    """Returns the fields of a config that bear on what the model computes.
 
     Patterns are spelled out by layer, and what is off has no settings: two configs with
     one meaning are one model.
@@ -309,10 +310,10 @@ def meaning(config):
     for name in THE_RUNS:
         out.pop(name, None)
     slides = c.window > 0
-    out["sliding"] = per_layer(c.sliding or (True,), c.layers) if slides else ()
+    out["sliding"] = per_layer(c.sliding, c.layers) if slides else ()
     rotary = c.positions == "rope"
-    out["rotates"] = per_layer(c.rotates or (True,), c.layers) if rotary else ()
-    out["sparse"] = per_layer(c.sparse or (True,), c.layers) if c.experts else ()
+    out["rotates"] = per_layer(c.rotates, c.layers) if rotary else ()
+    out["sparse"] = per_layer(c.sparse, c.layers) if c.experts else ()
     out["attention_scale"] = c.attention_scale or c.head_dim**-0.5
     if not slides:
         out["rope_theta_sliding"] = 0.0
@@ -331,8 +332,8 @@ def meaning(config):
     return out
 
 
-def differences(one, other):
-    """Names of the fields in which two meanings differ, floats up to rounding."""
+def differences(one: dict, other: dict) -> list[str]:
+    """Returns the fields in which two meanings differ, floats up to rounding."""
 
     def same(a, b):
         if isinstance(a, float) and isinstance(b, (int, float)):

@@ -1,45 +1,53 @@
-"""How config.json spells rotary positions, and what scales their wavelengths."""
+"""Rotary positions in config.json, and the scaling of their wavelengths."""
 
 import math
 
 from stagecraft.errors import UserError
 from stagecraft.models.translation import FULL, SLIDING, Pair
 
-# Of the channels, those that rotate.
+# The key for the share of channels that rotate.
 SHARE = "partial_rotary_factor"
 # Their names of the numbers that stretch rotary wavelengths, in `ROPE_SCALING`'s order.
 ROPE_KEYS = {
     "linear": ("factor",),
     "dynamic": ("factor", "original_max_position_embeddings"),
     "llama3": (
-        *("factor", "low_freq_factor", "high_freq_factor"),
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
         "original_max_position_embeddings",
     ),
     "yarn": (
-        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-        *("attention_factor", "truncate"),
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
     ),
     "longrope": (
-        *("short_factor", "long_factor", "original_max_position_embeddings"),
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
         "attention_factor",
     ),
 }
 
 
-def rope(theta=1e4, *, share=None):
-    """One set of wavelengths for all layers.
+def rope(theta: float = 1e4, *, share: float | None = None) -> Pair:
+    """Translates one set of wavelengths for all layers.
 
     Args:
-        theta: their base where none is named.
-        share: of the channels that rotate, where none is named; None for a family that
-            rotates all of them and heeds no such key.
+        theta: default of their base.
+        share: default of the share of channels that rotate; None for a family that
+            rotates all of them and has no such key.
     """
 
     def read(hf, c):
         given = hf.get("rope_parameters") or {}
-        found = hf.get("rope_scaling") or given
+        scaling = hf.get("rope_scaling") or given
         base = given.get("rope_theta") or hf.get("rope_theta") or theta
-        out = _read_scaling(hf, found, SHARE if share else None)
+        out = _read_scaling(hf, scaling, SHARE if share else None)
         if share:
             out["rope_share"] = float(given.get(SHARE) or hf.get(SHARE) or share)
         return out | {"rope_theta": float(base)}
@@ -56,8 +64,8 @@ def rope(theta=1e4, *, share=None):
     return Pair(read, write)
 
 
-def rope_by_type(theta=1e6, local=1e4):
-    """Gemma 3's two sets: one for full layers, one unscaled for sliding layers."""
+def rope_by_type(theta: float = 1e6, local: float = 1e4) -> Pair:
+    """Translates Gemma 3's two sets: for full layers, and unscaled for sliding ones."""
 
     def read(hf, c):
         given = hf.get("rope_parameters") or {}
@@ -70,8 +78,8 @@ def rope_by_type(theta=1e6, local=1e4):
             )
         base = full.get("rope_theta") or hf.get("rope_theta") or theta
         near = slides.get("rope_theta") or hf.get("rope_local_base_freq") or local
-        found = _read_scaling(hf, full | (hf.get("rope_scaling") or {}))
-        return found | {"rope_theta": float(base), "rope_theta_sliding": float(near)}
+        out = _read_scaling(hf, full | (hf.get("rope_scaling") or {}))
+        return out | {"rope_theta": float(base), "rope_theta_sliding": float(near)}
 
     def write(c):
         scaling, near = _write_scaling(c), c.rope_theta_sliding or c.rope_theta
@@ -88,44 +96,55 @@ def rope_by_type(theta=1e6, local=1e4):
     return Pair(read, write)
 
 
-def _read_scaling(hf, found, heeded=None):
-    kind = found.get("rope_type") or found.get("type") or "default"
-    kind = {"default": "none", "su": "longrope"}.get(kind, kind)
-    if kind != "none" and kind not in ROPE_KEYS:
+def _read_scaling(hf, given, share_key=None):
+    """Reads our rope_scaling and rope_arguments.
+
+    Args:
+        hf: config.json.
+        given: its keys about scaling.
+        share_key: the key for the share of rotating channels, where the family has one.
+    """
+    scaling = given.get("rope_type") or given.get("type") or "default"
+    scaling = {"default": "none", "su": "longrope"}.get(scaling, scaling)
+    if scaling != "none" and scaling not in ROPE_KEYS:
         raise UserError(
-            f"config.json: rope_type={kind!r} is not implemented; known: default, "
+            f"config.json: rope_type={scaling!r} is not implemented; known: default, "
             f"{', '.join(ROPE_KEYS)}"
         )
     for key in (SHARE, "mrope_section"):
-        value = found.get(key) or hf.get(key) or 1.0
-        if key != heeded and value != 1.0:
+        value = given.get(key) or hf.get(key) or 1.0
+        if key != share_key and value != 1.0:
             raise UserError(
-                f"config.json: {key}={value!r}: this family rotates all channels, "
-                "transformers does not heed it either; expected 1.0"
+                f"config.json: {key}={value!r}: this family rotates all channels, and "
+                "transformers ignores the key too; expected 1.0"
             )
-    if kind == "none":
+    if scaling == "none":
         return {"rope_scaling": "none", "rope_arguments": ()}
     longest = hf["max_position_embeddings"]
     original = longest
-    if kind != "dynamic":
-        original = hf.get("original_max_position_embeddings") or found.get(
+    if scaling != "dynamic":
+        original = hf.get("original_max_position_embeddings") or given.get(
             "original_max_position_embeddings", longest
         )
-    known = {k: v for k, v in found.items() if v is not None}
-    known |= {"original_max_position_embeddings": original}
-    known.setdefault("factor", longest / original)
-    known.setdefault("attention_factor", _attention_factor(kind, known))
-    known = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | known
+    values = {k: v for k, v in given.items() if v is not None}
+    values |= {"original_max_position_embeddings": original}
+    values.setdefault("factor", longest / original)
+    values.setdefault("attention_factor", _attention_factor(scaling, values))
+    values = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | values
     return {
-        "rope_scaling": kind,
-        "rope_arguments": tuple(_argument(kind, k, known) for k in ROPE_KEYS[kind]),
+        "rope_scaling": scaling,
+        "rope_arguments": tuple(
+            _argument(scaling, key, values) for key in ROPE_KEYS[scaling]
+        ),
     }
 
 
-def _argument(kind, key, known):
-    if key not in known:
-        raise UserError(f"config.json: rope_type={kind!r} needs {key}, which is absent")
-    value = known[key]
+def _argument(scaling, key, values):
+    if key not in values:
+        raise UserError(
+            f"config.json: rope_type={scaling!r} needs {key}, which is absent"
+        )
+    value = values[key]
     if isinstance(value, bool):
         return value
     if isinstance(value, (list, tuple)):
@@ -133,19 +152,18 @@ def _argument(kind, key, known):
     return int(value) if key.startswith("original") else float(value)
 
 
-def _attention_factor(kind, known):
-    """What multiplies cosines and sines where the folder does not say.
+def _attention_factor(scaling, values):
+    """Returns the default factor of cosines and sines.
 
     YaRN (Peng et al. 2023, section 3.4; the two mscale of DeepSeek), LongRoPE (Ding et
     al. 2024, section 3.3).
     """
-    factor = known["factor"]
-    if kind == "longrope" and factor > 1:
-        return math.sqrt(
-            1 + math.log(factor) / math.log(known["original_max_position_embeddings"])
-        )
-    if kind == "yarn" and factor > 1:
-        top, bottom = known.get("mscale"), known.get("mscale_all_dim")
+    factor = values["factor"]
+    if scaling == "longrope" and factor > 1:
+        original = values["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    if scaling == "yarn" and factor > 1:
+        top, bottom = values.get("mscale"), values.get("mscale_all_dim")
         scales = (top, bottom) if top and bottom else (1.0, 0.0)
         top, bottom = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
         return top / bottom

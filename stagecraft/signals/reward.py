@@ -5,7 +5,6 @@ import math
 
 from stagecraft import tree
 from stagecraft.models import scores
-from stagecraft.models.language import placed
 from stagecraft.signals import protocol
 from stagecraft.signals.protocol import UNSCORED, Verdict
 from stagecraft.text import chat
@@ -38,7 +37,7 @@ class RewardModel:
             self._ids(prompt, *answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        return scores.of_rows(self.model, rows, lambda batch: placed(batch)[0])
+        return scores.of_rows(self.model, rows)
 
     def rate(self, prompts, pairs):
         """Returns the Bradley-Terry probability that the first of each pair is better.

@@ -10,11 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stagecraft import losses, masked, optim
+from stagecraft import losses, masked, optim, sharding
 from stagecraft.data import comparisons
 from stagecraft.errors import UserError
 from stagecraft.models import lora
-from stagecraft.models.language import placed
 from stagecraft.models.scores import scores
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import Kind, Role
@@ -111,7 +110,7 @@ def normalize(state, reference, batch_size, frozen=None):
         model = lora.join(frozen, model)  # its bias is the state's own
         total = masked.Mean.empty()
         for raw in reference.epoch(batch_size):
-            total = total.merge(_mean_score(model, placed(raw)[0]))
+            total = total.merge(_mean_score(model, sharding.on_mesh(raw)))
         model.bias[...] = model.bias[...] - total.result()
     return state, {"reference_reward": float(total.result())}
 

@@ -149,8 +149,8 @@ def trained(config, parent, mesh, *, scalar=False):
         settings = lora.Settings(**config.lora)
         # A target that the model lacks is refused by the first of these.
         shapes = lora.abstract(settings, parent, mesh, scalar=scalar)
-        make = lora.made(settings, parent, mesh, scalar=scalar)
-        return Trained(parent, make, shapes)
+        init = lora.init_fn(settings, parent, mesh, scalar=scalar)
+        return Trained(parent, init, shapes)
     copy = make_copy(parent, mesh)
     if not scalar or isinstance(parent, ScalarModel):
         return Trained(None, lambda key: copy(), abstract(parent, mesh))
@@ -159,7 +159,7 @@ def trained(config, parent, mesh, *, scalar=False):
         return ScalarModel(body, key)
 
     make = sharding.init_sharded(with_head, mesh)
-    shapes = sharding.abstract(with_head, jax.random.key(0), parent, mesh=mesh)
+    shapes = sharding.abstract(with_head, mesh, jax.random.key(0), parent)
     return Trained(None, lambda key: make(key, copy()), shapes)
 
 
@@ -169,7 +169,7 @@ def fresh(model_config, mesh):
     def make(key):
         return Transformer(model_config, key)
 
-    shapes = sharding.abstract(make, jax.random.key(0), mesh=mesh)
+    shapes = sharding.abstract(make, mesh, jax.random.key(0))
     return Trained(None, sharding.init_sharded(make, mesh), shapes)
 
 
@@ -291,7 +291,7 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
 
     shapes = {k: p.abstract for k, p in parts.items()} if several else parts.abstract
     state = sharding.abstract(
-        carry, shapes, _reference(shapes), jax.random.key(0), mesh=mesh
+        carry, mesh, shapes, _reference(shapes), jax.random.key(0)
     )
     base = None if frozen is None else abstract(frozen, mesh)
     return Beginning(init, state, frozen, base)

@@ -174,7 +174,7 @@ def make_minibatch_update(
             (model, opt_state), (number, rows, key) = carry, xs
             part = {k: v[rows] for k, v in batch["rollout"].items()}
             part |= beside(batch, number) if beside else {}
-            part = jax.tree.map(sharding.constrain_rows, part)
+            part = sharding.constrain_rows(part)
             now = state._replace(model=model, opt_state=opt_state)
             # The schedule counts rollouts: one learning rate for a rollout's updates.
             model, opt_state, metrics = step(now, part, state.step, frozen, key)

@@ -1,12 +1,11 @@
-"""Conversations and documents as ids and a mask of what is to be learned.
+"""Conversations and documents as ids and a mask of the tokens to learn.
 
     <bos> <|user|> question <|assistant|> answer <|end|> <|user|> ...
     <bos> document <eos>
 
 The mask marks targets: in a conversation every assistant turn with its <|end|> (or the
 last alone; none whose weight is 0), in a document everything but bos. Each part is
-tokenised on its own, so that no piece spans the border between what is given and what
-is learned.
+tokenised on its own, so that no piece spans the border between prompt and target.
 
 A tokenizer that brings a chat template writes conversations its own way instead. The
 whole text is tokenised at once, as transformers does, and a token is a target where it
@@ -16,6 +15,7 @@ holds a character of an assistant's turn; see `template`.
 import json
 
 from stagecraft.errors import UserError
+from stagecraft.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 # Those that a tokenizer without a template has pieces for.
@@ -25,8 +25,8 @@ PIECES = ("system", "user", "assistant")
 TURNS = ("all", "last")
 
 
-def document(text, tokenizer):
-    """A plain document.
+def document(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Encodes a plain document.
 
     Returns:
         ids list[int], mask list[bool]: all but bos are targets.
@@ -37,13 +37,15 @@ def document(text, tokenizer):
     return ids, mask
 
 
-def beginning(tokenizer):
-    """What stands before a text: bos, or nothing for tokenizers that put none."""
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids before a text: bos, or none where the tokenizer puts none."""
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
-def render(messages, tokenizer, *, turns="all", tools=None):
-    """A whole conversation.
+def render(
+    messages: list[dict], tokenizer: Tokenizer, *, turns: str = "all", tools=None
+) -> tuple[list[int], list[bool]]:
+    """Encodes a whole conversation.
 
     Args:
         messages: [{"role", "content"}]; one with "ended" False was cut off by a length
@@ -53,7 +55,7 @@ def render(messages, tokenizer, *, turns="all", tools=None):
         tools: JSON schemas of the tools a template may offer, or None.
 
     Returns:
-        ids list[int], mask list[bool]: the assistant's words and its end of turn.
+        ids list[int], mask list[bool]: True on the assistant's words and end of turn.
     """
     template = tokenizer.template
     if template is None:
@@ -62,12 +64,14 @@ def render(messages, tokenizer, *, turns="all", tools=None):
     def write(messages, tools):
         return template.conversation(messages, tools, turns=turns)
 
-    ids, places, spans = tokenizer.encode_turns(messages, tools, write)
-    return ids, _touched(places, spans)
+    ids, offsets, spans = tokenizer.encode_turns(messages, tools, write)
+    return ids, _touched(offsets, spans)
 
 
-def generation_prompt(messages, tokenizer, *, tools=None):
-    """Ids of a conversation up to the point where the assistant is to speak."""
+def generation_prompt(
+    messages: list[dict], tokenizer: Tokenizer, *, tools=None
+) -> list[int]:
+    """Encodes a conversation up to where the assistant's answer begins."""
     template = tokenizer.template
     if template is None:
         return [*_pieces(messages, tokenizer, "all", tools)[0], tokenizer.assistant]
@@ -98,29 +102,29 @@ def _pieces(messages, tokenizer, turns, tools):
                 "tokenizer with a chat template that writes such turns"
             )
         words = tokenizer.encode(message["content"])
-        spoken = message["role"] == "assistant"
-        learned = spoken and message.get("weight", 1) != 0
+        is_answer = message["role"] == "assistant"
+        learned = is_answer and message.get("weight", 1) != 0
         learned = learned and (turns == "all" or number == last)
         ids += [pieces[message["role"]], *words]
         mask += [False] + [learned] * len(words)
-        if spoken and message.get("ended", True):  # others end where the next begins
+        if is_answer and message.get("ended", True):  # others end where the next begins
             ids.append(tokenizer.end)
             mask.append(learned)
     return ids, mask
 
 
-def _touched(places, spans):
-    """Which tokens hold a character of a span.
+def _touched(offsets, spans):
+    """Tells which tokens hold a character of a span.
 
     Args:
-        places: (start, end) of each token in characters, in order.
+        offsets: (start, end) of each token in characters, in order.
         spans: (start, end), in order.
 
     >>> _touched([(0, 2), (2, 4), (3, 4), (4, 4), (4, 6)], [(3, 4)])
     [False, True, True, False, False]
     """
     mask, number = [], 0
-    for start, end in places:
+    for start, end in offsets:
         while number < len(spans) and spans[number][1] <= start:
             number += 1
         inside = number < len(spans) and max(start, spans[number][0]) < min(
@@ -131,7 +135,7 @@ def _touched(places, spans):
 
 
 def as_tools(value):
-    """Tools as a list of JSON schemas, from a list or its JSON; None for none."""
+    """Reads tools, a list of JSON schemas or its JSON; returns None for none."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -145,7 +149,7 @@ def as_tools(value):
 
 
 def as_messages(value, role="user"):
-    """A text as one message of `role`; a list of messages checked and returned.
+    """Returns a text as one message of `role`, or a list of messages once checked.
 
     >>> as_messages("Hello")
     [{'role': 'user', 'content': 'Hello'}]
@@ -205,7 +209,7 @@ def _check_weight(message):
 
 
 def check_turns(messages, last=ROLES):
-    """Refuses what no conversation looks like; returns the messages.
+    """Checks that roles take turns as in a conversation; returns the messages.
 
     Args:
         messages: a whole conversation: perhaps a system message, then a user's and an
@@ -235,7 +239,7 @@ def check_turns(messages, last=ROLES):
 
 
 def conversation(record):
-    """The messages of a demonstration: {"messages"} or {"prompt", "completion"}."""
+    """Returns the messages of {"messages"} or {"prompt", "completion"}."""
     if "messages" in record:
         messages = as_messages(record["messages"])
     else:

@@ -40,7 +40,7 @@ class Failed(Exception):
 
 
 class Sandbox:
-    """Renders the templates it was made with.
+    """Renders templates in a child process.
 
     Args:
         sources: {name: jinja text}.
@@ -54,7 +54,7 @@ class Sandbox:
         self.has_blocks = self._ask({"sources": sources})["has_blocks"]
 
     def render(self, requests):
-        """Texts of several renderings, all at one moment in time.
+        """Returns the texts of several renderings, all at one moment in time.
 
         Args:
             requests: list of {"name", "variables", "opening", "closing"}: which
@@ -122,7 +122,7 @@ class Sandbox:
 class _Generation(jinja2.ext.Extension):
     """{% generation %}...{% endgeneration %}: what the assistant itself says.
 
-    The marks go into the text, so that they are where the text is, also when a macro or
+    The marks go into the text, so that they stay with the text, also when a macro or
     a {% set %} block carries it elsewhere.
     """
 
@@ -140,7 +140,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """What templates are written for: transformers' environment."""
+    """The environment transformers gives to chat templates."""
 
     opening = closing = ""
 
@@ -156,14 +156,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = lambda form: self.now.strftime(form)
 
     def unsafe_undefined(self, obj, attribute):
-        # By default it would be an empty text until it is used.
+        # By default it would be an empty text as long as nothing uses it.
         raise jinja2.sandbox.SecurityError(
             f"reaches for {attribute!r} of a {type(obj).__name__}"
         )
 
 
 class _Refused(Exception):
-    """What a template says no with."""
+    """A template called raise_exception."""
 
 
 def _refuse(message):
@@ -219,11 +219,11 @@ def _serve(seconds, memory):
         except jinja2.TemplateSyntaxError as error:
             answer = {"error": f"line {error.lineno}: {error.message}", "always": True}
         except MemoryError as error:
-            told = f"needs too much memory ({error or 'it ran out'})"
-            answer = {"error": told, "always": True}
+            reason = f"needs too much memory ({error or 'it ran out'})"
+            answer = {"error": reason, "always": True}
         except Exception as error:  # somebody else's program
-            told = f"failed ({type(error).__name__}: {error})"
-            answer = {"error": told, "always": False}
+            reason = f"failed ({type(error).__name__}: {error})"
+            answer = {"error": reason, "always": False}
         if "error" in answer:
             answer["error"] = " ".join(answer["error"].split())[:500]
         text = json.dumps(answer)

@@ -1,10 +1,10 @@
-"""A model's own chat template: conversations as text, and where the assistant speaks.
+"""A model's own chat template: conversations as text, and the assistant's spans.
 
-What is learned of a text is known by its characters. A template may say so itself, with
-{% generation %} blocks. Of one that does not, the text up to an assistant's turn is
-rendered with the prompt for an answer, then the text through it; where both begin the
-whole, what lies between them is the turn. Where they do not, nobody knows what is the
-assistant's, and the conversation is refused.
+What is learned is a list of character spans. A template may mark them itself, with
+{% generation %} blocks. For one that does not, the conversation up to an assistant's
+turn is rendered with the prompt for an answer, then the conversation through that turn;
+where the full text begins with both, the turn lies between them. Where it does not, the
+assistant's part is unknown and the conversation is refused.
 """
 
 import re
@@ -12,14 +12,14 @@ import re
 from stagecraft.errors import UserError
 from stagecraft.text.sandbox import Failed, Sandbox
 
-# Of our messages, and not for templates to see.
+# Keys of our messages that templates must not see.
 OWN = ("ended", "weight")
 # Where to look for characters that a text does not hold: the last private plane.
 PRIVATE = range(0x10FFFD, 0x100000, -1)
 
 
 class Refusal(UserError):
-    """A template that will not write these messages; it may write others."""
+    """A template refuses these messages; it may accept others."""
 
 
 class Template:
@@ -39,11 +39,11 @@ class Template:
             raise UserError(f"chat template: {error}") from None
 
     def text(self, messages, tools=None, *, prompt=False):
-        """The text of a conversation; with `prompt` up to where an answer is due."""
+        """Returns a conversation's text; with `prompt` it stops before the answer."""
         return self._render([self._request(messages, tools, prompt=prompt)])[0]
 
     def conversation(self, messages, tools=None, *, turns="all"):
-        """The text of a whole conversation and what is learned of it.
+        """Returns the text of a whole conversation and the spans to learn.
 
         Args:
             messages: see `chat.render`.
@@ -53,23 +53,24 @@ class Template:
         Returns:
             text, list of (start, end) in characters.
         """
-        speaks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if any(not m.get("ended", True) for m in messages[:-1]):
             raise UserError(
                 "an answer before the last one was cut off (ended is false); a chat "
                 "template has no place for it"
             )
-        learned = [i for i in speaks if messages[i].get("weight", 1) != 0]
+        learned = [i for i in answers if messages[i].get("weight", 1) != 0]
         if turns == "last":
-            learned = [i for i in learned if i == speaks[-1]]
+            learned = [i for i in learned if i == answers[-1]]
         cut = bool(messages) and not messages[-1].get("ended", True)
         name = self._name(tools)
         marks = unused(3, texts(messages), texts(tools or []))
         if self._sandbox.has_blocks[name]:
-            return self._by_blocks(messages, tools, speaks, learned, cut, marks)
+            return self._by_blocks(messages, tools, answers, learned, cut, marks)
         return self._by_prefixes(messages, tools, learned, cut, marks)
 
-    def _by_blocks(self, messages, tools, speaks, learned, cut, marks):
+    def _by_blocks(self, messages, tools, answers, learned, cut, marks):
+        """Finds the spans by the template's own {% generation %} blocks."""
         opening, closing, stop = marks
         shown = _stopped(messages, stop) if cut else messages
         plain, marked = self._render(
@@ -87,20 +88,19 @@ class Template:
                 "chat template: its text changes when its {% generation %} blocks are "
                 "marked (one stands inside a filter?), so what is learned is unknown"
             )
-        if learned == speaks:
+        if learned == answers:
             return text, spans
-        if len(spans) == len(speaks):
-            kept = [spans[speaks.index(i)] for i in learned]
-        else:
-            turns = self._turns(messages, tools, learned, text)
-            kept = [
-                (start, end)
-                for start, end in spans
-                if any(low <= start and end <= high for low, high in turns)
-            ]
-        return text, kept
+        if len(spans) == len(answers):
+            return text, [spans[answers.index(i)] for i in learned]
+        turns = self._turns(messages, tools, learned, text)
+        return text, [
+            (start, end)
+            for start, end in spans
+            if any(low <= start and end <= high for low, high in turns)
+        ]
 
     def _by_prefixes(self, messages, tools, learned, cut, marks):
+        """Finds the spans by rendering the conversation up to and through each turn."""
         requests = [self._request(messages, tools)]
         if cut:
             requests.append(self._request(_stopped(messages, marks[0]), tools))
@@ -115,13 +115,14 @@ class Template:
         return text, self._turns(messages, tools, learned, text)
 
     def _turns(self, messages, tools, learned, text):
-        """(start, end) of each of these turns in the text, or a refusal."""
+        """Returns (start, end) of each of these turns in the text, or refuses."""
         requests = []
         for i in learned:
             requests.append(self._request(messages[:i], tools, prompt=True))
             requests.append(self._request(messages[: i + 1], tools))
-        found, spans = self._render(requests), []
-        for i, before, through in zip(learned, found[::2], found[1::2], strict=True):
+        prefixes, spans = self._render(requests), []
+        pairs = zip(prefixes[::2], prefixes[1::2], strict=True)
+        for i, (before, through) in zip(learned, pairs, strict=True):
             if i == len(messages) - 1:
                 through = text
             if not (through.startswith(before) and text.startswith(through)):
@@ -161,12 +162,12 @@ class Template:
         try:
             return self._sandbox.render(requests) if requests else []
         except Failed as error:
-            kind = UserError if error.always else Refusal
-            raise kind(f"chat template: {error}") from None
+            error_type = UserError if error.always else Refusal
+            raise error_type(f"chat template: {error}") from None
 
 
 def texts(value):
-    """Every text in messages or tools, keys too."""
+    """Yields every text in messages or tools, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -179,7 +180,7 @@ def texts(value):
 
 
 def replaced(value, change):
-    """A copy of messages or tools with `change` done to every text."""
+    """Returns a copy of messages or tools with `change` applied to every text."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -190,14 +191,14 @@ def replaced(value, change):
 
 
 def unused(count, *groups):
-    """Characters that none of the texts hold."""
+    """Returns characters that occur in none of the texts."""
     high = {c for group in groups for text in group for c in text if c > "\U00100000"}
     free = (chr(code) for code in PRIVATE if chr(code) not in high)
     return [next(free) for _ in range(count)]
 
 
 def _stopped(messages, stop):
-    """The messages, the last one's words followed by a mark."""
+    """Returns the messages with a mark after the last one's content."""
     *others, last = messages
     return [*others, last | {"content": (last.get("content") or "") + stop}]
 
@@ -216,7 +217,7 @@ def _begins(whole, part):
 
 
 def _unmarked(marked, opening, closing, cut):
-    """The text without its marks, and the outermost spans between them."""
+    """Returns the text without its marks, and the outermost spans between them."""
     parts, spans, depth, length, start, begin = [], [], 0, 0, 0, 0
     for mark in re.finditer(f"[{opening}{closing}]", marked):
         parts.append(marked[begin : mark.start()])

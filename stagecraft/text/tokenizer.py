@@ -1,17 +1,6 @@
-"""Tokenizers: SentencePiece here, Hugging Face's and bytes in files of their own.
+"""Tokenizers: what each offers, SentencePiece's own, and how they are found on disk.
 
-Every one has
-
-    encode(text) -> ids, without bos or eos and without control ids
-    decode(ids) -> text, in which control ids are silent
-    pad, bos (None where none is put), eos; pad differs from both
-    stops: ids that end an assistant's turn
-    control_ids: other ids that plain text never holds
-    vocab_size; digest: a hash of all that decides ids; files: {name: bytes}
-    template: a chat `Template`; where it is None, turns begin with the ids system,
-        user, assistant and an answer ends with the id end (None: it cannot chat)
-
-The SentencePiece model we train has control symbols for these, which have ids but no
+The SentencePiece model we train has control symbols for turns, which have ids but no
 spelling, so that a user's "<|end|>" is ordinary text. Bytes outside the vocabulary fall
 back to byte pieces, so that every string survives encode and decode.
 """
@@ -20,14 +9,16 @@ import hashlib
 import io
 import re
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece as spm
 
 from stagecraft import storage
 from stagecraft.errors import UserError
-from stagecraft.text import bytes_
-from stagecraft.text import tokenizer_json as hf
+from stagecraft.text import byte_tokenizer
+from stagecraft.text.template import Template
+from stagecraft.text.tokenizer_json import MAIN, HuggingFaceTokenizer
 
 CHAT_PIECES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -46,7 +37,43 @@ LINE = 1000
 FILE = "tokenizer.model"
 
 
-def load(path):
+class Tokenizer(Protocol):
+    """What every tokenizer offers.
+
+    Attributes:
+        pad, bos, eos: ids that fill up, begin and end a text; bos is None where none is
+            put; pad differs from both.
+        stops: ids that end an assistant's turn.
+        control_ids: other ids that plain text never holds.
+        vocab_size: number of ids.
+        digest: a hash of everything that decides ids.
+        files: {name: bytes}, what `keep` writes.
+        template: a chat `Template`; where it is None, turns begin with the ids system,
+            user, assistant and an answer ends with the id end (None: it cannot chat).
+    """
+
+    pad: int
+    bos: int | None
+    eos: int
+    system: int | None
+    user: int | None
+    assistant: int | None
+    end: int | None
+    stops: tuple[int, ...]
+    control_ids: tuple[int, ...]
+    vocab_size: int
+    digest: str
+    files: dict[str, bytes]
+    template: Template | None
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without bos or eos and without control ids."""
+
+    def decode(self, ids) -> str:
+        """Returns the text of ids; control ids have none."""
+
+
+def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.
 
     Args:
@@ -54,36 +81,38 @@ def load(path):
             folder of one that was kept, or the word "bytes".
     """
     if str(path) == "bytes":
-        return bytes_.Bytes()
+        return byte_tokenizer.ByteTokenizer()
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer file or folder")
-    if path.name == hf.MAIN:  # what lies beside it belongs to it
+    if path.name == MAIN:  # what lies beside it belongs to it
         path = path.parent
     if path.is_file():
-        return (hf.HuggingFace if path.suffix == ".json" else Tokenizer).load(path)
-    if (path / hf.MAIN).is_file():
-        return hf.HuggingFace.load(path)
+        is_json = path.suffix == ".json"
+        reader = HuggingFaceTokenizer if is_json else SentencePiece
+        return reader.load(path)
+    if (path / MAIN).is_file():
+        return HuggingFaceTokenizer.load(path)
     if (path / FILE).is_file():
-        return Tokenizer.load(path / FILE)
-    if (path / bytes_.FILE).is_file():
-        return bytes_.Bytes()
-    raise UserError(f"{path}: no tokenizer here ({hf.MAIN} or {FILE})")
+        return SentencePiece.load(path / FILE)
+    if (path / byte_tokenizer.FILE).is_file():
+        return byte_tokenizer.ByteTokenizer()
+    raise UserError(f"{path}: no tokenizer here ({MAIN} or {FILE})")
 
 
-def keep(tokenizer, folder):
-    """Writes a tokenizer's files as they came, all or none; `load(folder)` reads them.
+def keep(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer's files unchanged, all or none; `load(folder)` reads them.
 
     Args:
-        tokenizer: one of any kind.
-        folder: where they go; must not be there yet.
+        tokenizer: any tokenizer.
+        folder: where they go; must not exist yet.
     """
     with storage.new_folder(folder) as temporary:
         for name, data in tokenizer.files.items():
             storage.write_bytes(temporary / name, data)
 
 
-class Tokenizer:
+class SentencePiece:
     """A SentencePiece model, ours or another's.
 
     One of ours writes back every text and has pieces for turns. Another's is for plain
@@ -111,7 +140,7 @@ class Tokenizer:
             self.control_ids = (self.system, self.user, self.assistant, self.end)
             self._space = [piece(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         else:
-            self._others(where)
+            self._read_special_ids(where)
 
     def _has_pieces(self):
         # A piece that is missing has the id of <unk>, which is no control piece.
@@ -119,8 +148,8 @@ class Tokenizer:
         ids += map(self._processor.piece_to_id, CHAT_PIECES)
         return all(map(self._processor.is_control, ids)) and len(set(ids)) == len(ids)
 
-    def _others(self, where):
-        """What a model without our pieces says of itself."""
+    def _read_special_ids(self, where):
+        """Takes the special ids of a model that lacks our pieces."""
         processor = self._processor
         self.eos = processor.eos_id()
         if self.eos < 0:
@@ -138,8 +167,8 @@ class Tokenizer:
             if processor.is_control(i) and i not in (self.bos, self.eos, self.pad)
         )
 
-    def encode(self, text):
-        """Ids of a text, without bos or eos."""
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without bos or eos."""
         if not self._own:
             return self._processor.encode(text)
         # `decode` gives the same text back, also where it holds this character.
@@ -149,35 +178,35 @@ class Tokenizer:
             ids += self._space + self._processor.encode(part)
         return ids
 
-    def decode(self, ids):
-        """The text of ids; control pieces have none."""
+    def decode(self, ids) -> str:
+        """Returns the text of ids; control pieces have none."""
         return self._processor.decode([int(i) for i in ids])
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "SentencePiece":
         """Reads a .model file."""
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path}: no such tokenizer file")
         try:
-            found = cls(path.read_bytes(), path)
+            tokenizer = cls(path.read_bytes(), path)
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
-        if found._own and found.decode(found.encode(PROBE)) != PROBE:
+        if tokenizer._own and tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise UserError(
                 f"{path}: does not give text back as it was (needs byte fallback and "
                 "no normalisation); train one with tokenizer.files"
             )
-        return found
+        return tokenizer
 
     @classmethod
-    def train(cls, texts, vocab_size, path):
+    def train(cls, texts, vocab_size: int, path) -> "SentencePiece":
         """Trains a byte-fallback BPE; the same texts give the same file.
 
         Args:
             texts: iterable of str.
             vocab_size: pieces, with 256 bytes and 8 control pieces among them.
-            path: where the model file goes, whole or not at all.
+            path: where the model file goes; it appears complete or not at all.
         """
         lines = _training_lines(texts)
         if not lines:
@@ -204,7 +233,7 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise UserError(_why(error, vocab_size)) from error
+            raise UserError(_training_error(error, vocab_size)) from error
         storage.write_bytes(path, model.getvalue())
         return cls(model.getvalue())
 
@@ -222,7 +251,8 @@ def _training_lines(texts):
     return [line for line in lines if line]
 
 
-def _why(error, vocab_size):
+def _training_error(error, vocab_size):
+    """Returns what SentencePiece's training error asks of the user, in one line."""
     most = re.search(r"value <= (\d+)", str(error))
     if most:
         return (

@@ -1,11 +1,11 @@
-"""A tokenizer as Hugging Face keeps it, through the `tokenizers` library alone.
+"""Hugging Face tokenizers, read with the `tokenizers` library alone.
 
 tokenizer.json says how text is cut into ids; the files beside it say which tokens begin
 and end a text, which end an assistant's turn, and how a conversation is written.
 
 No text can forge a control token: where a document or a message spells one, it is
 encoded by a second tokenizer, whose control tokens have other spellings. Text that
-spells none is encoded as transformers does it, to the id.
+spells none gets the very ids that transformers gives it.
 """
 
 import collections
@@ -16,14 +16,20 @@ import re
 from pathlib import Path
 
 from stagecraft.errors import UserError
-from stagecraft.text import template as templates
+from stagecraft.text.template import Refusal, Template, replaced, texts, unused
 
 MAIN = "tokenizer.json"
-# What a folder may say beside it. config.json matters where nothing else names the end.
+# Files that may lie beside it. config.json matters where nothing else names the end.
 BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
-    *("chat_template.jinja", "chat_template.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt"),
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
 )
 NAMED = "additional_chat_templates"
 # Ends of a text, for a tokenizer.json that comes alone.
@@ -34,8 +40,8 @@ SPARE = ("pad", "unused", "reserved", "dummy", "placeholder")
 ALIASES = 0xF0000
 
 
-class HuggingFace:
-    """Text to ids and back.
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer: text to ids and back.
 
     Args:
         files: {name: bytes} of a folder, `MAIN` among them.
@@ -43,7 +49,7 @@ class HuggingFace:
 
     Attributes:
         bos: the id that begins a text, None where the tokenizer puts none.
-        named_bos: the id the folder calls bos, whether it is put or not; or None.
+        named_bos: the id the folder calls bos, whether texts begin with it; or None.
         eos: the id that ends a text.
         pad: an id that is neither, nor ends a turn, whatever the folder says.
         stops: ids that end an assistant's turn: those of generation_config, eos, and
@@ -58,24 +64,24 @@ class HuggingFace:
 
     def __init__(self, files, where):
         self.files, self._where = files, where
-        said = _read(files, "tokenizer_config.json", where)
-        said = _read(files, "special_tokens_map.json", where) | said
-        self._inner, whole = _open(files[MAIN], said, where)
+        config = _read(files, "tokenizer_config.json", where)
+        config = _read(files, "special_tokens_map.json", where) | config
+        self._inner, content = _open(files[MAIN], config, where)
         self._ids = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values()) + 1
-        added = {t["content"]: t["id"] for t in whole["added_tokens"]}
-        special = {t["content"] for t in whole["added_tokens"] if t["special"]}
-        named = {k: _content(v) for k, v in said.items() if k.endswith("_token")}
+        added = {t["content"]: t["id"] for t in content["added_tokens"]}
+        special = {t["content"] for t in content["added_tokens"] if t["special"]}
+        named = {k: _content(v) for k, v in config.items() if k.endswith("_token")}
         named = {k: v for k, v in named.items() if isinstance(v, str)}
         stops = self._generation_stops()
         self.eos = self._end(named, stops, added)
-        self.bos = self._beginning(whole)
+        self.bos = self._beginning(content)
         self.named_bos = self._ids.get(named.get("bos_token"))
-        sources = _templates(files, said, where)
+        sources = _templates(files, config, where)
         self.template, turn = None, []
         if sources:
             try:
-                self.template = templates.Template(sources, named)
+                self.template = Template(sources, named)
                 turn = self._turn_end(added)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
@@ -99,8 +105,8 @@ class HuggingFace:
 
     # -- text --------------------------------------------------------------------------
 
-    def encode(self, text):
-        """Ids of a text, without bos or eos, none of them a control token."""
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without bos, eos or any control token."""
         if not self._pattern.search(text):
             ids = self._inner.encode(text, add_special_tokens=False).ids
             if self._control.isdisjoint(ids):
@@ -110,15 +116,15 @@ class HuggingFace:
         self._check_forged(ids, collections.Counter())
         return ids
 
-    def decode(self, ids):
-        """The text of ids; control tokens have none."""
-        kept = [int(i) for i in ids if int(i) not in self._control]
-        return self._inner.decode(kept, skip_special_tokens=False)
+    def decode(self, ids) -> str:
+        """Returns the text of ids; control tokens have none."""
+        plain = [int(i) for i in ids if int(i) not in self._control]
+        return self._inner.decode(plain, skip_special_tokens=False)
 
     # -- conversations -----------------------------------------------------------------
 
     def encode_turns(self, messages, tools, write):
-        """Ids of what a template makes of a conversation.
+        """Returns the ids of a conversation that a template writes.
 
         Args:
             messages, tools: see `chat.render`.
@@ -129,19 +135,19 @@ class HuggingFace:
         """
         spelled = {
             token
-            for text in templates.texts([messages, tools])
+            for text in texts([messages, tools])
             for token in self._pattern.findall(text)
         }
         text, spans = write(messages, tools)
         hidden = {}
         if spelled:
             # As many characters instead, so that no place in the text moves.
-            marks = templates.unused(len(spelled), templates.texts([messages, tools]))
+            marks = unused(len(spelled), texts([messages, tools]))
             hidden = {
                 t: m * len(t) for t, m in zip(sorted(spelled), marks, strict=True)
             }
             shown, spans = write(
-                *(self._hide(value, hidden) for value in (messages, tools))
+                self._hide(messages, hidden), self._hide(tools, hidden)
             )
             if _put_back(shown, hidden) != text:
                 raise UserError(
@@ -149,26 +155,28 @@ class HuggingFace:
                     "the chat template does not write it as it is"
                 )
             text = shown
-        own = collections.Counter(self._ids[t] for t in self._pattern.findall(text))
+        written = self._pattern.findall(text)  # by the template itself
+        allowed = collections.Counter(self._ids[t] for t in written)
         if hidden:
             self._check_aliases(text)
             text = self._pattern.sub(lambda m: self._alias(m[0]), text)
             text = _put_back(text, hidden)
         encoder = self._literal if hidden else self._inner
-        found = encoder.encode(text, add_special_tokens=False)
-        self._check_forged(found.ids, own)
-        return found.ids, found.offsets, spans
+        encoding = encoder.encode(text, add_special_tokens=False)
+        self._check_forged(encoding.ids, allowed)
+        return encoding.ids, encoding.offsets, spans
 
     def _hide(self, value, hidden):
-        return templates.replaced(
+        """Returns messages or tools with other characters for control tokens."""
+        return replaced(
             value, lambda text: self._pattern.sub(lambda m: hidden[m[0]], text)
         )
 
-    def _check_forged(self, ids, own):
+    def _check_forged(self, ids, allowed):
         """Refuses control tokens beyond those the template wrote itself."""
-        found = collections.Counter(i for i in ids if i in self._control) - own
-        if found:
-            token = self._inner.id_to_token(next(iter(found)))
+        forged = collections.Counter(i for i in ids if i in self._control) - allowed
+        if forged:
+            token = self._inner.id_to_token(next(iter(forged)))
             raise UserError(
                 f"a text spells the control token {token!r} in a way that this "
                 "tokenizer cannot tell from the token; change the text"
@@ -177,19 +185,19 @@ class HuggingFace:
     # -- the second tokenizer ----------------------------------------------------------
 
     def _alias(self, token):
-        """Another spelling of a control token, as long and in private characters."""
+        """Returns a control token in private characters, with the same length."""
         return chr(ALIASES + self._spelled.index(token)) * len(token)
 
     @functools.cached_property
     def _literal(self):
-        """The same tokenizer, its control tokens spelled by their aliases."""
+        """The tokenizer with its control tokens spelled by their aliases."""
         import tokenizers
 
-        whole = json.loads(self._inner.to_str())
-        model = whole["model"]
+        content = json.loads(self._inner.to_str())
+        model = content["model"]
         for token in self._spelled:
             alias = self._alias(token)
-            for entry in whole["added_tokens"]:
+            for entry in content["added_tokens"]:
                 if entry["content"] == token:
                     entry["content"] = alias
             if isinstance(model["vocab"], dict):
@@ -203,13 +211,13 @@ class HuggingFace:
             if model.get("unk_token") == token:
                 model["unk_token"] = alias
         if "merges" in model:
-            gone = set(self._spelled)
+            aliased = set(self._spelled)
             model["merges"] = [
                 pair
                 for pair in map(_pair, model["merges"])
-                if gone.isdisjoint([*pair, "".join(pair)])
+                if aliased.isdisjoint([*pair, "".join(pair)])
             ]
-        return tokenizers.Tokenizer.from_str(json.dumps(whole))
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def _check_aliases(self, text):
         high = {c for c in text if ALIASES <= ord(c) < ALIASES + len(self._spelled)}
@@ -219,26 +227,26 @@ class HuggingFace:
                 f"U+{ord(min(high)):X}; take one of them out"
             )
 
-    # -- what the files say ------------------------------------------------------------
+    # -- special tokens ---------------------------------------------------------------
 
     def _generation_stops(self):
-        """Ids that end a generation, by generation_config.json or else config.json."""
+        """Returns the eos_token_id of generation_config.json or else of config.json."""
         for name in ("generation_config.json", "config.json"):
-            found = _read(self.files, name, self._where).get("eos_token_id")
-            if found is None:
+            ids = _read(self.files, name, self._where).get("eos_token_id")
+            if ids is None:
                 continue
-            found = found if isinstance(found, list) else [found]
-            for number in found:
-                known = isinstance(number, int) and 0 <= number < self.vocab_size
-                if not known:
+            ids = ids if isinstance(ids, list) else [ids]
+            for number in ids:
+                if not (isinstance(number, int) and 0 <= number < self.vocab_size):
                     raise UserError(
                         f"{self._where}/{name}: eos_token_id={number!r} is no id of "
                         f"this tokenizer (0 to {self.vocab_size - 1})"
                     )
-            return found
+            return ids
         return []
 
     def _end(self, named, stops, added):
+        """Returns the id that ends a text."""
         token = named.get("eos_token")
         if token is not None:
             return self._ids[token]
@@ -250,22 +258,21 @@ class HuggingFace:
             "tokenizer_config.json"
         )
 
-    def _beginning(self, whole):
-        """The id that a text begins with, by the post-processor, or None.
+    def _beginning(self, content):
+        """Returns the id the post-processor puts before a text, or None.
 
-        transformers goes by it too where there is a tokenizer.json, whatever
-        add_bos_token says.
+        So does transformers where there is a tokenizer.json, whatever add_bos_token is.
         """
         import tokenizers
 
         plain = self._inner.encode("a", add_special_tokens=False).ids
-        dressed = tokenizers.Tokenizer.from_str(json.dumps(whole)).encode("a").ids
-        put = len(dressed) > len(plain) and dressed[0] not in plain
-        return dressed[0] if put else None
+        processed = tokenizers.Tokenizer.from_str(json.dumps(content)).encode("a").ids
+        has_bos = len(processed) > len(plain) and processed[0] not in plain
+        return processed[0] if has_bos else None
 
     def _turn_end(self, added):
-        """The first token a template writes after an answer, if it writes one."""
-        (mark,) = templates.unused(1, self.template.sources.values())
+        """Returns the first token a template writes after an answer, [] for none."""
+        (mark,) = unused(1, self.template.sources.values())
         for before in ([], [{"role": "system", "content": "a"}]):
             messages = [
                 *before,
@@ -274,16 +281,16 @@ class HuggingFace:
             ]
             try:
                 text = self.template.text(messages)
-            except templates.Refusal:
+            except Refusal:
                 continue
             longest = sorted(added, key=len, reverse=True)
             pattern = "|".join(map(re.escape, longest)) or r"(?!)"
-            found = re.search(pattern, text.partition(mark)[2])
-            return [added[found[0]]] if found else []
+            match = re.search(pattern, text.partition(mark)[2])
+            return [added[match[0]]] if match else []
         return []
 
     def _padding(self, named, added, control):
-        """pad_token, unless it ends texts or turns; else a token nothing else uses."""
+        """Returns pad_token, unless it ends texts or turns; else an unused id."""
         taken = {self.eos, self.bos, *self.stops}
         named_pad = self._ids.get(named.get("pad_token"))
         if named_pad is not None and named_pad not in taken:
@@ -301,17 +308,17 @@ class HuggingFace:
         return next(i for i in [*spare, *others, *rest] if i not in taken)
 
     def _digest(self):
-        """Of what decides ids and masks, not of how the files are laid out."""
-        what = {
+        """Hashes what decides ids and masks, not how the files are laid out."""
+        decisive = {
             "tokenizer": hashlib.sha256(self.files[MAIN]).hexdigest(),
             "templates": self.template.sources if self.template else {},
             "ids": [self.bos, self.eos, self.pad, *self.stops],
             "vocab_size": self.vocab_size,
         }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "HuggingFaceTokenizer":
         """Reads a folder, or a .json file alone."""
         path = Path(path)
         if path.is_dir():
@@ -325,8 +332,8 @@ class HuggingFace:
         return cls({MAIN: path.read_bytes()}, path)
 
 
-def _open(data, said, where):
-    """The `tokenizers.Tokenizer` and its JSON, without a post-processor."""
+def _open(data, config, where):
+    """Returns the `tokenizers.Tokenizer` without a post-processor, and its JSON."""
     try:
         import tokenizers
     except ModuleNotFoundError:
@@ -335,70 +342,70 @@ def _open(data, said, where):
             "'stagecraft[huggingface]'"
         ) from None
     try:
-        whole = json.loads(data)
+        content = json.loads(data)
         inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # of serde, which has no type of its own
         line = " ".join(str(error).split())
         raise UserError(f"{where}: {MAIN} is not a tokenizer ({line})") from None
-    known = {t["content"] for t in whole["added_tokens"]}
-    listed = said.get("added_tokens_decoder") or {}
+    added = {t["content"] for t in content["added_tokens"]}
+    listed = config.get("added_tokens_decoder") or {}
     declared = [listed[key] for key in sorted(listed, key=int)]
-    declared += [v for k, v in said.items() if k.endswith("_token")]
-    declared += said.get("additional_special_tokens") or []
+    declared += [v for k, v in config.items() if k.endswith("_token")]
+    declared += config.get("additional_special_tokens") or []
     for entry in declared:
-        content = _content(entry)
-        if not isinstance(content, str) or content in known:
+        text = _content(entry)
+        if not isinstance(text, str) or text in added:
             continue
-        known.add(content)
+        added.add(text)
         flags = entry if isinstance(entry, dict) else {}
-        kept = ("single_word", "lstrip", "rstrip", "normalized")
+        options = ("single_word", "lstrip", "rstrip", "normalized")
         token = tokenizers.AddedToken(
-            content,
+            text,
             special=flags.get("special", True),
-            **{k: flags[k] for k in kept if k in flags},
+            **{k: flags[k] for k in options if k in flags},
         )
         add = inner.add_special_tokens if token.special else inner.add_tokens
         add([token])
-    whole = json.loads(inner.to_str())
-    # It would trim the places of tokens in the text, and ids need it not.
-    bare = tokenizers.Tokenizer.from_str(json.dumps(whole | {"post_processor": None}))
+    content = json.loads(inner.to_str())
+    # A post-processor would trim the tokens' offsets in the text; ids do not need it.
+    bare = tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
     bare.no_truncation()
     bare.no_padding()
-    return bare, whole
+    return bare, content
 
 
 def _read(files, name, where):
     if name not in files:
         return {}
     try:
-        found = json.loads(files[name])
+        content = json.loads(files[name])
     except ValueError as error:
         raise UserError(f"{where}/{name}: not a JSON file ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{where}/{name}: expected a JSON object")
-    return found
+    return content
 
 
-def _templates(files, said, where):
-    """{name: jinja text}; files of their own go before what is in a config."""
-    found = said.get("chat_template")
-    if found is None:
-        found = _read(files, "chat_template.json", where).get("chat_template")
+def _templates(files, config, where):
+    """Returns {name: jinja text}; files of their own take precedence over a config."""
+    template = config.get("chat_template")
+    if template is None:
+        template = _read(files, "chat_template.json", where).get("chat_template")
     sources = {}
-    if isinstance(found, str):
-        sources["default"] = found
-    elif isinstance(found, list):
-        sources |= {one["name"]: one["template"] for one in found}
-    elif isinstance(found, dict):
-        sources |= found
-    apart = {}
+    if isinstance(template, str):
+        sources["default"] = template
+    elif isinstance(template, list):
+        sources |= {one["name"]: one["template"] for one in template}
+    elif isinstance(template, dict):
+        sources |= template
+    from_files = {}
     if "chat_template.jinja" in files:
-        apart["default"] = files["chat_template.jinja"].decode("utf-8")
+        from_files["default"] = files["chat_template.jinja"].decode("utf-8")
     for name, data in files.items():
         folder, _, file = name.rpartition("/")
         if folder == NAMED:
-            apart[file.removesuffix(".jinja")] = data.decode("utf-8")
-    return apart or sources
+            from_files[file.removesuffix(".jinja")] = data.decode("utf-8")
+    return from_files or sources
 
 
 def _content(token):

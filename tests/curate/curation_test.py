@@ -20,7 +20,7 @@ from stagecraft.errors import UserError
 from stagecraft.report import curation as page
 from stagecraft.stages import kinds
 from stagecraft.text import chat
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 from tests.curate import prose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +52,7 @@ def corpus(tmp_path_factory):
     for name, rows in (("good", good), ("bad", bad)):
         text = "".join(json.dumps(r) + "\n" for r in rows)
         (root / f"{name}.jsonl").write_text(text)
-    Tokenizer.train([p.text for p in clean], 320, root / "t.model")
+    SentencePiece.train([p.text for p in clean], 320, root / "t.model")
     return {"root": root, "found": found, "leaked": leaked, "personal": personal}
 
 
@@ -129,7 +129,7 @@ def test_pretraining_reads_the_text_and_the_shards(corpus, result):
     out, told = result
     texts = [r["text"] for r in prose.read(out)]
     assert [*readers.texts(out / "text")] == texts
-    model = Tokenizer.load(corpus["root"] / "t.model")
+    model = SentencePiece.load(corpus["root"] / "t.model")
     found = shards.Shards(out / "shards").check_tokenizer(model.digest, 320).verify()
     assert len(found) == len(texts) and found.tokens == told["tokens"]
     for i in (0, 7, len(texts) - 1):
@@ -161,7 +161,10 @@ def test_a_pretraining_stage_takes_the_shards_as_they_are(corpus, result, tmp_pa
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert told["identity"][:12] in html and str(out / "shards") in html
     # Shards and text are the same batches.
-    resolved, model = experiment.resolve(c), Tokenizer.load(c.tokenizer.path)
+    resolved, model = (
+        experiment.resolve(c),
+        SentencePiece.load(c.tokenizer.path),
+    )
     stage, found = resolved.stages.pretrain, []
     for name in ("shards", "text"):
         stage.data.files = str(out / name)

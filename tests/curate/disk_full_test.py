@@ -12,7 +12,7 @@ from stagecraft import storage
 from stagecraft.curate import curation, engine, publish, steps
 from stagecraft.data import shards
 from stagecraft.errors import UserError
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 from tests.curate import prose
 
 
@@ -26,7 +26,7 @@ def made(tmp_path):
     prose.write(tmp_path / "bad.jsonl", found[25:50])
     prose.write(tmp_path / "test.jsonl", found[:1])
     clean = [p.text for p in found if p.fault == "clean"]
-    Tokenizer.train(clean, 320, tmp_path / "t.model")
+    SentencePiece.train(clean, 320, tmp_path / "t.model")
     return {
         "files": str(tmp_path / "a.jsonl"),
         "task_bytes": 20_000,

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 from stagecraft import defaults
 from stagecraft.data import stage_data
 from stagecraft.stages import kinds
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     words = ["The capital of France is Paris. What is 12 + 30? It is 42."] * 20
-    return Tokenizer.train(words, 320, tmp_path_factory.mktemp("t") / "t.model")
+    return SentencePiece.train(words, 320, tmp_path_factory.mktemp("t") / "t.model")
 
 
 @pytest.fixture

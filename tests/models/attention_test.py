@@ -202,7 +202,7 @@ PLAIN = Request(length=1024, channels=64, dtype="bfloat16", softcap=0.0)
 def test_the_choice_of_a_kernel(asked, platform, changes, expected, fallen):
     request = PLAIN._replace(**changes)
     choice = kernels.choose(asked, request, platform=platform)
-    assert (choice.kernel, choice.fallen) == (expected, fallen)
+    assert (choice.kernel, choice.fallback) == (expected, fallen)
     if fallen:
         with pytest.raises(UserError) as error:
             kernels.choose(asked, request, strict=True, platform=platform)
@@ -214,7 +214,7 @@ def test_the_choice_of_a_kernel(asked, platform, changes, expected, fallen):
 
 
 def test_a_choice_is_said_once(caplog):
-    kernels.say.cache_clear()
+    kernels.log_once.cache_clear()
     run = functools.partial(attention.attention, kernel="cudnn")
     with caplog.at_level(logging.INFO, "stagecraft"):
         for _ in range(2):

@@ -199,7 +199,7 @@ def test_quantised_weights(tmp_path, arrays):
         ),
         (dict(model_type="olmo2", clip_qkv=8.0), ["clip_qkv=8.0", "clipped"]),
         (dict(hidden_size=None), ["model.width", "None"]),
-        (dict(num_attention_heads="4", head_dim=None), ["not of the kind"]),
+        (dict(num_attention_heads="4", head_dim=None), ["not of the type"]),
     ],
 )
 def test_features_we_lack_are_named(tmp_path, arrays, changes, words):

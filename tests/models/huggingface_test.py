@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from stagecraft import sharding, tree
 from stagecraft.errors import UserError
-from stagecraft.models import families, huggingface, places, tensors
+from stagecraft.models import families, huggingface, layouts, tensors
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 from tests.models.folders import CONFIG, C, D, F, H, K, L, V, put, single
@@ -268,7 +268,7 @@ def test_keys_and_shapes(name):
         jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     )
     found = {}
-    for place in places.places(families.FAMILIES[name], config, shapes):
+    for place in layouts.of_model(families.FAMILIES[name], config, shapes):
         sizes = shapes[place.ours].shape[len(place.index) :]
         sizes = dict(zip(place.axes.ours, sizes, strict=True))
         found[place.key] = place.axes.shape(sizes)

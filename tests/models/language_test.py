@@ -7,17 +7,17 @@ import pytest
 from stagecraft.errors import UserError
 from stagecraft.models import sampling, scores
 from stagecraft.models.config import ModelConfig
-from stagecraft.models.language import Language, placed
+from stagecraft.models.language import Language
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import tokenizer as tokenizers
-from stagecraft.text.tokenizer import Tokenizer
+from stagecraft.text.tokenizer import SentencePiece
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     texts = ["the cat sat on the mat", "what is the capital of France?"] * 20
-    tokenizer = Tokenizer.train(texts, 290, path)
+    tokenizer = SentencePiece.train(texts, 290, path)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         width=16,
@@ -78,7 +78,7 @@ def test_a_prompt_that_does_not_fit_is_refused(parts):
 def test_scores_of_rows_are_read_at_their_last_token(parts):
     model = ScalarModel(parts[0], jax.random.key(1))
     rows = [[2, 9, 10, 11], [2, 30]]
-    found = scores.of_rows(model, rows, lambda b: placed(b)[0], batch_size=2)
+    found = scores.of_rows(model, rows, batch_size=2)
     for row, score in zip(rows, found, strict=True):
         ids = np.array([row], np.int32)
         alone = model(ids, np.arange(len(row))[None], np.ones_like(ids))[0, -1]

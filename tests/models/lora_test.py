@@ -42,7 +42,7 @@ def filled(adapter, seed=3):
 
 def made(config=CONFIG, **changes):
     base = Transformer(config, jax.random.key(1))
-    return base, filled(lora.begin(settings(**changes), base, jax.random.key(2)))
+    return base, filled(lora.init(settings(**changes), base, jax.random.key(2)))
 
 
 def by_hand(base, adapter, scale):
@@ -100,7 +100,7 @@ def test_dense_and_sparse_layers_side_by_side():
 
 def test_a_fresh_adapter_changes_nothing_and_draws_as_peft():
     base = Transformer(CONFIG, jax.random.key(1))
-    adapter = lora.begin(settings(), base, jax.random.key(2))
+    adapter = lora.init(settings(), base, jax.random.key(2))
     assert np.array_equal(logits(lora.join(base, adapter)), logits(base))
     for name, low in adapter.parts.items():
         a, size = np.asarray(low.a[...]), base.config.width
@@ -136,7 +136,7 @@ def test_gradients_by_finite_differences():
                 parts = dict(adapter.parts)
                 pair = list(parts[name])
                 pair[side] = leaf.replace(leaf[...] + step * way)
-                parts[name] = lora.Low(*pair)
+                parts[name] = lora.LoraPair(*pair)
                 return float(loss(lora.Adapter(parts, adapter.settings)))
 
             slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
@@ -169,14 +169,14 @@ def test_dropout_drops_what_a_reads_and_nothing_else():
 
 def test_a_head_is_new_or_its_parents_and_embeddings_if_asked():
     base = Transformer(CONFIG, jax.random.key(1))
-    fresh = lora.begin(settings(), base, jax.random.key(2), scalar=True)
+    fresh = lora.init(settings(), base, jax.random.key(2), scalar=True)
     whole = ScalarModel(base, jax.random.key(2))
     assert np.array_equal(fresh.parts["head"][...], whole.head[...])
     joined = lora.join(base, fresh)
     assert isinstance(joined, ScalarModel)
     assert joined.body.embed is not None and not hasattr(base, "head")
     whole.bias[...] = jnp.float32(2.0)
-    again = lora.begin(settings(embeddings=True), whole, jax.random.key(3), scalar=True)
+    again = lora.init(settings(embeddings=True), whole, jax.random.key(3), scalar=True)
     assert float(again.parts["bias"][...]) == 2.0
     assert again.parts["head"][...] is not whole.head[...]
     assert "body/embed" in again.parts and "body/layers/ff/up" in again.parts
@@ -189,7 +189,7 @@ def test_an_adapter_is_sharded_like_what_it_sits_on():
         base = sharding.init_sharded(lambda k: Transformer(CONFIG, k), shared)(
             jax.random.key(0)
         )
-        adapter = lora.made(settings(), base, shared)(jax.random.key(1))
+        adapter = lora.init_fn(settings(), base, shared)(jax.random.key(1))
         spec = {n: x.sharding.spec for n, x in tree.named(adapter).items()}
         merged = lora.merge(base, adapter)
     assert spec["layers/ff/up/a"] == jax.P(None, "fsdp", None)
@@ -257,5 +257,5 @@ def test_a_target_the_model_lacks_is_named():
     with pytest.raises(
         UserError, match="no gate that takes.*query, key, value, out, up"
     ):
-        lora.begin(settings(targets="gate"), base, jax.random.key(0))
-    assert "layers/ff/up" in lora.begin(settings(), base, jax.random.key(0)).parts
+        lora.init(settings(targets="gate"), base, jax.random.key(0))
+    assert "layers/ff/up" in lora.init(settings(), base, jax.random.key(0)).parts

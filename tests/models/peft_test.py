@@ -81,7 +81,7 @@ def test_a_folder_is_read_as_the_sum_of_its_matrices(base, shared, tmp_path):
 
 
 def filled(settings, base, *, scalar=False):
-    adapter = lora.begin(settings, base, jax.random.key(1), scalar=scalar)
+    adapter = lora.init(settings, base, jax.random.key(1), scalar=scalar)
     keys = iter(jax.random.split(jax.random.key(2), 99))
     return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), adapter)
 

@@ -259,13 +259,13 @@ def test_samples_of_one_prompt_are_the_prompt_repeated(settings):
 def test_the_prompts_run_once_however_many_samples(monkeypatch):
     """The rows that the prefill's layers see are those of the prompts."""
     seen = []
-    attention = sampling.attention_lib.attention
+    attention = sampling.attention.attention
 
     def watched(query, *rest, **options):
         seen.append(query.shape[0])
         return attention(query, *rest, **options)
 
-    monkeypatch.setattr(sampling.attention_lib, "attention", watched)
+    monkeypatch.setattr(sampling.attention, "attention", watched)
     settings = dict(max_new_tokens=2, stop_ids=(), samples=5)
     generate_ = functools.partial(sampling.generate.__wrapped__, **settings)
     shapes = jax.eval_shape(generate_, model(), *prompts(RAGGED), KEY)

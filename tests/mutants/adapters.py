@@ -32,8 +32,8 @@ _LORA = in_file(
     ),
     (
         "every target drops alike",
-        "_drops(jax.random.fold_in(key, number), weight, part)",
-        "_drops(key, weight, part)",
+        "_dropout_keys(jax.random.fold_in(key, number), weight, part)",
+        "_dropout_keys(key, weight, part)",
     ),
     (
         "every layer drops alike",
@@ -42,8 +42,9 @@ _LORA = in_file(
     ),
     (
         "a trained head is not put in",
-        "        if not isinstance(part, Low):\n            _put(module, name, part)\n",
-        "        if not isinstance(part, Low):\n",
+        "        if not isinstance(part, LoraPair):\n"
+        "            _put(module, name, part)\n",
+        "        if not isinstance(part, LoraPair):\n",
     ),
 )
 _LINEAR = in_file(
@@ -94,7 +95,7 @@ _PEFT = in_file(
     ),
     (
         "every part of a module gets B whole",
-        "b[_sides(place, shapes).region, rows]",
+        "b[region, rows]",
         "b[:, rows]",
     ),
     (
@@ -102,7 +103,7 @@ _PEFT = in_file(
         "alphas[short(module)] = more * settings.alpha",
         "alphas[short(module)] = settings.alpha",
     ),
-    ("the constant of a reward left out", "({BIAS: bias} if bias else {})", "{}"),
+    ("the constant of a reward left out", "{BIAS: bias} if bias else {}", "{}"),
 )
 _DISK = in_file(
     "stagecraft/models/locate.py",

@@ -71,7 +71,7 @@ _FAMILIES = (
         ),
         (
             "sliding layers with the others' base",
-            "kind.window > 0 and self.config.rope_theta_sliding > 0",
+            "spec.window > 0 and self.config.rope_theta_sliding > 0",
             "False",
         ),
         (
@@ -85,8 +85,8 @@ _FAMILIES = (
         "tests/models/families_test.py",
         (
             "a cached window one slot wider",
-            "slot - slots < kind.window",
-            "slot - slots <= kind.window",
+            "slot - slots < spec.window",
+            "slot - slots <= spec.window",
         ),
     ),
     *in_file(
@@ -117,7 +117,7 @@ _SPELLING = (
         ),
         (
             "a share that the family does not heed is passed over",
-            "if key != heeded and value != 1.0:",
+            "if key != share_key and value != 1.0:",
             "if False:",
         ),
     ),
@@ -131,7 +131,7 @@ _SPELLING = (
         ),
         (
             "a size of heads is written where no reader heeds it",
-            'return out if whole else out | {"head_dim": c.head_dim}',
+            'return out if fill_width else out | {"head_dim": c.head_dim}',
             'return out | {"head_dim": c.head_dim}',
         ),
     ),

@@ -218,8 +218,8 @@ _SAMPLING = in_file(
     ),
     (
         "stops at the wrong token",
-        "jnp.array(drawing.stop_ids, jnp",
-        "1 + jnp.array(drawing.stop_ids, jnp",
+        "jnp.array(params.stop_ids, jnp",
+        "1 + jnp.array(params.stop_ids, jnp",
     ),
     ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
 )

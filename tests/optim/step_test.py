@@ -240,9 +240,9 @@ def test_the_step_counter_is_the_callers():
         ),
         (
             dict(weight_deca=0.1),
-            "weight_deca is no setting.*did you mean weight_decay?",
+            "weight_deca: unknown key; did you mean 'weight_decay'",
         ),
-        (dict(zzz=1), "zzz is no setting of the optimizer; known: .*warmup_steps"),
+        (dict(zzz=1), "zzz: unknown key; known here: .*warmup_steps"),
     ],
     ids=str,
 )

@@ -182,7 +182,7 @@ def first_adapter(c, folder, path):
     key = jax.random.fold_in(jax.random.key(c.seed), zlib.crc32(b"child"))
     with jax.set_mesh(shared):
         base = huggingface.load(folder, shared)
-        made = lora.made(
+        made = lora.init_fn(
             lora.Settings(**stage.lora), base, shared, scalar=stage.kind == "reward"
         )
         adapter = made(jax.random.split(key)[0])

@@ -137,7 +137,7 @@ def test_it_opens_ours(family, scalar, changes, parity_rng, parity_seed, tmp_pat
     shared = bridge.single()
     with jax.set_mesh(shared):
         base = huggingface.load(tmp_path / "base", shared)
-        adapter = lora.begin(settings, base, jax.random.key(0), scalar=scalar)
+        adapter = lora.init(settings, base, jax.random.key(0), scalar=scalar)
         keys = iter(jax.random.split(jax.random.key(parity_seed), 99))
         adapter = jax.tree.map(
             lambda x: 0.2 * jax.random.normal(next(keys), x.shape), adapter

@@ -107,7 +107,7 @@ def write_adapters(c, folder):
             base = huggingface.load(folder / name, shared)
             settings = lora.Settings(**stage.lora)
             scalar = name == "value"
-            adapter = lora.made(settings, base, shared, scalar=scalar)(key)
+            adapter = lora.init_fn(settings, base, shared, scalar=scalar)(key)
             config = getattr(base, "body", base).config
             target = folder / f"{name}_adapter"
             folders.save(adapter, config, target, shared, base=folder / name)

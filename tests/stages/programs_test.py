@@ -36,7 +36,7 @@ def abstract_stage(kind, mesh, **changes):
         body = Transformer(cases.CONFIG, key)
         return {"transformer": body, "scalar": ScalarModel(body, key)}
 
-    shapes = sharding.abstract(models, jax.random.key(0), mesh=mesh)
+    shapes = sharding.abstract(models, mesh, jax.random.key(0))
     parents = {
         role: shapes[wanted.models[0]] for role, wanted in KINDS[kind].roles.items()
     }

@@ -10,7 +10,13 @@ import sentencepiece as spm
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 from stagecraft.text import tokenizer as module
-from stagecraft.text.tokenizer import CHAT_PIECES, LINE, Tokenizer, keep, load
+from stagecraft.text.tokenizer import (
+    CHAT_PIECES,
+    LINE,
+    SentencePiece,
+    keep,
+    load,
+)
 
 TEXT = [
     "The capital of France is Paris.\n\tThe  euro is its currency.\n\nIn 1999.",
@@ -21,7 +27,7 @@ TEXT = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer.train(TEXT, 400, tmp_path_factory.mktemp("t") / "t.model")
+    return SentencePiece.train(TEXT, 400, tmp_path_factory.mktemp("t") / "t.model")
 
 
 def test_special_ids_are_the_promised_ones_and_all_differ(tokenizer):
@@ -99,29 +105,31 @@ def test_digits_are_pieces_of_their_own(tokenizer):
 
 def test_the_same_texts_give_the_same_bytes_and_no_other_files(tmp_path):
     paths = [tmp_path / name for name in ("a.model", "b.model")]
-    made = [Tokenizer.train(iter(TEXT), 400, path) for path in paths]
+    made = [SentencePiece.train(iter(TEXT), 400, path) for path in paths]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert made[0].digest == hashlib.sha256(paths[0].read_bytes()).hexdigest()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
-    assert Tokenizer.train(TEXT[:2], 320, tmp_path / "c").digest != made[0].digest
+    assert SentencePiece.train(TEXT[:2], 320, tmp_path / "c").digest != made[0].digest
 
 
 def test_load_gives_the_trained_one_back(tokenizer, tmp_path):
-    made = Tokenizer.train(TEXT, 400, tmp_path / "t.model")
-    found = Tokenizer.load(tmp_path / "t.model")
+    made = SentencePiece.train(TEXT, 400, tmp_path / "t.model")
+    found = SentencePiece.load(tmp_path / "t.model")
     assert found.digest == made.digest == tokenizer.digest
     assert found.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
 
 
 def test_training_prints_nothing(tmp_path, capfd):
-    Tokenizer.train(TEXT, 400, tmp_path / "t.model")
+    SentencePiece.train(TEXT, 400, tmp_path / "t.model")
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
 
 
 def test_words_of_a_long_line_are_learned(tmp_path):
     # One line of 50 000 characters: SentencePiece would drop it without a word.
-    found = Tokenizer.train(["zyzzyva " * (50 * LINE // 8)], 280, tmp_path / "t.model")
+    found = SentencePiece.train(
+        ["zyzzyva " * (50 * LINE // 8)], 280, tmp_path / "t.model"
+    )
     assert len(found.encode("zyzzyva zyzzyva zyzzyva")) <= 5
 
 
@@ -131,7 +139,7 @@ def test_much_text_takes_little_time(tmp_path):
     documents = [" ".join(rng.choices(words, k=42)) for _ in range(20_000)]
     assert sum(map(len, documents)) > 5e6
     start = time.process_time()  # of this process alone: others may be busy
-    Tokenizer.train(documents, 1024, tmp_path / "t.model")
+    SentencePiece.train(documents, 1024, tmp_path / "t.model")
     assert time.process_time() - start < 6
 
 
@@ -147,19 +155,19 @@ def test_a_sample_of_much_text_is_even(monkeypatch):
 def test_too_little_text_is_told_with_the_largest_size(tmp_path):
     path = tmp_path / "t.model"
     with pytest.raises(UserError, match=r"vocab_size=5000.*too small") as error:
-        Tokenizer.train(["hello world"], 5000, path)
+        SentencePiece.train(["hello world"], 5000, path)
     most = int(str(error.value).rsplit(" ", 1)[1])
     assert not path.exists()
-    assert Tokenizer.train(["hello world"], most, path).vocab_size == most
+    assert SentencePiece.train(["hello world"], most, path).vocab_size == most
 
 
 def test_too_small_a_vocabulary_and_no_text_are_told(tmp_path):
     with pytest.raises(UserError, match="vocab_size=100: too small") as error:
-        Tokenizer.train(TEXT, 100, tmp_path / "t.model")
+        SentencePiece.train(TEXT, 100, tmp_path / "t.model")
     least = int(str(error.value).split("use ")[1].split()[0])
-    assert Tokenizer.train(TEXT, least, tmp_path / "t.model").vocab_size == least
+    assert SentencePiece.train(TEXT, least, tmp_path / "t.model").vocab_size == least
     with pytest.raises(UserError, match="no text"):
-        Tokenizer.train(["", "\n"], 400, tmp_path / "t.model")
+        SentencePiece.train(["", "\n"], 400, tmp_path / "t.model")
 
 
 def _other(path, **changes):
@@ -199,9 +207,9 @@ def test_load_refuses_what_would_break_silently(tmp_path, changes):
     path = tmp_path / "other.model"
     _other(path, **changes)
     with pytest.raises(UserError, match="byte fallback"):
-        Tokenizer.load(path)
+        SentencePiece.load(path)
     _other(path)
-    assert Tokenizer.load(path).vocab_size == 400
+    assert SentencePiece.load(path).vocab_size == 400
 
 
 @pytest.mark.parametrize(
@@ -279,7 +287,7 @@ def test_load_names_what_it_looked_for(tmp_path):
 
 def test_load_refuses_what_is_no_model(tmp_path):
     with pytest.raises(UserError, match="no such"):
-        Tokenizer.load(tmp_path / "none.model")
+        SentencePiece.load(tmp_path / "none.model")
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="x.model"):
-        Tokenizer.load(tmp_path / "x.model")
+        SentencePiece.load(tmp_path / "x.model")

@@ -1,6 +1,6 @@
 """Tokenizers as files that transformers opens.
 
-What came from a Hugging Face folder goes back as it came. Ours are spelled as a
+A tokenizer read from a Hugging Face folder is written back unchanged. Ours become a
 tokenizer.json, with a chat template that writes turns as `chat` does.
 """
 
@@ -8,7 +8,8 @@ import json
 
 import sentencepiece as spm
 
-from stagecraft.text.tokenizer import CHAT_PIECES, FILE, SPACE
+from stagecraft.text import byte_tokenizer
+from stagecraft.text.tokenizer import CHAT_PIECES, FILE, SPACE, Tokenizer
 
 TEMPLATE = """\
 {{- bos_token -}}
@@ -25,13 +26,13 @@ TEMPLATE = """\
 CONTROL = ("<pad>", "<s>", "</s>", *CHAT_PIECES)
 
 
-def files(tokenizer):
-    """What to write beside a model's weights.
+def files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
+    """Returns the files to write beside a model's weights.
 
     Returns:
         {file name: bytes}; lines that say what a reader should know.
     """
-    if FILE not in tokenizer.files and "bytes.txt" not in tokenizer.files:
+    if not {FILE, byte_tokenizer.FILE} & tokenizer.files.keys():
         return dict(tokenizer.files), []
     if tokenizer.end is None:
         return dict(tokenizer.files), [
@@ -42,7 +43,7 @@ def files(tokenizer):
         inner, ids = _pieces(tokenizer.files[FILE])
     else:
         inner, ids = _bytes(tokenizer)
-    said = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -51,10 +52,10 @@ def files(tokenizer):
         "clean_up_tokenization_spaces": False,
     }
     if FILE in tokenizer.files:
-        said["unk_token"] = "<unk>"
+        config["unk_token"] = "<unk>"
     out = {
-        "tokenizer.json": _json(_whole(inner, ids)),
-        "tokenizer_config.json": _json(said),
+        "tokenizer.json": _json(_tokenizer_json(inner, ids)),
+        "tokenizer_config.json": _json(config),
         "chat_template.jinja": TEMPLATE.encode(),
     }
     return out, [
@@ -63,8 +64,8 @@ def files(tokenizer):
     ]
 
 
-def _whole(inner, ids):
-    """A tokenizer.json: a text begins with <s>."""
+def _tokenizer_json(inner, ids):
+    """Returns the contents of a tokenizer.json whose texts begin with <s>."""
     added = [
         dict(
             id=i, content=piece, single_word=False, lstrip=False, rstrip=False,
@@ -74,7 +75,7 @@ def _whole(inner, ids):
     ]  # fmt: skip
     start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     first, second = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
-    dress = {
+    post_processor = {
         "type": "TemplateProcessing",
         "single": [start, first],
         "pair": [start, first, second],
@@ -83,13 +84,15 @@ def _whole(inner, ids):
         },
     }
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer"))
-    return {"version": "1.0", "added_tokens": added, "post_processor": dress} | (
-        empty | inner
-    )
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "post_processor": post_processor,
+    } | (empty | inner)
 
 
 def _pieces(model):
-    """Our SentencePiece BPE: its pieces in order are the order of its merges."""
+    """Spells our SentencePiece BPE; merges are in the order of the pieces."""
     processor = spm.SentencePieceProcessor(model_proto=model)
     count = processor.get_piece_size()
     vocab = {processor.id_to_piece(i): i for i in range(count)}
@@ -119,16 +122,15 @@ def _pieces(model):
 
 
 def _bytes(tokenizer):
-    """Bytes, spelled as the printable characters that stand for them in GPT-2."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    level["use_regex"] = False
-    special = dict(
-        zip(
-            CONTROL,
-            (tokenizer.pad, tokenizer.bos, tokenizer.eos, *tokenizer.control_ids),
-            strict=True,
-        )
-    )
+    """Spells bytes as the printable characters that stand for them in GPT-2."""
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    ids = (tokenizer.pad, tokenizer.bos, tokenizer.eos, *tokenizer.control_ids)
+    special = dict(zip(CONTROL, ids, strict=True))
     inner = {
         "pre_tokenizer": level,
         "decoder": level,
@@ -138,7 +140,7 @@ def _bytes(tokenizer):
 
 
 def _alphabet():
-    """{character: byte}: bytes that print stand for themselves, others lie above."""
+    """Returns {character: byte}: printable bytes are themselves, others lie above."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     spelled = {chr(b): b for b in shown}
@@ -148,7 +150,9 @@ def _alphabet():
 def _bpe(vocab, merges, **settings):
     off = dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     return {
-        **{"type": "BPE", "fuse_unk": False, "ignore_merges": False},
+        "type": "BPE",
+        "fuse_unk": False,
+        "ignore_merges": False,
         **off,
         **settings,
         "vocab": vocab,

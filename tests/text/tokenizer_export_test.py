@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from stagecraft.text import bytes_, chat, outward
+from stagecraft.text import byte_tokenizer, chat, tokenizer_export
 from stagecraft.text import tokenizer as tokenizers
 
 WORDS = ["capital", "of", "France", "is", "Paris", "1969", "+", "12", "=", "ünïcode"]
@@ -25,12 +25,12 @@ def pair(request, tmp_path_factory):
     """A tokenizer of ours, and the same read back from the files it leaves as."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "bytes":
-        ours = bytes_.Bytes()
+        ours = byte_tokenizer.ByteTokenizer()
     else:
         rng = np.random.default_rng(0)
         texts = [" ".join(rng.choice(WORDS[:9], 12)) for _ in range(300)]
-        ours = tokenizers.Tokenizer.train(texts, 300, folder / "tokenizer.model")
-    found, notes = outward.files(ours)
+        ours = tokenizers.SentencePiece.train(texts, 300, folder / "tokenizer.model")
+    found, notes = tokenizer_export.files(ours)
     assert len(notes) == 1
     out = folder / "out"
     out.mkdir()
@@ -68,7 +68,7 @@ def test_the_same_turns_and_masks(pair):
 
 def test_what_came_goes_back_as_it_came(pair):
     _, theirs, out = pair
-    found, notes = outward.files(theirs)
+    found, notes = tokenizer_export.files(theirs)
     assert notes == []
     assert found == {path.name: path.read_bytes() for path in out.iterdir()}
     assert json.loads(found["tokenizer.json"])["model"]["type"] == "BPE"

@@ -1,26 +1,29 @@
-"""Where a model's parameters lie in a Hugging Face folder, tensor by tensor."""
+"""How a model's parameters are laid out in a Hugging Face folder, tensor by tensor.
+
+"Theirs" is a tensor of the folder, "ours" an array of the model.
+"""
 
 import functools
 import math
 import re
 from typing import NamedTuple
 
-from stagecraft.models.translation import per_layer
+from stagecraft.models.config import ModelConfig, per_layer
 
 
 class Axes(NamedTuple):
-    """How the axes of a tensor of theirs and of an array of ours go together.
+    """How the axes of a tensor of theirs correspond to those of an array of ours.
 
     Attributes:
         theirs: for each of their dimensions, (part, parts, letters of ours in it).
         ours: letters of our dimensions.
     """
 
-    theirs: tuple
-    ours: tuple
+    theirs: tuple[tuple[int, int, tuple[str, ...]], ...]
+    ours: tuple[str, ...]
 
-    def shape(self, sizes, *, split=False):
-        """Their tensor's shape; `split` into our letters, of the one part alone."""
+    def shape(self, sizes: dict[str, int], *, split: bool = False) -> tuple[int, ...]:
+        """Returns their tensor's shape; with `split` our part's, one axis a letter."""
         if split:
             return tuple(sizes[x] for _, _, letters in self.theirs for x in letters)
         return tuple(
@@ -28,33 +31,33 @@ class Axes(NamedTuple):
             for _, parts, letters in self.theirs
         )
 
-    def region(self, shape):
-        """The slices of their tensor, of this shape, that are ours."""
+    def region(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Returns the slices of their tensor, which has this shape, that are ours."""
         return tuple(
             slice(part * size // parts, (part + 1) * size // parts)
             for (part, parts, _), size in zip(self.theirs, shape, strict=True)
         )
 
 
-class Place(NamedTuple):
-    """One tensor of theirs, or a part of it, in one array of ours.
+class Layout(NamedTuple):
+    """One tensor of theirs, or a part of it, within one array of ours.
 
     Attributes:
         ours: our parameter's name.
         key: their tensor's name.
-        index: where it lies on our leading axes: layer, expert.
-        axes: how the rest goes.
+        index: its indices on our leading axes: layer, expert.
+        axes: of the remaining dimensions.
     """
 
     ours: str
     key: str
-    index: tuple
+    index: tuple[int, ...]
     axes: Axes
 
 
 @functools.cache
-def parse(text):
-    """`Axes` of a line such as "d (0/3 h c) -> d h c"."""
+def parse(text: str) -> Axes:
+    """Parses a line such as "d (0/3 h c) -> d h c"."""
     theirs, ours = text.split(" -> ")
     dims = []
     for group in re.findall(r"\([^)]*\)|\S+", theirs):
@@ -65,8 +68,8 @@ def parse(text):
     return Axes(tuple(dims), tuple(ours.split()))
 
 
-def places(family, config, shapes):
-    """Where every parameter of a model lies in a folder of its family.
+def of_model(family, config: ModelConfig, shapes: dict) -> list[Layout]:
+    """Lays out every parameter of a model in a folder of its family.
 
     Args:
         family: a `Family`.
@@ -74,9 +77,9 @@ def places(family, config, shapes):
         shapes: {our name: array or shape struct}; of a scalar model without its bias.
 
     Returns:
-        list of `Place`, in the order of the layers.
+        list of `Layout`, in the order of the layers.
     """
-    sparse = per_layer(config.sparse or (True,), config.layers)
+    sparse = per_layer(config.sparse, config.layers)
     stacks = {
         "dense": [i for i, x in enumerate(sparse) if not x],
         "sparse": [i for i, x in enumerate(sparse) if x],
@@ -87,8 +90,8 @@ def places(family, config, shapes):
         short = name.removeprefix("body/")
         if not short.startswith("layers/"):
             key, text = family.top[short]
-            out.append((-1 if short in ("embed", "positions") else config.layers, name))
-            out[-1] += (key, (), parse(text))
+            order = -1 if short in ("embed", "positions") else config.layers
+            out.append((order, Layout(name, key, (), parse(text))))
             continue
         first, _, rest = short.removeprefix("layers/").partition("/")
         mixed = first in ("dense", "sparse")
@@ -98,10 +101,10 @@ def places(family, config, shapes):
         for row, layer in enumerate(stacks[first if mixed else "all"]):
             full = family.layers.replace("{l}", str(layer)) + key
             if "{e}" not in key:
-                out.append((layer, name, full, (row,), axes))
+                out.append((layer, Layout(name, full, (row,), axes)))
                 continue
             inner = Axes(axes.theirs, axes.ours[1:])
             for e in range(array.shape[1]):
-                one = full.replace("{e}", str(e))
-                out.append((layer, name, one, (row, e), inner))
-    return [Place(*rest) for _, *rest in sorted(out, key=lambda place: place[0])]
+                key_of_expert = full.replace("{e}", str(e))
+                out.append((layer, Layout(name, key_of_expert, (row, e), inner)))
+    return [layout for _, layout in sorted(out, key=lambda pair: pair[0])]

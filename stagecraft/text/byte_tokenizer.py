@@ -3,13 +3,13 @@
 import hashlib
 
 BYTES = 256
-# The file that says so in a run's folder.
+# The file in a run's folder that marks its tokenizer as this one.
 FILE = "bytes.txt"
 NOTE = b"ids 0 to 255 are bytes of UTF-8, then pad, bos, eos, system, user, assistant, "
 NOTE += b"end of turn\n"
 
 
-class Bytes:
+class ByteTokenizer:
     """Text to ids and back; the ids of control pieces lie above those of bytes."""
 
     template = None
@@ -20,11 +20,11 @@ class Bytes:
     files = {FILE: NOTE}
     digest = hashlib.sha256(NOTE).hexdigest()
 
-    def encode(self, text):
-        """Ids of a text, without bos or eos."""
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without bos or eos."""
         return list(text.encode("utf-8", errors="replace"))
 
-    def decode(self, ids):
-        """The text of ids; control pieces have none, nor have halves of characters."""
-        kept = bytes(int(i) for i in ids if 0 <= int(i) < BYTES)
-        return kept.decode("utf-8", errors="replace")
+    def decode(self, ids) -> str:
+        """Returns the text of ids; control pieces and half characters have none."""
+        data = bytes(int(i) for i in ids if 0 <= int(i) < BYTES)
+        return data.decode("utf-8", errors="replace")
