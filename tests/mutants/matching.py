@@ -348,10 +348,8 @@ class _File:
             elif reading == "arguments" and isinstance(node, ast.Call):
                 yield _arguments(node)
             elif reading == "statements":
-                for name in _BODIES:
-                    body = getattr(node, name, None)
-                    if isinstance(body, list) and body:
-                        yield body
+                bodies = (getattr(node, name, None) for name in _BODIES)
+                yield from (b for b in bodies if isinstance(b, list) and b)
 
     def _head(self, node, parts):
         """The bytes from a compound statement's first word to its colon."""
