@@ -65,7 +65,7 @@ def test_an_imported_stage_is_a_finished_one(folders, imported):
     assert current.finished("base") and current.chat_format("base")
     model = huggingface.load(folders / "model", tiny.single())
     assert tree.digest(current.load("base", tiny.single())) == tree.digest(model)
-    assert current.config.model.width == 16
+    assert current.config.model.width == CONFIG.width
     text = "naïve <|end|>"
     assert current.tokenizer.decode(current.tokenizer.encode(text)) == text
     entry = json.loads((imported / "lineage.json").read_text())["stages"]["base"]
@@ -101,7 +101,7 @@ def test_a_stage_starts_from_a_folder(folders, imported, tmp_path, by):
     c.model.dtype = "bfloat16"
     run.run(c, tmp_path / "run")
     current = run.open_run(tmp_path / "run")
-    assert current.config.model.width == 16
+    assert current.config.model.width == CONFIG.width
     assert current.config.model.max_length == CONFIG.max_length
     assert current.tokenizer.vocab_size == bytes_.Bytes.vocab_size
     entry = json.loads((tmp_path / "run" / "lineage.json").read_text())
