@@ -6,14 +6,16 @@ RUN ?= runs/quickstart
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-peers lint format clean
+.PHONY: help quickstart quick test test-peers mutants lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
 	@echo "make test         install what the tests need, run them"
+	@echo "make quick        those that take long left out: a minute and a half on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
-	@echo "make lint         ruff, as the tests expect it;  make format  puts it right"
+	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
+	@echo "make lint         ruff and types, as the tests expect it;  make format  puts it right"
 	@echo "make clean        remove .venv and caches (runs/ stays)"
 
 $(BIN)/python:
@@ -37,19 +39,29 @@ $(VENV)/.peers: $(VENV)/.dev
 quickstart: $(VENV)/.report
 	$(BIN)/stagecraft run --config=experiments/quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
 
+# The order is that of tests/conftest.py: the longest first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+quick: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not peers" $(ARGS)
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not peers" -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) -m "not peers" $(ARGS)
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m peers -n 2 --dist loadgroup tests/peers --parity-seed=$(SEED) $(ARGS)
+	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

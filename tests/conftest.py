@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -21,11 +20,22 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# Runs of one session share what they compile; a run of its own keeps it in WORKDIR.
+# Tests, commands that they start and later runs share what was compiled, however small
+# (JAX by itself keeps only what took a second). The key of a program is its whole text
+# with all options, so a changed one is compiled. "make clean" removes them.
 _CACHE = os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="stagecraft-compiled-")
+    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "compiled")
 )
 jax.config.update("jax_compilation_cache_dir", _CACHE)
+for _name, _value in (
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    os.environ[_name.upper()] = str(_value)
+    jax.config.update(_name, _value)
+
+# Tests that "make quick" leaves out, the longest first.
+SLOW = Path(__file__).parent / "slow.txt"
 
 
 def pytest_addoption(parser):
@@ -54,14 +64,32 @@ def parity_rng(request, parity_seed):
 
 @pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
-    """A file's tests share what they compile: they stay on one worker.
+    """Marks slow tests, and says which tests one worker takes.
 
-    So do all that look at the tiny run, which is made once.
+    A file's tests share fixtures and what they compile: they stay on one worker. So do
+    all that look at the tiny run, which is made once. Groups with the longest tests go
+    first, so that no worker is left with one at the end.
     """
+    slow = slow_tests()
+    first = {}  # {group: place of its longest test in the list}
+    groups = []
     for item in items:
         shared = "tiny_run" in getattr(item, "fixturenames", ())
-        group = "tiny" if shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        groups.append("tiny" if shared else str(item.path))
+        item.add_marker(pytest.mark.xdist_group(groups[-1]))
+        place = slow.get(item.nodeid.split("[")[0], 0 if shared else len(slow))
+        if place < len(slow):
+            item.add_marker(pytest.mark.slow)
+        first[groups[-1]] = min(place, first.get(groups[-1], place))
+    order = sorted(range(len(items)), key=lambda i: first[groups[i]])
+    items[:] = [items[i] for i in order]
+
+
+def slow_tests():
+    """{"FILE::TEST": its place} of the tests listed in slow.txt."""
+    lines = SLOW.read_text(encoding="utf-8").splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    return {name: place for place, name in enumerate(names)}
 
 
 def load_experiment(name):

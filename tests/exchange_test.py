@@ -7,20 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import cli, defaults, exchange, run, sharding, tree
+from stagecraft import cli, defaults, exchange, run, tree
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import byte_tokenizer, tokenizer_export
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=264, width=16, layers=2, heads=2, kv_heads=2, head_dim=8, ff_width=24
-)
-
-
-def single():
-    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+CONFIG = tiny.config(vocab_size=264, layers=2, max_length=128, init_std=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +63,9 @@ def experiment(folders, start, **changes):
 def test_an_imported_stage_is_a_finished_one(folders, imported):
     current = run.open_run(imported)
     assert current.finished("base") and current.chat_format("base")
-    model = huggingface.load(folders / "model", single())
-    assert tree.digest(current.model("base", single())) == tree.digest(model)
-    assert current.config.model.width == 16
+    model = huggingface.load(folders / "model", tiny.single())
+    assert tree.digest(current.model("base", tiny.single())) == tree.digest(model)
+    assert current.config.model.width == CONFIG.width
     text = "naïve <|end|>"
     assert current.tokenizer.decode(current.tokenizer.encode(text)) == text
     entry = json.loads((imported / "lineage.json").read_text())["stages"]["base"]
@@ -109,21 +103,21 @@ def test_a_stage_starts_from_a_folder(folders, imported, tmp_path, by):
     c.model.dtype = "bfloat16"
     run.run(c, tmp_path / "run")
     current = run.open_run(tmp_path / "run")
-    assert current.config.model.width == 16
+    assert current.config.model.width == CONFIG.width
     assert current.config.model.max_length == CONFIG.max_length
     assert current.tokenizer.vocab_size == byte_tokenizer.ByteTokenizer.vocab_size
     entry = json.loads((tmp_path / "run" / "lineage.json").read_text())
     found = entry["stages"]["dpo"]["parents"]["start_from"]["id"]
     if by == "hf":
         assert found == huggingface.digest(folders / "model")
-        assert current.model("dpo", single()).config.dtype == "bfloat16"
+        assert current.model("dpo", tiny.single()).config.dtype == "bfloat16"
     assert len(found) == 64
     # The parent may be gone once the stage is finished.
     shutil.rmtree(tmp_path / "run" / "compiled", ignore_errors=True)
     out = tmp_path / "out"
     assert exchange.export(tmp_path / "run", "dpo", out)[0].endswith("float32")
-    moved = huggingface.load(out, single())
-    before = huggingface.load(folders / "model", single())
+    moved = huggingface.load(out, tiny.single())
+    before = huggingface.load(folders / "model", tiny.single())
     assert tree.digest(moved) != tree.digest(before)
 
 
@@ -132,9 +126,9 @@ def test_reward_models_come_and_go(folders, tmp_path):
     said = exchange.export(tmp_path / "run", "judge", tmp_path / "out")
     assert said == [f"{tmp_path / 'out'}: Qwen3, float32"]
     current = run.open_run(tmp_path / "run")
-    model = current.model("judge", single())
+    model = current.model("judge", tiny.single())
     assert isinstance(model, ScalarModel)
-    theirs = huggingface.load(tmp_path / "out", single())
+    theirs = huggingface.load(tmp_path / "out", tiny.single())
     assert tree.digest(theirs) == tree.digest(model)
 
 

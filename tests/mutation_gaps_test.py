@@ -17,9 +17,16 @@ from tests.stages import cases
 
 @pytest.mark.parametrize("kind", ["policy", "group_policy", "online_preference"])
 def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypatch):
-    given = {}
-    monkeypatch.setitem(kinds.MAKE, kind, lambda *_, **extra: given.update(extra))
-    tokenizer = types.SimpleNamespace(stops=(7, 5), eos=3, vocab_size=512)
+    contexts = []
+
+    def make(config, context):
+        contexts.append(context)
+        return types.SimpleNamespace(frozen=None)
+
+    monkeypatch.setitem(kinds.KINDS, kind, kinds.KINDS[kind]._replace(make=make))
+    tokenizer = types.SimpleNamespace(
+        stops=(7, 5), eos=3, vocab_size=512, control_ids=()
+    )
     config = defaults.experiment()
     config.stages.sampled = defaults.stage(kind)
     current = runs.Run(None, config, tokenizer)
@@ -27,7 +34,7 @@ def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypat
         samples=[], records=[], dataset=None, heldout=None, reference=None
     )
     run._make(current, config.stages.sampled, current.mesh(), {}, data)
-    assert given["stop_ids"] == tokenizer.stops
+    assert contexts[0].stop_ids == tokenizer.stops
 
 
 def test_a_row_that_one_source_could_not_score_is_not_scored():

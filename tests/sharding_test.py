@@ -1,5 +1,7 @@
 """The mesh: sizes, shardings from birth, and the same numbers on every shape."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,12 @@ from jax.sharding import PartitionSpec as P
 from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import heads
-from stagecraft.models.config import ModelConfig, check_mesh
+from stagecraft.models.config import check_mesh
 from stagecraft.models.transformer import Transformer
+from tests import tiny
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
-CONFIG = ModelConfig(
-    vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ff_width=48
-)
+CONFIG = tiny.config(layers=2, ff_width=48, init_std=0.02)
 
 
 def make_model(key):
@@ -222,7 +223,7 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(world, alone, capfd):
     ],
 )
 def test_check_mesh_refuses(changes, shape, words):
-    config = ModelConfig(**{**vars(CONFIG), **changes})
+    config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(UserError) as error:
         check_mesh(config, sharding.make_mesh(*shape))
     for word in words:

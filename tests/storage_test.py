@@ -64,7 +64,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path, replace, error, raised, sa
     if replace:
         target.mkdir()
         (target / "old").write_text("0")
-    with (
+    with (  # noqa: PT012
         pytest.raises(raised, match=says) as caught,
         storage.new_folder(target, replace=replace) as temporary,
     ):
@@ -105,7 +105,7 @@ def test_what_a_killed_process_left_goes(tmp_path):
 
 
 def test_of_two_that_write_one_folder_the_first_stays(tmp_path):
-    with (
+    with (  # noqa: PT012
         pytest.raises(UserError, match="cannot be written"),
         storage.new_folder(tmp_path / "out", concurrent=True) as late,
     ):

@@ -7,8 +7,8 @@ import pytest
 
 from stagecraft import tree
 from stagecraft.anatomy import cost
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import Transformer
+from tests import tiny
 
 TINY = {
     "vocab_size": 10,
@@ -21,6 +21,7 @@ TINY = {
     "tied": True,
     "qk_norm": True,
 }
+SIZES = tiny.config(vocab_size=20, width=8, layers=3, head_dim=4, ff_width=12)
 
 
 def test_parameters_of_a_tiny_model_by_hand():
@@ -46,10 +47,7 @@ def test_parameters_of_a_tiny_model_by_hand():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_parameters_are_those_of_the_model(tied, qk_norm):
-    config = ModelConfig(
-        vocab_size=20, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, ff_width=12
-    )
-    config = dataclasses.replace(config, tied=tied, qk_norm=qk_norm)
+    config = dataclasses.replace(SIZES, tied=tied, qk_norm=qk_norm)
     model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     assert cost.parameters(vars(config))["total"] == tree.count(model)
     assert set(vars(config)) >= cost.NEEDED
@@ -67,10 +65,7 @@ def test_parameters_are_those_of_the_model(tied, qk_norm):
     ids=str,
 )
 def test_parameters_of_every_family(changes):
-    config = ModelConfig(
-        vocab_size=20, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, ff_width=12
-    )
-    config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(SIZES, **changes)
     model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
     assert cost.parameters(vars(config))["total"] == tree.count(model)
 

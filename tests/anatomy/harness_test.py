@@ -10,10 +10,10 @@ import pytest
 from stagecraft.anatomy import harness
 from stagecraft.anatomy.harness import Answers
 from stagecraft.errors import UserError
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.models.transformer import Transformer
 from stagecraft.text import tokenizer as tokenizers
+from tests import tiny
 
 CONTEXT = 40
 
@@ -21,16 +21,8 @@ CONTEXT = 40
 @pytest.fixture(scope="module")
 def answers():
     tokenizer = tokenizers.load("bytes")
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=16,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        head_dim=8,
-        ff_width=32,
-        max_length=CONTEXT,
-        init_std=0.4,
+    config = tiny.config(
+        vocab_size=tokenizer.vocab_size, max_length=CONTEXT, init_std=0.4
     )
     model = Transformer(config, jax.random.key(0))
     return Answers(Language(model, tokenizer, batch_size=2))

@@ -174,8 +174,7 @@ def test_no_tools(tmp_path, nothing):
 
 def told(path, read=readers.demonstrations):
     with pytest.raises(UserError) as error:
-        found = read(path)
-        list(found)
+        list(read(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 

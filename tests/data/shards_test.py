@@ -64,11 +64,11 @@ def test_columns_beside_the_documents(tmp_path):
     with pytest.raises(UserError, match="no column 'length'; it has 'score', 'source'"):
         found.column("length")
     told = "document 1: expected a value for each column score, source"
+    bad = [pairs[0], ([1], {"score": 1})]
     with pytest.raises(UserError, match=told):
-        bad = [pairs[0], ([1], {"score": 1})]
         shards.write(tmp_path / "t", bad, columns=columns, **TOLD)
+    bad = [pairs[0], ([1], {"score": 1, "source": 3})]
     with pytest.raises(UserError, match="document 1: column 'source' is 3"):
-        bad = [pairs[0], ([1], {"score": 1, "source": 3})]
         shards.write(tmp_path / "t", bad, columns=columns, **TOLD)
 
 

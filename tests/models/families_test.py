@@ -16,17 +16,15 @@ from stagecraft.errors import UserError
 from stagecraft.models import heads, layers, sampling, transformer
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import Transformer
+from tests import tiny
 from tests.models import numpy_decoder
 
-BASE = ModelConfig(
-    vocab_size=48,
-    width=16,
+BASE = tiny.config(
+    width=16,  # other than that of all heads
     layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
     ff_width=24,
     max_length=32,
+    init_std=0.02,
     qk_norm=False,
     rope_theta=100.0,
 )

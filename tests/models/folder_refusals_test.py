@@ -11,11 +11,12 @@ from safetensors.numpy import save_file
 from stagecraft import storage
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, tensors
-from tests.models.folders import CONFIG, C, D, F, V, put, refused, single
+from tests import tiny
+from tests.models.folders import CONFIG, C, D, F, V, put, refused
 
 
 def test_a_folder_that_is_there_stays(tmp_path, folder):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
     target = tmp_path / "out"
     target.mkdir()
     huggingface.save(model, target)  # an empty one is no loss
@@ -28,7 +29,7 @@ def test_a_folder_that_is_there_stays(tmp_path, folder):
 
 
 def test_a_full_disk_leaves_the_old_folder_whole(tmp_path, folder, monkeypatch):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
     huggingface.save(model, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     plain, written = np.ascontiguousarray, []
@@ -48,7 +49,7 @@ def test_a_full_disk_leaves_the_old_folder_whole(tmp_path, folder, monkeypatch):
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, folder, monkeypatch):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
     huggingface.save(model, tmp_path / "out")
     (tmp_path / "out" / "mine.txt").write_text("old")
     plain = Path.rename
@@ -66,7 +67,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, folder, monkeypa
 
 
 def test_no_permission_to_write(tmp_path, folder, monkeypatch):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
 
     def forbidden(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -77,7 +78,7 @@ def test_no_permission_to_write(tmp_path, folder, monkeypatch):
 
 
 def test_what_a_dtype_cannot_hold(tmp_path, folder):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
     model.embed.set_value(model.embed[...].at[3, 2].set(1e6))
     with pytest.raises(UserError, match="embed_tokens.weight.*float16.*bfloat16"):
         huggingface.save(model, tmp_path / "out", dtype="float16")

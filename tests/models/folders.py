@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stagecraft import sharding
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, tensors
+from tests import tiny
 
 D, H, K, C, F, V, L = 8, 4, 2, 4, 12, 16, 2
 CONFIG = {
@@ -70,13 +69,9 @@ def put(folder, arrays, config=CONFIG, shards=1):
     return folder
 
 
-def single():
-    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-
-
 def refused(folder, *words):
     with pytest.raises(UserError) as caught:
-        huggingface.load(folder, single())
+        huggingface.load(folder, tiny.single())
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
     for word in words:

@@ -16,15 +16,15 @@ from safetensors.numpy import load_file
 from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, layouts, tensors
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
-from tests.models.folders import CONFIG, C, D, F, H, K, L, V, put, single
+from tests import tiny
+from tests.models.folders import CONFIG, C, D, F, H, K, L, V, put
 
 # Reading
 
 
 def test_every_number_where_it_belongs(folder, arrays):
-    model = huggingface.load(folder, single())
+    model = huggingface.load(folder, tiny.single())
     c = model.config
     assert (c.rope_theta, c.norm_eps, c.tied, c.qk_norm) == (500.0, 1e-5, False, False)
     ours = {k: np.asarray(v) for k, v in tree.named(model).items()}
@@ -65,7 +65,7 @@ def test_every_number_where_it_belongs(folder, arrays):
 
 def test_sharded_from_the_disk(folder):
     """Every device holds its own part, and the parts are the same model."""
-    whole = huggingface.load(folder, single())
+    whole = huggingface.load(folder, tiny.single())
     shared = sharding.make_mesh(2, 2, 2)
     spread = huggingface.load(folder, shared)
     assert tree.digest(whole) == tree.digest(spread)
@@ -79,7 +79,7 @@ def test_sharded_from_the_disk(folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_any_dtype_becomes_float32(tmp_path, arrays, dtype):
     cast = {k: v.astype(jnp.dtype(dtype)) for k, v in arrays.items()}
-    model = huggingface.load(put(tmp_path / "in", cast), single())
+    model = huggingface.load(put(tmp_path / "in", cast), tiny.single())
     got = tree.named(model)["embed"]
     expected = cast["model.embed_tokens.weight"].astype(np.float32)
     assert got.dtype == jnp.float32
@@ -89,14 +89,14 @@ def test_any_dtype_becomes_float32(tmp_path, arrays, dtype):
 def test_names_without_their_root_and_tensors_that_are_no_weights(tmp_path, arrays):
     plain = {k.removeprefix("model."): v for k, v in arrays.items()}
     plain["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-    one = huggingface.load(put(tmp_path / "plain", plain), single())
-    two = huggingface.load(put(tmp_path / "in", arrays), single())
+    one = huggingface.load(put(tmp_path / "plain", plain), tiny.single())
+    two = huggingface.load(put(tmp_path / "in", arrays), tiny.single())
     assert tree.digest(one) == tree.digest(two)
 
 
 def test_tied_models_may_hold_the_head_twice(tmp_path, arrays):
     config = CONFIG | {"tie_word_embeddings": True}
-    model = huggingface.load(put(tmp_path / "in", arrays, config), single())
+    model = huggingface.load(put(tmp_path / "in", arrays, config), tiny.single())
     assert model.unembed is None
 
 
@@ -187,7 +187,7 @@ FAMILY_FIELDS = {
 def family_config(name):
     base = dict(vocab_size=V, width=D, layers=3, heads=H, kv_heads=K, head_dim=C)
     base |= dict(ff_width=F, max_length=32, family=name)
-    return ModelConfig(**base | FAMILY_FIELDS[name]).validate()
+    return tiny.config(**base | FAMILY_FIELDS[name]).validate()
 
 
 @pytest.mark.parametrize("name", FAMILY_FIELDS)
@@ -196,7 +196,7 @@ def test_every_family_there_and_back(tmp_path, name):
     config = family_config(name)
     model = Transformer(config, jax.random.key(3))
     assert huggingface.save(model, tmp_path / "out").name == name
-    back = huggingface.load(tmp_path / "out", single())
+    back = huggingface.load(tmp_path / "out", tiny.single())
     assert back.config == config
     assert tree.digest(back) == tree.digest(model)
     unnamed = dataclasses.replace(config, family="")
@@ -315,7 +315,7 @@ def test_reward_models(tmp_path):
     assert said["pad_token_id"] == 3 and said["id2label"] == {"0": "LABEL_0"}
     score = load_file(tmp_path / "out" / "model.safetensors")["score.weight"]
     np.testing.assert_array_equal(score, np.asarray(model.head[...])[None])
-    back = huggingface.load(tmp_path / "out", single(), module="scalar")
+    back = huggingface.load(tmp_path / "out", tiny.single(), module="scalar")
     assert tree.digest(back) == tree.digest(model)
     with pytest.raises(UserError, match="expected a ...ForCausalLM"):
-        huggingface.load(tmp_path / "out", single(), module="transformer")
+        huggingface.load(tmp_path / "out", tiny.single(), module="transformer")

@@ -6,11 +6,11 @@ import pytest
 
 from stagecraft.errors import UserError
 from stagecraft.models import sampling, scores
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import tokenizer as tokenizers
 from stagecraft.text.tokenizer import SentencePiece
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +18,7 @@ def parts(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     texts = ["the cat sat on the mat", "what is the capital of France?"] * 20
     tokenizer = SentencePiece.train(texts, 290, path)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        width=16,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        head_dim=8,
-        ff_width=32,
-        max_length=64,
-        init_std=0.3,
-    )
+    config = tiny.config(vocab_size=tokenizer.vocab_size)
     return Transformer(config, jax.random.key(0)), tokenizer
 
 

@@ -3,6 +3,8 @@
 The judge is the decoder in plain numpy, on weights that are summed up by hand.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,22 +13,12 @@ import pytest
 from stagecraft import defaults, experiment, sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import linear, lora
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
+from tests import tiny
 from tests.models import numpy_decoder
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    width=16,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    ff_width=24,
-    max_length=16,
-    init_std=0.3,
-)
-IDS = np.random.default_rng(0).integers(0, 32, 9)
+CONFIG = tiny.config(width=16, layers=3, head_dim=4, ff_width=24, init_std=0.3)
+IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 9)
 OUT = ("attention/out",)  # of which two dimensions are read
 
 
@@ -84,12 +76,8 @@ def test_the_path_beside_is_the_sum(changes, scale):
 
 
 def test_dense_and_sparse_layers_side_by_side():
-    config = ModelConfig(
-        **dict(vocab_size=32, width=16, layers=3, heads=2, kv_heads=2, head_dim=8),
-        **dict(ff_width=24, max_length=16, init_std=0.3),
-        **dict(experts=2, experts_per_token=1, expert_width=8),
-        sparse=(False, True, True),
-    )
+    sparse = dict(experts=2, experts_per_token=1, sparse=(False, True, True))
+    config = dataclasses.replace(CONFIG, **sparse, expert_width=8)
     base, adapter = made(config)
     names = set(adapter.parts)
     assert "layers/dense/ff/up" in names and "layers/sparse/attention/out" in names
@@ -249,11 +237,7 @@ def test_more_refusals():
 
 
 def test_a_target_the_model_lacks_is_named():
-    plain = ModelConfig(
-        **dict(vocab_size=32, width=16, layers=1, heads=2, kv_heads=2, head_dim=8),
-        **dict(ff_width=24, max_length=16, gated=False),
-    )
-    base = Transformer(plain, jax.random.key(0))
+    base = Transformer(tiny.config(gated=False), jax.random.key(0))
     with pytest.raises(
         UserError, match="no gate that takes.*query, key, value, out, up"
     ):

@@ -1,5 +1,6 @@
 """PEFT folders without PEFT: hand-made ones, and ours by the safetensors library."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,30 +8,29 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stagecraft import defaults, sharding, tree
+from stagecraft import defaults, tree
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, lora, peft
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
+from tests import tiny
 
 D, HEADS, KV, C, FF, V, L = 8, 2, 1, 4, 12, 16, 2
-CONFIG = ModelConfig(
+CONFIG = tiny.config(
     **dict(vocab_size=V, width=D, layers=L, heads=HEADS, kv_heads=KV, head_dim=C),
     **dict(ff_width=FF, max_length=32, qk_norm=False, tied=False, init_std=0.3),
 )
-GPT2 = ModelConfig(
-    **dict(vocab_size=V, width=D, layers=L, heads=2, kv_heads=2, head_dim=4),
-    **dict(ff_width=FF, max_length=32, qk_norm=False, tied=True, init_std=0.3),
-    **dict(norm="layer", positions="learned", gated=False, activation="gelu_tanh"),
-    **dict(qkv_bias=True, out_bias=True, ff_bias=True),
+GPT2 = dataclasses.replace(
+    CONFIG,
+    **dict(kv_heads=HEADS, tied=True, norm="layer", positions="learned", gated=False),
+    **dict(activation="gelu_tanh", qkv_bias=True, out_bias=True, ff_bias=True),
 )
 
 
 @pytest.fixture
 def shared():
-    found = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(found):
-        yield found
+    mesh = tiny.single()
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_tensors_that_are_refused(spoil, line, base, shared, tmp_path):
 
 
 def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
-    tied = ModelConfig(**vars(CONFIG) | dict(tied=True))
+    tied = dataclasses.replace(CONFIG, tied=True)
     huggingface.save(Transformer(tied, jax.random.key(0)), tmp_path / "base")
     write(tmp_path / "adapter", {"model.embed_tokens.weight": np.ones((V, D))})
     with pytest.raises(UserError, match="its base has one table for both"):

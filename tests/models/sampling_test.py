@@ -10,11 +10,11 @@ import pytest
 from stagecraft import sharding, tree
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import Transformer
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ff_width=24
+CONFIG = tiny.config(
+    vocab_size=16, width=16, layers=2, head_dim=4, ff_width=24, max_length=128
 )
 B, P, N = 8, 6, 8
 KEY = jax.random.key(11)

@@ -11,19 +11,12 @@ import pytest
 from stagecraft import tree
 from stagecraft.errors import UserError
 from stagecraft.models import transformer
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=50,
-    width=24,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    ff_width=40,
-    init_std=0.2,
-    rope_theta=100.0,
+CONFIG = tiny.config(
+    **dict(vocab_size=50, width=24, layers=2, head_dim=6, ff_width=40),
+    **dict(max_length=128, rope_theta=100.0),
 )
 
 

@@ -20,8 +20,8 @@ _READER = in_file(
     ("a number is a text", "if not isinstance(text, str):", "if text is None:"),
     (
         "the record's source is ignored",
-        "if not isinstance(source, str) or",
-        "if True or",
+        "not isinstance(source, str)",
+        "True",
     ),
     ("damage is not told", "    if part.damage:\n", "    if False:\n"),
 )
@@ -35,7 +35,11 @@ _RULES = (
             "count = len(words) - n + 1",
             "n -= 1; count = len(words) - n + 1",
         ),
-        ("words in any order overlap", "total = total * _BASE +", "total = total +"),
+        (
+            "words in any order overlap",
+            "total * _BASE",
+            "total",
+        ),
         ("common runs count", "keep = counts <= common", "keep = counts > 0"),
         ("case tells runs apart", "_WORD.findall(text.lower())", "_WORD.findall(text)"),
     ),
@@ -47,7 +51,11 @@ _RULES = (
             "0.5 / (1 - labels).sum()",
             "0.5 / labels.sum()",
         ),
-        ("good and bad swapped", "np.repeat([1.0, 0.0]", "np.repeat([0.0, 1.0]"),
+        (
+            "good and bad swapped",
+            "np.repeat([1.0, 0.0], [len(good), len(bad)])",
+            "np.repeat([0.0, 1.0], [len(good), len(bad)])",
+        ),
         (
             "no penalty in the gradient",
             "matrix.T @ slope + penalty * w",
@@ -57,8 +65,16 @@ _RULES = (
     *in_file(
         "stagecraft/curate/personal.py",
         "tests/curate/rules_test.py",
-        ("private addresses are replaced", ".is_global", ".version == 4"),
-        ("short numbers are telephones", "return 8 <=", "return 4 <="),
+        (
+            "private addresses are replaced",
+            "ipaddress.ip_address(address).is_global",
+            "ipaddress.ip_address(address).version == 4",
+        ),
+        (
+            "short numbers are telephones",
+            "return 8 <= sum(map(str.isdigit, number)) <= 15",
+            "return 4 <= sum(map(str.isdigit, number)) <= 15",
+        ),
     ),
     *in_file(
         "stagecraft/curate/language_id.py",
@@ -76,8 +92,16 @@ _RULES = (
 _DUPLICATES = in_file(
     "stagecraft/curate/duplicates.py",
     "tests/curate/duplicates_test.py",
-    ("the worst stays", "-score, groups", "score, groups"),
-    ("the last stays", "(np.arange(len(groups)),", "(-np.arange(len(groups)),"),
+    (
+        "the worst stays",
+        "(np.arange(len(groups)), -score, groups)",
+        "(np.arange(len(groups)), score, groups)",
+    ),
+    (
+        "the last stays",
+        "(np.arange(len(groups)), -score, groups)",
+        "(-np.arange(len(groups)), -score, groups)",
+    ),
     (
         "what an exact duplicate resembles is forgotten",
         "found = twin[_read_pairs(self.pairs, starts)]",
@@ -92,8 +116,8 @@ _DUPLICATES = in_file(
     ),
     (
         "the threshold is an upper bound",
-        '["score"][candidates] >= threshold',
-        '["score"][candidates] <= threshold',
+        'keys["score"][candidates] >= threshold',
+        'keys["score"][candidates] <= threshold',
     ),
     ("case tells documents apart", "text.lower().split()", "text.split()"),
 )
@@ -105,13 +129,13 @@ _WHOLE = (
         ("the time is in the bytes", "mtime=0", "mtime=None"),
         (
             "personal data stays",
-            "document.text, counts = personal",
-            "_, counts = personal",
+            "document.text, counts = personal.scrub(document.text, **self.kinds)",
+            "_, counts = personal.scrub(document.text, **self.kinds)",
         ),
         (
             "verdicts of the next document",
-            'document.metadata["number"]]',
-            'document.metadata["number"] - 1]',
+            'verdicts[document.metadata["number"]]',
+            'verdicts[document.metadata["number"] - 1]',
         ),
     ),
     *in_file(

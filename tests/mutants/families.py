@@ -17,13 +17,13 @@ _BLOCKWISE = in_file(
     "tests/models/attention_test.py",
     (
         "the gradient forgets the soft-cap",
-        "(d_weights - own[..., None]) * slope * scale",
-        "(d_weights - own[..., None]) * scale",
+        "weights * (d_weights - own[..., None]) * slope * scale",
+        "weights * (d_weights - own[..., None]) * scale",
     ),
     (
         "a block of keys too few under a window",
-        "row * block - (window - 1), 0) // block",
-        "row * block - (window - 1), 0) // block + 1",
+        "jnp.maximum(row * block - (window - 1), 0) // block",
+        "jnp.maximum(row * block - (window - 1), 0) // block + 1",
     ),
 )
 
@@ -43,8 +43,8 @@ _FAMILIES = (
         ),
         (
             "yarn's attention factor on the sines alone",
-            "jnp.cos(turns) * factor,",
-            "jnp.cos(turns),",
+            "jnp.cos(turns) * factor, jnp.sin(turns) * factor",
+            "jnp.cos(turns), jnp.sin(turns) * factor",
         ),
     ),
     *in_file(

@@ -12,16 +12,24 @@ _TOKENS = in_file(
     ),
     (
         "predicts across documents",
-        "& (segments == ahead) & (ahead > 0)",
-        "& (ahead > 0)",
+        "_drop_first(mask) & (segments == ahead) & (ahead > 0)",
+        "_drop_first(mask) & (ahead > 0)",
     ),
-    ("completions averaged, not summed", "return masked.sum(", "return masked.mean("),
+    (
+        "completions averaged, not summed",
+        "return masked.sum(logps, target_mask, axis=-1)",
+        "return masked.mean(logps, target_mask, axis=-1)",
+    ),
     (
         "dft without stop-gradient",
         "-jax.lax.stop_gradient(jnp.exp(logps)) * logps",
         "-jnp.exp(logps) * logps",
     ),
-    ("z-loss not squared", "return jnp.square(log_z),", "return jnp.abs(log_z),"),
+    (
+        "z-loss not squared",
+        'return jnp.square(log_z), {"log_z": log_z}',
+        'return jnp.abs(log_z), {"log_z": log_z}',
+    ),
 )
 
 _REWARD = in_file(
@@ -55,10 +63,14 @@ _REWARD = in_file(
     ),
     (
         "K-way: pairs not averaged",
-        "return mean(loss), {",
-        "return masked.sum(loss, pairs, axis=(1, 2)), {",
+        "mean(loss)",
+        "masked.sum(loss, pairs, axis=(1, 2))",
     ),
-    ("K-way: each with itself", "bool), k=1)", "bool), k=0)"),
+    (
+        "K-way: each with itself",
+        "jnp.triu(jnp.ones(shape[1:], bool), k=1)",
+        "jnp.triu(jnp.ones(shape[1:], bool), k=0)",
+    ),
 )
 
 _PAIRS = in_file(
@@ -85,7 +97,11 @@ _PAIRS = in_file(
         "policy_logps - ref_logps",
     ),
     ("forward KL upside down", '"forward_kl": -1.0', '"forward_kl": 1.0'),
-    ("alpha divergence of 1 - alpha", '"alpha": alpha - 1}', '"alpha": -alpha}'),
+    (
+        "alpha divergence of 1 - alpha",
+        '"alpha": alpha - 1',
+        '"alpha": -alpha',
+    ),
     (
         "js of the reversed ratio",
         "jax.nn.log_sigmoid(log_ratio)",
@@ -100,15 +116,19 @@ _PAIRS = in_file(
     ("LD-DPO one token short", "place <= shared", "place < shared"),
     (
         "LD-DPO by the longer one",
-        "shared = jnp.min(lengths",
-        "shared = jnp.max(lengths",
+        "shared = jnp.min(lengths, axis=-1)[:, None, None]",
+        "shared = jnp.max(lengths, axis=-1)[:, None, None]",
     ),
     (
         "WPO weight has a gradient",
         "return jax.lax.stop_gradient(jnp.exp(jnp.sum(means, axis=-1)))",
         "return jnp.exp(jnp.sum(means, axis=-1))",
     ),
-    ("WPO of sums", "means = masked.mean(surprise", "means = masked.sum(surprise"),
+    (
+        "WPO of sums",
+        "means = masked.mean(surprise, mask, axis=-1)",
+        "means = masked.sum(surprise, mask, axis=-1)",
+    ),
 )
 
 _REFERENCE = in_file(
@@ -127,9 +147,9 @@ _REFERENCE = in_file(
     ),
     (
         "ipo of sums",
-        "average = per_token(scores(policy_logps, ref_logps, **kind), lengths)\n"
-        "    return jnp.square(",
-        "average = scores(policy_logps, ref_logps, **kind)\n    return jnp.square(",
+        "per_token(scores(policy_logps, ref_logps, **kind), lengths)",
+        "scores(policy_logps, ref_logps, **kind)",
+        dict(within="ipo"),
     ),
     (
         "ipo target 1 / beta",
@@ -143,9 +163,9 @@ _REFERENCE = in_file(
     ),
     (
         "sigmoid_norm of sums",
-        "average = per_token(scores(policy_logps, ref_logps, **kind), lengths)\n"
-        "    return logistic(",
-        "average = scores(policy_logps, ref_logps, **kind)\n    return logistic(",
+        "per_token(scores(policy_logps, ref_logps, **kind), lengths)",
+        "scores(policy_logps, ref_logps, **kind)",
+        dict(within="sigmoid_norm"),
     ),
     (
         "robust not normalised",
@@ -165,13 +185,13 @@ _REFERENCE = in_file(
     ),
     (
         "nca weighs the reference's side whole",
-        "+ 0.5 * (logistic(-chosen)",
-        "+ (logistic(-chosen)",
+        "logistic(chosen) + 0.5 * (logistic(-chosen) + logistic(-rejected))",
+        "logistic(chosen) + (logistic(-chosen) + logistic(-rejected))",
     ),
     (
         "bco_pair pushes both up",
-        "+ logistic(-beta * log_ratio[:, 1]), metrics",
-        "+ logistic(beta * log_ratio[:, 1]), metrics",
+        "logistic(beta * log_ratio[:, 0]) + logistic(-beta * log_ratio[:, 1]), metrics",
+        "logistic(beta * log_ratio[:, 0]) + logistic(beta * log_ratio[:, 1]), metrics",
     ),
     ("sppo target 1 / beta", "target = 1 / (2 * beta)", "target = 1 / beta"),
     (
@@ -203,29 +223,35 @@ _REFERENCE_FREE = in_file(
     ("orpo: sign of log1mexp", "log_p - _log1mexp(log_p)", "log_p + _log1mexp(log_p)"),
     (
         "orpo of sums",
-        "averages = per_token(policy_logps, lengths)\n    log_p",
-        "averages = policy_logps\n    log_p",
+        "averages = per_token(policy_logps, lengths)",
+        "averages = policy_logps",
+        dict(within="orpo"),
     ),
-    ("orpo without beta", '{"rows": -beta * ratio,', '{"rows": -ratio,'),
+    (
+        "orpo without beta",
+        '{"rows": -beta * ratio, "document": -document_logps}',
+        '{"rows": -ratio, "document": -document_logps}',
+    ),
     (
         "orpo learns the chosen alone",
-        '"document": -document_logps}',
-        '"chosen": -document_logps}',
+        '"document": -document_logps',
+        '"chosen": -document_logps',
     ),
     (
         "cpo: alpha ignored",
-        '"chosen": -alpha * chosen_logps}',
-        '"chosen": -chosen_logps}',
+        '"chosen": -alpha * chosen_logps',
+        '"chosen": -chosen_logps',
     ),
     (
         "cpo_ipo of sums",
-        "_start(per_token(policy_logps, lengths), beta)\n    loss = jnp.square",
-        "_start(policy_logps, beta)\n    loss = jnp.square",
+        "per_token(policy_logps, lengths)",
+        "policy_logps",
+        dict(within="cpo_ipo"),
     ),
     (
         "simpo: gamma times beta",
-        "logistic(beta * margin - gamma,",
-        "logistic(beta * (margin - gamma),",
+        "logistic(beta * margin - gamma, label_smoothing)",
+        "logistic(beta * (margin - gamma), label_smoothing)",
     ),
     (
         "alphapo bends the other way",

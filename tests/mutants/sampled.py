@@ -23,8 +23,8 @@ _KL = in_file(
     ),
     (
         "score one token early",
-        "at_end = jnp.where(column == last,",
-        "at_end = jnp.where(column == last - 1,",
+        "at_end = jnp.where(column == last, scores[:, None], jnp.zeros_like(kl))",
+        "at_end = jnp.where(column == last - 1, scores[:, None], jnp.zeros_like(kl))",
     ),
     (
         "placement B pays at the end token",
@@ -56,7 +56,11 @@ _KL = in_file(
         "jnp.clip(kl / target - 1, -0.2, 0.2)",
         "kl / target - 1",
     ),
-    ("adaptive KL runs away", "kl_coef * (1 + error", "kl_coef * (1 - error"),
+    (
+        "adaptive KL runs away",
+        "kl_coef * (1 + error * batch_size / horizon)",
+        "kl_coef * (1 - error * batch_size / horizon)",
+    ),
     (
         "adaptive KL ignores the batch",
         "error * batch_size / horizon",
@@ -112,7 +116,11 @@ _ADVANTAGE = in_file(
         "scaled if shift_mean else scaled + mean",
         "scaled",
     ),
-    ("whitening divides by n - 1", "unbiased=unbiased)", "unbiased=True)"),
+    (
+        "whitening divides by n - 1",
+        "masked.var(x, mask, unbiased=unbiased)",
+        "masked.var(x, mask, unbiased=True)",
+    ),
     (
         "explained variance of the values",
         "masked.var(returns - values, mask) / safe",
@@ -135,8 +143,9 @@ _POLICY = in_file(
     ),
     (
         "clip-higher ignored",
-        "1 + (clip if clip_high is None else clip_high)\n    clipped",
-        "1 + clip\n    clipped",
+        "1 + (clip if clip_high is None else clip_high)",
+        "1 + clip",
+        dict(within="surrogate"),
     ),
     (
         "dual clip of good tokens, too",
@@ -182,8 +191,8 @@ _POLICY = in_file(
     ),
     (
         "value loss not halved",
-        "loss = 0.5 * jnp.maximum(free",
-        "loss = jnp.maximum(free",
+        "loss = 0.5 * jnp.maximum(free, clipped)",
+        "loss = jnp.maximum(free, clipped)",
     ),
     (
         "value clip around the return",
@@ -215,28 +224,36 @@ _GROUP = in_file(
         "others = masked.count(scored, axis=1)[:, None] - 1",
         "others = masked.count(scored, axis=1)[:, None]",
     ),
-    ("rloo with oneself in", "baseline = (total - paid) /", "baseline = total /"),
+    (
+        "rloo with oneself in",
+        "baseline = (total - paid) / jnp.maximum(others, 1.0).astype(paid.dtype)",
+        "baseline = total / jnp.maximum(others, 1.0).astype(paid.dtype)",
+    ),
     ("rloo never normalised", "if not normalize:", "if True:"),
-    ("dynamic sampling keeps all", "axis=1) > lowest", "axis=1) >= lowest"),
+    (
+        "dynamic sampling keeps all",
+        "masked.max(rewards, scored, axis=1) > lowest",
+        "masked.max(rewards, scored, axis=1) >= lowest",
+    ),
     (
         "soft overlong begins at the limit",
-        "left = (limit - cache) - lengths",
-        "left = limit - lengths",
+        "left = (limit - cache) - lengths.astype(jnp.float32)",
+        "left = limit - lengths.astype(jnp.float32)",
     ),
     (
         "gspo: product of the ratios",
-        "ratio = probability_ratio(masked.mean(log_ratio",
-        "ratio = probability_ratio(masked.sum(log_ratio",
+        "ratio = probability_ratio(masked.mean(log_ratio, mask, axis=1))",
+        "ratio = probability_ratio(masked.sum(log_ratio, mask, axis=1))",
     ),
     (
         "rloo: mean of the ratios",
-        "ratio = probability_ratio(masked.sum(log_ratio",
-        "ratio = probability_ratio(masked.mean(log_ratio",
+        "ratio = probability_ratio(masked.sum(log_ratio, mask, axis=1))",
+        "ratio = probability_ratio(masked.mean(log_ratio, mask, axis=1))",
     ),
     (
         "cispo cut at 1 + bound",
-        "jnp.minimum(ratio, clip_high))",
-        "jnp.minimum(ratio, 1 + clip_high))",
+        "jax.lax.stop_gradient(jnp.minimum(ratio, clip_high))",
+        "jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_high))",
     ),
     (
         "cispo weight has a gradient",
@@ -251,8 +268,8 @@ _GROUP = in_file(
     ),
     (
         "sapo slope tau",
-        '(told["val/ratio"] - 1)) * 4 / tau',
-        '(told["val/ratio"] - 1)) * 4',
+        'jax.nn.sigmoid(tau * (told["val/ratio"] - 1)) * 4 / tau',
+        'jax.nn.sigmoid(tau * (told["val/ratio"] - 1)) * 4',
     ),
 )
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from stagecraft import optim, tree
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
+from tests import tiny
 from tests.optim.cases import Model, gradients, schedule_by_hand, settings, train
 
 
@@ -284,7 +284,7 @@ def test_muon_moves_a_matrix_about_as_far_as_adam():
 
 
 def test_muon_takes_the_layers_matrices_of_the_real_model():
-    config = ModelConfig(vocab_size=64, tied=False)
+    config = tiny.config(tied=False)
 
     def make(key):
         return ScalarModel(Transformer(config, key), key)

@@ -7,8 +7,8 @@ import pytest
 
 from stagecraft import checkpoint, defaults, optim, sharding, tree
 from stagecraft.errors import UserError
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
+from tests import tiny
 from tests.optim.cases import Model, gradients, schedule_by_hand, settings, train
 
 
@@ -75,7 +75,7 @@ def test_decay_is_by_name_not_by_shape():
 
 
 def test_decay_of_the_real_model():
-    config = ModelConfig(vocab_size=64)
+    config = tiny.CONFIG
 
     def make(key):
         return ScalarModel(Transformer(config, key), key)
@@ -102,9 +102,7 @@ def test_decay_is_decoupled_from_the_gradient():
 
 @pytest.mark.parametrize("name", optim.DIRECTIONS)
 def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
-    config = ModelConfig(
-        vocab_size=64, width=128, layers=2, heads=4, kv_heads=2, ff_width=256
-    )
+    config = tiny.config(width=128, layers=2, head_dim=32, ff_width=256)
     made = optim.make(settings(name=name), steps=10)
     steps = [0, 1]
 

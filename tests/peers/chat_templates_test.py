@@ -143,7 +143,8 @@ def test_templates_that_trl_ships(name, tmp_path, parity_rng):
         try:
             ids, mask = chat.render(messages, ours, tools=tools)
         except UserError as error:
-            assert "what is learned is unknown" in str(error)
+            if "what is learned is unknown" not in str(error):
+                raise
             continue
         got = theirs.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True

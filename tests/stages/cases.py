@@ -7,29 +7,15 @@ import jax
 import numpy as np
 
 from stagecraft import defaults, sharding
-from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.stages import rollout
 from stagecraft.stages.kinds import KINDS as RECORDS
 from stagecraft.stages.stage import Context
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    width=32,
-    layers=1,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ff_width=64,
-    max_length=64,
-    init_std=0.2,  # large enough that wrong masks and pairs show in the numbers
-)
+CONFIG = tiny.CONFIG
+single = tiny.single
 STOP = 5
-
-
-def single():
-    """A mesh of one device."""
-    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def models(mesh):
