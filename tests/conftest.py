@@ -77,7 +77,9 @@ def pytest_collection_modifyitems(items):
         shared = "tiny_run" in getattr(item, "fixturenames", ())
         groups.append("tiny" if shared else str(item.path))
         item.add_marker(pytest.mark.xdist_group(groups[-1]))
-        place = slow.get(item.nodeid.split("[")[0], 0 if shared else len(slow))
+        test = item.nodeid.split("[")[0]
+        place = slow.get(test, slow.get(test.split("::")[0], len(slow)))
+        place = 0 if shared else place
         if place < len(slow):
             item.add_marker(pytest.mark.slow)
         first[groups[-1]] = min(place, first.get(groups[-1], place))
@@ -86,7 +88,7 @@ def pytest_collection_modifyitems(items):
 
 
 def slow_tests():
-    """{"FILE::TEST": its place} of the tests listed in slow.txt."""
+    """{"FILE::TEST" or "FILE": its place} in slow.txt."""
     lines = SLOW.read_text(encoding="utf-8").splitlines()
     names = [line for line in lines if line and not line.startswith("#")]
     return {name: place for place, name in enumerate(names)}

@@ -9,7 +9,10 @@ def test_every_slow_test_exists():
     gone = []
     for name in slow_tests():
         file, _, function = name.partition("::")
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-        gone += [name] * (function not in defined)
+        path, defined = ROOT / file, {""}
+        if path.exists():
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            defined |= {n.name for n in body if isinstance(n, ast.FunctionDef)}
+        if not path.exists() or function not in defined:
+            gone.append(name)
     assert gone == []
