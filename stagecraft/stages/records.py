@@ -201,14 +201,14 @@ def collect(
     parts = [asked[i : i + size] for i in range(0, len(asked), size)]
     batches, seconds = [], 0.0
 
-    def sample(number, prompts):
+    def sample_batch(number, prompts):
         each = [p for p in prompts for _ in range(samples)]
         seed = header["seed"] + number
         answers = recording.language.complete(each, seed=seed, **dict(config.sampling))
         groups = [answers[i : i + samples] for i in range(0, len(each), samples)]
         return {"batch": number, "prompts": prompts, "answers": groups}
 
-    def judge(number, part, answers):
+    def rate_batch(number, part, answers):
         entry = {"batch": number, "verdicts": rate(part, answers)}
         return entry | ({"rng": rng.bit_generator.state} if rng is not None else {})
 
@@ -217,10 +217,10 @@ def collect(
         with Journal(recording.folder / JOURNAL, header) as journal:
             for number, part in enumerate(parts):
                 prompts = [record["prompt"] for record in part]
-                sampled, _ = journal.once(sample, number, prompts)
+                sampled, _ = journal.once(sample_batch, number, prompts)
                 # As sampling returns them: a rater need not know of the journal.
                 answers = [[tuple(a) for a in group] for group in sampled["answers"]]
-                rated, replayed = journal.once(judge, number, part, answers)
+                rated, replayed = journal.once(rate_batch, number, part, answers)
                 if rng is not None:
                     rng.bit_generator.state = rated["rng"]
                 batches.append(Batch(sampled["prompts"], answers, rated["verdicts"]))

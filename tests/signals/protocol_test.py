@@ -90,11 +90,11 @@ def test_every_rater_keeps_the_protocol(rater):
     config = defaults.stage("comparisons", rater=rater)
     raters.check("s.it", config, "countries")
     sources = Sources("countries", Reward())
-    made = raters.make(config, sources, np.random.default_rng(0))
+    one = raters.make(config, sources, np.random.default_rng(0))
     pairs = [(("a", True), ("b", False)), (("a", True), ("a", True))]
-    verdicts = made.rate(["Hello!", "Hello!"], pairs)
+    verdicts = one.rate(["Hello!", "Hello!"], pairs)
     assert protocol.checked(verdicts, 2, rater) == verdicts
-    assert len(made.identity) == 64
+    assert len(one.identity) == 64
 
 
 def test_worlds_rate_as_the_protocol_says():

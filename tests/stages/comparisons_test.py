@@ -21,9 +21,9 @@ def write(folder, language, reward=None, **changes):
         "comparisons", **dict(prompts=6, batch_size=4, rater="reward") | changes
     )
     whole = recording(folder, language, "pairs", reward=reward)
-    told = comparisons.write(config, whole)
+    report = comparisons.write(config, whole)
     lines = (folder / records.RECORDS).read_bytes().decode().removesuffix("\n")
-    return told, [json.loads(line) for line in lines.split("\n")]
+    return report, [json.loads(line) for line in lines.split("\n")]
 
 
 class Counting:
@@ -52,10 +52,10 @@ class Scorer(RewardModel):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_reward_model_compares_and_may_say_how_sure_it_is(tmp_path, soft):
-    told, pairs = write(tmp_path, Counting(), Scorer(), soft_labels=soft)
-    assert told["pairs"] == len(pairs) == 6 and told["dropped"] == 0
-    assert told["dropped_by_reason"] == {}
-    assert told["tokens"] == {"sampled": 12 * 32}
+    report, pairs = write(tmp_path, Counting(), Scorer(), soft_labels=soft)
+    assert report["pairs"] == len(pairs) == 6 and report["dropped"] == 0
+    assert report["dropped_by_reason"] == {}
+    assert report["tokens"] == {"sampled": 12 * 32}
     for number, record in enumerate(pairs):
         rewards = [float(n % 7) for n in (2 * number, 2 * number + 1)]
         best = int(rewards[1] > rewards[0])
@@ -74,7 +74,7 @@ def test_a_reward_model_compares_and_may_say_how_sure_it_is(tmp_path, soft):
 def test_a_rater_draws_on_where_the_order_of_prompts_left_off(tmp_path):
     """The stream of one generator, whose state the journal hands on."""
     language = Seeded()
-    told, pairs = write(
+    report, pairs = write(
         tmp_path,
         language,
         rater="tests.stages.answers:noisy",
@@ -100,9 +100,9 @@ def test_a_rater_draws_on_where_the_order_of_prompts_left_off(tmp_path):
             record |= {} if whole else {"chosen_ended": False}
             expected.append(record | ({} if ended else {"rejected_ended": False}))
     assert pairs == expected and language.seeds == other.seeds
-    assert told["dropped"] == len(reasons) == 40 - told["pairs"]
+    assert report["dropped"] == len(reasons) == 40 - report["pairs"]
     counts = {reason: reasons.count(reason) for reason in set(reasons)}
-    assert told["dropped_by_reason"] == counts and len(counts) == 2
+    assert report["dropped_by_reason"] == counts and len(counts) == 2
 
 
 def first(prompt, pair, rng):
@@ -115,15 +115,15 @@ def failing(prompts, pairs):
 
 
 def test_failures_are_counted_by_reason_and_are_no_pairs(tmp_path):
-    told, pairs = write(
+    report, pairs = write(
         tmp_path,
         Counting(),
         rater="tests.stages.comparisons_test:failing",
         batch_size=6,
         soft_labels=True,
     )
-    assert (told["pairs"], told["dropped"]) == (2, 4)
-    assert told["dropped_by_reason"] == {"timed_out": 4}
+    assert (report["pairs"], report["dropped"]) == (2, 4)
+    assert report["dropped_by_reason"] == {"timed_out": 4}
     assert [r["chosen"].split()[-1] for r in pairs] == ["1", "7"]
     assert [r["preference"] for r in pairs] == [0.75, 0.75]
 

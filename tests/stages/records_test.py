@@ -58,7 +58,7 @@ def journal(folder):
 def test_cut_off_at_any_byte_it_ends_the_same(tmp_path, write):
     straight = tmp_path / "straight"
     whole = Seeded()
-    told = write(straight, whole)
+    report = write(straight, whole)
     expected = (straight / records.RECORDS).read_bytes()
     data = (straight / records.JOURNAL).read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
@@ -73,8 +73,8 @@ def test_cut_off_at_any_byte_it_ends_the_same(tmp_path, write):
         again = write(folder, language)
         assert (folder / records.RECORDS).read_bytes() == expected, offset
         assert journal(folder) == journal(straight), offset
-        seconds = (again.pop("seconds"), told.get("seconds"))
-        assert again == {k: v for k, v in told.items() if k != "seconds"}
+        seconds = (again.pop("seconds"), report.get("seconds"))
+        assert again == {k: v for k, v in report.items() if k != "seconds"}
         assert all(s["total"] >= 0 for s in seconds)
         # What the whole lines of the journal hold is not sampled again.
         held = sum(end <= offset for end in ends)
@@ -242,8 +242,8 @@ def test_the_journal_of_a_run_says_where_it_is_from(tiny_run):
     ]
     assert first["parents"] == {"start_from": stages["sft"]["id"]}
     assert [sorted(entry)[-1] for entry in entries] == ["prompts", "verdicts"] * 4
-    told = storage.read_json(tiny_run / "comparisons" / "stage.json")
-    assert sum(told["dropped_by_reason"].values()) == told["dropped"]
+    report = storage.read_json(tiny_run / "comparisons" / "stage.json")
+    assert sum(report["dropped_by_reason"].values()) == report["dropped"]
 
 
 def test_all_prompts_come_before_any_comes_again():

@@ -44,9 +44,9 @@ def write(folder, language=None, verifiers=f"{HERE}:last", **changes):
     )
     asked = [{"prompt": f"p{i}"} for i in range(4)]
     language = language or Language()
-    told = selection.write(config, recording(folder, language, "best", asked=asked))
+    report = selection.write(config, recording(folder, language, "best", asked=asked))
     lines = (folder / records.RECORDS).read_text().splitlines()
-    return language, told, [json.loads(line) for line in lines]
+    return language, report, [json.loads(line) for line in lines]
 
 
 def answers(language):
@@ -59,7 +59,7 @@ def answers(language):
 
 
 def test_the_best_finished_answer_of_each_prompt(tmp_path):
-    language, told, kept = write(tmp_path)
+    language, report, kept = write(tmp_path)
     every, expected = answers(language), []
     for group in range(6):
         own = [a for a in every if a[0] == group and a[2] is not None]
@@ -68,14 +68,16 @@ def test_the_best_finished_answer_of_each_prompt(tmp_path):
     assert [r["reward"] for r in kept] == [a[2] for a in expected]
     assert all(r["completion"].startswith(r["prompt"] + " ") for r in kept)
     known = [a[2] for a in every if a[2] is not None]
-    assert told["demonstrations"] == 6 and told["dropped"] == 18
+    assert report["demonstrations"] == 6 and report["dropped"] == 18
     cut = sum(n % 5 == 4 for n in range(24))
     unscored = sum(n % 5 != 4 and n % 6 == 5 for n in range(24))
     reasons = {"cut_off": cut, "unscored": unscored, "outscored": 18 - cut - unscored}
-    assert told["dropped_by_reason"] == reasons
-    assert told["reward_mean"] == pytest.approx(np.mean(known))
-    assert told["kept_reward_mean"] == pytest.approx(np.mean([a[2] for a in expected]))
-    assert told["tokens"] == {"sampled": 24 * 32}
+    assert report["dropped_by_reason"] == reasons
+    assert report["reward_mean"] == pytest.approx(np.mean(known))
+    assert report["kept_reward_mean"] == pytest.approx(
+        np.mean([a[2] for a in expected])
+    )
+    assert report["tokens"] == {"sampled": 24 * 32}
 
 
 def test_all_prompts_come_before_any_comes_again(tmp_path):
@@ -85,10 +87,10 @@ def test_all_prompts_come_before_any_comes_again(tmp_path):
 
 
 def test_all_answers_above_a_threshold(tmp_path):
-    language, told, kept = write(tmp_path, keep="above", threshold=3.0)
+    language, report, kept = write(tmp_path, keep="above", threshold=3.0)
     expected = [a for a in answers(language) if a[2] is not None and a[2] > 3]
     assert [r["completion"] for r in kept] == [a[1] for a in expected]
-    assert told["demonstrations"] == len(expected) == 24 - told["dropped"]
+    assert report["demonstrations"] == len(expected) == 24 - report["dropped"]
 
 
 def parity(prompts, completions):
