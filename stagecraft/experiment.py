@@ -13,7 +13,7 @@ from stagecraft.models import huggingface, locate, lora, saved
 from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.translation import THE_RUNS
 from stagecraft.signals import comparisons, verifier
-from stagecraft.stages import group_policy, kinds, objective, policy
+from stagecraft.stages import group_policy, kinds, objective, policy, preference
 
 # Which other stage a key may name, and what kinds that stage may be of.
 _LANGUAGE = (
@@ -390,6 +390,8 @@ def _check_objective(where, stage):
     offers, places = kinds.OFFERS[stage.kind], kinds.PLACES[stage.kind]
     try:
         loss = objective.combine(stage, offers, places)
+        if "f_divergence" in stage:
+            preference.check_scores(stage, loss)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
     if loss.across_rows and stage.micro_batches > 1:
@@ -398,11 +400,9 @@ def _check_objective(where, stage):
             f"{', '.join(loss.across_rows)} compares all rows of a batch with each "
             "other, so it cannot be split; expected 1"
         )
-    names = map(str.strip, str(stage.objective).split(","))
-    whole = [name for name in names if name in losses.BY_SEQUENCE]
-    if whole and stage.get("aggregation") != "grpo":
+    if loss.by_sequence and stage.get("aggregation") != "grpo":
         raise UserError(
-            f"{where}.objective={stage.objective!r}: {whole[0]} has one loss a "
+            f"{where}.objective={stage.objective!r}: {loss.by_sequence[0]} has one loss a "
             "completion, so it needs a group_policy stage with aggregation='grpo', the "
             "mean over completions"
         )

@@ -5,6 +5,8 @@ nearest known name.
 """
 
 import difflib
+import importlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -93,6 +95,29 @@ def positive(where, value, *, zero=False):
     if value < 0 or (value == 0 and not zero):
         least = "0 or more" if zero else "more than 0"
         raise UserError(f"{where}={value!r}: expected {least}")
+
+
+def imported(where: str, spec: str) -> Any:
+    """Imports "package.module:function".
+
+    Args:
+        where: the key that names it, for the message.
+        spec: what the key is set to.
+
+    Raises:
+        UserError: when there is no such module or function.
+
+    >>> imported("objective", "math:sqrt")(9.0)
+    3.0
+    """
+    module, _, name = spec.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{where}={spec!r}: cannot import it ({error}); expected "
+            "'package.module:function'"
+        ) from error
 
 
 def plain(config):

@@ -164,7 +164,7 @@ def evaluate(stage, state, heldout, batch_size):
     ):
         found = stage.evaluate(state, stage.prepare(state, raw, key))
         total = found if total is None else masked.merge(total, found)
-    return {f"eval_{k}": float(v) for k, v in masked.results(total).items()}
+    return {f"eval_{k}": float(v) for k, v in masked.compute(total).items()}
 
 
 def peak_memory():

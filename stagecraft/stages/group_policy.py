@@ -299,8 +299,8 @@ def _make_update(config, goal, optimizer, decay):
         (model, opt_state), metrics = jax.lax.scan(
             minibatch, start, (batch["order"], keys)
         )
-        told = masked.fold(metrics) | batch["metrics"]
+        told = masked.reduce(metrics) | batch["metrics"]
         state = stage.advance(state, model, opt_state, ema_decay=decay)
-        return state, masked.results(told)
+        return state, masked.compute(told)
 
     return update

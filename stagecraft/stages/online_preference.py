@@ -92,7 +92,7 @@ def make(config, model_config, mesh, parents, *, stop_ids, verifiers=None):
             *(state, pairs, state.step, frozen), stage.dropout_key(state)
         )
         state = stage.advance(state, model, opt_state, ema_decay=decay)
-        return state, masked.results(metrics | told)
+        return state, masked.compute(metrics | told)
 
     return stage.Stage(
         init=init,

@@ -331,7 +331,7 @@ def _make_update(config, goal, optimizers, decay):
             minibatch, start, (batch["order"], keys)
         )
         first = jax.tree.map(lambda x: x[0], metrics)
-        told = masked.fold(metrics) | batch["metrics"]
+        told = masked.reduce(metrics) | batch["metrics"]
         told |= {f"{k}_first": first[k] for k in FIRST if k in first}
         if "val/ratio" in metrics:  # how much the ratio differs between minibatches
             ratios = metrics["val/ratio"].total / metrics["val/ratio"].count
@@ -346,7 +346,7 @@ def _make_update(config, goal, optimizers, decay):
                 batch_size=batch["order"].size // config.epochs,
             )
         state = stage.advance(state, model, opt_state, ema_decay=decay, kl_coef=kl_coef)
-        return state, masked.results(told)
+        return state, masked.compute(told)
 
     return update
 

@@ -5,18 +5,26 @@ When the same pairs come round more than once, they are scored once, before the 
 step. A loss that asks for no reference costs no reference pass.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
 
-from stagecraft import losses, masked, optim, sharding
+from stagecraft import losses, masked, optim, schema, sharding
+from stagecraft.errors import UserError
 from stagecraft.models import lora
+from stagecraft.models.heads import TokenStats
+from stagecraft.models.transformer import Transformer
 from stagecraft.stages import objective, stage
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
 OFFERS = {
     "policy_logps": "B 2",
     "ref_logps": "B 2",
+    "scores": "B 2",
     "lengths": "B 2",
     "chosen_logps": "B T",
     "document_logps": "B T",
@@ -156,27 +164,48 @@ def once(config, dataset, reference, score, mesh):
     return kept
 
 
-def make_reference_score(config):
-    """(model, batch) -> f32[B, 2], summed as the stage's config says; jitted."""
+def make_reference_score(config: ConfigDict) -> Callable[..., Array]:
+    """Returns (model, batch) -> log-probabilities f32[B, 2], summed as configured."""
 
     @jax.jit
     def score(model, batch):
-        _, stats, mask = pair_logps(model, batch)
+        stats, mask = pair_logps(model, batch)
         return summed(stats.logps, mask, config)
 
     return score
 
 
-def summed(logps, mask, config):
-    """Log-probabilities of completions, f32[B, 2, T] -> f32[B, 2]."""
+def summed(logps: Array, mask: Array, config: ConfigDict) -> Array:
+    """Sums log-probabilities of tokens to completions, f32[B, 2, T] -> f32[B, 2]."""
     if config.ld_alpha < 1:
         return losses.length_desensitized(logps, mask, alpha=config.ld_alpha)
     return losses.sequence_logps(logps, mask)
 
 
-def make_objective(config):
-    """The objective over prepared pairs, and the arrays its losses take."""
+def check_scores(config: ConfigDict, loss: objective.Loss) -> None:
+    """Refuses settings of scores that no loss would follow.
+
+    Raises:
+        UserError: for an unknown f-divergence, or settings without a loss on scores.
+    """
+    schema.choice("f_divergence", config.f_divergence, losses.DIVERGENCES)
+    if "scores" in loss.needs:
+        return
+    for key, unset in (("f_divergence", "reverse_kl"), ("reference_free", False)):
+        if config[key] != unset:
+            raise UserError(
+                f"{key}={config[key]!r}: changes the scores that a loss compares, but "
+                f"objective={config.objective!r} takes none; leave it at {unset!r}"
+            )
+
+
+def make_objective(config: ConfigDict) -> tuple[stage.Objective, frozenset[str]]:
+    """Returns the objective over prepared pairs, and the arrays that its losses take.
+
+    Losses that take scores need "ref_logps" too, which scores are made of.
+    """
     loss_fn = objective.combine(config, OFFERS, PLACES)
+    check_scores(config, loss_fn)
     weighted = config.weighting == "wpo"
 
     def reductions(batch):
@@ -186,7 +215,7 @@ def make_objective(config):
         return {k: masked.Reduction.of(m) for k, m in places.items()}
 
     def terms(model, batch):
-        _, stats, mask = pair_logps(model, batch, squares=weighted)
+        stats, mask = pair_logps(model, batch, squares=weighted)
         rows = pair_rows(batch["mask"])
         chosen, rejected = mask[:, 0], mask[:, 1]
         document = _targets(batch, "segments")[:, 0]
@@ -198,6 +227,14 @@ def make_objective(config):
             "rows": rows,
         }
         offered |= {k: batch[k] for k in ("ref_logps", "preference") if k in batch}
+        if "ref_logps" in batch:
+            offered["scores"] = losses.divergence_scores(
+                offered["policy_logps"],
+                batch["ref_logps"],
+                f_divergence=config.f_divergence,
+                alpha=config.alpha,
+                reference_free=config.reference_free,
+            )
         loss, metrics = loss_fn.apply(offered)
         if weighted:
             loss["rows"] *= losses.wpo_weights(stats.logps, stats.log_p2, mask)
@@ -210,32 +247,33 @@ def make_objective(config):
         }
         return loss, metrics
 
-    return stage.Objective(reductions, terms, {}), loss_fn.needs
+    needs = loss_fn.needs | ({"ref_logps"} if "scores" in loss_fn.needs else set())
+    return stage.Objective(reductions, terms, {}), needs
 
 
-def _targets(batch, key):
-    """Target mask bool[B, 2, T] of the compared answers, or of all real tokens."""
+def _targets(batch: dict[str, Array], key: str) -> Array:
+    """Returns the target mask bool[B, 2, T] of the completions or of all real tokens."""
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     _, mask = losses.shift(ids, flatten_pairs(batch[key]) > 0, segments)
     return mask.reshape(batch["ids"].shape)
 
 
-def pair_logps(model, batch, *, squares=False):
-    """Summed log-probabilities of both completions under a model.
+def pair_logps(
+    model: Transformer, batch: dict[str, Array], *, squares: bool = False
+) -> tuple[TokenStats, Array]:
+    """Computes the token statistics of both completions under a model.
 
     Args:
         model: a `Transformer`.
         batch: ids, mask, segments, positions, each [B, 2, T].
-        squares: also make the statistic `log_p2`.
+        squares: also compute the statistic `log_p2`.
 
     Returns:
-        logps f32[B, 2] in nats, the token statistics reshaped to [B, 2, T], and the
-        target mask bool[B, 2, T] they belong to.
+        the token statistics, each f32[B, 2, T], and the target mask bool[B, 2, T].
     """
     shape = batch["ids"].shape
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     targets, mask = losses.shift(ids, flatten_pairs(batch["mask"]), segments)
     hidden = model.hidden(ids, flatten_pairs(batch["positions"]), segments)
     stats = model.token_logps(hidden, targets, squares=squares)
-    stats, mask = jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
-    return losses.sequence_logps(stats.logps, mask), stats, mask
+    return jax.tree.map(lambda x: x.reshape(shape), (stats, mask))

@@ -273,7 +273,7 @@ def make_update(
         model, opt_state, metrics = step(state, batch, state.step, frozen, key)
         extra = carry(state, model, batch) if carry else {}
         state = advance(state, model, opt_state, ema_decay=ema_decay, **extra)
-        return state, masked.results(metrics)
+        return state, masked.compute(metrics)
 
     return jit_update(update, frozen)
 

@@ -90,8 +90,8 @@ _REWARD = in_file(
     ),
     (
         "demonstrations get twice their mean",
-        "model.bias[...] - total.result()",
-        "model.bias[...] + total.result()",
+        "model.bias[...] - total.compute()",
+        "model.bias[...] + total.compute()",
         "tests/stages/reward_test.py -k demonstrations",
     ),
     (

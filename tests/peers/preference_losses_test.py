@@ -299,7 +299,7 @@ def agree(function, sums, tokens, want, *, averages=None):
             for place, v in loss.items()
         ]
         pair = {k: v if isinstance(v, tuple) else (v,) for k, v in metrics.items()}
-        return sum(parts), {k: masked.Mean.of(*v).result() for k, v in pair.items()}
+        return sum(parts), {k: masked.Mean.of(*v).compute() for k, v in pair.items()}
 
     (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(
         jnp.asarray(sums)

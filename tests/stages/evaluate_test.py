@@ -16,8 +16,8 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
         state = made.init(jax.random.key(0))
         halves = [{k: v[i::2] for k, v in raw.items()} for i in range(2)]
         found = [made.evaluate(state, made.prepare(state, h, None)) for h in halves]
-        merged = masked.results(masked.merge(*found))
-        whole = masked.results(made.evaluate(state, made.prepare(state, raw, None)))
+        merged = masked.compute(masked.merge(*found))
+        whole = masked.compute(made.evaluate(state, made.prepare(state, raw, None)))
         _, metrics = made.update(state, made.prepare(state, raw, None))
     parts = float(merged["loss/rows"] + merged["loss/chosen"])
     assert float(merged["loss"]) == pytest.approx(parts, rel=1e-6)

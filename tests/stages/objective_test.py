@@ -298,7 +298,7 @@ def test_metrics_are_counted_under_the_mask_of_their_rank():
         {1: rows, 2: tokens},
     )
     assert isinstance(found["ratio_max"], masked.Max)
-    got = {k: float(v) for k, v in masked.results(found).items()}
+    got = {k: float(v) for k, v in masked.compute(found).items()}
     assert got == {"row": 3.0, "token": 3.0, "ratio_max": 4.0, "own": 5.0}
 
 

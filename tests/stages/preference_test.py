@@ -228,7 +228,7 @@ def evaluated(objective, raw, model, **changes):
         terms, metrics = goal.terms(model, batch)
         places = goal.reductions(batch)
         loss = {k: places[k].sum(v) / places[k].total() for k, v in terms.items()}
-        return loss, masked.results(metrics)
+        return loss, masked.compute(metrics)
 
     loss, metrics = found(model, raw)
     return {k: float(v) for k, v in loss.items()}, cases.told(metrics)
