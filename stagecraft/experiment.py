@@ -402,9 +402,9 @@ def _check_objective(where, stage):
         )
     if loss.by_sequence and stage.get("aggregation") != "grpo":
         raise UserError(
-            f"{where}.objective={stage.objective!r}: {loss.by_sequence[0]} has one loss a "
-            "completion, so it needs a group_policy stage with aggregation='grpo', the "
-            "mean over completions"
+            f"{where}.objective={stage.objective!r}: {loss.by_sequence[0]} has one "
+            "loss a completion, so it needs a group_policy stage with "
+            "aggregation='grpo', the mean over completions"
         )
     turned = stage.kind == "unpaired_preference" and "kl" in loss.needs
     if turned and stage.batch_size < 2:

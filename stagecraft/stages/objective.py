@@ -95,9 +95,7 @@ def combine(
     for key in arguments:
         if not any(key in part.arguments for part in parts):
             _refuse_argument(key, parts, stage)
-    used_places = frozenset().union(
-        *(_rehearse(part, offers, places) for part in parts)
-    )
+    traced = [_rehearse(part, offers, places) for part in parts]
     needs = frozenset(n for p in parts for n in p.required + p.optional)
     main = next(iter(places))
 
@@ -123,7 +121,7 @@ def combine(
     return Loss(
         apply,
         needs,
-        used_places,
+        places=frozenset().union(*traced),
         across_rows=_named(parts, losses.ACROSS_ROWS),
         by_sequence=_named(parts, losses.BY_SEQUENCE),
     )
@@ -140,18 +138,14 @@ def _bind(
     required, optional, keywords = [], [], []
     takes_any = False
     for p in inspect.signature(function).parameters.values():
+        given = p.kind is p.KEYWORD_ONLY and p.name in arguments
         if p.kind is p.VAR_KEYWORD:
             takes_any = True
         elif p.name in offers and p.default is p.empty:
             required.append(p.name)
         elif p.name in offers and p.default is None:
             optional.append(p.name)
-        elif (
-            p.default is not p.empty
-            or p.kind is p.VAR_POSITIONAL
-            or p.kind is p.KEYWORD_ONLY
-            and p.name in arguments
-        ):
+        elif p.default is not p.empty or p.kind is p.VAR_POSITIONAL or given:
             keywords.append(p.name)
         else:
             raise UserError(
@@ -167,8 +161,8 @@ def _refuse_argument(key: str, parts: Iterable[_Part], stage: ConfigDict) -> Non
     where = f"objective_args.{key}"
     if key in stage:
         raise UserError(
-            f"{where}: is a key of the stage itself, not of its loss; set {key}= beside "
-            "objective="
+            f"{where}: is a key of the stage itself, not of its loss; set {key}= "
+            "beside objective="
         )
     known = {keyword for part in parts for keyword in part.keywords}
     raise UserError(schema.unknown(where, key, known))

@@ -252,7 +252,7 @@ def make_objective(config: ConfigDict) -> tuple[stage.Objective, frozenset[str]]
 
 
 def _targets(batch: dict[str, Array], key: str) -> Array:
-    """Returns the target mask bool[B, 2, T] of the completions or of all real tokens."""
+    """Returns the targets bool[B, 2, T] among completions, or among all real tokens."""
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     _, mask = losses.shift(ids, flatten_pairs(batch[key]) > 0, segments)
     return mask.reshape(batch["ids"].shape)

@@ -42,7 +42,7 @@ def test_one_name_is_that_loss_with_its_arguments():
     assert list(loss) == ["rows"]
     np.testing.assert_array_equal(loss["rows"], want)
     assert metrics.keys() == told.keys()
-    assert found.needs == {"policy_logps", "ref_logps", "preference"}
+    assert found.needs == {"policy_logps", "ref_logps", "scores", "preference"}
     assert found.across_rows == ()
 
 
@@ -228,8 +228,8 @@ def test_what_does_not_fit_is_refused_in_one_line(changes, says):
             "objective_args.label_smoothing=0.5: must be .* below 0.5",
         ),
         (
-            dict(objective="hinge", objective_args=dict(f_divergence="kl")),
-            "objective_args.f_divergence='kl': must be one of",
+            dict(objective="hinge", objective_args=dict(f_divergence="js")),
+            "args.f_divergence: is a key of the stage itself, .* set f_divergence= be",
         ),
         (
             dict(objective=lambda policy_logps: (policy_logps.mean(), {})),

@@ -275,7 +275,7 @@ def test_rows_of_padding_are_not_sorted_in(run):
         one, _ = evaluated(name, raw, model)
         other, _ = evaluated(name, padded, model)
         assert one["rows"] == pytest.approx(other["rows"], rel=1e-5)
-    assert losses.ACROSS_ROWS == ("aot", "aot_unpaired")
+    assert {*losses.ACROSS_ROWS} == {losses.aot, losses.aot_unpaired}
 
 
 def test_a_moving_reference_is_sharded_like_the_model():

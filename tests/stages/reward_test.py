@@ -7,8 +7,8 @@ import pytest
 from stagecraft import defaults, masked
 from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
-from stagecraft.losses import calibration
 from stagecraft.stages import reward, stage
+from tests.losses import calibration
 from tests.stages import cases
 
 
