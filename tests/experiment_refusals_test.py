@@ -91,6 +91,35 @@ OBJECTIVES = [
     ),
     (
         "preference",
+        dict(objective_args=dict(f_divergence="js")),
+        "objective_args.f_divergence: is a key of the stage itself, not of its loss; "
+        "set f_divergence= beside objective=",
+    ),
+    (
+        "online_preference",
+        dict(objective_args=dict(alpha=0.5)),
+        "objective_args.alpha: is a key of the stage itself",
+    ),
+    (
+        "preference",
+        dict(f_divergence="kl"),
+        "f_divergence='kl': expected one of 'reverse_kl', 'forward_kl', 'js', 'alpha'",
+    ),
+    *(
+        (
+            "preference",
+            dict(objective=name, f_divergence="js"),
+            f"f_divergence='js': changes the scores .* objective='{name}' takes none",
+        )
+        for name in ("aot", "simpo", "sft")
+    ),
+    (
+        "online_preference",
+        dict(objective="orpo", reference_free=True),
+        "reference_free=True: .* objective='orpo' takes none; leave it at False",
+    ),
+    (
+        "preference",
         dict(objective="sft", weighting="wpo"),
         "weighting='wpo': weighs pairs, but objective='sft' has no loss of pairs",
     ),
