@@ -1,5 +1,6 @@
 """Runs an experiment: its stages in order, or on from where a run stopped."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -155,6 +156,9 @@ def _claim(current):
     if old is None:
         storage.write_json(path, new)
         return
+    # Keys that are newer than the run get their defaults; keys that are gone, nothing.
+    with contextlib.suppress(UserError):
+        old = schema.plain(experiment.resolve(old, check=False))
     found = schema.difference(experiment.identity(old), experiment.identity(new))
     if found:
         raise UserError(

@@ -4,7 +4,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from stagecraft import defaults, experiment, run
+from stagecraft import defaults, experiment, run, schema, storage
 from stagecraft.errors import UserError
 
 PARENTS = {
@@ -292,3 +292,17 @@ def test_nothing_is_compiled_or_written(tmp_path):
         run.run(c, folder)
     assert not folder.exists()
     assert not [e for e in compiled if "backend_compile" in e]
+
+
+def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
+    c = graph("preference")
+    c.world.name = ""
+    stored = schema.plain(experiment.resolve(c))
+    for key in ("f_divergence", "alpha", "reference_free"):
+        del stored["stages"]["it"][key]
+    storage.write_json(tmp_path / "config.json", stored)
+    with pytest.raises(UserError, match="tokenizer: set tokenizer.path"):
+        run.run(c, tmp_path)  # past the comparison of configs, and no further
+    c.stages.it.f_divergence = "js"
+    with pytest.raises(UserError, match="stages.it.f_divergence: reverse_kl -> js"):
+        run.run(c, tmp_path)

@@ -115,16 +115,16 @@ def make(config, model_config, mesh, parents, *, dataset=None):
 
 
 def moving_reference(state, frozen, reference):
-    """Where a reference that moves begins, before it is copied.
+    """Returns the first weights of a moving reference, not yet copied.
 
-    Under an adapter it is an adapter too, on the same base: the policy's own as it
-    starts, which changes nothing yet.
+    Under an adapter they are an adapter too, on the same base: the policy's initial
+    one, which changes nothing yet.
     """
     return reference if frozen is None else state.model
 
 
 def synced(state, model, config):
-    """The reference, mixed with the policy every so many steps.
+    """Returns the reference, mixed with the policy every `sync_every` steps.
 
     TR-DPO (Gorbatovski et al. 2024, arxiv.org/abs/2404.09656), the soft update; with
     sync_alpha=1 the hard one.
@@ -139,7 +139,7 @@ def synced(state, model, config):
 
 
 def once(config, dataset, reference, score, mesh):
-    """Reference log-probabilities of every row, when training sees rows twice.
+    """Scores every row under the reference once, when training sees rows twice.
 
     Returns:
         (index) -> f32[B, ...] of those rows, None for rows of other data; or None when
@@ -147,21 +147,22 @@ def once(config, dataset, reference, score, mesh):
     """
     if config.steps * config.batch_size <= dataset.rows or jax.process_count() > 1:
         return None
-    # In the order of the data and in whole batches: a resumed run makes the same bits.
-    found = []
+    # In the order of the data and in whole batches: a resumed run has the same bits.
+    ref_logps = []
 
-    def kept(index):
+    def lookup(index):
         if index is None or index.min() < 0 or index.max() >= dataset.rows:
             return None
-        if not found:
-            rows = [
+        if not ref_logps:
+            batches = [
                 score(reference, stage.placed(raw, mesh)[0])
                 for raw in dataset.epoch(config.batch_size)
             ]
-            found.append(np.concatenate(jax.device_get(rows))[: dataset.rows])
-        return sharding.shard_batch(found[0][np.asarray(index)], mesh)
+            rows = np.concatenate(jax.device_get(batches))[: dataset.rows]
+            ref_logps.append(rows)
+        return sharding.shard_batch(ref_logps[0][np.asarray(index)], mesh)
 
-    return kept
+    return lookup
 
 
 def make_reference_score(config: ConfigDict) -> Callable[..., Array]:
