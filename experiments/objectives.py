@@ -21,47 +21,34 @@ import json
 from pathlib import Path
 
 from experiments import common, quickstart
-from stagecraft import defaults
+from stagecraft import defaults, losses
 from stagecraft.errors import UserError
 
-# Arms over the comparisons: what differs from the quickstart's DPO.
+# Arms over the comparisons: what differs from the quickstart's DPO. Every pair loss is
+# an arm of its own name, but for the second name of DPO and for "sft", an arm over
+# demonstrations.
 PAIRS = {
-    "dpo": dict(),
-    "cdpo": dict(objective_args=dict(beta=0.1, label_smoothing=0.1)),
-    "robust": dict(
-        objective="robust", objective_args=dict(beta=0.1, label_smoothing=0.1)
-    ),
-    "dpo_forward_kl": dict(objective_args=dict(f_divergence="forward_kl")),
-    "dpo_js": dict(objective_args=dict(f_divergence="js")),
-    "dpo_alpha": dict(objective_args=dict(f_divergence="alpha", alpha=0.5)),
-    "dpo_reference_free": dict(objective_args=dict(reference_free=True)),
-    "hinge": dict(objective="hinge"),
-    "ipo": dict(objective="ipo"),
-    "ipo_sum": dict(objective="ipo_sum"),
-    "exo_pair": dict(objective="exo_pair"),
-    "nca_pair": dict(objective="nca_pair"),
-    "bco_pair": dict(objective="bco_pair"),
-    "sppo_hard": dict(objective="sppo_hard"),
-    "aot": dict(objective="aot"),
-    "aot_unpaired": dict(objective="aot_unpaired"),
-    "apo_zero": dict(objective="apo_zero"),
-    "apo_down": dict(objective="apo_down"),
-    "discopop": dict(objective="discopop"),
+    name: dict(objective=name)
+    for name in losses.PAIRS
+    if name not in ("sigmoid", "sft")
+} | {
     "sigmoid_norm": dict(objective="sigmoid_norm", objective_args=dict(beta=2.0)),
+    "simpo": dict(objective="simpo", objective_args=dict(beta=2.5, gamma=1.375)),
+    "alphapo": dict(
+        objective="alphapo", objective_args=dict(beta=2.5, gamma=0.25, alpha=0.25)
+    ),
+    "cdpo": dict(objective_args=dict(label_smoothing=0.1)),
+    "robust": dict(objective="robust", objective_args=dict(label_smoothing=0.1)),
+    "dpo_forward_kl": dict(f_divergence="forward_kl"),
+    "dpo_js": dict(f_divergence="js"),
+    "dpo_alpha": dict(f_divergence="alpha", alpha=0.5),
+    "dpo_reference_free": dict(reference_free=True),
     "sft_on_chosen": dict(objective="sft"),
     "rpo": dict(objective="sigmoid,sft", objective_weights=(1.0, 0.5)),
     "mpo": dict(objective="sigmoid,bco_pair,sft", objective_weights=(0.8, 0.2, 1.0)),
     "ld_dpo": dict(ld_alpha=0.5),
     "wpo": dict(weighting="wpo"),
     "tr_dpo": dict(sync_every=16, sync_alpha=0.6),
-    "orpo": dict(objective="orpo"),
-    "cpo": dict(objective="cpo"),
-    "cpo_hinge": dict(objective="cpo_hinge"),
-    "cpo_ipo": dict(objective="cpo_ipo"),
-    "simpo": dict(objective="simpo", objective_args=dict(beta=2.5, gamma=1.375)),
-    "alphapo": dict(
-        objective="alphapo", objective_args=dict(beta=2.5, gamma=0.25, alpha=0.25)
-    ),
 }
 # Arms over single completions: both sides of each pair, judged.
 UNPAIRED = {

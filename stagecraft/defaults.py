@@ -197,6 +197,10 @@ def _reward():
 
 def _pair_options(c):
     c.reference_from = ""  # "": the parent, as it was when the stage began
+    # What losses compare, from the log-ratio to the reference; see losses/pairs.py.
+    c.f_divergence = "reverse_kl"  # or "forward_kl", "js", "alpha"
+    c.alpha = 0.5  # of f_divergence="alpha": 1 is the reverse KL, 0 the forward KL
+    c.reference_free = False  # compare log-probabilities, not log-ratios
     c.ld_alpha = 1.0  # LD-DPO: weight of the tokens beyond the shorter answer's length
     c.weighting = ""  # "wpo": pairs count by how likely the policy is to write them
     return c

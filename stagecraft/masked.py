@@ -6,13 +6,17 @@ boolean and have exactly the shape of the values: a mask that broadcasts would c
 each place once and sum it many times.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+
+Axes = int | tuple[int, ...] | None
 
 
-def check_shapes(**arrays):
+def check_shapes(**arrays: Any) -> None:
     """Refuses arrays whose shapes differ, before broadcasting hides the mistake.
 
     Args:
@@ -23,11 +27,11 @@ def check_shapes(**arrays):
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"these arrays must have one shape: {told}")
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"these arrays must have one shape: {listed}")
 
 
-def _prepare(x, mask):
+def _prepare(x: Any, mask: Any) -> tuple[Array, Array]:
     x, mask = jnp.asarray(x), jnp.asarray(mask)
     check_shapes(values=x, mask=mask)
     if mask.dtype != jnp.bool_:
@@ -37,8 +41,8 @@ def _prepare(x, mask):
     return x, mask
 
 
-def clear(x, mask):
-    """The values where the mask is True, zero elsewhere.
+def clear(x: Any, mask: Any) -> Array:
+    """Returns the values where the mask is True, zero elsewhere.
 
     A loss that is not linear in its input (an exponential, a square) must get inputs
     cleared by this function: masking only its output leaves NaN in the gradient.
@@ -54,13 +58,13 @@ def clear(x, mask):
     return jnp.where(mask, x, jnp.zeros_like(x))
 
 
-def count(mask, axis=None):
-    """How many places are True: f32, shape of `mask` less the reduced axes."""
+def count(mask: Any, axis: Axes = None) -> Array:
+    """Counts the places that are True: f32, shape of `mask` less the reduced axes."""
     return jnp.sum(jnp.asarray(mask), axis=axis, dtype=jnp.int32).astype(jnp.float32)
 
 
-def sum(x, mask, axis=None):
-    """Sum of the values under True; 0 for an empty mask.
+def sum(x: Any, mask: Any, axis: Axes = None) -> Array:
+    """Sums the values under True; 0 for an empty mask.
 
     Args:
         x: array of any shape; integers and booleans count as numbers.
@@ -74,14 +78,14 @@ def sum(x, mask, axis=None):
     return jnp.sum(clear(x, mask), axis=axis)
 
 
-def mean(x, mask, axis=None):
-    """Mean of the values under True; 0 for an empty mask. Arguments as in `sum`."""
+def mean(x: Any, mask: Any, axis: Axes = None) -> Array:
+    """Averages the values under True; 0 for an empty mask. Arguments as in `sum`."""
     total = sum(x, mask, axis)
     return total / jnp.maximum(count(mask, axis), 1.0).astype(total.dtype)
 
 
-def var(x, mask, axis=None, *, unbiased=False):
-    """Variance of the values under True; 0 when fewer than two are.
+def var(x: Any, mask: Any, axis: Axes = None, *, unbiased: bool = False) -> Array:
+    """Computes the variance of the values under True; 0 when fewer than two are.
 
     Args:
         x: array of any shape.
@@ -95,16 +99,17 @@ def var(x, mask, axis=None, *, unbiased=False):
     x, mask = _prepare(x, mask)
     center = mean(x, mask, axis)
     if axis is None:
-        kept = jnp.reshape(center, (1,) * x.ndim)
+        centers = jnp.reshape(center, (1,) * x.ndim)
     else:
-        kept = jnp.expand_dims(center, axis)
-    spread = jnp.square(clear(x, mask) - kept)  # what is False is dropped by sum
+        centers = jnp.expand_dims(center, axis)
+    # Places that are False are dropped by sum.
+    spread = jnp.square(clear(x, mask) - centers)
     n = count(mask, axis).astype(center.dtype)
     return sum(spread, mask, axis) / jnp.maximum(n - 1.0 if unbiased else n, 1.0)
 
 
-def max(x, mask, axis=None):
-    """Largest value under True; 0 for an empty mask. Arguments as in `sum`."""
+def max(x: Any, mask: Any, axis: Axes = None) -> Array:
+    """Finds the largest value under True; 0 for an empty mask; see `sum`."""
     x, mask = _prepare(x, mask)
     largest = jnp.max(jnp.where(mask, x, -jnp.inf), axis=axis, initial=-jnp.inf)
     return jnp.where(jnp.any(mask, axis=axis), largest, jnp.zeros_like(largest))
@@ -121,29 +126,29 @@ class Reduction(NamedTuple):
         count: f32 whose sum is the divisor.
     """
 
-    weights: jax.Array
-    count: jax.Array
+    weights: Array
+    count: Array
 
     @classmethod
-    def of(cls, mask, weights=None):
-        """The mean under a mask, of weighted elements when `weights` are given."""
-        found = jnp.asarray(mask).astype(jnp.float32)
-        found = found if weights is None else found * weights
-        return cls(found, found)
+    def of(cls, mask: Array, weights: Array | None = None) -> Self:
+        """Describes the mean under a mask, of weighted elements with `weights`."""
+        inside = jnp.asarray(mask).astype(jnp.float32)
+        inside = inside if weights is None else inside * weights
+        return cls(inside, inside)
 
-    def sum(self, values):
-        """Weighted sum; what has weight 0 may be NaN."""
+    def sum(self, values: Array) -> Array:
+        """Sums with weights; elements of weight 0 may be NaN."""
         check_shapes(values=values, weights=self.weights)
         values = clear(values, self.weights != 0)
         return jnp.sum(values * self.weights.astype(values.dtype))
 
-    def total(self):
-        """The divisor, f32 scalar; 1 when nothing counts."""
+    def total(self) -> Array:
+        """Returns the divisor, f32 scalar; 1 when nothing counts."""
         return _divisor(jnp.sum(self.count))
 
 
-def _divisor(count):
-    """The count, or 1 where there is nothing to divide."""
+def _divisor(count: Array) -> Array:
+    """Returns the count, or 1 where there is nothing to divide."""
     return jnp.where(count > 0, count, jnp.ones_like(count))
 
 
@@ -156,38 +161,38 @@ class Mean(NamedTuple):
 
     >>> first = Mean.of(jnp.array([1.0, 2.0, 9.0]), jnp.array([True, True, False]))
     >>> second = Mean.of(jnp.array([6.0]), jnp.array([True]))
-    >>> float(first.merge(second).result())  # three tokens, not two micro-batches
+    >>> float(first.merge(second).compute())  # three tokens, not two micro-batches
     3.0
     """
 
-    total: jax.Array
-    count: jax.Array
+    total: Array
+    count: Array
 
     @classmethod
-    def of(cls, values, mask=None):
-        """The mean of `values` where `mask` (bool, same shape) is True; None: all."""
+    def of(cls, values: Array, mask: Array | None = None) -> Self:
+        """Averages `values` where `mask` (bool, same shape) is True; None: all."""
         mask = jnp.ones(jnp.shape(values), bool) if mask is None else mask
         return cls(sum(values, mask), count(mask))
 
     @classmethod
-    def weighted(cls, values, reduction):
-        """The mean that a `Reduction` of the same shape describes."""
+    def weighted(cls, values: Array, reduction: Reduction) -> Self:
+        """Takes the mean that a `Reduction` of the same shape describes."""
         return cls(reduction.sum(values), jnp.sum(reduction.count))
 
     @classmethod
-    def empty(cls):
-        """The mean of nothing: what an accumulation starts from."""
+    def empty(cls) -> Self:
+        """Returns the mean of nothing: what an accumulation starts from."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
-    def merge(self, other):
-        """The mean over both sets of places."""
+    def merge(self, other: "Mean") -> "Mean":
+        """Returns the mean over both sets of places."""
         return Mean(self.total + other.total, self.count + other.count)
 
-    def fold(self):
+    def reduce(self) -> "Mean":
         """Merges along a leading axis."""
         return Mean(jnp.sum(self.total, axis=0), jnp.sum(self.count, axis=0))
 
-    def result(self):
+    def compute(self) -> Array:
         """f32 scalar; 0 when no place was True."""
         return self.total / _divisor(self.count).astype(self.total.dtype)
 
@@ -199,29 +204,29 @@ class Max(NamedTuple):
         value: f32 scalar; minus infinity while no place was True.
     """
 
-    value: jax.Array
+    value: Array
 
     @classmethod
-    def of(cls, values, mask=None):
-        """The largest of `values` where `mask` (same shape) is True; None: of all."""
+    def of(cls, values: Array, mask: Array | None = None) -> Self:
+        """Takes the largest of `values` where `mask` (same shape) is True."""
         mask = jnp.ones(jnp.shape(values), bool) if mask is None else mask
         values, mask = _prepare(values, mask)
         return cls(jnp.max(jnp.where(mask, values, -jnp.inf), initial=-jnp.inf))
 
     @classmethod
-    def empty(cls):
-        """The maximum of nothing: what an accumulation starts from."""
+    def empty(cls) -> Self:
+        """Returns the maximum of nothing: what an accumulation starts from."""
         return cls(jnp.full((), -jnp.inf, jnp.float32))
 
-    def merge(self, other):
-        """The maximum over both sets of places."""
+    def merge(self, other: "Max") -> "Max":
+        """Returns the maximum over both sets of places."""
         return Max(jnp.maximum(self.value, other.value))
 
-    def fold(self):
+    def reduce(self) -> "Max":
         """Merges along a leading axis."""
         return Max(jnp.max(self.value, axis=0))
 
-    def result(self):
+    def compute(self) -> Array:
         """f32 scalar; 0 when no place was True, so no log ever shows -inf."""
         nothing = jnp.isneginf(self.value)
         return jnp.where(nothing, jnp.zeros_like(self.value), self.value)
@@ -234,61 +239,64 @@ class Min(NamedTuple):
         value: f32 scalar; infinity while no place was True.
     """
 
-    value: jax.Array
+    value: Array
 
     @classmethod
-    def of(cls, values, mask=None):
-        """The smallest of `values` where `mask` (same shape) is True; None: of all."""
+    def of(cls, values: Array, mask: Array | None = None) -> Self:
+        """Takes the smallest of `values` where `mask` (same shape) is True."""
         return cls(-Max.of(-jnp.asarray(values), mask).value)
 
     @classmethod
-    def empty(cls):
-        """The minimum of nothing: what an accumulation starts from."""
+    def empty(cls) -> Self:
+        """Returns the minimum of nothing: what an accumulation starts from."""
         return cls(-Max.empty().value)
 
-    def merge(self, other):
-        """The minimum over both sets of places."""
+    def merge(self, other: "Min") -> "Min":
+        """Returns the minimum over both sets of places."""
         return Min(jnp.minimum(self.value, other.value))
 
-    def fold(self):
+    def reduce(self) -> "Min":
         """Merges along a leading axis."""
         return Min(jnp.min(self.value, axis=0))
 
-    def result(self):
+    def compute(self) -> Array:
         """f32 scalar; 0 when no place was True."""
-        return -Max(-self.value).result()
+        return -Max(-self.value).compute()
 
 
-class Gap(NamedTuple):
+class CalibrationError(NamedTuple):
     """Expected calibration error: a mean over buckets of |confidence - accuracy|.
 
     Attributes:
         confidence, hits, count: f32[K], sums in each bucket.
     """
 
-    confidence: jax.Array
-    hits: jax.Array
-    count: jax.Array
+    confidence: Array
+    hits: Array
+    count: Array
 
     @classmethod
-    def of(cls, confidence, hits, buckets):
-        """From f32[B] confidences and hits, and bool[B, K]: the bucket of each row."""
+    def of(cls, confidence: Array, hits: Array, buckets: Array) -> Self:
+        """Sums f32[B] confidences and hits by bool[B, K], the bucket of each row."""
         inside = buckets.astype(jnp.float32)
-        confidence, hits = (x[:, None] * inside for x in (confidence, hits))
-        return cls(*(jnp.sum(x, axis=0) for x in (confidence, hits, inside)))
+        return cls(
+            jnp.sum(confidence[:, None] * inside, axis=0),
+            jnp.sum(hits[:, None] * inside, axis=0),
+            jnp.sum(inside, axis=0),
+        )
 
-    def merge(self, other):
-        """The error over both sets of rows."""
-        return Gap(*(a + b for a, b in zip(self, other, strict=True)))
+    def merge(self, other: "CalibrationError") -> "CalibrationError":
+        """Returns the error over both sets of rows."""
+        return CalibrationError(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def fold(self):
+    def reduce(self) -> "CalibrationError":
         """Merges along a leading axis."""
-        return Gap(*(jnp.sum(x, axis=0) for x in self))
+        return CalibrationError(*(jnp.sum(x, axis=0) for x in self))
 
-    def result(self):
+    def compute(self) -> Array:
         """f32 scalar in [0, 1]; 0 when there were no rows."""
-        gap = jnp.sum(jnp.abs(self.confidence - self.hits))
-        return gap / _divisor(jnp.sum(self.count))
+        error = jnp.sum(jnp.abs(self.confidence - self.hits))
+        return error / _divisor(jnp.sum(self.count))
 
 
 class Sum(NamedTuple):
@@ -298,63 +306,64 @@ class Sum(NamedTuple):
         totals, counts: f32[N]: of each mean, its total times its weight.
 
     >>> one, two = Mean.of(jnp.array([1.0, 3.0])), Mean.of(jnp.array([5.0]))
-    >>> float(Sum.of([one, two], [1.0, -1.0]).result())
+    >>> float(Sum.of([one, two], [1.0, -1.0]).compute())
     -3.0
     """
 
-    totals: jax.Array
-    counts: jax.Array
+    totals: Array
+    counts: Array
 
     @classmethod
-    def of(cls, means, weights):
-        """From `Mean`s and their weights."""
+    def of(cls, means: Sequence[Mean], weights: Sequence[float]) -> Self:
+        """Weighs `Mean`s."""
         totals = [w * m.total for m, w in zip(means, weights, strict=True)]
         return cls(jnp.stack(totals), jnp.stack([m.count for m in means]))
 
-    def merge(self, other):
-        """The sum over both sets of places."""
+    def merge(self, other: "Sum") -> "Sum":
+        """Returns the sum over both sets of places."""
         return Sum(self.totals + other.totals, self.counts + other.counts)
 
-    def fold(self):
+    def reduce(self) -> "Sum":
         """Merges along a leading axis."""
         return Sum(*(jnp.sum(x, axis=0) for x in self))
 
-    def result(self):
+    def compute(self) -> Array:
         """f32 scalar; a mean of nothing counts as 0."""
         return jnp.sum(self.totals / _divisor(self.counts))
 
 
-PARTIAL = (Mean, Max, Min, Gap, Sum)  # what merges over parts of a batch
+# The states of metrics, which merge over parts of a batch.
+STATES = (Mean, Max, Min, CalibrationError, Sum)
 
 
 def _each(function, *trees):
     def is_leaf(x):
-        return isinstance(x, PARTIAL)
+        return isinstance(x, STATES)
 
     return jax.tree.map(function, *trees, is_leaf=is_leaf)
 
 
-def empty_like(tree):
-    """The same tree of the mean and so on of nothing: where an accumulation starts."""
-    return _each(_nothing, tree)
+def empty_like(tree: Any) -> Any:
+    """Returns the same tree of empty states: what an accumulation starts from."""
+    return _each(_empty, tree)
 
 
-def _nothing(x):
-    if isinstance(x, (Gap, Sum)):
+def _empty(x):
+    if isinstance(x, (CalibrationError, Sum)):
         return type(x)(*(jnp.zeros(v.shape, jnp.float32) for v in x))
     return type(x).empty()
 
 
-def merge(a, b):
-    """Merges two trees (usually dicts) of `Mean`, `Max` and so on, key by key."""
+def merge(a: Any, b: Any) -> Any:
+    """Merges two trees (usually dicts) of states, key by key."""
     return _each(lambda x, y: x.merge(y), a, b)
 
 
-def fold(tree):
-    """Merges over a leading axis, such as the one `jax.lax.scan` stacks."""
-    return _each(lambda x: x.fold(), tree)
+def reduce(tree: Any) -> Any:
+    """Merges states over a leading axis, such as the one `jax.lax.scan` stacks."""
+    return _each(lambda x: x.reduce(), tree)
 
 
-def results(tree):
-    """The same tree with every `Mean`, `Max` and so on replaced by its number."""
-    return _each(lambda x: x.result(), tree)
+def compute(tree: Any) -> Any:
+    """Returns the same tree with every state replaced by its number."""
+    return _each(lambda x: x.compute(), tree)

@@ -180,7 +180,7 @@ def evaluate(stage, state, heldout, batch_size):
         key = jax.random.fold_in(jax.random.key(0), number)
         sums = stage.evaluate(state, raw, key)
         total = sums if total is None else masked.merge(total, sums)
-    return {f"eval_{k}": float(v) for k, v in masked.results(total).items()}
+    return {f"eval_{k}": float(v) for k, v in masked.compute(total).items()}
 
 
 def peak_memory():

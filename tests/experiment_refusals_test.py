@@ -4,7 +4,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from stagecraft import defaults, experiment, run
+from stagecraft import defaults, experiment, run, schema, storage
 from stagecraft.errors import UserError
 
 PARENTS = {
@@ -47,7 +47,11 @@ def mean(policy_logps):
 OBJECTIVES = [
     ("preference", dict(objective="simpoo"), "objective='simpoo': no .* 'simpo'"),
     ("group_policy", dict(objective="grpoo"), "objective='grpoo': .* mean 'grpo'"),
-    ("unpaired_preference", dict(objective="dpo"), "of kind preference or online_pref"),
+    (
+        "unpaired_preference",
+        dict(objective="dpo"),
+        "is a loss of pairs of completions; this",
+    ),
     (
         "preference",
         dict(objective="sigmoid,sft", objective_weights=(1.0,)),
@@ -88,6 +92,35 @@ OBJECTIVES = [
         "preference",
         dict(objective="dpo,aot", micro_batches=2),
         "micro_batches=2: aot compares all rows .* cannot be split; expected 1",
+    ),
+    (
+        "preference",
+        dict(objective_args=dict(f_divergence="js")),
+        "objective_args.f_divergence: is a key of the stage itself, not of its loss; "
+        "set f_divergence= beside objective=",
+    ),
+    (
+        "online_preference",
+        dict(objective_args=dict(alpha=0.5)),
+        "objective_args.alpha: is a key of the stage itself",
+    ),
+    (
+        "preference",
+        dict(f_divergence="kl"),
+        "f_divergence='kl': expected one of 'reverse_kl', 'forward_kl', 'js', 'alpha'",
+    ),
+    *(
+        (
+            "preference",
+            dict(objective=name, f_divergence="js"),
+            f"f_divergence='js': changes the scores .* objective='{name}' takes none",
+        )
+        for name in ("aot", "simpo", "sft")
+    ),
+    (
+        "online_preference",
+        dict(objective="orpo", reference_free=True),
+        "reference_free=True: .* objective='orpo' takes none; leave it at False",
     ),
     (
         "preference",
@@ -263,3 +296,17 @@ def test_nothing_is_compiled_or_written(tmp_path):
         run.run(c, folder)
     assert not folder.exists()
     assert not [e for e in compiled if "backend_compile" in e]
+
+
+def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
+    c = graph("preference")
+    c.world.name = ""
+    stored = schema.plain(experiment.resolve(c))
+    for key in ("f_divergence", "alpha", "reference_free"):
+        del stored["stages"]["it"][key]
+    storage.write_json(tmp_path / "config.json", stored)
+    with pytest.raises(UserError, match="tokenizer: set tokenizer.path"):
+        run.run(c, tmp_path)  # past the comparison of configs, and no further
+    c.stages.it.f_divergence = "js"
+    with pytest.raises(UserError, match="stages.it.f_divergence: reverse_kl -> js"):
+        run.run(c, tmp_path)

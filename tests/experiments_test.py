@@ -9,6 +9,7 @@ from stagecraft import exchange, experiment, losses, run
 from stagecraft.curate import curation
 from stagecraft.errors import UserError
 from stagecraft.lineage import StageRecord
+from stagecraft.stages import kinds
 from tests.conftest import ROOT, load_experiment, single_device
 
 NAMES = sorted(
@@ -121,17 +122,16 @@ def test_every_objective_has_an_arm():
     resolved = experiment.resolve(config)
     assert {*module.NAMES} <= {*resolved.stages}
     used = {
-        (losses.TABLES[stage.kind][name], stage.kind)
+        (kinds.of(stage).losses[name], stage.kind)
         for stage in resolved.stages.values()
         if "objective" in stage
         for name in stage.objective.split(",")
     }
-    for kind, table in losses.TABLES.items():
-        if kind in ("policy", "group_policy", "online_preference"):
-            continue  # they share their losses with another kind
-        assert {(f, kind) for f in table.values()} <= used
-    sampled = {f for f, kind in used if kind in ("policy", "group_policy")}
-    assert {*losses.TABLES["policy"].values()} <= sampled
+    for kind in kinds.KINDS.values():
+        if not kind.samples:  # those share their losses with another kind
+            assert {(f, kind.name) for f in kind.losses.values()} <= used
+    sampled = {f for f, kind in used if kinds.KINDS[kind].samples}
+    assert {*losses.POLICY.values()} <= sampled
 
 
 def test_arms_of_every_kind_run(tmp_path):

@@ -150,7 +150,7 @@ def reduce_(x, mask):
 @pytest.mark.parametrize("shape", [(3, 4, 5), (4, 2, 1)])
 def test_micro_batches_add_up_to_the_whole(shape):
     x, mask = sample(shape)
-    whole = masked.results(reduce_(x, mask))
+    whole = masked.compute(reduce_(x, mask))
     start = masked.empty_like(jax.eval_shape(reduce_, x[0], mask[0]))
 
     @jax.jit
@@ -162,8 +162,8 @@ def test_micro_batches_add_up_to_the_whole(shape):
         return jax.lax.scan(add, start, (x, mask))
 
     merged, stacked = scanned(x, mask)
-    for got in (merged, masked.fold(stacked)):
-        got = masked.results(got)
+    for got in (merged, masked.reduce(stacked)):
+        got = masked.compute(got)
         assert got["mean"].shape == got["top"]["max"].shape == ()
         np.testing.assert_allclose(got["mean"], whole["mean"], rtol=1e-6)
         for name in ("max", "min"):
@@ -180,7 +180,7 @@ def test_devices_add_up_to_the_whole():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     spread = jax.device_put((x, mask), rows)
-    got = jax.jit(lambda *a: masked.results(reduce_(*a)))(*spread)
+    got = jax.jit(lambda *a: masked.compute(reduce_(*a)))(*spread)
     np.testing.assert_allclose(got["mean"], x[mask].mean(), rtol=1e-5)
     assert float(got["top"]["max"]) == x[mask].max()
     assert float(got["top"]["min"]) == x[mask].min()
@@ -190,23 +190,23 @@ def test_reductions_of_nothing_are_zero_and_change_nothing():
     x, nothing = jnp.array([jnp.nan, 2.0]), jnp.zeros(2, bool)
     for kind in (masked.Mean, masked.Max, masked.Min):
         empty = kind.of(x, nothing)
-        assert float(empty.result()) == float(kind.empty().result()) == 0
+        assert float(empty.compute()) == float(kind.empty().compute()) == 0
         some = kind.of(jnp.array([-3.0]), jnp.array([True]))
-        assert float(empty.merge(some).result()) == -3
-        assert float(some.merge(kind.empty()).result()) == -3
+        assert float(empty.merge(some).compute()) == -3
+        assert float(some.merge(kind.empty()).compute()) == -3
 
 
 def test_without_a_mask_all_places_count():
     x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
-    assert float(masked.Mean.of(x).result()) == 3
-    assert float(masked.Max.of(-x).result()) == -1
-    assert float(masked.Mean.of(jnp.float32(7)).result()) == 7
+    assert float(masked.Mean.of(x).compute()) == 3
+    assert float(masked.Max.of(-x).compute()) == -1
+    assert float(masked.Mean.of(jnp.float32(7)).compute()) == 7
 
 
 def test_nan_under_true_is_shown():
     x, mask = jnp.array([jnp.nan, 2.0]), jnp.ones(2, bool)
-    assert np.isnan(masked.Mean.of(x, mask).result())
-    assert np.isnan(masked.Max.of(x, mask).result())
+    assert np.isnan(masked.Mean.of(x, mask).compute())
+    assert np.isnan(masked.Max.of(x, mask).compute())
 
 
 # -- reductions with weights, and the calibration error --------------------------------
@@ -219,7 +219,7 @@ def test_a_reduction_of_a_mask_is_the_masked_mean():
     got = found.sum(jnp.asarray(dirty)) / found.total()
     np.testing.assert_allclose(got, x[mask].mean(), rtol=1e-5)
     mean = masked.Mean.weighted(jnp.asarray(dirty), found)
-    np.testing.assert_allclose(mean.result(), x[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(mean.compute(), x[mask].mean(), rtol=1e-5)
 
 
 def test_weighted_elements_count_by_their_weight():
@@ -239,7 +239,7 @@ def test_a_divisor_of_its_own():
     found = masked.Reduction(mask.astype(jnp.float32), jnp.full(2, 10.0))
     assert float(found.total()) == 20
     values = jnp.array([[1.0, 2.0, jnp.nan], [4.0, jnp.nan, jnp.nan]])
-    assert float(masked.Mean.weighted(values, found).result()) == pytest.approx(7 / 20)
+    assert float(masked.Mean.weighted(values, found).compute()) == pytest.approx(7 / 20)
 
 
 def test_a_reduction_of_nothing_is_zero_over_one():
@@ -261,7 +261,7 @@ def test_parts_of_a_window_add_up_with_the_divisor_of_the_whole():
 
 def gap(confidence, hits, place, buckets=4):
     inside = jnp.asarray(place)[:, None] == jnp.arange(buckets)
-    return masked.Gap.of(
+    return masked.CalibrationError.of(
         jnp.asarray(confidence, jnp.float32), jnp.asarray(hits, jnp.float32), inside
     )
 
@@ -275,17 +275,17 @@ def test_the_calibration_error_merges_bucket_by_bucket():
         / (place < 4).sum()
     )
     got = gap(confidence, hits, place)
-    assert float(got.result()) == pytest.approx(error, rel=1e-5)
+    assert float(got.compute()) == pytest.approx(error, rel=1e-5)
     halves = [gap(confidence[h], hits[h], place[h]) for h in (np.s_[:13], np.s_[13:])]
     merged = masked.merge(*halves)
-    assert float(merged.result()) == pytest.approx(error, rel=1e-5)
+    assert float(merged.compute()) == pytest.approx(error, rel=1e-5)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *halves)
-    assert float(masked.fold(stacked).result()) == pytest.approx(error, rel=1e-5)
-    mean = np.mean([float(h.result()) for h in halves])
+    assert float(masked.reduce(stacked).compute()) == pytest.approx(error, rel=1e-5)
+    mean = np.mean([float(h.compute()) for h in halves])
     assert abs(mean - error) > 1e-3  # a mean of errors is another number
     empty = masked.empty_like({"gap": got})["gap"]
-    assert float(empty.result()) == 0
-    np.testing.assert_array_equal(masked.merge(empty, got).result(), got.result())
+    assert float(empty.compute()) == 0
+    np.testing.assert_array_equal(masked.merge(empty, got).compute(), got.compute())
 
 
 def test_a_difference_of_means_merges_to_that_of_the_whole():
@@ -297,12 +297,12 @@ def test_a_difference_of_means_merges_to_that_of_the_whole():
         return {"margin": masked.Sum.of(means, [1.0, -1.0])}
 
     expected = x[mask].mean() - x[other].mean()
-    whole = masked.results(difference(x, mask, other))
+    whole = masked.compute(difference(x, mask, other))
     np.testing.assert_allclose(whole["margin"], expected, rtol=1e-5)
     parts = [difference(*part) for part in zip(x, mask, other, strict=True)]
     merged = masked.empty_like(parts[0])
     for part in parts:
         merged = masked.merge(merged, part)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    for got in (merged, masked.fold(stacked)):
-        np.testing.assert_allclose(masked.results(got)["margin"], expected, rtol=1e-5)
+    for got in (merged, masked.reduce(stacked)):
+        np.testing.assert_allclose(masked.compute(got)["margin"], expected, rtol=1e-5)

@@ -1,25 +1,34 @@
-"""Advantages and returns of sampled completions, and the scale they are put on."""
+"""Advantages and returns of sampled completions, and their whitening."""
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
 
 
-def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95, bootstrap=None):
+def gae(
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    *,
+    discount: float = 1.0,
+    lambda_: float = 0.95,
+    bootstrap: Array | None = None,
+) -> tuple[Array, Array]:
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16).
 
     arxiv.org/abs/1506.02438. The last masked token ends the episode, also where a
-    completion was cut at the length limit: the value after it is 0, unless `bootstrap`
-    says otherwise. Returns are built from these advantages, so whiten only afterwards.
+    completion was cut at the length limit: the value after it is 0, or `bootstrap`
+    where given. Returns are built from these advantages, so whiten only afterwards.
 
     Args:
-        rewards: f32[B, T], paid after each token.
+        rewards: f32[B, T], received after each token.
         values: f32[B, T]: the critic's value of the state before each token.
         mask: bool[B, T], True on the completion: one unbroken run from column 0; with
             the score placed after the end token, `kl.value_mask` of it.
         discount: weight of the next token's worth.
-        lambda_: 0 trusts the critic one step ahead, 1 only the rewards that came.
+        lambda_: 0 trusts the critic one step ahead, 1 only the rewards received.
         bootstrap: f32[B]: the critic's value of the state after the last masked token,
             for completions that were cut there; 0 for those that ended. None: all 0.
 
@@ -30,7 +39,7 @@ def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95, bootstrap=None):
         ValueError: when the shapes do not fit.
 
     >>> one = jnp.ones((1, 1))
-    >>> advantages, returns = gae(one, 0.25 * one, one > 0)  # paid less hoped
+    >>> advantages, returns = gae(one, 0.25 * one, one > 0)  # reward less value
     >>> float(advantages[0, 0]), float(returns[0, 0])
     (0.75, 1.0)
     """
@@ -53,14 +62,14 @@ def gae(rewards, values, mask, *, discount=1.0, lambda_=0.95, bootstrap=None):
     return advantages.T, advantages.T + values
 
 
-def discounted_returns(rewards, mask, *, discount=1.0):
-    """What was paid from each token to the end: the return of REINFORCE.
+def discounted_returns(rewards: Array, mask: Array, *, discount: float = 1.0) -> Array:
+    """Sums rewards from each token to the end: the return of REINFORCE.
 
     Whitened over the whole batch, these are the advantages of REINFORCE++ (Hu et al.
     2025, arxiv.org/abs/2501.03262).
 
     Args:
-        rewards: f32[B, T], paid after each token.
+        rewards: f32[B, T], received after each token.
         mask: bool[B, T], True on the completion: one unbroken run from column 0.
         discount: weight of the next token's reward.
 
@@ -74,21 +83,23 @@ def discounted_returns(rewards, mask, *, discount=1.0):
     >>> discounted_returns(rewards, rewards > 0, discount=0.5).tolist()
     [[3.0, 4.0, 4.0]]
     """
-    nothing = jnp.zeros_like(rewards)
-    return gae(rewards, nothing, mask, discount=discount, lambda_=1.0)[0]
+    no_values = jnp.zeros_like(rewards)
+    return gae(rewards, no_values, mask, discount=discount, lambda_=1.0)[0]
 
 
-def whiten(x, mask, *, shift_mean=True, unbiased=False):
+def whiten(
+    x: Array, mask: Array, *, shift_mean: bool = True, unbiased: bool = False
+) -> Array:
     """Scales the masked values to variance 1 and, by default, mean 0.
 
     Meant for a whole batch at once, over all devices: whitening each minibatch is
-    another algorithm. Rewards are whitened with `shift_mean=False`: a shift would pay
-    for every token, and so for length.
+    another algorithm. Rewards are whitened with `shift_mean=False`: a shift would
+    reward every token, and so length.
 
     Args:
         x: f32, any shape.
         mask: bool, same shape.
-        shift_mean: False keeps the mean where it was.
+        shift_mean: False leaves the mean as it is.
         unbiased: divide the variance by n - 1, as TRL does, rather than by n.
 
     Returns:
@@ -103,12 +114,12 @@ def whiten(x, mask, *, shift_mean=True, unbiased=False):
     return masked.clear(scaled if shift_mean else scaled + mean, mask)
 
 
-def explained_variance(values, returns, mask):
-    """Share of the returns' variance that the critic accounts for.
+def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
+    """Returns the share of the returns' variance that the critic explains.
 
     Args:
         values: f32[B, T], the critic's values.
-        returns: f32[B, T], what it should have said.
+        returns: f32[B, T], its targets.
         mask: bool[B, T].
 
     Returns:
@@ -120,3 +131,6 @@ def explained_variance(values, returns, mask):
     safe = jnp.where(varies, total, jnp.ones_like(total))
     share = 1 - masked.var(returns - values, mask) / safe
     return jnp.where(varies, share, jnp.zeros_like(share))
+
+
+__all__ = ["discounted_returns", "explained_variance", "gae", "whiten"]

@@ -1,19 +1,22 @@
-"""How the token losses of a batch of completions become one number.
+"""Reductions of the token losses of a batch of completions to one number.
 
 The reduction is sum(weights * loss) / sum(count), both sums over the global batch and
 the whole accumulation window. Only the weights and counts differ by name.
 """
 
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked, schema
 from stagecraft.errors import UserError
 
-NAMES = ("grpo", "bnpo", "dapo", "dr_grpo")
+AGGREGATIONS = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 
-def aggregate(name, mask, *, max_length=None):
-    """Weights and counts of one way to average.
+def aggregate(
+    name: str, mask: Array, *, max_length: int | None = None
+) -> masked.Reduction:
+    """Returns the weights and counts of one way to average.
 
     - "grpo": each completion counts alike: the mean over completions of the mean over
       their tokens (Shao et al. 2024, arxiv.org/abs/2402.03300, eq. 3). A token of a
@@ -43,7 +46,7 @@ def aggregate(name, mask, *, max_length=None):
     >>> weights.tolist(), count.tolist()
     ([[0.5, 0.5], [1.0, 0.0]], [1.0, 1.0])
     """
-    schema.choice("aggregate", name, NAMES)
+    schema.choice("aggregate", name, AGGREGATIONS)
     weights = mask.astype(jnp.float32)
     lengths = masked.count(mask, axis=1)  # [B]
     if name == "grpo":
@@ -59,8 +62,8 @@ def aggregate(name, mask, *, max_length=None):
     return masked.Reduction(weights, lengths)
 
 
-def overlong_filter(mask, ended):
-    """The mask without completions that were cut off at the length limit.
+def overlong_filter(mask: Array, ended: Array) -> Array:
+    """Masks out completions that were cut off at the length limit.
 
     DAPO (Yu et al. 2025, arxiv.org/abs/2503.14476), section 3.4: a cut completion may
     have been right so far, so its score is noise.
@@ -80,3 +83,6 @@ def overlong_filter(mask, ended):
     """
     masked.check_shapes(rows=mask[:, 0], ended=ended)
     return mask & ended[:, None]
+
+
+__all__ = ["AGGREGATIONS", "aggregate", "overlong_filter"]

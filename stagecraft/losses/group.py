@@ -7,14 +7,16 @@ and limited; how tokens become one number is the subject of `aggregate`.
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked, schema
 from stagecraft.errors import UserError
 from stagecraft.losses.policy import drift, probability_ratio, surrogate
+from stagecraft.losses.types import Result
 
 
-def _check_group(rewards, scored):
-    """The mask of scored samples; refuses groups too small to compare within."""
+def _check_group(rewards: Array, scored: Array | None) -> Array:
+    """Returns the mask of scored samples; refuses groups of fewer than two."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [N, G], got {rewards.shape}")
     if rewards.shape[1] < 2:
@@ -27,8 +29,8 @@ def _check_group(rewards, scored):
     return scored
 
 
-def _below_best(rewards, scored):
-    """Rewards less the group's best: paid alike is then exactly 0, however it rounds.
+def _below_best(rewards: Array, scored: Array) -> Array:
+    """Subtracts the group's best reward, so that equal rewards become exactly 0.
 
     A mean of equal numbers may differ from them by a rounding error, which a division
     by the deviation, a rounding error too, would blow up.
@@ -37,13 +39,19 @@ def _below_best(rewards, scored):
     return masked.clear(masked.clear(rewards, scored) - best[:, None], scored)
 
 
-def _spread(rewards, scored, axis):
-    """Standard deviation with n - 1 below the line; 0 for fewer than two samples."""
+def _spread(rewards: Array, scored: Array, axis: int | None) -> Array:
+    """Returns the unbiased standard deviation (n - 1); 0 for fewer than two samples."""
     return jnp.sqrt(masked.var(rewards, scored, axis, unbiased=True))
 
 
-def group_advantages(rewards, scored=None, *, scale="group", eps=1e-4):
-    """How much better each sample did than its group (GRPO, Shao et al. 2024).
+def group_advantages(
+    rewards: Array,
+    scored: Array | None = None,
+    *,
+    scale: str = "group",
+    eps: float = 1e-4,
+) -> Array:
+    """Compares each sample with the mean of its group (GRPO, Shao et al. 2024).
 
     arxiv.org/abs/2402.03300, section 4.1.2. Unscaled, these are the advantages of Dr.
     GRPO (Liu et al. 2025, arxiv.org/abs/2503.20783) and, whitened over the whole batch
@@ -69,17 +77,23 @@ def group_advantages(rewards, scored=None, *, scale="group", eps=1e-4):
     """
     schema.choice("scale", scale, ("group", "batch", "none"))
     scored = _check_group(rewards, scored)
-    paid = _below_best(rewards, scored)
-    mean = masked.mean(paid, scored, axis=1)[:, None]
-    centered = masked.clear(paid - mean, scored)
+    below = _below_best(rewards, scored)
+    mean = masked.mean(below, scored, axis=1)[:, None]
+    centered = masked.clear(below - mean, scored)
     if scale == "none":
         return centered
     if scale == "group":
-        return centered / (_spread(paid, scored, 1)[:, None] + eps)
+        return centered / (_spread(below, scored, 1)[:, None] + eps)
     return centered / (_spread(rewards, scored, None) + eps)
 
 
-def leave_one_out(rewards, scored=None, *, normalize=False, eps=1e-4):
+def leave_one_out(
+    rewards: Array,
+    scored: Array | None = None,
+    *,
+    normalize: bool = False,
+    eps: float = 1e-4,
+) -> Array:
     """Each reward less the mean of the others in its group (RLOO).
 
     Ahmadian et al. 2024 (arxiv.org/abs/2402.14740), section 3.2. A KL penalty belongs
@@ -103,12 +117,12 @@ def leave_one_out(rewards, scored=None, *, normalize=False, eps=1e-4):
     [[1.0, -1.0]]
     """
     scored = _check_group(rewards, scored)
-    paid = _below_best(rewards, scored)
+    below = _below_best(rewards, scored)
     others = masked.count(scored, axis=1)[:, None] - 1  # [N, 1]
     has_others = scored & jnp.broadcast_to(others > 0, scored.shape)
-    total = jnp.sum(paid, axis=1, keepdims=True)
-    baseline = (total - paid) / jnp.maximum(others, 1.0).astype(paid.dtype)
-    advantages = masked.clear(paid - baseline, has_others)
+    total = jnp.sum(below, axis=1, keepdims=True)
+    baseline = (total - below) / jnp.maximum(others, 1.0).astype(below.dtype)
+    advantages = masked.clear(below - baseline, has_others)
     if not normalize:
         return advantages
     mean = masked.mean(advantages, has_others)
@@ -116,8 +130,8 @@ def leave_one_out(rewards, scored=None, *, normalize=False, eps=1e-4):
     return masked.clear((advantages - mean) / (spread + eps), has_others)
 
 
-def dynamic_sampling(rewards, scored=None):
-    """Which prompts teach anything: those whose samples were not all paid alike.
+def dynamic_sampling(rewards: Array, scored: Array | None = None) -> Array:
+    """Selects prompts with a gradient: those whose samples differ in reward.
 
     DAPO (Yu et al. 2025, arxiv.org/abs/2503.14476), eq. 11: the others have advantage 0
     throughout and are sampled anew.
@@ -142,16 +156,16 @@ def dynamic_sampling(rewards, scored=None):
     return masked.max(rewards, scored, axis=1) > lowest
 
 
-def frac_reward_zero_std(rewards, scored=None):
-    """1 for each group that teaches nothing, as a metric: f32[N].
+def frac_reward_zero_std(rewards: Array, scored: Array | None = None) -> Array:
+    """Returns 1 for each group whose rewards are all equal, as a metric: f32[N].
 
-    Arguments as in `dynamic_sampling`, whose opposite it is.
+    The complement of `dynamic_sampling`; arguments as there.
     """
     return 1 - dynamic_sampling(rewards, scored).astype(jnp.float32)
 
 
-def soft_overlong(lengths, *, limit, cache):
-    """What a completion loses for coming near the length limit, rather than all at it.
+def soft_overlong(lengths: Array, *, limit: int, cache: int) -> Array:
+    """Penalizes completions gradually as they come near the length limit.
 
     DAPO (Yu et al. 2025, arxiv.org/abs/2503.14476), eq. 13: nothing up to limit - cache
     tokens, then linearly down to -1 at the limit, and -1 beyond.
@@ -179,17 +193,32 @@ def soft_overlong(lengths, *, limit, cache):
     return jnp.clip(left / cache, -1.0, 0.0)
 
 
-def _by_sequence(ratio, log_ratio, advantages, mask, clip, clip_high):
-    """The surrogate with one ratio f32[B] per sequence, spread over its tokens."""
+def _by_sequence(
+    ratio: Array,
+    log_ratio: Array,
+    advantages: Array,
+    mask: Array,
+    clip: float,
+    clip_high: float | None,
+) -> Result:
+    """Returns the surrogate of one ratio f32[B] per sequence, on each of its tokens."""
     ratio = jnp.broadcast_to(ratio[:, None], advantages.shape)
     loss, clipped = surrogate(ratio, advantages, clip=clip, clip_high=clip_high)
-    told = drift(log_ratio)  # of tokens, but for the ratios
-    told |= {"val/ratio": ratio[:, 0], "policy/ratio_max": ratio[:, 0]}
-    told |= {k: masked.mean(v, mask, axis=1) for k, v in clipped.items()}
-    return masked.clear(loss, mask), told
+    metrics = drift(log_ratio)  # of tokens, but for the ratios
+    metrics |= {"val/ratio": ratio[:, 0], "policy/ratio_max": ratio[:, 0]}
+    metrics |= {k: masked.mean(v, mask, axis=1) for k, v in clipped.items()}
+    return masked.clear(loss, mask), metrics
 
 
-def gspo(logps, old_logps, advantages, mask, *, clip=3e-4, clip_high=4e-4):
+def gspo(
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip: float = 3e-4,
+    clip_high: float | None = 4e-4,
+) -> Result:
     """Group sequence policy optimization (Zheng et al. 2025, eq. 5 and 7).
 
     arxiv.org/abs/2507.18071. One ratio per completion, the geometric mean over its
@@ -228,7 +257,15 @@ def gspo(logps, old_logps, advantages, mask, *, clip=3e-4, clip_high=4e-4):
     return _by_sequence(ratio, log_ratio, advantages, mask, clip, clip_high)
 
 
-def rloo_policy(logps, old_logps, advantages, mask, *, clip=0.2, clip_high=None):
+def rloo_policy(
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+) -> Result:
     """Clipped surrogate with the ratio of whole completions (RLOO as trained today).
 
     Ahmadian et al. 2024 (arxiv.org/abs/2402.14740) take the completion as the one
@@ -249,7 +286,9 @@ def rloo_policy(logps, old_logps, advantages, mask, *, clip=0.2, clip_high=None)
     return _by_sequence(ratio, log_ratio, advantages, mask, clip, clip_high)
 
 
-def cispo(logps, old_logps, advantages, *, clip_high=5.0):
+def cispo(
+    logps: Array, old_logps: Array, advantages: Array, *, clip_high: float = 5.0
+) -> Result:
     """REINFORCE weighted by the ratio, the weight cut off (MiniMax 2025, eq. 4 and 5).
 
     arxiv.org/abs/2506.13585. A token that moved far keeps a gradient, of bounded
@@ -285,16 +324,23 @@ def cispo(logps, old_logps, advantages, *, clip_high=5.0):
             "has not moved; expected more than 1 (5 is usual)"
         )
     masked.check_shapes(logps=logps, old_logps=old_logps, advantages=advantages)
-    told = drift(logps - old_logps)
-    ratio = told["val/ratio"]
+    moved = drift(logps - old_logps)
+    ratio = moved["val/ratio"]
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, clip_high))
     cut = (ratio > clip_high) & (advantages > 0)
-    return -weight * advantages * logps, told | {
+    return -weight * advantages * logps, moved | {
         "cispo_clip_ratio": cut.astype(jnp.float32)
     }
 
 
-def sapo(logps, old_logps, advantages, *, tau_positive=1.0, tau_negative=1.05):
+def sapo(
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Result:
     """Soft adaptive policy optimization: a smooth gate for the clip (Gao et al. 2025).
 
     arxiv.org/abs/2511.20347. The ratio goes through a sigmoid of slope 1
@@ -325,7 +371,20 @@ def sapo(logps, old_logps, advantages, *, tau_positive=1.0, tau_negative=1.05):
         if value <= 0:
             raise UserError(f"{name}={value!r}: expected more than 0 (1 is usual)")
     masked.check_shapes(logps=logps, old_logps=old_logps, advantages=advantages)
-    told = drift(logps - old_logps)
+    moved = drift(logps - old_logps)
     tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(logps.dtype)
-    gate = jax.nn.sigmoid(tau * (told["val/ratio"] - 1)) * 4 / tau
-    return -gate * advantages, told
+    gate = jax.nn.sigmoid(tau * (moved["val/ratio"] - 1)) * 4 / tau
+    return -gate * advantages, moved
+
+
+LOSSES = (gspo, cispo, sapo, rloo_policy)
+# One loss a sequence, spread over its tokens: right as a mean over sequences only.
+BY_SEQUENCE = (gspo, rloo_policy)
+__all__ = [
+    *(loss.__name__ for loss in LOSSES),
+    "dynamic_sampling",
+    "frac_reward_zero_std",
+    "group_advantages",
+    "leave_one_out",
+    "soft_overlong",
+]

@@ -1,13 +1,15 @@
-"""The distance to the reference policy: how it is estimated, paid for and steered."""
+"""KL to the reference policy: estimators, the penalty, its coefficient."""
 
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked, schema
 from stagecraft.errors import UserError
 from stagecraft.losses.policy import probability_ratio
+from stagecraft.losses.types import Result
 
 
-def k1(logps, ref_logps):
+def k1(logps: Array, ref_logps: Array) -> Array:
     """log p - log q: unbiased for KL(p, q) on samples of p, of either sign.
 
     Estimator names after Schulman 2020, joschu.net/blog/kl-approx.html. This one goes
@@ -24,12 +26,12 @@ def k1(logps, ref_logps):
     return logps - ref_logps
 
 
-def k2(logps, ref_logps):
+def k2(logps: Array, ref_logps: Array) -> Array:
     """Half the squared log-ratio: never negative, biased. Arguments as in `k1`."""
     return 0.5 * jnp.square(k1(logps, ref_logps))
 
 
-def k3(logps, ref_logps):
+def k3(logps: Array, ref_logps: Array) -> Array:
     """q/p - 1 - log(q/p): never negative and unbiased. Arguments as in `k1`."""
     difference = k1(logps, ref_logps)
     return jnp.exp(-difference) - 1 + difference
@@ -39,9 +41,14 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def kl_in_loss(
-    logps, ref_logps, old_logps=None, *, estimator="k3", bias_correction=False
-):
-    """A KL penalty added to the loss of each token, as GRPO has it.
+    logps: Array,
+    ref_logps: Array,
+    old_logps: Array | None = None,
+    *,
+    estimator: str = "k3",
+    bias_correction: bool = False,
+) -> Result:
+    """Returns a KL penalty for the loss of each token, as GRPO has it.
 
     Which gradient that gives differs by estimator (arxiv.org/abs/2510.01555). On
     samples of the policy itself, "k2" has the gradient of KL(policy, reference), the
@@ -91,7 +98,9 @@ def kl_in_loss(
     return kl, {"kl": kl}
 
 
-def missing_eos(scores, ended, *, penalty=0.0, replace=None):
+def missing_eos(
+    scores: Array, ended: Array, *, penalty: float = 0.0, replace: float | None = None
+) -> Array:
     """Lowers the score of completions that never reached their end token.
 
     Without it a policy may learn to talk until the length limit (Huang et al. 2024,
@@ -118,8 +127,8 @@ def missing_eos(scores, ended, *, penalty=0.0, replace=None):
     return jnp.where(ended, scores, lowered)
 
 
-def value_mask(mask, placement="A"):
-    """Where the critic's value counts: `mask`, and the slot of the score.
+def value_mask(mask: Array, placement: str = "A") -> Array:
+    """Masks where the critic's value counts: `mask`, and the slot of the score.
 
     With placement "B" the score is paid one slot after the end token. The value there
     is the critic's output on the end token; it takes part in advantages and in the
@@ -145,9 +154,16 @@ def value_mask(mask, placement="A"):
 
 
 def kl_reward(
-    scores, logps, ref_logps, mask, *, kl_coef, placement="A", estimator="k1"
-):
-    """Rewards per token: a KL penalty on each, and the score at the end.
+    scores: Array,
+    logps: Array,
+    ref_logps: Array,
+    mask: Array,
+    *,
+    kl_coef: float | Array,
+    placement: str = "A",
+    estimator: str = "k1",
+) -> Array:
+    """Returns rewards per token: a KL penalty on each, and the score at the end.
 
     Ouyang et al. 2022 (arxiv.org/abs/2203.02155), eq. 2, spread over tokens as in
     Ziegler et al. 2019. The last masked token is the end token, or the last one that
@@ -186,14 +202,21 @@ def kl_reward(
     masked.check_shapes(scores=scores, rows=mask[:, 0])
     logps, ref_logps = masked.clear(logps, mask), masked.clear(ref_logps, mask)
     kl = ESTIMATORS[estimator](logps, ref_logps)  # [B, T]
-    paid = value_mask(mask, placement)
+    slots = value_mask(mask, placement)
     column = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-    last = jnp.max(jnp.where(paid, column, -1), axis=1, keepdims=True)  # -1: empty row
+    last = jnp.max(jnp.where(slots, column, -1), axis=1, keepdims=True)  # -1: empty row
     at_end = jnp.where(column == last, scores[:, None], jnp.zeros_like(kl))
     return at_end - kl_coef * kl
 
 
-def adaptive(kl_coef, kl, *, target, horizon, batch_size):
+def adaptive(
+    kl_coef: Array | float,
+    kl: Array | float,
+    *,
+    target: float,
+    horizon: float,
+    batch_size: int,
+) -> Array:
     """Raises the KL coefficient above the target, lowers it below.
 
     Ziegler et al. 2019, arxiv.org/abs/1909.08593, section 2.2: the relative error is
@@ -215,3 +238,15 @@ def adaptive(kl_coef, kl, *, target, horizon, batch_size):
     """
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * batch_size / horizon)
+
+
+__all__ = [
+    "adaptive",
+    "k1",
+    "k2",
+    "k3",
+    "kl_in_loss",
+    "kl_reward",
+    "missing_eos",
+    "value_mask",
+]

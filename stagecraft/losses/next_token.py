@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
+from stagecraft.losses.types import Result
 
 
 def _drop_first(x):
@@ -11,7 +13,7 @@ def _drop_first(x):
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
 
 
-def shift(ids, mask, segments):
+def shift(ids: Array, mask: Array, segments: Array) -> tuple[Array, Array]:
     """Aligns each token with the position whose output predicts it.
 
     The mask moves with the targets, never with the outputs. The first token of a
@@ -37,7 +39,7 @@ def shift(ids, mask, segments):
     return _drop_first(ids), _drop_first(mask) & (segments == ahead) & (ahead > 0)
 
 
-def next_token(logps):
+def next_token(logps: Array) -> Result:
     """Negative log-likelihood of each target token.
 
     Args:
@@ -49,12 +51,12 @@ def next_token(logps):
     return -logps, {}
 
 
-def dft(logps):
+def dft(logps: Array) -> Result:
     """Dynamic fine-tuning: a token's loss times its own probability (Wu et al. 2025).
 
     arxiv.org/abs/2508.05629. Maximum likelihood weighs a token's gradient by 1/p; the
-    factor p, through which no gradient flows, takes that back, so that tokens the model
-    finds absurd teach it little.
+    factor p, through which no gradient flows, takes that back, so that tokens that the
+    model finds absurd have little gradient.
 
     Args:
         logps: f32[B, T], nats: log p(target) at each position.
@@ -69,7 +71,7 @@ def dft(logps):
     return -jax.lax.stop_gradient(jnp.exp(logps)) * logps, {}
 
 
-def z_loss(log_z):
+def z_loss(log_z: Array) -> Result:
     """Squared log-normaliser of the softmax (PaLM, Chowdhery et al. 2022).
 
     arxiv.org/abs/2204.02311. To be added to another loss, there by 1e-4: it keeps
@@ -88,8 +90,8 @@ def z_loss(log_z):
     return jnp.square(log_z), {"log_z": log_z}
 
 
-def sequence_logps(logps, target_mask):
-    """Log-probability of whole completions: the sum over their tokens, not the mean.
+def sequence_logps(logps: Array, target_mask: Array) -> Array:
+    """Sums log-probabilities over the tokens of each completion (no mean).
 
     Args:
         logps: f32[..., T], nats: log p(target) at each position.
@@ -99,3 +101,7 @@ def sequence_logps(logps, target_mask):
         f32[...], nats; 0 for a row without completion tokens.
     """
     return masked.sum(logps, target_mask, axis=-1)
+
+
+LOSSES = (next_token, dft, z_loss)
+__all__ = [*(loss.__name__ for loss in LOSSES), "sequence_logps", "shift"]

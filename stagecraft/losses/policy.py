@@ -6,17 +6,19 @@ loss under the mask. Losses made for training without a critic are in `group`.
 """
 
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
 from stagecraft.errors import UserError
+from stagecraft.losses.types import Result
 
 # A ratio beyond e^20 is a wild number either way. Unlimited, its overflow times a zero
 # advantage would be NaN, in the gradient even where the clip decides.
 MAX_LOG_RATIO = 20.0
 
 
-def probability_ratio(log_ratio):
-    """How much likelier a token or sequence became: exp, safe from overflow.
+def probability_ratio(log_ratio: Array) -> Array:
+    """Returns the probability ratio of tokens or sequences: exp, safe from overflow.
 
     Args:
         log_ratio: f32, any shape, nats: new minus old log-probability.
@@ -27,8 +29,10 @@ def probability_ratio(log_ratio):
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def surrogate(ratio, advantages, *, clip, clip_high):
-    """The larger of the free and the clipped loss, and what the clip did.
+def surrogate(
+    ratio: Array, advantages: Array, *, clip: float, clip_high: float | None
+) -> tuple[Array, dict[str, Array]]:
+    """Returns the larger of the free and the clipped loss, and where the clip acts.
 
     Args:
         ratio: f32, any shape.
@@ -53,8 +57,8 @@ def surrogate(ratio, advantages, *, clip, clip_high):
     }
 
 
-def drift(log_ratio):
-    """How far the policy has moved since the rollout, as metrics.
+def drift(log_ratio: Array) -> dict[str, Array]:
+    """Measures how far the policy has moved since the rollout.
 
     Args:
         log_ratio: f32, any shape, nats: new minus old log-probability.
@@ -74,15 +78,15 @@ def drift(log_ratio):
 
 
 def ppo_policy(
-    logps,
-    old_logps,
-    advantages,
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
     *,
-    clip=0.2,
-    clip_high=None,
-    dual_clip=None,
-    delta=None,
-):
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+) -> Result:
     """Clipped surrogate of the policy gradient (Schulman et al. 2017, eq. 7).
 
     arxiv.org/abs/1707.06347. Where clipping is the worse of the two bounds the gradient
@@ -134,8 +138,8 @@ def ppo_policy(
             "None; otherwise it cuts into the region that the clip leaves free"
         )
     log_ratio = logps - old_logps  # [B, T]
-    told = drift(log_ratio)
-    ratio = told["val/ratio"]
+    moved = drift(log_ratio)
+    ratio = moved["val/ratio"]
     if delta is not None:
         ratio = jnp.minimum(ratio, delta)
     loss, clipped = surrogate(ratio, advantages, clip=clip, clip_high=clip_high)
@@ -143,10 +147,10 @@ def ppo_policy(
         limit = jnp.where(advantages < 0, -dual_clip * advantages, jnp.inf)
         loss = jnp.minimum(loss, limit)
     share = {"policy/clipfrac_avg": clipped["clip_ratio/region_mean"]}
-    return loss, share | told | clipped
+    return loss, share | moved | clipped
 
 
-def reinforce(logps, advantages):
+def reinforce(logps: Array, advantages: Array) -> Result:
     """The plain policy gradient (Williams 1992, REINFORCE): no ratio and no clip.
 
     Right only while the policy is the one that sampled, that is for one update on each
@@ -171,7 +175,7 @@ def reinforce(logps, advantages):
     return -advantages * logps, {}
 
 
-def entropy_bonus(entropy):
+def entropy_bonus(entropy: Array) -> Result:
     """Minus the entropy of each prediction: minimized, it keeps the policy varied.
 
     Mnih et al. 2016 (arxiv.org/abs/1602.01783), section 4. Weigh it against
@@ -186,7 +190,9 @@ def entropy_bonus(entropy):
     return -entropy, {}
 
 
-def ppo_value(values, old_values, returns, *, clip=0.2):
+def ppo_value(
+    values: Array, old_values: Array, returns: Array, *, clip: float | None = 0.2
+) -> Result:
     """Half the squared error of the critic, its step clipped like the policy's.
 
     The larger of the clipped and the free error counts (Engstrom et al. 2020,
@@ -213,3 +219,8 @@ def ppo_value(values, old_values, returns, *, clip=0.2):
     clipped = jnp.square(near - returns)
     loss = 0.5 * jnp.maximum(free, clipped)
     return loss, {"val/clipfrac_avg": (clipped > free).astype(jnp.float32)}
+
+
+LOSSES = (ppo_policy, reinforce, entropy_bonus)
+ALIASES = {"grpo": ppo_policy}  # with advantages of a group
+__all__ = [*(loss.__name__ for loss in LOSSES), "ppo_value"]

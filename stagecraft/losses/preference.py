@@ -3,43 +3,37 @@
 No reward model, no sampling. Column 0 of a pair is the chosen completion, column 1 the
 rejected one. Names and numbers are those of TRL's DPO trainer, except that its
 "sigmoid" is called `dpo` here, and may be smoothed.
+
+Most losses here compare *scores*: log-ratios to the reference, or what replaces them
+under another f-divergence (`pairs.divergence_scores`). They are written on scores and
+called with log-probabilities, see `pairs.on_logps`.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
 from stagecraft.losses.pairs import (
-    check_pairs,
     check_positive,
     check_range,
     difference,
     implied_rewards,
     logistic,
+    on_logps,
     per_token,
-    scores,
 )
+from stagecraft.losses.types import PlacedResult, Result
 
 
-def _start(policy_logps, ref_logps, beta):
-    """Checks what every loss here is given; log-ratios f32[B, 2] and the metrics."""
-    check_pairs(policy_logps=policy_logps, ref_logps=ref_logps)
-    check_positive(beta=beta)
-    metrics = implied_rewards(policy_logps, ref_logps, beta)
-    return policy_logps - ref_logps, metrics
-
-
+@on_logps
 def dpo(
-    policy_logps,
-    ref_logps,
-    preference=None,
+    scores: Array,
+    preference: Array | None = None,
     *,
-    beta=0.1,
-    label_smoothing=0.0,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Array:
     """Direct preference optimization (Rafailov et al. 2023, eq. 7).
 
     arxiv.org/abs/2305.18290. Label smoothing is the conservative variant for labels
@@ -52,14 +46,11 @@ def dpo(
             is the chosen completion, column 1 the rejected one.
         ref_logps: f32[B, 2], the same under the frozen reference policy.
         preference: f32[B], the probability that column 0 is the better one; None for 1.
+        scores: f32[B, 2], what is compared, from `pairs.divergence_scores`; None for
+            the log-ratios. Logged rewards are always those of the log-ratios.
         beta: weight of the implied KL penalty; larger stays nearer the reference.
         label_smoothing: assumed share of flipped labels, in [0, 0.5); with `preference`
             on top of it.
-        f_divergence: the penalty's kind, one of `pairs.DIVERGENCES`; see
-            `pairs.scores`.
-        alpha: for f_divergence="alpha" only.
-        reference_free: take the reference's log-probs as 0. Logged rewards still
-            measure against it.
 
     Returns:
         loss f32[B], not reduced; metrics, each f32[B]: "rewards/chosen",
@@ -68,7 +59,7 @@ def dpo(
         "logps/rejected".
 
     Raises:
-        ValueError: when the two arrays are not both [B, 2], or `preference` not [B].
+        ValueError: when the arrays are not all [B, 2], or `preference` not [B].
         UserError: for a hyper-parameter out of its range.
 
     >>> same = jnp.array([[-5.0, -9.0]])
@@ -76,64 +67,44 @@ def dpo(
     >>> round(float(loss[0]), 4)
     0.6931
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
     check_range(0, 0.5, label_smoothing=label_smoothing)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    margin = beta * difference(scores)
     flipped = label_smoothing
     if preference is not None:
         masked.check_shapes(preference=preference, pairs=margin)
         right = preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
         flipped = 1 - right
-    return logistic(margin, flipped), metrics
+    return logistic(margin, flipped)
 
 
-def hinge(
-    policy_logps,
-    ref_logps,
-    *,
-    beta=0.1,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+@on_logps
+def hinge(scores: Array, *, beta: float = 0.1) -> Array:
     """Hinge on the margin over the reference (SLiC-HF, Zhao et al. 2023).
 
     arxiv.org/abs/2305.10425, with the log-ratio in place of the likelihood. A pair
-    whose margin has reached 1 stops teaching. Arguments and metrics as in `dpo`.
+    whose margin has reached 1 has no gradient. Arguments and metrics as in `dpo`.
 
     >>> same = jnp.array([[-5.0, -9.0]])
     >>> hinge(same, same)[0].tolist()
     [1.0]
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
-    return jax.nn.relu(1 - margin), metrics
+    return jax.nn.relu(1 - beta * difference(scores))
 
 
-def ipo(
-    policy_logps,
-    ref_logps,
-    lengths,
-    *,
-    beta=0.1,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+@on_logps
+def ipo(scores: Array, lengths: Array, *, beta: float = 0.1) -> Array:
     """Identity preference optimization, averaged per token (Azar et al. 2023, eq. 17).
 
-    arxiv.org/abs/2310.12036. Regresses the difference of log-ratios onto 1/(2 beta), so
-    that certain labels cannot drive it to infinity. Each log-ratio is divided by its
-    completion's length, as the authors have told TRL theirs were; `ipo_sum` is the
-    formula as printed.
+    arxiv.org/abs/2310.12036. Regresses the difference of scores onto 1/(2 beta), so
+    that certain labels cannot drive it to infinity. Each score is divided by its
+    completion's length, as TRL does on the authors' word that theirs were; `ipo_sum` is
+    the formula as printed.
 
     Args:
         policy_logps, ref_logps: f32[B, 2], nats, sums; as in `dpo`.
         lengths: f32[B, 2], tokens of each completion.
+        scores: as in `dpo`.
         beta: the paper's tau; the target is 1/(2 beta) nats a token.
-        f_divergence, alpha, reference_free: as in `dpo`.
 
     Returns:
         loss f32[B], not reduced; metrics as in `dpo`.
@@ -142,21 +113,12 @@ def ipo(
     >>> ipo(same, same, jnp.ones((1, 2)), beta=0.5)[0].tolist()
     [1.0]
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    average = per_token(scores(policy_logps, ref_logps, **kind), lengths)
-    return jnp.square(difference(average) - 1 / (2 * beta)), metrics
+    average = per_token(scores, lengths)
+    return jnp.square(difference(average) - 1 / (2 * beta))
 
 
-def ipo_sum(
-    policy_logps,
-    ref_logps,
-    *,
-    beta=0.1,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+@on_logps
+def ipo_sum(scores: Array, *, beta: float = 0.1) -> Array:
     """Identity preference optimization on sums (Azar et al. 2023, eq. 17).
 
     arxiv.org/abs/2310.12036, as printed and as in OpenRLHF: the target is 1/(2 beta)
@@ -166,28 +128,12 @@ def ipo_sum(
     >>> ipo_sum(same, same, beta=0.5)[0].tolist()
     [1.0]
     """
-    return ipo(
-        policy_logps,
-        ref_logps,
-        jnp.ones_like(policy_logps),
-        beta=beta,
-        f_divergence=f_divergence,
-        alpha=alpha,
-        reference_free=reference_free,
-    )
+    return jnp.square(difference(scores) - 1 / (2 * beta))
 
 
-def sigmoid_norm(
-    policy_logps,
-    ref_logps,
-    lengths,
-    *,
-    beta=0.1,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
-    """DPO on log-ratios per token (length-normalised, Lambert et al. 2024, Tulu 3).
+@on_logps
+def sigmoid_norm(scores: Array, lengths: Array, *, beta: float = 0.1) -> Array:
+    """DPO on scores per token (length-normalised, Lambert et al. 2024, Tulu 3).
 
     arxiv.org/abs/2411.15124, section on preference tuning. Averages are small, so beta
     is usually above 1. Arguments as in `ipo`, metrics as in `dpo`.
@@ -197,22 +143,11 @@ def sigmoid_norm(
     >>> round(float(loss[0]), 4)  # a coin toss: log 2
     0.6931
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    average = per_token(scores(policy_logps, ref_logps, **kind), lengths)
-    return logistic(beta * difference(average)), metrics
+    return logistic(beta * difference(per_token(scores, lengths)))
 
 
-def robust(
-    policy_logps,
-    ref_logps,
-    *,
-    beta=0.1,
-    label_smoothing=0.0,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+@on_logps
+def robust(scores: Array, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
     """Provably robust DPO (Chowdhury et al. 2024): noise subtracted, not mixed in.
 
     arxiv.org/abs/2403.00409. When labels are flipped with probability
@@ -223,26 +158,17 @@ def robust(
     >>> round(float(robust(same, same, label_smoothing=0.25)[0][0]), 4)
     0.6931
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
     check_range(0, 0.5, label_smoothing=label_smoothing)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
-    clean = (1 - label_smoothing) * logistic(margin) - label_smoothing * logistic(
-        -margin
-    )
-    return clean / (1 - 2 * label_smoothing), metrics
+    margin = beta * difference(scores)
+    flipped = label_smoothing * logistic(-margin)
+    clean = (1 - label_smoothing) * logistic(margin) - flipped
+    return clean / (1 - 2 * label_smoothing)
 
 
+@on_logps
 def exo_pair(
-    policy_logps,
-    ref_logps,
-    *,
-    beta=0.1,
-    label_smoothing=1e-3,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+    scores: Array, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Array:
     """Efficient exact optimization on pairs (Ji et al. 2024, eq. 16).
 
     arxiv.org/abs/2402.00856. The reverse KL from the policy's preference to the
@@ -254,27 +180,16 @@ def exo_pair(
     >>> round(float(loss[0]), 4)  # KL of (1/2, 1/2) from (0.6, 0.4)
     0.0204
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
     check_range(0, 0.5, label_smoothing=label_smoothing)
     check_positive(label_smoothing=label_smoothing)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    margin = beta * difference(scores)
     right = -logistic(margin) - jnp.log1p(-jnp.asarray(label_smoothing, margin.dtype))
     wrong = -logistic(-margin) - jnp.log(jnp.asarray(label_smoothing, margin.dtype))
-    loss = jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
-    return loss, metrics
+    return jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
 
 
-def discopop(
-    policy_logps,
-    ref_logps,
-    *,
-    beta=0.1,
-    tau=0.05,
-    f_divergence="reverse_kl",
-    alpha=0.5,
-    reference_free=False,
-):
+@on_logps
+def discopop(scores: Array, *, beta: float = 0.1, tau: float = 0.05) -> Array:
     """Discovered preference optimization (Lu et al. 2024, eq. 5).
 
     arxiv.org/abs/2406.08414: a language model found it. Blends the logistic loss, for
@@ -288,16 +203,15 @@ def discopop(
     >>> round(float(discopop(same, same)[0][0]), 4)  # half log 2 and half 1
     0.8466
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
     check_positive(tau=tau)
-    kind = dict(f_divergence=f_divergence, alpha=alpha, reference_free=reference_free)
-    margin = beta * difference(scores(policy_logps, ref_logps, **kind))
+    margin = beta * difference(scores)
     # In one exponent: far below 0 the blend vanishes faster than e^-margin grows.
     exponential = jnp.exp(jax.nn.log_sigmoid(margin / tau) - margin)
-    return jax.nn.sigmoid(-margin / tau) * logistic(margin) + exponential, metrics
+    return jax.nn.sigmoid(-margin / tau) * logistic(margin) + exponential
 
 
-def nca_pair(policy_logps, ref_logps, *, beta=0.1):
+@on_logps
+def nca_pair(scores: Array, *, beta: float = 0.1) -> Array:
     """Noise contrastive alignment on pairs (Chen et al. 2024).
 
     arxiv.org/abs/2402.05369. Classifies each completion as better or worse than the
@@ -308,12 +222,12 @@ def nca_pair(policy_logps, ref_logps, *, beta=0.1):
     >>> round(float(nca_pair(same, same)[0][0]), 4)  # 2 log 2
     1.3863
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
-    chosen, rejected = beta * log_ratio[:, 0], beta * log_ratio[:, 1]
-    return logistic(chosen) + 0.5 * (logistic(-chosen) + logistic(-rejected)), metrics
+    chosen, rejected = beta * scores[:, 0], beta * scores[:, 1]
+    return logistic(chosen) + 0.5 * (logistic(-chosen) + logistic(-rejected))
 
 
-def bco_pair(policy_logps, ref_logps, *, beta=0.1):
+@on_logps
+def bco_pair(scores: Array, *, beta: float = 0.1) -> Array:
     """Binary classifier optimization on pairs (Jung et al. 2024).
 
     arxiv.org/abs/2404.04656, without the reward shift, which `unpaired.bco` has: both
@@ -323,27 +237,26 @@ def bco_pair(policy_logps, ref_logps, *, beta=0.1):
     >>> round(float(bco_pair(same, same)[0][0]), 4)  # 2 log 2
     1.3863
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
-    return logistic(beta * log_ratio[:, 0]) + logistic(-beta * log_ratio[:, 1]), metrics
+    return logistic(beta * scores[:, 0]) + logistic(-beta * scores[:, 1])
 
 
-def sppo_hard(policy_logps, ref_logps, *, beta=0.1):
+@on_logps
+def sppo_hard(scores: Array, *, beta: float = 0.1) -> Array:
     """Self-play preference optimization with hard labels (Wu et al. 2024, eq. 4.7).
 
     arxiv.org/abs/2405.00675, the winning probability taken as 1 and 0: regresses the
-    log-ratios onto 1/(2 beta) and -1/(2 beta). Arguments and metrics as in `dpo`.
+    scores onto 1/(2 beta) and -1/(2 beta). Arguments and metrics as in `dpo`.
 
     >>> same = jnp.array([[-5.0, -9.0]])
     >>> sppo_hard(same, same, beta=0.5)[0].tolist()
     [2.0]
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
     target = 1 / (2 * beta)
-    loss = jnp.square(log_ratio[:, 0] - target) + jnp.square(log_ratio[:, 1] + target)
-    return loss, metrics
+    return jnp.square(scores[:, 0] - target) + jnp.square(scores[:, 1] + target)
 
 
-def apo_zero(policy_logps, ref_logps, *, beta=0.1):
+@on_logps
+def apo_zero(scores: Array, *, beta: float = 0.1) -> Array:
     """Anchored preference optimization, zero (D'Oosterlinck et al. 2024, eq. 7).
 
     arxiv.org/abs/2408.06266. Raises the chosen and lowers the rejected likelihood: for
@@ -353,12 +266,12 @@ def apo_zero(policy_logps, ref_logps, *, beta=0.1):
     >>> apo_zero(same, same)[0].tolist()
     [1.0]
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
-    chosen, rejected = beta * log_ratio[:, 0], beta * log_ratio[:, 1]
-    return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), metrics
+    chosen, rejected = beta * scores[:, 0], beta * scores[:, 1]
+    return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
-def apo_down(policy_logps, ref_logps, *, beta=0.1):
+@on_logps
+def apo_down(scores: Array, *, beta: float = 0.1) -> Array:
     """Anchored preference optimization, down (D'Oosterlinck et al. 2024, eq. 8).
 
     arxiv.org/abs/2408.06266. Lowers both likelihoods, the rejected one's more: for
@@ -368,17 +281,24 @@ def apo_down(policy_logps, ref_logps, *, beta=0.1):
     >>> apo_down(same, same)[0].tolist()
     [1.0]
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
-    chosen, margin = beta * log_ratio[:, 0], beta * difference(log_ratio)
-    return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin), metrics
+    chosen, margin = beta * scores[:, 0], beta * difference(scores)
+    return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(-margin)
 
 
-def aot(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothing=0.0):
+def aot(
+    policy_logps: Array,
+    ref_logps: Array,
+    rows: Array | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Result:
     """Alignment by optimal transport on pairs (Melnyk et al. 2024).
 
     arxiv.org/abs/2406.05882. Compares the policy's margins with the reference's as
-    distributions: both are sorted, and those of one rank meet. A row's loss therefore
-    depends on the whole batch it is given, and so on how a batch is split.
+    distributions: both are sorted, and margins of one rank are compared. A row's loss
+    therefore depends on the whole batch, and so on how a batch is split. It has no
+    scores: no completion is compared with itself under the reference.
 
     Args:
         policy_logps, ref_logps: f32[B, 2], nats, sums; as in `dpo`.
@@ -392,22 +312,29 @@ def aot(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothing=0.0):
     >>> policy = jnp.array([[2.0, 0.0], [1.0, 0.0]])
     >>> one, _ = aot(policy, jnp.array([[9.0, 0.0], [0.0, 0.0]]))
     >>> other, _ = aot(policy, jnp.array([[0.0, 0.0], [9.0, 0.0]]))
-    >>> one.tolist() == other.tolist()  # whose margin in the reference: forgotten
+    >>> one.tolist() == other.tolist()  # the order of the reference's rows is lost
     True
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
+    metrics = implied_rewards(policy_logps, ref_logps, beta)
     check_range(0, 0.5, label_smoothing=label_smoothing)
     policy, reference = difference(policy_logps), difference(ref_logps)
     margin = beta * _less_same_rank(policy, reference, rows)
     return logistic(margin, label_smoothing), metrics
 
 
-def aot_unpaired(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothing=0.0):
+@on_logps
+def aot_unpaired(
+    scores: Array,
+    rows: Array | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Array:
     """Alignment by optimal transport, unpaired (Melnyk et al. 2024).
 
-    arxiv.org/abs/2406.05882. Compares the log-ratios of all chosen completions with
-    those of all rejected ones, rank by rank: who was paired with whom is not used.
-    Arguments as in `aot`.
+    arxiv.org/abs/2406.05882. Compares the scores of all chosen completions with those
+    of all rejected ones, rank by rank: which ones formed a pair is not used. Arguments
+    as in `aot`, with `scores` as in `dpo`.
 
     Returns:
         loss f32[B], each at the row of the chosen completion; metrics as in `dpo`.
@@ -416,14 +343,13 @@ def aot_unpaired(policy_logps, ref_logps, rows=None, *, beta=0.1, label_smoothin
     >>> round(float(aot_unpaired(same, same)[0][0]), 4)
     0.6931
     """
-    log_ratio, metrics = _start(policy_logps, ref_logps, beta)
     check_range(0, 0.5, label_smoothing=label_smoothing)
-    margin = beta * _less_same_rank(log_ratio[:, 0], log_ratio[:, 1], rows)
-    return logistic(margin, label_smoothing), metrics
+    margin = beta * _less_same_rank(scores[:, 0], scores[:, 1], rows)
+    return logistic(margin, label_smoothing)
 
 
-def _less_same_rank(a, b, rows):
-    """Each of `a` less the one of `b` that has its rank; 0 outside `rows`."""
+def _less_same_rank(a: Array, b: Array, rows: Array | None) -> Array:
+    """Returns each of `a` less the one of `b` of its rank, f32[B]; 0 outside `rows`."""
     rows = jnp.ones(a.shape, bool) if rows is None else rows
     masked.check_shapes(pairs=a, rows=rows)
     last = jnp.full_like(a, jnp.inf)
@@ -432,7 +358,9 @@ def _less_same_rank(a, b, rows):
     return masked.clear(a, rows) - masked.clear(partner, rows)
 
 
-def sft(policy_logps, ref_logps, chosen_logps, *, beta=0.1):
+def sft(
+    policy_logps: Array, ref_logps: Array, chosen_logps: Array, *, beta: float = 0.1
+) -> PlacedResult:
     """Maximum likelihood of the chosen completion's tokens, to be added to another.
 
     With `dpo` and weights (1, w) it is the regularised objective of RPO (Liu et al.
@@ -451,5 +379,30 @@ def sft(policy_logps, ref_logps, chosen_logps, *, beta=0.1):
     >>> sft(sums, sums, jnp.array([[-1.0, -2.0]]))[0]["chosen"].tolist()
     [[1.0, 2.0]]
     """
-    _, metrics = _start(policy_logps, ref_logps, beta)
-    return {"chosen": -chosen_logps}, metrics
+    return {"chosen": -chosen_logps}, implied_rewards(policy_logps, ref_logps, beta)
+
+
+LOSSES = (
+    dpo,
+    hinge,
+    ipo,
+    ipo_sum,
+    exo_pair,
+    nca_pair,
+    robust,
+    bco_pair,
+    sppo_hard,
+    aot,
+    aot_unpaired,
+    apo_zero,
+    apo_down,
+    discopop,
+    sigmoid_norm,
+    sft,
+)
+ALIASES = {"sigmoid": dpo}  # TRL's name
+# A row's loss depends on the whole batch, which must not be split.
+ACROSS_ROWS = (aot, aot_unpaired)
+__all__ = [loss.__name__ for loss in LOSSES]
+# Doctest does not look behind a decorator by itself.
+__test__ = {loss.__name__: loss for loss in LOSSES}

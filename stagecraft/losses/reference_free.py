@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft.losses.pairs import (
     check_pairs,
@@ -18,12 +19,15 @@ from stagecraft.losses.pairs import (
     per_token,
     reward_metrics,
 )
+from stagecraft.losses.types import Metrics, PlacedResult, Result
 
 # Where 1 - p would round to 0 and its logarithm be infinite.
 _SUREST = -1e-7  # nats a token
 
 
-def orpo(policy_logps, lengths, document_logps, *, beta=0.1):
+def orpo(
+    policy_logps: Array, lengths: Array, document_logps: Array, *, beta: float = 0.1
+) -> PlacedResult:
     """Odds ratio preference optimization (Hong et al. 2024, eq. 4 to 7).
 
     arxiv.org/abs/2403.07691. Likelihood of the whole chosen document, prompt included,
@@ -69,7 +73,14 @@ def orpo(policy_logps, lengths, document_logps, *, beta=0.1):
     return {"rows": -beta * ratio, "document": -document_logps}, metrics
 
 
-def cpo(policy_logps, chosen_logps, *, beta=0.1, alpha=1.0, label_smoothing=0.0):
+def cpo(
+    policy_logps: Array,
+    chosen_logps: Array,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> PlacedResult:
     """Contrastive preference optimization (Xu et al. 2024, eq. 3).
 
     arxiv.org/abs/2401.08417. DPO against a uniform reference, and likelihood of the
@@ -106,8 +117,12 @@ def cpo(policy_logps, chosen_logps, *, beta=0.1, alpha=1.0, label_smoothing=0.0)
     return _with_likelihood(loss, chosen_logps, alpha, metrics)
 
 
-def cpo_hinge(policy_logps, chosen_logps, *, beta=0.1, alpha=1.0):
-    """CPO with a hinge (SLiC-HF, arxiv.org/abs/2305.10425). Arguments as in `cpo`.
+def cpo_hinge(
+    policy_logps: Array, chosen_logps: Array, *, beta: float = 0.1, alpha: float = 1.0
+) -> PlacedResult:
+    """CPO with a hinge (SLiC-HF, Zhao et al. 2023).
+
+    arxiv.org/abs/2305.10425. Arguments and metrics as in `cpo`.
 
     >>> same = jnp.array([[-2.0, -2.0]])
     >>> cpo_hinge(same, jnp.array([[-2.0]]))[0]["rows"].tolist()
@@ -118,11 +133,19 @@ def cpo_hinge(policy_logps, chosen_logps, *, beta=0.1, alpha=1.0):
     return _with_likelihood(loss, chosen_logps, alpha, metrics)
 
 
-def cpo_ipo(policy_logps, lengths, chosen_logps, *, beta=0.1, alpha=1.0):
-    """CPO with IPO's square (arxiv.org/abs/2310.12036, eq. 17), on averages per token.
+def cpo_ipo(
+    policy_logps: Array,
+    lengths: Array,
+    chosen_logps: Array,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+) -> PlacedResult:
+    """CPO with IPO's square, on averages per token (Azar et al. 2023, eq. 17).
 
-    Arguments as in `cpo`, with `lengths` f32[B, 2] in tokens. The target is 1/(2 beta)
-    nats a token; "logps/chosen" and "logps/rejected" are averages.
+    arxiv.org/abs/2310.12036. Arguments as in `cpo`, with `lengths` f32[B, 2] in tokens.
+    The target is 1/(2 beta) nats a token; "logps/chosen" and "logps/rejected" are
+    averages.
 
     >>> same, one = jnp.array([[-2.0, -2.0]]), jnp.ones((1, 2))
     >>> cpo_ipo(same, one, jnp.array([[-2.0]]), beta=0.5)[0]["rows"].tolist()
@@ -133,7 +156,14 @@ def cpo_ipo(policy_logps, lengths, chosen_logps, *, beta=0.1, alpha=1.0):
     return _with_likelihood(loss, chosen_logps, alpha, metrics)
 
 
-def simpo(policy_logps, lengths, *, beta=2.0, gamma=1.0, label_smoothing=0.0):
+def simpo(
+    policy_logps: Array,
+    lengths: Array,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Result:
     """Simple preference optimization (Meng et al. 2024, eq. 6).
 
     arxiv.org/abs/2405.14734. The reward is the average log-prob per token, and the
@@ -168,8 +198,14 @@ def simpo(policy_logps, lengths, *, beta=2.0, gamma=1.0, label_smoothing=0.0):
 
 
 def alphapo(
-    policy_logps, lengths, *, beta=2.0, gamma=1.0, alpha=0.25, label_smoothing=0.0
-):
+    policy_logps: Array,
+    lengths: Array,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    alpha: float = 0.25,
+    label_smoothing: float = 0.0,
+) -> Result:
     """AlphaPO: SimPO with a bent reward (Gupta et al. 2025).
 
     arxiv.org/abs/2501.03884. The reward of an average probability p per token is
@@ -194,26 +230,29 @@ def alphapo(
     return loss, reward_metrics(averages, rewards)
 
 
-def _start(logps, beta):
-    """Checks; the difference chosen less rejected, [B], and the metrics."""
+def _start(logps: Array, beta: float) -> tuple[Array, Metrics]:
+    """Checks the arguments; returns chosen less rejected, f32[B], and the metrics."""
     check_pairs(policy_logps=logps)
     check_positive(beta=beta)
     return difference(logps), reward_metrics(logps, beta * logps)
 
 
-def _with_likelihood(loss, chosen_logps, alpha, metrics):
+def _with_likelihood(
+    loss: Array, chosen_logps: Array, alpha: float, metrics: Metrics
+) -> PlacedResult:
+    """Adds the likelihood of the chosen completion's tokens."""
     check_range(0, jnp.inf, alpha=alpha)
     metrics = metrics | {"nll_loss": _likelihood(chosen_logps)}
     return {"rows": loss, "chosen": -alpha * chosen_logps}, metrics
 
 
-def _likelihood(logps):
-    """The metric of token log-probs that are 0 where there is no token."""
+def _likelihood(logps: Array) -> tuple[Array, Array]:
+    """Returns losses of tokens and their mask; log-probs are 0 where there is none."""
     return -logps, logps != 0
 
 
-def _log1mexp(x):
-    """log(1 - e^x) for x < 0, accurate near 0 and far below.
+def _log1mexp(x: Array) -> Array:
+    """Returns log(1 - e^x) for x < 0, accurate near 0 and far below.
 
     Near 0, where e^x rounds to 1, the second branch gets -1 in place of x: an infinite
     slope would make the gradient NaN although the branch is not taken.
@@ -222,3 +261,7 @@ def _log1mexp(x):
     close = jnp.log(-jnp.expm1(x))
     far = jnp.log1p(-jnp.exp(jnp.where(near, -jnp.ones_like(x), x)))
     return jnp.where(near, close, far)
+
+
+LOSSES = (orpo, cpo, cpo_hinge, cpo_ipo, simpo, alphapo)
+__all__ = [loss.__name__ for loss in LOSSES]

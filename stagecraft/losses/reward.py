@@ -2,12 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
 from stagecraft.losses.pairs import check_range
+from stagecraft.losses.types import Result
 
 
-def bradley_terry(rewards, *, margin=None, preference=None, centering=0.0):
+def bradley_terry(
+    rewards: Array,
+    *,
+    margin: Array | float | None = None,
+    preference: Array | None = None,
+    centering: float = 0.0,
+) -> Result:
     """Bradley-Terry loss on reward differences (Ouyang et al. 2022, eq. 1).
 
     arxiv.org/abs/2203.02155. The margin is that of Llama 2 (arxiv.org/abs/2307.09288,
@@ -54,12 +62,14 @@ def bradley_terry(rewards, *, margin=None, preference=None, centering=0.0):
     return loss, {"accuracy": accuracy, "margin": difference}
 
 
-def bradley_terry_ranked(rewards, present, *, centering=0.0):
+def bradley_terry_ranked(
+    rewards: Array, present: Array, *, centering: float = 0.0
+) -> Result:
     """Bradley-Terry over all pairs of one prompt's ranked responses.
 
     Ouyang et al. 2022, arxiv.org/abs/2203.02155, eq. 1 in full: the k responses of a
     prompt stay in one batch element, whose k(k - 1)/2 pairs weigh 1 together. Taken as
-    pairs of their own they would count a prompt once for each pair, and overfit.
+    separate rows they would count a prompt once for each pair, and overfit.
 
     Args:
         rewards: f32[B, K], scores of the responses, the best first.
@@ -102,3 +112,7 @@ def bradley_terry_ranked(rewards, present, *, centering=0.0):
         "accuracy": (mean(difference > 0), prompts),
         "margin": (mean(difference), prompts),
     }
+
+
+LOSSES = (bradley_terry, bradley_terry_ranked)
+__all__ = [loss.__name__ for loss in LOSSES]

@@ -6,22 +6,24 @@ each is a mean over its own rows alone.
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stagecraft import masked
 from stagecraft.losses.pairs import check_positive, check_range
+from stagecraft.losses.types import Metrics, Result
 
 
 def kto(
-    policy_logps,
-    ref_logps,
-    labels,
-    kl,
-    rows=None,
+    policy_logps: Array,
+    ref_logps: Array,
+    labels: Array,
+    kl: Array,
+    rows: Array | None = None,
     *,
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-):
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Result:
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 7 and 8).
 
     arxiv.org/abs/2402.01306. A completion is worth its reward against what the policy
@@ -67,7 +69,15 @@ def kto(
     return loss, metrics | {"kl": jnp.broadcast_to(kl, gain.shape)}
 
 
-def bco(policy_logps, ref_logps, labels, delta, rows=None, *, beta=0.1):
+def bco(
+    policy_logps: Array,
+    ref_logps: Array,
+    labels: Array,
+    delta: Array,
+    rows: Array | None = None,
+    *,
+    beta: float = 0.1,
+) -> Result:
     """Binary classifier optimization (Jung et al. 2024).
 
     arxiv.org/abs/2404.04656. Classifies rewards as desirable or not, their running mean
@@ -94,15 +104,15 @@ def bco(policy_logps, ref_logps, labels, delta, rows=None, *, beta=0.1):
 
 
 def apo_zero_unpaired(
-    policy_logps,
-    ref_logps,
-    labels,
-    rows=None,
+    policy_logps: Array,
+    ref_logps: Array,
+    labels: Array,
+    rows: Array | None = None,
     *,
-    beta=0.1,
-    desirable_weight=1.0,
-    undesirable_weight=1.0,
-):
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Result:
     """Anchored preference optimization, zero, unpaired (D'Oosterlinck et al. 2024).
 
     arxiv.org/abs/2408.06266, eq. 7 with each completion on its own: KTO whose reference
@@ -127,8 +137,14 @@ def apo_zero_unpaired(
     return loss, metrics
 
 
-def _start(policy_logps, ref_logps, labels, rows, beta):
-    """Checks what every loss here is given; log-ratios f32[B] and the metrics."""
+def _start(
+    policy_logps: Array,
+    ref_logps: Array,
+    labels: Array,
+    rows: Array | None,
+    beta: float,
+) -> tuple[Array, Metrics]:
+    """Checks the arrays of every loss here; returns log-ratios f32[B] and metrics."""
     rows = jnp.ones(policy_logps.shape, bool) if rows is None else rows
     masked.check_shapes(
         policy_logps=policy_logps, ref_logps=ref_logps, labels=labels, rows=rows
@@ -147,3 +163,7 @@ def _start(policy_logps, ref_logps, labels, rows, beta):
         "logps/chosen": (policy_logps, chosen),
         "logps/rejected": (policy_logps, rejected),
     }
+
+
+LOSSES = (kto, bco, apo_zero_unpaired)
+__all__ = [loss.__name__ for loss in LOSSES]

@@ -1,6 +1,6 @@
 """What several kinds of stages refuse in a config, each in one line that says where."""
 
-from stagecraft import losses, optim, schema, sharding
+from stagecraft import optim, schema, sharding
 from stagecraft.data import mixture
 from stagecraft.errors import UserError
 from stagecraft.models import lora
@@ -96,7 +96,7 @@ def _adapter(where, config):
 def loss(where, config, kind):
     """The objective: its names, weights, arguments and arrays."""
     try:
-        combined = objective.combine(config, kind.offers, kind.places)
+        combined = objective.combine(config, kind)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
     if combined.across_rows and config.micro_batches > 1:
@@ -108,27 +108,13 @@ def loss(where, config, kind):
     return combined
 
 
-def sequence_losses(where, config, aggregation=""):
+def sequence_losses(where, config, combined, aggregation=""):
     """Losses of whole completions need the mean over completions."""
-    names = map(str.strip, str(config.objective).split(","))
-    whole = [name for name in names if name in losses.BY_SEQUENCE]
-    if whole and aggregation != "grpo":
+    if combined.by_sequence and aggregation != "grpo":
         raise UserError(
-            f"{where}.objective={config.objective!r}: {whole[0]} has one loss a "
-            "completion, so it needs a group_policy stage with aggregation='grpo', the "
-            "mean over completions"
-        )
-
-
-def pairs(where, config, combined):
-    """Options of losses over pairs: LD-DPO, WPO."""
-    schema.choice(f"{where}.weighting", config.weighting, ("", "wpo"))
-    if not 0 <= config.ld_alpha <= 1:
-        raise UserError(f"{where}.ld_alpha={config.ld_alpha}: expected from 0 to 1")
-    if config.weighting and "rows" not in combined.places:
-        raise UserError(
-            f"{where}.weighting={config.weighting!r}: weighs pairs, but "
-            f"objective={config.objective!r} has no loss of pairs"
+            f"{where}.objective={config.objective!r}: {combined.by_sequence[0]} has "
+            "one loss a completion, so it needs a group_policy stage with "
+            "aggregation='grpo', the mean over completions"
         )
 
 

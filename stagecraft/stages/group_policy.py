@@ -242,7 +242,7 @@ def _advantages(scores, scored, mask, penalty, config):
 
 def make_objective(config):
     """The policy loss over a minibatch of scored groups."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+    loss_fn = objective.combine(config, KIND)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 
@@ -320,8 +320,10 @@ def _check(where, config, experiment, mesh):
     # Prompts, before each is sampled from several times.
     prompts = config.batch_size * config.oversample
     at_once = {f"oversample={config.oversample}": prompts}
-    checks.training(where, config, experiment, mesh, KIND, rows=rows, at_once=at_once)
-    checks.sequence_losses(where, config, config.aggregation)
+    loss = checks.training(
+        where, config, experiment, mesh, KIND, rows=rows, at_once=at_once
+    )
+    checks.sequence_losses(where, config, loss, config.aggregation)
 
 
 KIND = Kind(
@@ -332,7 +334,7 @@ KIND = Kind(
     roles=START | REFERENCE | REWARD,
     model="transformer",
     samples=True,
-    losses=losses.TABLES["group_policy"],
+    losses=losses.POLICY,
     offers=OFFERS,
     places=PLACES,
 )

@@ -68,7 +68,7 @@ def make(config, context):
 
 def make_objective(config):
     """The objective over a language-model batch, as `update.make_update` takes it."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+    loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
         _, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
@@ -159,7 +159,7 @@ KIND = Kind(
     model="transformer",
     supervised=True,
     format=_format,
-    losses=losses.TABLES["language_model"],
+    losses=losses.TOKENS,
     offers=OFFERS,
     places=PLACES,
     unit="nats a token",

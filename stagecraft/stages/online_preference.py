@@ -17,6 +17,7 @@ from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.preference import (
     OFFERS,
     PLACES,
+    check_pairs,
     make_objective,
     reference_logps,
 )
@@ -156,7 +157,7 @@ def _check(where, config, experiment, mesh):
     checks.rewards(where, config)
     checks.sampling(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
-    checks.pairs(where, config, loss)
+    check_pairs(where, config, loss)
 
 
 KIND = Kind(
@@ -167,7 +168,7 @@ KIND = Kind(
     roles=START | REFERENCE | REWARD,
     model="transformer",
     samples=True,
-    losses=losses.TABLES["online_preference"],
+    losses=losses.PAIRS,
     offers=OFFERS,
     places=PLACES,
 )

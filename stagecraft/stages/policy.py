@@ -298,7 +298,7 @@ def _paid(config, scores, samples):
 
 def make_objective(config):
     """Policy and value losses over a minibatch of a scored rollout."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+    loss_fn = objective.combine(config, KIND)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
 
@@ -428,8 +428,8 @@ def _check(where, config, experiment, mesh):
             f"{where}.data.ptx_rows={data.ptx_rows}: expected a multiple of "
             f"minibatches * micro_batches * devices along data and fsdp = {parts}"
         )
-    checks.training(where, config, experiment, mesh, KIND, rows=rows)
-    checks.sequence_losses(where, config)
+    loss = checks.training(where, config, experiment, mesh, KIND, rows=rows)
+    checks.sequence_losses(where, config, loss)
 
 
 KIND = Kind(
@@ -440,7 +440,7 @@ KIND = Kind(
     roles=START | REFERENCE | REWARD | {"value": Role(("scalar",), fallback="reward")},
     model="transformer",
     samples=True,
-    losses=losses.TABLES["policy"],
+    losses=losses.POLICY,
     offers=OFFERS,
     places=PLACES,
 )

@@ -8,10 +8,15 @@ step. A loss that asks for no reference costs no reference pass.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
 
-from stagecraft import losses, masked, optim, sharding
+from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import comparisons
+from stagecraft.errors import UserError
 from stagecraft.models import lora
+from stagecraft.models.heads import TokenStats
+from stagecraft.models.transformer import Transformer
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import REFERENCE, START, Kind
 from stagecraft.stages.reward import flatten_pairs, pair_rows
@@ -20,6 +25,7 @@ from stagecraft.stages.stage import Program
 OFFERS = {
     "policy_logps": "B 2",
     "ref_logps": "B 2",
+    "scores": "B 2",
     "lengths": "B 2",
     "chosen_logps": "B T",
     "document_logps": "B T",
@@ -143,7 +149,7 @@ def stored_scores(config, context, reference, score):
         return None
     if config.steps * config.batch_size <= dataset.rows:
         return None
-    # In the order of the data and in whole batches: a resumed run makes the same bits.
+    # In the order of the data and in whole batches: a resumed run has the same bits.
     table = []
 
     def look_up(index):
@@ -160,22 +166,25 @@ def stored_scores(config, context, reference, score):
     return look_up
 
 
-def reference_logps(config, model, batch):
-    """f32[B, 2]: log-probabilities of completions, summed as the config says."""
-    _, stats, mask = pair_logps(model, batch)
+def reference_logps(config: ConfigDict, model: Transformer, batch: dict) -> Array:
+    """Returns log-probabilities of completions, f32[B, 2], summed as configured."""
+    stats, mask = pair_logps(model, batch)
     return summed(stats.logps, mask, config)
 
 
-def summed(logps, mask, config):
-    """Log-probabilities of completions, f32[B, 2, T] -> f32[B, 2]."""
+def summed(logps: Array, mask: Array, config: ConfigDict) -> Array:
+    """Sums log-probabilities of tokens to completions, f32[B, 2, T] -> f32[B, 2]."""
     if config.ld_alpha < 1:
         return losses.length_desensitized(logps, mask, alpha=config.ld_alpha)
     return losses.sequence_logps(logps, mask)
 
 
-def make_objective(config):
-    """The objective over prepared pairs, and the arrays its losses take."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+def make_objective(config: ConfigDict) -> tuple[update.Objective, frozenset[str]]:
+    """Returns the objective over prepared pairs, and the arrays that its losses take.
+
+    Losses that take scores need "ref_logps" too, which scores are made of.
+    """
+    loss_fn = objective.combine(config, KIND)
     weighted = config.weighting == "wpo"
 
     def reductions(batch):
@@ -185,7 +194,7 @@ def make_objective(config):
         return {k: masked.Reduction.of(m) for k, m in places.items()}
 
     def terms(model, batch):
-        _, stats, mask = pair_logps(model, batch, squares=weighted)
+        stats, mask = pair_logps(model, batch, squares=weighted)
         rows = pair_rows(batch["mask"])
         chosen, rejected = mask[:, 0], mask[:, 1]
         document = _targets(batch, "segments")[:, 0]
@@ -197,6 +206,14 @@ def make_objective(config):
             "rows": rows,
         }
         offered |= {k: batch[k] for k in ("ref_logps", "preference") if k in batch}
+        if "ref_logps" in batch:
+            offered["scores"] = losses.divergence_scores(
+                offered["policy_logps"],
+                batch["ref_logps"],
+                f_divergence=config.f_divergence,
+                alpha=config.alpha,
+                reference_free=config.reference_free,
+            )
         loss, metrics = loss_fn.apply(offered)
         if weighted:
             loss["rows"] *= losses.wpo_weights(stats.logps, stats.log_p2, mask)
@@ -209,42 +226,70 @@ def make_objective(config):
         }
         return loss, metrics
 
-    return update.Objective(reductions, terms, {}), loss_fn.needs
+    needs = loss_fn.needs | ({"ref_logps"} if "scores" in loss_fn.needs else set())
+    return update.Objective(reductions, terms, {}), needs
 
 
-def _targets(batch, key):
-    """Target mask bool[B, 2, T] of the compared answers, or of all real tokens."""
+def _targets(batch: dict[str, Array], key: str) -> Array:
+    """Returns the targets bool[B, 2, T] among completions, or among all real tokens."""
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     _, mask = losses.shift(ids, flatten_pairs(batch[key]) > 0, segments)
     return mask.reshape(batch["ids"].shape)
 
 
-def pair_logps(model, batch, *, squares=False):
-    """Summed log-probabilities of both completions under a model.
+def pair_logps(
+    model: Transformer, batch: dict[str, Array], *, squares: bool = False
+) -> tuple[TokenStats, Array]:
+    """Computes the token statistics of both completions under a model.
 
     Args:
         model: a `Transformer`.
         batch: ids, mask, segments, positions, each [B, 2, T].
-        squares: also make the statistic `log_p2`.
+        squares: also compute the statistic `log_p2`.
 
     Returns:
-        logps f32[B, 2] in nats, the token statistics reshaped to [B, 2, T], and the
-        target mask bool[B, 2, T] they belong to.
+        the token statistics, each f32[B, 2, T], and the target mask bool[B, 2, T].
     """
     shape = batch["ids"].shape
     ids, segments = flatten_pairs(batch["ids"]), flatten_pairs(batch["segments"])
     targets, mask = losses.shift(ids, flatten_pairs(batch["mask"]), segments)
     hidden = model.hidden(ids, flatten_pairs(batch["positions"]), segments)
     stats = model.token_logps(hidden, targets, squares=squares)
-    stats, mask = jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
-    return losses.sequence_logps(stats.logps, mask), stats, mask
+    return jax.tree.map(lambda x: x.reshape(shape), (stats, mask))
+
+
+def check_pairs(where: str, config: ConfigDict, loss: objective.Loss) -> None:
+    """Refuses options of losses over pairs that are impossible or change nothing.
+
+    Raises:
+        UserError: for an unknown f-divergence or weighting, or such an option without a
+            loss that would follow it.
+    """
+    schema.choice(f"{where}.weighting", config.weighting, ("", "wpo"))
+    if not 0 <= config.ld_alpha <= 1:
+        raise UserError(f"{where}.ld_alpha={config.ld_alpha}: expected from 0 to 1")
+    if config.weighting and "rows" not in loss.places:
+        raise UserError(
+            f"{where}.weighting={config.weighting!r}: weighs pairs, but "
+            f"objective={config.objective!r} has no loss of pairs"
+        )
+    schema.choice(f"{where}.f_divergence", config.f_divergence, losses.DIVERGENCES)
+    if "scores" in loss.needs:
+        return
+    for key, unset in (("f_divergence", "reverse_kl"), ("reference_free", False)):
+        if config[key] != unset:
+            raise UserError(
+                f"{where}.{key}={config[key]!r}: changes the scores that a loss "
+                f"compares, but objective={config.objective!r} takes none; leave it at "
+                f"{unset!r}"
+            )
 
 
 def _check(where, config, experiment, mesh):
     checks.length(where, config, experiment)
     checks.moving_reference(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
-    checks.pairs(where, config, loss)
+    check_pairs(where, config, loss)
 
 
 KIND = Kind(
@@ -254,7 +299,7 @@ KIND = Kind(
     check=_check,
     roles=START | REFERENCE,
     model="transformer",
-    losses=losses.TABLES["preference"],
+    losses=losses.PAIRS,
     offers=OFFERS,
     places=PLACES,
 )

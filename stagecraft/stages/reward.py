@@ -57,7 +57,7 @@ def make(config, context):
 
 def make_objective(config):
     """The objective over a batch of pairs, as `update.make_update` takes it."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+    loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
         return {"rows": masked.Reduction.of(pair_rows(batch["mask"]))}
@@ -111,8 +111,8 @@ def normalize(state, reference, batch_size, frozen=None):
         total = masked.Mean.empty()
         for raw in reference.epoch(batch_size):
             total = total.merge(_mean_score(model, sharding.on_mesh(raw)))
-        model.bias[...] = model.bias[...] - total.result()
-    return state, {"reference_reward": float(total.result())}
+        model.bias[...] = model.bias[...] - total.compute()
+    return state, {"reference_reward": float(total.compute())}
 
 
 @jax.jit
@@ -123,15 +123,13 @@ def _mean_score(model, batch):
 def calibration(difference, rows):
     """How often the model is right by how sure it is, and how far off on average.
 
-    `losses.calibration` says the same of whole arrays; this merges over batches.
-
     Args:
         difference: f32[B], the chosen completion's reward less the rejected one's; the
             model's confidence in its verdict is the sigmoid of its size.
         rows: bool[B], the pairs that count.
 
     Returns:
-        {"accuracy/0.5-0.6", ...: Mean, "calibration_error": Gap}.
+        {"accuracy/0.5-0.6", ...: Mean, "calibration_error": CalibrationError}.
     """
     confidence = jax.nn.sigmoid(jnp.abs(difference))
     hits = (difference > 0).astype(jnp.float32)
@@ -142,7 +140,9 @@ def calibration(difference, rows):
         low = 0.5 + 0.5 * number / BUCKETS
         name = f"accuracy/{low:.1f}-{low + 0.5 / BUCKETS:.1f}"
         told[name] = masked.Mean.of(hits, inside[:, number])
-    return told | {"calibration_error": masked.Gap.of(confidence, hits, inside)}
+    return told | {
+        "calibration_error": masked.CalibrationError.of(confidence, hits, inside)
+    }
 
 
 def longer_wins(lengths):
@@ -199,7 +199,7 @@ KIND = Kind(
     check=_check,
     roles={"start": Role(("transformer", "scalar"), required=True)},
     model="scalar",
-    losses=losses.TABLES["reward"],
+    losses=losses.REWARDS,
     offers=OFFERS,
     places=PLACES,
     unit="nats a pair",

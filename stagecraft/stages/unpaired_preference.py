@@ -142,7 +142,7 @@ def _rewards(config, policy_logps, batch):
 
 def make_objective(config):
     """The objective over judged completions, and the arrays its losses take."""
-    loss_fn = objective.combine(config, OFFERS, PLACES)
+    loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
         return {"rows": masked.Reduction.of(batch["mask"].any(-1))}
@@ -249,7 +249,7 @@ KIND = Kind(
     check=_check,
     roles=START | REFERENCE,
     model="transformer",
-    losses=losses.TABLES["unpaired_preference"],
+    losses=losses.UNPAIRED,
     offers=OFFERS,
     places=PLACES,
 )

@@ -134,7 +134,7 @@ def make_update(config, objective, optimizer, carry=None):
         metrics = metrics | batch.get("metrics", {})
         extra = carry(state, model, batch) if carry else {}
         state = advance(config, state, model, opt_state, **extra)
-        return state, masked.results(metrics)
+        return state, masked.compute(metrics)
 
     return update
 
@@ -185,12 +185,12 @@ def make_minibatch_update(
             (state.model, state.opt_state),
             (jnp.arange(count), batch["order"], keys),
         )
-        metrics, extra = masked.fold(stacked) | batch["metrics"], {}
+        metrics, extra = masked.reduce(stacked) | batch["metrics"], {}
         if conclude:
             more, extra = conclude(state, batch, stacked)
             metrics |= more
         state = advance(config, state, model, opt_state, **extra)
-        return state, masked.results(metrics)
+        return state, masked.compute(metrics)
 
     return update
 

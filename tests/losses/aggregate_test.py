@@ -8,7 +8,7 @@ import pytest
 
 from stagecraft import masked
 from stagecraft.errors import UserError
-from stagecraft.losses.aggregate import NAMES, aggregate, overlong_filter
+from stagecraft.losses.aggregate import AGGREGATIONS, aggregate, overlong_filter
 
 WIDTH = 6
 
@@ -41,7 +41,7 @@ def reduce(loss, *reductions):
     return total / count
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_aggregate_is_the_loop(run, name):
     loss, mask = drawn(0)
     function = functools.partial(aggregate, name, max_length=9)
@@ -53,7 +53,7 @@ def test_aggregate_is_the_loop(run, name):
     np.testing.assert_allclose(reduce(loss, reduction), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_micro_batches_add_up_to_the_whole(name):
     loss, mask = drawn(1)
     whole = aggregate(name, jnp.asarray(mask), max_length=9)
@@ -61,7 +61,7 @@ def test_micro_batches_add_up_to_the_whole(name):
     np.testing.assert_allclose(reduce(loss, *parts), reduce(loss, whole), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_padding_changes_nothing(name):
     loss, mask = drawn(2)
     pad = ((0, 0), (0, 3))
@@ -75,8 +75,8 @@ def test_by_hand():
     # Losses 1, 1 and 4: mean of means 2.5, mean of tokens 2, over 2 rows of 4: 6 / 8.
     mask = jnp.array([[True, True], [True, False]])
     loss = np.array([[1.0, 1.0], [4.0, np.nan]], np.float32)
-    got = [reduce(loss, aggregate(n, mask, max_length=4)) for n in NAMES]
-    assert dict(zip(NAMES, got, strict=True)) == {
+    got = [reduce(loss, aggregate(n, mask, max_length=4)) for n in AGGREGATIONS]
+    assert dict(zip(AGGREGATIONS, got, strict=True)) == {
         "grpo": 2.5,
         "bnpo": 2.0,
         "dapo": 2.0,
@@ -84,7 +84,7 @@ def test_by_hand():
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_full_rows_are_averaged_alike(name):
     loss = np.random.default_rng(3).normal(size=(4, WIDTH)).astype(np.float32)
     mask = jnp.ones((4, WIDTH), bool)
@@ -92,7 +92,7 @@ def test_full_rows_are_averaged_alike(name):
     np.testing.assert_allclose(got, loss.mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_empty_mask_is_zero(name):
     nothing = jnp.zeros((2, 3), bool)
     reduction = aggregate(name, nothing, max_length=3)
@@ -100,7 +100,7 @@ def test_empty_mask_is_zero(name):
     assert float(total) == 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_one_token(name):
     reduction = aggregate(name, jnp.ones((1, 1), bool), max_length=1)
     assert reduce(np.array([[7.0]], np.float32), reduction) == 7.0

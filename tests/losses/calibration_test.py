@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stagecraft.losses import calibration
+from tests.losses import calibration
 
 
 def loop(difference, buckets):

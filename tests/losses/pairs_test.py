@@ -18,15 +18,23 @@ def f32(*arrays):
 def test_alpha_joins_the_other_divergences(check_gradient):
     policy, reference = np.random.default_rng(0).normal(-20, 1, (2, 6, 2))
     for alpha, name in ((1.0, "reverse_kl"), (0.0, "forward_kl")):
-        got = pairs.scores(policy, reference, f_divergence="alpha", alpha=alpha)
-        np.testing.assert_allclose(
-            got, pairs.scores(policy, reference, f_divergence=name), rtol=1e-5
+        got = pairs.divergence_scores(
+            policy, reference, f_divergence="alpha", alpha=alpha
         )
-    near = pairs.scores(policy, reference, f_divergence="alpha", alpha=1 + 1e-4)
+        np.testing.assert_allclose(
+            got,
+            pairs.divergence_scores(policy, reference, f_divergence=name),
+            rtol=1e-5,
+        )
+    near = pairs.divergence_scores(
+        policy, reference, f_divergence="alpha", alpha=1 + 1e-4
+    )
     np.testing.assert_allclose(near, policy - reference, rtol=1e-3)
     for name in pairs.DIVERGENCES:
         check_gradient(
-            lambda p, q, name=name: jnp.sum(pairs.scores(p, q, f_divergence=name)),
+            lambda p, q, name=name: jnp.sum(
+                pairs.divergence_scores(p, q, f_divergence=name)
+            ),
             policy,
             reference,
         )
@@ -73,6 +81,8 @@ def test_wrong_input_is_refused():
     two, mask = jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3), bool)
     with pytest.raises(ValueError, match="log_p2"):
         pairs.wpo_weights(two, jnp.ones((2, 2)), mask)
+    with pytest.raises(UserError, match="f_divergence='kl': expected one of 'reverse"):
+        pairs.divergence_scores(two, two, f_divergence="kl")
     with pytest.raises(UserError, match="alpha=1.5: must be at least 0 and at most 1"):
         pairs.length_desensitized(two, mask, alpha=1.5)
 

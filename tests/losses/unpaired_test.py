@@ -67,7 +67,7 @@ def test_numpy(run, name, weights):
     }
     assert {*metrics} == {*expected}
     for key, (values, rows) in expected.items():
-        got = masked.Mean.of(*metrics[key]).result()
+        got = masked.Mean.of(*metrics[key]).compute()
         np.testing.assert_allclose(got, values[rows].mean(), rtol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_one_label_alone(name, liked):
     assert np.isfinite(loss).all()
     empty = "rejected" if liked else "chosen"
     for key in (f"rewards/{empty}", f"logps/{empty}"):
-        assert float(masked.Mean.of(*metrics[key]).result()) == 0.0
+        assert float(masked.Mean.of(*metrics[key]).compute()) == 0.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,7 +129,7 @@ def test_padding_rows_count_in_no_metric(name):
     wild = np.where(rows, policy, np.nan)
     _, metrics = call(name, *f32(wild, reference), LABELS, jnp.float32(0.1), rows)
     for key, kept in (("chosen", LABELS & rows), ("rejected", ~LABELS & rows)):
-        got = masked.Mean.of(*metrics[f"rewards/{key}"]).result()
+        got = masked.Mean.of(*metrics[f"rewards/{key}"]).compute()
         want = 0.1 * (policy - reference)[kept].mean()
         np.testing.assert_allclose(got, want, rtol=1e-4)
 

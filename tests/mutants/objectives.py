@@ -112,6 +112,12 @@ _PAIRS = in_file(
         "beta * (policy_logps - ref_logps)",
         "policy_logps - ref_logps",
     ),
+    (
+        "pairs: scores of the stage ignored",
+        "if scores is None:",
+        "if True:",
+        "tests/losses/preference_test.py -k divergences",
+    ),
     ("pairs: a tie counts as right", "(margins > 0)", "(margins >= 0)"),
     ("LD-DPO one token short", "place <= shared", "place < shared"),
     (
@@ -147,9 +153,8 @@ _REFERENCE = in_file(
     ),
     (
         "ipo of sums",
-        "per_token(scores(policy_logps, ref_logps, **kind), lengths)",
-        "scores(policy_logps, ref_logps, **kind)",
-        dict(within="ipo"),
+        "average = per_token(scores, lengths)",
+        "average = scores",
     ),
     (
         "ipo target 1 / beta",
@@ -157,22 +162,25 @@ _REFERENCE = in_file(
         "jnp.square(difference(average) - 1 / beta)",
     ),
     (
-        "ipo_sum per token",
-        "        jnp.ones_like(policy_logps),\n",
-        "        2 * jnp.ones_like(policy_logps),\n",
+        "ipo_sum target 1 / beta",
+        "jnp.square(difference(scores) - 1 / (2 * beta))",
+        "jnp.square(difference(scores) - 1 / beta)",
     ),
     (
         "sigmoid_norm of sums",
-        "per_token(scores(policy_logps, ref_logps, **kind), lengths)",
-        "scores(policy_logps, ref_logps, **kind)",
-        dict(within="sigmoid_norm"),
+        "logistic(beta * difference(per_token(scores, lengths)))",
+        "logistic(beta * difference(scores))",
     ),
     (
         "robust not normalised",
-        "return clean / (1 - 2 * label_smoothing), metrics",
-        "return clean, metrics",
+        "return clean / (1 - 2 * label_smoothing)",
+        "return clean",
     ),
-    ("hinge without a bend", "jax.nn.relu(1 - margin), metrics", "1 - margin, metrics"),
+    (
+        "hinge without a bend",
+        "jax.nn.relu(1 - beta * difference(scores))",
+        "1 - beta * difference(scores)",
+    ),
     (
         "exo with labels swapped",
         "jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong",
@@ -190,8 +198,8 @@ _REFERENCE = in_file(
     ),
     (
         "bco_pair pushes both up",
-        "logistic(beta * log_ratio[:, 0]) + logistic(-beta * log_ratio[:, 1]), metrics",
-        "logistic(beta * log_ratio[:, 0]) + logistic(beta * log_ratio[:, 1]), metrics",
+        "+ logistic(-beta * scores[:, 1])",
+        "+ logistic(beta * scores[:, 1])",
     ),
     ("sppo target 1 / beta", "target = 1 / (2 * beta)", "target = 1 / beta"),
     (
@@ -212,8 +220,8 @@ _REFERENCE = in_file(
     ("aot sorts padding in", "jnp.where(rows, a, last)", "a"),
     (
         "sft over the document",
-        'return {"chosen": -chosen_logps}, metrics',
-        'return {"document": -chosen_logps}, metrics',
+        'return {"chosen": -chosen_logps},',
+        'return {"document": -chosen_logps},',
     ),
 )
 

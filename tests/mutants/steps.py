@@ -52,8 +52,8 @@ _OBJECTIVE = in_file(
     ),
     (
         "a _max metric is averaged",
-        'kind = masked.Max if name.endswith("_max") else masked.Mean',
-        "kind = masked.Mean",
+        'state = masked.Max if name.endswith("_max") else masked.Mean',
+        "state = masked.Mean",
     ),
 )
 
@@ -90,8 +90,8 @@ _REWARD = in_file(
     ),
     (
         "demonstrations get twice their mean",
-        "model.bias[...] - total.result()",
-        "model.bias[...] + total.result()",
+        "model.bias[...] - total.compute()",
+        "model.bias[...] + total.compute()",
         "tests/stages/reward_test.py -k demonstrations",
     ),
     (
@@ -145,6 +145,12 @@ _PREFERENCE = in_file(
         "return summed(stats.logps, mask, config)\n",
         "return losses.sequence_logps(stats.logps, mask)\n",
         "tests/stages/preference_test.py -k options",
+    ),
+    (
+        "f-divergence of the stage ignored",
+        "f_divergence=config.f_divergence,",
+        'f_divergence="reverse_kl",',
+        "tests/stages/preference_test.py -k scores",
     ),
     (
         "WPO weights ignored",

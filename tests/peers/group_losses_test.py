@@ -13,7 +13,7 @@ import pytest
 
 from stagecraft import losses, masked
 from stagecraft.losses import group, kl
-from stagecraft.losses.aggregate import NAMES, aggregate, overlong_filter
+from stagecraft.losses.aggregate import AGGREGATIONS, aggregate, overlong_filter
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -287,7 +287,7 @@ def compare(ours, theirs, told=()):
 CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
 
-@pytest.mark.parametrize("how", NAMES)
+@pytest.mark.parametrize("how", AGGREGATIONS)
 @pytest.mark.parametrize("beta, correct", [(0.0, False), (0.1, False), (0.1, True)])
 def test_clipped_surrogate(trainers, accelerator, parity_rng, how, beta, correct):
     batch = draw_batch(parity_rng)
@@ -384,7 +384,7 @@ def test_rloo(trainers, accelerator, parity_rng):
     assert theirs[2]["clip_ratio/region_mean"] > 0
 
 
-@pytest.mark.parametrize("how", NAMES)
+@pytest.mark.parametrize("how", AGGREGATIONS)
 def test_accumulation(trainers, accelerator, parity_rng, how):
     """Two micro-batches of one step: their sum is our whole, except by "bnpo"."""
     batch = draw_batch(parity_rng)

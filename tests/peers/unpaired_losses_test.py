@@ -117,7 +117,7 @@ def check(found, loss_fn, labels, beta):
     np.testing.assert_allclose(gradient, found["gradient"], atol=1e-5)
     assert np.abs(found["gradient"]).max() > 1e-4 * beta
     for key in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
-        value = float(masked.Mean.of(*metrics[key]).result())
+        value = float(masked.Mean.of(*metrics[key]).compute())
         # TRL says nothing of completions the batch does not have.
         want = found["metrics"].get(key, 0.0)
         np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5, err_msg=key)

@@ -16,8 +16,8 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
         state = made.init(jax.random.key(0))
         halves = [{k: v[i::2] for k, v in raw.items()} for i in range(2)]
         found = [made.evaluate(state, h, None) for h in halves]
-        merged = masked.results(masked.merge(*found))
-        whole = masked.results(made.evaluate(state, raw, None))
+        merged = masked.compute(masked.merge(*found))
+        whole = masked.compute(made.evaluate(state, raw, None))
         _, metrics = made.update(state, made.prepare(state, raw, None))
     parts = float(merged["loss/rows"] + merged["loss/chosen"])
     assert float(merged["loss"]) == pytest.approx(parts, rel=1e-6)
@@ -65,9 +65,9 @@ def test_held_out_prompts_are_sampled_and_scored(kind, score, sizes):
         raw = raw | {"index": index}
         raw["prompt_mask"][12:] = False
         metrics = made.evaluate(state, raw, jax.random.key(3))
-        metrics = cases.told(masked.results(metrics))
+        metrics = cases.told(masked.compute(metrics))
         again = made.evaluate(state, raw, jax.random.key(3))
-        assert cases.told(masked.results(again)) == metrics
+        assert cases.told(masked.compute(again)) == metrics
     samples = len(seen["rewards"]) // 16
     real = np.repeat(index >= 0, samples)
     scored = real & np.isfinite(seen["rewards"]).all(1)

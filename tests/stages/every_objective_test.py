@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stagecraft import losses, sharding, tree
+from stagecraft.stages import kinds as records
 from tests.stages import cases
 
 KINDS = (
@@ -24,7 +25,7 @@ ARGUMENTS = {"reward": dict(centering=0.01)}
 
 def names(kind):
     """One name of each loss in the table."""
-    return [*{f: name for name, f in losses.TABLES[kind].items()}.values()]
+    return [*{f: name for name, f in records.KINDS[kind].losses.items()}.values()]
 
 
 def update(kind, shared):
@@ -63,5 +64,7 @@ def test_sharded_equals_single(kind):
 
 
 def test_no_objective_is_left_out():
-    covered = {f for kind in KINDS for f in map(losses.TABLES[kind].get, names(kind))}
+    covered = {
+        f for kind in KINDS for f in map(records.KINDS[kind].losses.get, names(kind))
+    }
     assert covered == {f for table in losses.TABLES.values() for f in table.values()}

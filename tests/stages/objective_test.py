@@ -31,7 +31,7 @@ def pairs(rows=5, tokens=3, seed=0):
 
 
 def combined(**changes):
-    return objective.combine(config(**changes), preference.OFFERS, preference.PLACES)
+    return objective.combine(config(**changes), preference.KIND)
 
 
 def test_one_name_is_that_loss_with_its_arguments():
@@ -42,7 +42,7 @@ def test_one_name_is_that_loss_with_its_arguments():
     assert list(loss) == ["rows"]
     np.testing.assert_array_equal(loss["rows"], want)
     assert metrics.keys() == told.keys()
-    assert found.needs == {"policy_logps", "ref_logps", "preference"}
+    assert found.needs == {"policy_logps", "ref_logps", "scores", "preference"}
     assert found.across_rows == ()
 
 
@@ -120,7 +120,7 @@ def test_soft_labels_are_refused_where_a_loss_would_forget_them(name):
 
 def test_margins_are_refused_where_a_loss_would_forget_them():
     made = objective.combine(
-        config("reward", objective="bradley_terry_ranked"), reward.OFFERS, reward.PLACES
+        config("reward", objective="bradley_terry_ranked"), reward.KIND
     )
     arrays = {"rewards": jnp.zeros((2, 3)), "present": jnp.ones((2, 3), bool)}
     made.apply(arrays)
@@ -228,8 +228,8 @@ def test_what_does_not_fit_is_refused_in_one_line(changes, says):
             "objective_args.label_smoothing=0.5: must be .* below 0.5",
         ),
         (
-            dict(objective="hinge", objective_args=dict(f_divergence="kl")),
-            "objective_args.f_divergence='kl': must be one of",
+            dict(objective="hinge", objective_args=dict(f_divergence="js")),
+            "args.f_divergence: is a key of the stage itself, .* set f_divergence= be",
         ),
         (
             dict(objective=lambda policy_logps: (policy_logps.mean(), {})),
@@ -279,7 +279,7 @@ def test_each_kind_offers_what_its_losses_ask_for():
     for kind in kinds.KINDS.values():
         for name in kind.losses:
             stage = config(kind.name, objective=name)
-            loss = objective.combine(stage, kind.offers, kind.places)
+            loss = objective.combine(stage, kind)
             assert loss.needs and loss.needs <= set(kind.offers), name
             assert loss.places and loss.places <= set(kind.places), name
 
@@ -298,7 +298,7 @@ def test_metrics_are_counted_under_the_mask_of_their_rank():
         {1: rows, 2: tokens},
     )
     assert isinstance(found["ratio_max"], masked.Max)
-    got = {k: float(v) for k, v in masked.results(found).items()}
+    got = {k: float(v) for k, v in masked.compute(found).items()}
     assert got == {"row": 3.0, "token": 3.0, "ratio_max": 4.0, "own": 5.0}
 
 

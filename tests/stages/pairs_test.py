@@ -21,6 +21,12 @@ def naive_logps(model, ids, mask):
     return sum(logps[t - 1, ids[t]] for t in range(1, length) if mask[t])
 
 
+def summed(model, batch):
+    """Log-probabilities of both completions, f32[B, 2]."""
+    stats, mask = preference.pair_logps(model, batch)
+    return losses.sequence_logps(stats.logps, mask)
+
+
 @pytest.fixture(scope="module")
 def pairs():
     with jax.set_mesh(cases.single()):
@@ -30,13 +36,13 @@ def pairs():
 def test_pair_logps_are_those_of_the_rows_alone(pairs):
     raw, models = pairs
     batch = jax.tree.map(jnp.asarray, raw)
-    found, _, _ = jax.jit(preference.pair_logps)(models["policy"], batch)
+    sums = jax.jit(summed)(models["policy"], batch)
     for row in range(4):
         for side in range(2):
             real = raw["segments"][row, side] > 0
             ids, mask = raw["ids"][row, side][real], raw["mask"][row, side][real]
             expected = naive_logps(models["policy"], ids, mask)
-            assert float(found[row, side]) == pytest.approx(expected, abs=1e-4)
+            assert float(sums[row, side]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_scores_are_read_at_the_last_real_token(pairs):
@@ -63,7 +69,7 @@ def test_dpo_at_the_reference_is_a_coin_toss_whose_gradient_is_half_beta():
         before = {k: np.asarray(v) for k, v in tree.named(state.model).items()}
 
         def margin(model):
-            logps, _, _ = preference.pair_logps(model, batch)
+            logps = summed(model, batch)
             return (logps[:, 0] - logps[:, 1]).mean()
 
         grads = tree.named(jax.jit(jax.grad(margin))(start))
@@ -99,7 +105,7 @@ def test_padding_rows_count_nowhere(pairs):
         for k, v in raw.items()
     }
     objective, needs = preference.make_objective(defaults.stage("preference"))
-    assert needs == {"policy_logps", "ref_logps", "preference"}
+    assert needs == {"policy_logps", "ref_logps", "scores", "preference"}
     for batch in (raw, padded):
         batch["ref_logps"] = np.zeros((len(batch["ids"]), 2), np.float32)
 
@@ -122,9 +128,7 @@ def test_ipo_written_by_hand_runs_as_an_objective():
         made, raw, _ = cases.stage("preference", shared, objective=squared)
         state = made.init(jax.random.key(0))
         batch = made.prepare(state, raw, None)
-        expected, _ = squared(
-            preference.pair_logps(state.model, batch)[0], batch["ref_logps"]
-        )
+        expected, _ = squared(summed(state.model, batch), batch["ref_logps"])
         _, metrics = made.update(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(expected.mean()), rel=1e-5)
     assert losses.dpo is not squared

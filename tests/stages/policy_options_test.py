@@ -245,7 +245,7 @@ def test_a_kl_in_the_loss(run, estimator):
     expected = kl[kept["mask"]].mean()
     got = float(found.sum(terms["kl"]) / found.total())
     assert got == pytest.approx(expected, rel=1e-3)
-    assert float(metrics["kl"].result()) == pytest.approx(expected, rel=1e-3)
+    assert float(metrics["kl"].compute()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_is_paid_then_is_the_score_alone(run):
@@ -265,7 +265,7 @@ def test_what_is_paid_then_is_the_score_alone(run):
             *(parts, models["reference"], drawn, run.rewards.astype(np.float32)),
             *(jax.random.key(0), 0.1),
         )
-    told = cases.told({k: v.result() for k, v in judged["metrics"].items()})
+    told = cases.told({k: v.compute() for k, v in judged["metrics"].items()})
     assert told["objective/non_score_reward"] == 0
     scored = np.isfinite(run.rewards).all(1)
     paid = run.rewards[:, 0] - 1.0 * ~drawn["ended"]

@@ -231,7 +231,7 @@ def evaluated(objective, raw, model, **changes):
         terms, metrics = goal.terms(model, batch)
         places = goal.reductions(batch)
         loss = {k: places[k].sum(v) / places[k].total() for k, v in terms.items()}
-        return loss, masked.results(metrics)
+        return loss, masked.compute(metrics)
 
     loss, metrics = found(model, raw)
     return {k: float(v) for k, v in loss.items()}, cases.told(metrics)
@@ -268,6 +268,35 @@ def test_cpo_learns_the_chosen_completion_alone(run):
     assert loss["rows"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "derivative"),
+    [
+        (dict(f_divergence="js"), lambda u: np.log(2 * u / (1 + u))),
+        (dict(f_divergence="alpha", alpha=0.3), lambda u: (u**-0.7 - 1) / -0.7),
+        (dict(reference_free=True), None),
+    ],
+)
+def test_losses_compare_the_scores_of_the_stage(run, settings, derivative):
+    """One score for all losses of a stage; logged rewards are those of log-ratios."""
+    raw, model = cases.pairs(), run[2][0][0].model
+    policy = sums(model, raw)
+    noise = np.random.default_rng(4).normal(size=(16, 2))
+    raw["ref_logps"] = (policy + noise).astype(np.float32)
+    loss, metrics = evaluated("dpo,nca_pair", raw, model, **settings)
+    ratio = policy - raw["ref_logps"]
+    scores = policy if derivative is None else derivative(np.exp(ratio))
+    chosen, rejected = 0.1 * scores.T
+
+    def softplus(x):
+        return np.log1p(np.exp(x))
+
+    nca = softplus(-chosen) + 0.5 * (softplus(chosen) + softplus(rejected))
+    want = (softplus(rejected - chosen) + nca).mean()
+    assert loss["rows"] == pytest.approx(want, rel=1e-4)
+    margin = 0.1 * np.subtract(*ratio.T)
+    assert metrics["rewards/margins"] == pytest.approx(margin.mean(), abs=1e-4)
+
+
 def test_rows_of_padding_are_not_sorted_in(run):
     """AOT over a padded batch equals AOT over its real rows."""
     raw, model = cases.pairs(), run[2][0][0].model
@@ -278,7 +307,7 @@ def test_rows_of_padding_are_not_sorted_in(run):
         one, _ = evaluated(name, raw, model)
         other, _ = evaluated(name, padded, model)
         assert one["rows"] == pytest.approx(other["rows"], rel=1e-5)
-    assert losses.ACROSS_ROWS == ("aot", "aot_unpaired")
+    assert {*losses.ACROSS_ROWS} == {losses.aot, losses.aot_unpaired}
 
 
 def test_a_moving_reference_is_sharded_like_the_model():

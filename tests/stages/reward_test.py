@@ -7,8 +7,8 @@ import pytest
 from stagecraft import defaults, masked
 from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
-from stagecraft.losses import calibration
 from stagecraft.stages import reward, update
+from tests.losses import calibration
 from tests.stages import cases
 
 
@@ -40,7 +40,7 @@ def evaluate(model, *batches, **changes):
     for batch in batches:
         found = run(model, batch)
         total = found if total is None else masked.merge(total, found)
-    return cases.told(masked.results(total))
+    return cases.told(masked.compute(total))
 
 
 def padded(raw, rows):
@@ -133,7 +133,7 @@ def test_calibration_merges_over_batches_to_that_of_the_whole_set(model):
 def test_certain_verdicts_stay_in_the_last_bucket():
     difference = np.array([0.0, 200.0, -200.0, 1e-3], np.float32)
     got = reward.calibration(difference, np.array([True, True, True, False]))
-    got = cases.told(masked.results(got))
+    got = cases.told(masked.compute(got))
     assert got["accuracy/0.5-0.6"] == 0  # a tie counts as wrong
     assert got["accuracy/0.9-1.0"] == 0.5
     assert got["calibration_error"] == pytest.approx((0.5 + 1) / 3, abs=1e-6)

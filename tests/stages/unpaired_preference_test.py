@@ -219,7 +219,7 @@ def test_padding_rows_change_nothing(kto):
     bare = {k: v[:14] for k, v in raw.items()}
     with jax.set_mesh(cases.single()):
         state = made.init(jax.random.key(0))
-        found = masked.results(made.evaluate(state, bare, None))
+        found = masked.compute(made.evaluate(state, bare, None))
     assert float(found["loss"]) == pytest.approx(metrics["loss"], rel=1e-5)
     for name in ("rewards/chosen", "logits/rejected", "entropy", "kl"):
         assert float(found[name]) == pytest.approx(metrics[name], abs=1e-4)
