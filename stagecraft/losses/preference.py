@@ -160,8 +160,8 @@ def robust(scores: Array, *, beta: float = 0.1, label_smoothing: float = 0.0) ->
     """
     check_range(0, 0.5, label_smoothing=label_smoothing)
     margin = beta * difference(scores)
-    flipped = label_smoothing * logistic(-margin)
-    clean = (1 - label_smoothing) * logistic(margin) - flipped
+    right, flipped = 1 - label_smoothing, label_smoothing
+    clean = right * logistic(margin) - flipped * logistic(-margin)
     return clean / (1 - 2 * label_smoothing)
 
 
