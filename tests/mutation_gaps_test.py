@@ -10,7 +10,7 @@ import pytest
 
 from stagecraft import defaults, run, tree
 from stagecraft.data import feed
-from stagecraft.stages import group, kinds, rollout
+from stagecraft.stages import group_policy, kinds, rollout
 from stagecraft.text.tokenizer import Tokenizer
 from tests.stages import cases
 
@@ -94,7 +94,7 @@ def test_a_policy_without_old_log_probabilities_has_their_gradient():
         kept = made.prepare(state, raw, jax.random.key(1))["rollout"]
         assert "old_logps" not in kept
         old = rollout.response_logps(model, kept, config.sampling.temperature).logps
-        goal, _ = group.make_objective(config)
+        goal, _ = group_policy.make_objective(config)
 
         @jax.jit
         @jax.grad
