@@ -10,19 +10,18 @@ other kernels than the trainer (both are one model here, and `val/rollout_logp_g
 says how far they are apart).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
-from stagecraft.metrics import section
-from stagecraft.models import lora
 from stagecraft.stages import checks, objective, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
-from stagecraft.stages.stage import Program
 
 ADVANTAGES = ("group", "leave_one_out", "returns", "returns_baseline")
 
@@ -40,43 +39,20 @@ def make(config, context):
         i32[N], with N = batch_size * oversample prompts; trained on are the
         batch_size * group_size completions of those kept.
     """
-    mesh, reference = context.mesh, context.parents.get("reference")
+    mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     needs_reference = config.kl_coef > 0 or "ref_logps" in needs
     trained = stage.trained(config, context.parents["start"], mesh)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=config.group_size)
-    frozen = beginning.frozen
     by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
-    placement = dict(rollout=by_rows, order=whole, metrics=whole)
 
-    def judge(policy, reference, samples, rewards, key):
+    def judge(policy, reference, samples, rewards, key, carried):
+        del carried
         return score_groups(
             config, rollouts, policy, reference, samples, rewards, key, needs_reference
         )
-
-    judge_jitted = stage.jit(judge, placement)
-
-    def prepare(state, raw, key):
-        raw, index = stage.split_index(raw, mesh)
-        sample_key, order_key = jax.random.split(key)
-        with section("update"):
-            jax.block_until_ready(state.model)
-        policy = lora.join(frozen, state.model)
-        samples = rollouts.sample(policy, raw, sample_key)
-        with section("score"):
-            rewards = rollouts.score(samples, index)
-            batch = judge_jitted(policy, reference, samples, rewards, order_key)
-            return jax.block_until_ready(batch)
-
-    def prepared(raw):
-        policy = beginning.abstract_model()
-        programs, samples, rewards = rollouts.programs(policy, raw)
-        arguments = (policy, stage.abstract(reference, mesh), samples, rewards)
-        arguments += (stage.abstract_key(),)
-        programs["judge"] = Program(judge, arguments, placement)
-        return programs, programs["judge"].results()
 
     def work(raw):
         prompts, prompt = raw["prompt_ids"].shape
@@ -91,24 +67,21 @@ def make(config, context):
             "length": length,
         }
 
-    return update.assemble(
-        mesh,
+    return rollout.make_stage(
+        context,
         beginning,
+        rollouts,
+        judge=judge,
+        placement=dict(rollout=by_rows, order=whole, metrics=whole),
         update=update.make_minibatch_update(config, loss_objective, optimizer),
-        prepare=prepare,
-        prepared=prepared,
-        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
+        metrics=functools.partial(_score_metrics, config),
         work=work,
     )
 
 
-def _score_metrics(config):
+def _score_metrics(config, samples, scores, scored):
     """What a held-out rollout shows beside each reward: the score as it is learned."""
-
-    def metrics(samples, scores, scored):
-        return {"reward": masked.Mean.of(_shaped(scores, samples, config), scored)}
-
-    return metrics
+    return {"reward": masked.Mean.of(_shaped(scores, samples, config), scored)}
 
 
 def _several_steps(config):

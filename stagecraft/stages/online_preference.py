@@ -5,13 +5,12 @@ say which is better, and takes one step of a pair loss on them (Guo et al. 2024,
 arxiv.org/abs/2402.04792). The reference stays where training began.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 
 from stagecraft import losses, masked, optim, sharding
 from stagecraft.data import prompts
-from stagecraft.metrics import section
-from stagecraft.models import lora
 from stagecraft.stages import checks, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.preference import (
@@ -21,7 +20,6 @@ from stagecraft.stages.preference import (
     make_objective,
     reference_logps,
 )
-from stagecraft.stages.stage import Program
 
 
 def make(config, context):
@@ -36,47 +34,22 @@ def make(config, context):
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
         i32[B]; prepared ones are those of `preference`, and "metrics".
     """
-    mesh, reference = context.mesh, context.parents.get("reference")
+    mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     trained = stage.trained(config, context.parents["start"], mesh)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=2)
-    frozen = beginning.frozen
-    by_rows = sharding.batch_sharding(mesh)
-    placement = (by_rows, sharding.whole(mesh))
+    by_rows, needs_reference = sharding.batch_sharding(mesh), "ref_logps" in needs
+    names = ("ids", "mask", "segments", "positions")
+    names += ("ref_logps",) if needs_reference else ()
 
-    def rank(samples, rewards):
-        return rank_pairs(config, rollouts, samples, rewards)
-
-    def score_reference(model, pairs):
-        return reference_logps(config, model, pairs)
-
-    rank_jitted = stage.jit(rank, placement)
-    score_jitted = stage.jit(score_reference, by_rows)
-
-    def prepare(state, raw, key):
-        raw, index = stage.split_index(raw, mesh)
-        with section("update"):
-            jax.block_until_ready(state.model)
-        policy = lora.join(frozen, state.model)
-        samples = rollouts.sample(policy, raw, key)
-        with section("score"):
-            pairs, metrics = rank_jitted(samples, rollouts.score(samples, index))
-            if "ref_logps" in needs:
-                pairs["ref_logps"] = score_jitted(reference, pairs)
-            return jax.block_until_ready(pairs | {"metrics": metrics})
-
-    def prepared(raw):
-        policy = beginning.abstract_model()
-        programs, samples, rewards = rollouts.programs(policy, raw)
-        programs["rank"] = Program(rank, (samples, rewards), placement)
-        pairs, metrics = programs["rank"].results()
-        if "ref_logps" in needs:
-            arguments = (stage.abstract(reference, mesh), pairs)
-            programs["reference"] = Program(score_reference, arguments, by_rows)
-            pairs = pairs | {"ref_logps": programs["reference"].results()}
-        return programs, pairs | {"metrics": metrics}
+    def judge(policy, reference, samples, rewards, key, carried):
+        del policy, key, carried
+        pairs, metrics = rank_pairs(config, rollouts, samples, rewards)
+        if needs_reference:
+            pairs["ref_logps"] = reference_logps(config, reference, pairs)
+        return pairs | {"metrics": metrics}
 
     def work(raw):
         prompts, prompt = raw["prompt_ids"].shape
@@ -84,30 +57,28 @@ def make(config, context):
         tokens = 2 * prompts * length
         return {
             "trained": tokens,
-            "scored": ("ref_logps" in needs) * tokens,
+            "scored": needs_reference * tokens,
             "scalar_scored": ("reward" in context.parents) * tokens,
             "sampled": tokens,
             "length": length,
         }
 
-    return update.assemble(
-        mesh,
+    return rollout.make_stage(
+        context,
         beginning,
+        rollouts,
+        judge=judge,
+        placement=dict.fromkeys(names, by_rows) | {"metrics": sharding.whole(mesh)},
         update=update.make_update(config, loss_objective, optimizer),
-        prepare=prepare,
-        prepared=prepared,
-        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
+        metrics=functools.partial(_score_metrics, config),
         work=work,
+        split=lambda key: (key, key),
     )
 
 
-def _score_metrics(config):
-    def metrics(samples, scores, scored):
-        return {
-            "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored)
-        }
-
-    return metrics
+def _score_metrics(config, samples, scores, scored):
+    paid = _paid(config, scores, samples)
+    return {"objective/scores": masked.Mean.of(paid, scored)}
 
 
 def _paid(config, scores, samples):

@@ -22,12 +22,9 @@ import jax.numpy as jnp
 from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
-from stagecraft.metrics import section
-from stagecraft.models import lora
 from stagecraft.stages import checks, objective, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind, Role
 from stagecraft.stages.rollout import response_logps
-from stagecraft.stages.stage import Program
 
 OFFERS = {
     "logps": "B T",
@@ -68,39 +65,7 @@ def make(config, context):
     }
     beginning = stage.begin(config, parts, optimizers, mesh, kl_coef=config.kl_coef)
     rollouts = rollout.make(config, context)
-    frozen, reference = beginning.frozen, parents["reference"]
     by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
-    placement = dict(rollout=by_rows, order=whole, kl=whole, metrics=whole)
-
-    def judge(model, reference, samples, rewards, key, kl_coef):
-        return score_rollout(
-            config, rollouts, model, reference, samples, rewards, key, kl_coef
-        )
-
-    judge_jitted = stage.jit(judge, placement)
-
-    def prepare(state, raw, key):
-        raw, index = stage.split_index(raw, mesh)
-        sample_key, order_key = jax.random.split(key)
-        # Waiting (nothing is moved to the host) makes the times tell apart.
-        with section("update"):
-            jax.block_until_ready(state.model)
-        model = lora.join(frozen, state.model)
-        samples = rollouts.sample(model["policy"], raw, sample_key)
-        with section("score"):
-            rewards = rollouts.score(samples, index)
-            coef = state.extra["kl_coef"]
-            batch = judge_jitted(model, reference, samples, rewards, order_key, coef)
-            return jax.block_until_ready(batch) | _pretraining_rows(raw)
-
-    def prepared(raw):
-        model = beginning.abstract_model()
-        programs, samples, rewards = rollouts.programs(model["policy"], raw)
-        arguments = (model, stage.abstract(reference, mesh), samples, rewards)
-        arguments += (stage.abstract_key(), beginning.abstract.extra["kl_coef"])
-        programs["judge"] = Program(judge, arguments, placement)
-        text = _pretraining_rows(stage.abstract_rows(raw, mesh))
-        return programs, programs["judge"].results() | text
 
     def work(raw):
         rows, prompt = raw["prompt_ids"].shape
@@ -117,14 +82,17 @@ def make(config, context):
             "length": prompt + config.sampling.max_new_tokens,
         }
 
-    return update.assemble(
-        mesh,
+    return rollout.make_stage(
+        context,
         beginning,
+        rollouts,
+        judge=functools.partial(score_rollout, config, rollouts),
+        placement=dict(rollout=by_rows, order=whole, kl=whole, metrics=whole),
         update=_make_update(config, loss_objective, optimizers),
-        prepare=prepare,
-        prepared=prepared,
-        evaluate=rollout.make_evaluate(rollouts, frozen, mesh, _score_metrics(config)),
+        metrics=functools.partial(_score_metrics, config),
         work=work,
+        carried=("kl_coef",),
+        beside=_pretraining_rows,
     )
 
 
@@ -133,18 +101,13 @@ def _pretraining_rows(raw):
     return {"ptx": rows} if rows else {}
 
 
-def _score_metrics(config):
+def _score_metrics(config, samples, scores, scored):
     """What a held-out rollout shows: scores as they are paid, and who never ended."""
-
-    def metrics(samples, scores, scored):
-        return {
-            "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored),
-            "objective/missing_eos_rate": masked.Mean.of(
-                1.0 - samples["ended"].astype(jnp.float32), scored
-            ),
-        }
-
-    return metrics
+    ended = samples["ended"].astype(jnp.float32)
+    return {
+        "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored),
+        "objective/missing_eos_rate": masked.Mean.of(1.0 - ended, scored),
+    }
 
 
 def make_optimizers(config):
@@ -169,7 +132,7 @@ def response_values(model, batch):
     return values[:, -new - 1 : -1], values[:, -1]
 
 
-def score_rollout(config, rollouts, model, reference, samples, rewards, key, kl_coef):
+def score_rollout(config, rollouts, model, reference, samples, rewards, key, carried):
     """Everything an update needs that only frozen or not-yet-updated models know.
 
     Args:
@@ -179,7 +142,7 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, kl_
         reference: a `Transformer`.
         samples: a rollout of R completions; rewards: f32[R, S].
         key: random key of the minibatches.
-        kl_coef: f32[], the weight of the KL penalty.
+        carried: {"kl_coef": f32[]}, the weight of the KL penalty.
 
     Returns:
         {"rollout": {name: [R, ...]}, "order", "kl", "metrics"}, as
@@ -187,7 +150,7 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, kl_
     """
     scores, scored = rollout.total(rewards, rollouts.weights)
     # A row that no source could score teaches nothing, nor does it scale the others.
-    mask = samples["mask"] & scored[:, None]
+    mask, kl_coef = samples["mask"] & scored[:, None], carried["kl_coef"]
     paid = _paid(config, scores, samples)
     logps = log_probs(config, model["policy"], reference, samples)
     targets = advantages(config, model["value"], samples, mask, logps, paid, kl_coef)

@@ -17,6 +17,7 @@ from stagecraft.models import lora, sampling
 from stagecraft.models.scores import scores
 from stagecraft.stages import stage
 from stagecraft.stages.stage import Program
+from stagecraft.stages.update import assemble
 
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
@@ -107,17 +108,63 @@ def make(config, context, *, samples=1):
     return Rollouts(sample, score, programs, names, weights)
 
 
-def make_evaluate(rollouts, frozen, mesh, metrics):
-    """Held-out prompts sampled and scored: `Stage.evaluate` of a stage that samples.
+def make_stage(
+    context,
+    beginning,
+    rollouts,
+    *,
+    judge,
+    placement,
+    update,
+    metrics,
+    work,
+    carried=(),
+    beside=None,
+    split=jax.random.split,
+):
+    """The stage that samples completions, has them scored, and learns from them.
 
     Args:
-        rollouts: the stage's `Rollouts`.
-        frozen: what the state's model is an adapter of, or None.
-        mesh: the mesh.
+        context: the stage's `Context`.
+        beginning: its `stage.Beginning`.
+        rollouts: its `Rollouts`.
+        judge: (model, reference, rollout, rewards, key, carried) -> batch, pure:
+            whatever an update needs that only frozen or not-yet-updated models know.
+        placement: shardings of that batch.
+        update, work: as in `update.assemble`.
         metrics: (rollout, scores f32[R], scored bool[R]) -> {metric: Mean or Max}, what
-            the stage's kind measures beside each source's rewards and the lengths;
-            only scored rows count.
+            a held-out rollout shows beside each source's rewards and the lengths.
+        carried: names of what `judge` reads of State.extra.
+        beside: (raw) -> {name: rows} that join the batch unchanged, or None.
+        split: (key) -> the keys of sampling and of `judge`.
     """
+    mesh, frozen = context.mesh, beginning.frozen
+    reference = context.parents.get("reference")
+    judge_jitted = stage.jit(judge, placement)
+
+    def prepare(state, raw, key):
+        raw, index = stage.split_index(raw, mesh)
+        sample_key, judge_key = split(key)
+        # Waiting (nothing is moved to the host) makes the times tell apart.
+        with section("update"):
+            jax.block_until_ready(state.model)
+        model = lora.join(frozen, state.model)
+        samples = rollouts.sample(_policy(model), raw, sample_key)
+        with section("score"):
+            rewards = rollouts.score(samples, index)
+            extra = {name: state.extra[name] for name in carried}
+            batch = judge_jitted(model, reference, samples, rewards, judge_key, extra)
+            return jax.block_until_ready(batch) | (beside(raw) if beside else {})
+
+    def prepared(raw):
+        model = beginning.abstract_model()
+        programs, samples, rewards = rollouts.programs(_policy(model), raw)
+        extra = {name: beginning.abstract.extra[name] for name in carried}
+        frozen_model = None if reference is None else stage.abstract(reference, mesh)
+        arguments = (model, frozen_model, samples, rewards, stage.abstract_key(), extra)
+        programs["judge"] = Program(judge, arguments, placement)
+        rows = beside(stage.abstract_rows(raw, mesh)) if beside else {}
+        return programs, programs["judge"].results() | rows
 
     def measure(rollout, rewards, rows):
         values, scored = total(rewards, rollouts.weights)
@@ -136,14 +183,25 @@ def make_evaluate(rollouts, frozen, mesh, metrics):
         mask = np.array(raw["prompt_mask"])
         mask[~real, -1] = True
         raw, index = stage.split_index(raw | {"prompt_mask": mask}, mesh)
-        model = lora.join(frozen, state.model)
-        policy = model["policy"] if isinstance(model, dict) else model
-        rollout = rollouts.sample(policy, raw, key)
-        rewards = rollouts.score(rollout, np.maximum(index, 0))
-        rows = np.repeat(real, len(rollout["tokens"]) // len(real))
-        return measure_jitted(rollout, rewards, sharding.shard_batch(rows, mesh))
+        policy = _policy(lora.join(frozen, state.model))
+        samples = rollouts.sample(policy, raw, key)
+        rewards = rollouts.score(samples, np.maximum(index, 0))
+        rows = np.repeat(real, len(samples["tokens"]) // len(real))
+        return measure_jitted(samples, rewards, sharding.shard_batch(rows, mesh))
 
-    return evaluate
+    return assemble(
+        mesh,
+        beginning,
+        update=update,
+        prepare=prepare,
+        prepared=prepared,
+        evaluate=evaluate,
+        work=work,
+    )
+
+
+def _policy(model):
+    return model["policy"] if isinstance(model, dict) else model
 
 
 def _generate(policy, raw, key, config, stop_ids, samples):

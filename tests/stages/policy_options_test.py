@@ -263,7 +263,7 @@ def test_what_is_paid_then_is_the_score_alone(run):
     with jax.set_mesh(cases.single()):
         judged = jax.jit(judge)(
             *(parts, models["reference"], drawn, run.rewards.astype(np.float32)),
-            *(jax.random.key(0), 0.1),
+            *(jax.random.key(0), {"kl_coef": 0.1}),
         )
     told = cases.told({k: v.compute() for k, v in judged["metrics"].items()})
     assert told["objective/non_score_reward"] == 0

@@ -22,7 +22,7 @@ PROGRAMS = {
     "reward": {"update", "evaluate"},
     "preference": {"reference", "update", "evaluate"},
     "unpaired_preference": {"reference", "policy", "update", "evaluate"},
-    "online_preference": {"sample", "score", "rank", "reference", "update"},
+    "online_preference": {"sample", "score", "judge", "update"},
     "policy": {"sample", "score", "judge", "update"},
     "group_policy": {"sample", "score", "judge", "update"},
 }
