@@ -14,7 +14,7 @@ alone; settings of the objective itself are those of its paper where this world 
 them. seeds=N trains each arm N times, on other samples or in another order; share=0.5
 takes half the steps.
 
-The measured table is in the README.
+The measured tables are in docs/results.md.
 """
 
 import json
