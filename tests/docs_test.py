@@ -15,7 +15,7 @@ FILE = re.compile(r"\b(?:stagecraft|experiments|tests|docs|notebooks)/[\w/]+\.\w
 
 
 def folder_map():
-    """Returns the lines of the README's map below "stagecraft/": {name: line number}."""
+    """Returns {name: its number} of the README's map below "stagecraft/"."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     _, _, below = text.partition("\n    stagecraft/\n")
     names = re.findall(r"^ {8}(\w+)/? ", below.partition("\n\n")[0], re.MULTILINE)

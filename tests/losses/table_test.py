@@ -15,7 +15,9 @@ LOSSES = {function: name for family in FAMILIES for name, function in family.ite
 
 def test_the_page_lists_today_s_losses():
     text = PAGE.read_text(encoding="utf-8")
-    assert page.written(text) == text, "run python -m stagecraft.losses docs/objectives.md"
+    assert page.written(text) == text, (
+        "run python -m stagecraft.losses docs/objectives.md"
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSSES.get)

@@ -183,7 +183,10 @@ def test_a_function_of_ones_own_package_also_in_a_list(package):
         (dict(objective="dpo,hinj"), "'hinj': no such loss; did you mean 'hinge'"),
         (dict(objective="xyzxyz"), "no such loss; this kind .* apo_zero"),
         (dict(objective="kto"), "'kto': is a loss of single judged completions"),
-        (dict(objective="gspo"), "is a loss of sampled tokens; this kind of stage has dpo"),
+        (
+            dict(objective="gspo"),
+            "is a loss of sampled tokens; this kind of stage has dpo",
+        ),
         (dict(objective=" , "), "objective: is empty"),
         (dict(objective="nowhere_at_all:mine"), "cannot import it"),
         (dict(objective="json:nothing"), "cannot import it"),
