@@ -249,7 +249,7 @@ def _add(c, label, name, recipe, places):
 
 
 def _graph(c, label, name, pairs, recipe, places):
-    """Arms of several stages: sample, judge, then train on what was judged."""
+    """Arms of several stages: sample, rate, then train on the records."""
     asked = dict(
         reward_from=places["reward"],
         data=dict(files="world:prompts.jsonl"),

@@ -65,7 +65,7 @@ def _take_model(c):
     first = outside(c)[0]
     source = locate.locate(first)
     if not source.outward and source.record() is None:
-        return  # a name that stands for nothing, which is refused below
+        return  # an unknown name, which is refused below
     model = source.info()["model"]
     given = c.model.max_length
     for key in c.model:
