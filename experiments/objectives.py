@@ -14,7 +14,7 @@ alone; settings of the objective itself are those of its paper where this world 
 them. seeds=N trains each arm N times, on other samples or in another order; share=0.5
 takes half the steps.
 
-The measured table is in the README.
+The measured tables are in docs/results.md.
 """
 
 import json
@@ -249,7 +249,7 @@ def _add(c, label, name, recipe, places):
 
 
 def _graph(c, label, name, pairs, recipe, places):
-    """Arms of several stages: sample, judge, then train on what was judged."""
+    """Arms of several stages: sample, rate, then train on the records."""
     asked = dict(
         reward_from=places["reward"],
         data=dict(files="world:prompts.jsonl"),

@@ -1,4 +1,4 @@
-"""How fast the stages run on this machine: real steps on made-up batches of one shape.
+"""Times the stages on this machine: real steps on synthetic batches of one shape.
 
 One line of JSON a figure, with the machine, the time of a step and what it amounts to
 in tokens and FLOPs a second. A step is all that training does per step: sampling,
@@ -180,7 +180,7 @@ def _stage(name, mesh, steps, dtype):
 
 
 def _parents(kind, model_config, mesh):
-    """Random models in every required role; a reference is the start itself."""
+    """Makes random models in every required role; a reference is the start itself."""
     if not kind.roles["start"].required:
         return {}
 

@@ -4,7 +4,7 @@ A checkpoint has three items, so that a child stage or an export reads the param
 alone: `model` (names such as layers/attention/query), `train` (optimizer state, step
 and the rest of the stage's state) and `data` (the data iterator's state). Orbax writes
 into a temporary folder and renames it, so that a checkpoint exists whole or not at all,
-whenever the process dies.
+whenever the process is killed.
 """
 
 from pathlib import Path

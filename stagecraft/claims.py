@@ -16,7 +16,7 @@ _CLAIM = re.compile(r"\S+ (<=|>=|<|>) \S+( [-+*] \S+)?")
 
 
 def parse(claim: str) -> tuple[str, str, list[str]]:
-    """The key, the sign and the words of the value; UserError for anything else.
+    """Parses a claim: key, sign, words of the value; UserError for anything else.
 
     >>> parse("ppo.gold_mean > sft.gold_mean + 0.4")
     ('ppo.gold_mean', '>', ['sft.gold_mean', '+', '0.4'])
@@ -66,7 +66,7 @@ def check(summary: dict, claims: tuple[str, ...]) -> dict[str, dict]:
 
 
 def lookup(summary: dict, key: str):
-    """The value under a dotted key; None where there is none."""
+    """Returns the value under a dotted key; None where there is none."""
     value = summary
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -76,7 +76,7 @@ def lookup(summary: dict, key: str):
 
 
 def _missing(summary, words):
-    """One line about the first figure that a stage which ran does not have, or ""."""
+    """Returns a line about the first figure that a finished stage lacks, or ""."""
     for word in words:
         stage, _, figure = word.partition(".")
         if stage in summary and figure and lookup(summary, word) is None:

@@ -1,7 +1,7 @@
 """The command line: `stagecraft run`, `prompt`, `export` and others (`commands`).
 
 A UserError is printed as one line and ends the command with status 2; `--debug` shows
-the traceback. Anything else that escapes is a bug of ours and is shown whole.
+the traceback. Any other exception is a bug in the library and is shown whole.
 """
 
 import importlib.util
@@ -75,7 +75,7 @@ def _dispatch(argv):
 def _parse(argv, taken):
     """Defines a command's flags and parses them; returns the other arguments.
 
-    What is wrong with them is a UserError.
+    Raises UserError for a wrong flag.
     """
     FLAGS.set_gnu_getopt(True)  # flags may stand behind folders and prompts
     config = None
@@ -161,14 +161,14 @@ def _check_overrides(config, argv):
 
 
 class _Remarks(logging.Handler):
-    """Prints the library's own remarks to standard error, beside a live line."""
+    """Prints the library's own log lines to standard error."""
 
     def emit(self, record):
         print(f"stagecraft: {record.getMessage()}", file=sys.stderr)
 
 
 def _quiet():
-    """Silences other libraries' remarks, except errors, and prints our own."""
+    """Silences other libraries' logs, except errors, and prints our own."""
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -192,7 +192,7 @@ def _overview():
     ]
     for name, command in commands.COMMANDS.items():
         lines.append(f"  {name:<8} {command.__doc__.splitlines()[0]}")
-    lines += ["", "stagecraft COMMAND --help tells the flags of each."]
+    lines += ["", "stagecraft COMMAND --help lists the flags of a command."]
     return "\n".join(lines)
 
 

@@ -16,10 +16,10 @@ class Flag(NamedTuple):
 
     Attributes:
         name: --NAME.
-        default: its value where it is not given.
+        default: its value when it is not given.
         help: a few words.
-        kind: of its value; that of the default without.
-        least: of a number.
+        kind: type of its value; by default that of `default`.
+        least: smallest number allowed.
     """
 
     name: str
@@ -34,16 +34,16 @@ WORKDIR = Flag("workdir", None, "the run's folder", str)
 SAMPLING = (
     Flag("temperature", 0.0, "0 for the likeliest answer"),
     Flag("max_new_tokens", 48, "longest answer, in tokens"),
-    Flag("seed", 0, "of the sampling"),
+    Flag("seed", 0, "seed of the sampling"),
 )
 # How tasks are asked.
 ASKING = (
     Flag("limit", 0, "documents of each task; 0 for all", least=0),
-    Flag("batch_size", 32, "rows worked on at once", least=1),
-    Flag("apply_chat_template", False, "ask in turns of a chat"),
+    Flag("batch_size", 32, "rows computed at once", least=1),
+    Flag("apply_chat_template", False, "ask through the model's chat template"),
     Flag("num_fewshot", None, "examples before each question", int, 0),
-    Flag("seed", 0, "of sampled generations"),
-    Flag("out", None, "the results; WORKDIR/evaluations.json", str),
+    Flag("seed", 0, "seed of sampled generations"),
+    Flag("out", None, "file of results; by default WORKDIR/evaluations.json", str),
 )
 
 
@@ -85,7 +85,7 @@ def run_(rest):
 @takes(
     WORKDIR,
     *SAMPLING,
-    Flag("samples", 1, "answers a stage"),
+    Flag("samples", 1, "answers of each stage"),
 )
 def prompt(rest):
     """Show one prompt through every finished stage, side by side.
@@ -116,13 +116,13 @@ def prompt(rest):
 @takes(
     WORKDIR,
     *SAMPLING,
-    Flag("stage", "", "whose model to talk to"),
+    Flag("stage", "", "stage whose model to talk to"),
 )
 def chat(rest):
     """Talk to one stage's model, turn by turn.
 
-    An empty line, /quit or ctrl-D ends the talk, /reset begins anew; lines may be
-    piped in.
+    An empty line, /quit or ctrl-D ends the conversation, /reset starts a new one;
+    lines may be piped in.
 
     stagecraft chat --workdir=runs/a --stage=dpo
     """
@@ -161,11 +161,11 @@ def report_(rest):
 
 @takes(
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
-    Flag("baseline", "", "the arm others are held against"),
+    Flag("baseline", "", "the arm that others are compared with"),
     Flag("out", "compare.html", "the page to write"),
 )
 def compare_(rest):
-    """Hold runs side by side: figures by arm, intervals over seeds, what is noise.
+    """Compare runs: figures by arm, intervals over seeds, what is noise.
 
     stagecraft compare runs/dpo_seed0 runs/dpo_seed1 runs/ipo_seed0 runs/ipo_seed1
     stagecraft compare runs/a runs/b --stages=dpo,ppo --baseline=dpo --out=ab.html
@@ -174,8 +174,8 @@ def compare_(rest):
     Runs that differ only in seed are one arm; so are the stages NAME_seed0,
     NAME_seed1, ... of one run. Several arms of one stage are named by the settings
     that differ. Each figure is a mean over seeds with its 95% interval; each arm is
-    held against a baseline, and a difference whose interval holds 0 is within noise.
-    Prints the table and writes it as a page, with the numbers as JSON beside it.
+    compared with a baseline, and a difference whose interval holds 0 is within noise.
+    Prints the table, and writes it as a page and as JSON.
     """
     from stagecraft.report import compare, compare_page, terminal
 
@@ -188,18 +188,19 @@ def compare_(rest):
 
 @takes(
     WORKDIR,
-    Flag("stage", "", "whose models, as in sft,dpo, or all"),
-    Flag("tasks", "", "names, YAML files, folders of them"),
+    Flag("stage", "", "stages to evaluate, as in sft,dpo, or all"),
+    Flag("tasks", "", "names of tasks, YAML files, or folders of them"),
     *ASKING,
 )
 def eval_(rest):
-    """Ask finished stages the tasks of lm-evaluation-harness, side by side.
+    """Evaluate finished stages on tasks of lm-evaluation-harness, side by side.
 
     stagecraft eval --workdir=runs/a --stage=all --tasks=my_tasks/
     stagecraft eval --workdir=runs/a --stage=sft,dpo --tasks=hellaswag,qa.yaml
 
-    Tasks are names the harness knows, YAML files, or folders of them. Results add up in
-    WORKDIR/evaluations.json and in the report. Bare-text stages get no chat template.
+    Tasks are names the harness knows, YAML files, or folders of them. Results are
+    added to WORKDIR/evaluations.json and shown in the report. Bare-text stages get no
+    chat template.
     """
     _no_more(rest)
     from stagecraft.anatomy import evaluate
@@ -216,12 +217,12 @@ def eval_(rest):
 
 
 @takes(
-    Flag("config", None, "what to do: FILE[:ARG]", CONFIG),
+    Flag("config", None, "a curation: FILE[:ARG]", CONFIG),
     Flag("executor", "local", "or ray:ADDRESS, or slurm:partition=NAME,time=HH:MM:SS"),
     Flag("workers", os.cpu_count() or 1, "tasks at once"),
 )
 def curate(rest):
-    """Raw text to filtered, deduplicated, scored, tokenised text, and a page about it.
+    """Curate raw text: filter, deduplicate, score and tokenise it, and report on it.
 
     stagecraft curate --config=experiments/curate.py:in=raw/*.jsonl.gz,out=clean
     stagecraft curate --config=experiments/curate.py:in=FILES,out=DIR,tokenizer=FILE
@@ -229,15 +230,15 @@ def curate(rest):
     stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
 
     in=FILES: .txt, .jsonl, .json (all also .gz, .zst), .parquet, .arrow and more; a
-    file, folder, glob or address (s3://...), several separated by commas. Beside
-    out=DIR, perhaps language=de, good=FILES and bad=FILES (samples to score by),
+    file, folder, glob or address (s3://...), several separated by commas. Optional:
+    language=de, good=FILES and bad=FILES (samples to score by),
     share=0.5, evaluation=FILES, tokenizer=FILE.
 
     DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
-    says what each step removed and why. Every key with its default and a word is in
+    says what each step removed and why. Every key with its default and meaning is in
     stagecraft/curate/config.py. The same command goes on where it was stopped.
-    Ray and Slurm need DIR on storage that all their machines share; what Slurm made
-    gets its page when the same command is given again.
+    Ray and Slurm need DIR on storage that all their machines share; for a
+    run by Slurm the same command, given again, writes the page.
     """
     _no_more(rest)
     from stagecraft.curate import curation
@@ -253,15 +254,15 @@ def curate(rest):
 
 @takes(
     Flag("what", "", "figures to measure; all by default"),
-    Flag("steps", 8, "timed steps of each"),
-    Flag("dtype", "float32", "of the computation, or bfloat16"),
+    Flag("steps", 8, "timed steps of each figure"),
+    Flag("dtype", "float32", "dtype of the computation; or bfloat16"),
 )
 def bench_(rest):
     """Time the stages on this machine: one JSON line a figure.
 
     stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
 
-    Real steps of a small Llama (5.5M parameters) on made-up batches of fixed shapes.
+    Real steps of a small Llama (5.5M parameters) on synthetic batches of fixed shapes.
     Compare figures of one run on an idle machine only.
     """
     _no_more(rest)
@@ -273,10 +274,10 @@ def bench_(rest):
 
 @takes(
     WORKDIR,
-    Flag("name", "base", "of the stage"),
+    Flag("name", "base", "name of the stage"),
 )
 def import_(rest):
-    """Make a work directory out of a Hugging Face folder: one finished stage.
+    """Import a Hugging Face folder as a work directory with one finished stage.
 
     stagecraft import models/Qwen3-0.6B --workdir=runs/qwen
     stagecraft import models/reward --workdir=runs/reward --name=reward
@@ -296,13 +297,13 @@ def import_(rest):
 
 @takes(
     WORKDIR,
-    Flag("stage", "", "whose model to write"),
+    Flag("stage", "", "stage whose model to write"),
     Flag("to", "", "the folder to write"),
-    Flag("dtype", "float32", "of the weights: bfloat16, float16"),
-    Flag("shard_size", "5GB", "most bytes in a file: 500MB, 5GB"),
-    Flag("overwrite", False, "replace a folder that is there"),
+    Flag("dtype", "float32", "dtype of the weights; or bfloat16, float16"),
+    Flag("shard_size", "5GB", "largest size of a file: 500MB, 5GB"),
+    Flag("overwrite", False, "replace an existing folder"),
     Flag("adapter", False, "write the LoRA adapter, as PEFT does"),
-    Flag("base", "", "the folder that --adapter is to sit on"),
+    Flag("base", "", "the base model of --adapter, a folder"),
 )
 def export(rest):
     """Write a stage's model as a folder that transformers, vLLM and others open.
@@ -310,11 +311,11 @@ def export(rest):
     stagecraft export --workdir=runs/a --stage=dpo --to=models/mine --dtype=bfloat16
 
     Weights in shards, config.json, generation_config.json, the tokenizer and its chat
-    template unchanged. The folder appears whole or not at all. A reward model leaves
-    as a ...ForSequenceClassification with one label.
+    template unchanged. The folder appears whole or not at all. A reward model is
+    written as a ...ForSequenceClassification with one label.
 
-    A stage that trained an adapter (LoRA) leaves merged; with --adapter as a PEFT
-    folder, on the Hugging Face folder it was trained on or on --base=FOLDER.
+    An adapter (LoRA) is merged into its base; with --adapter it is written as a PEFT
+    folder, for the Hugging Face folder it was trained on or for --base=FOLDER.
     """
     _no_more(rest)
     from stagecraft import exchange

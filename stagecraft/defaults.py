@@ -2,9 +2,10 @@
 
 The keys of `model` lie in `models/config.py`, since they make the decoder.
 
-`experiment()` and `stage(kind)` return complete configs; an experiment file changes
-what it is about and nothing else. Library code reads keys plainly, since all of them
-are always there. "" stands for none in texts, 0 for never or off in numbers.
+`experiment()` and `stage(kind)` return complete configs; an experiment file sets
+only the keys it is about. Library code reads keys without defaults of its own, since
+all of them are always there. "" stands for none in texts, 0 for never or off in
+numbers.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ KEYS_WITHOUT_EFFECT = ("mesh", "every", "cache", "workers", "trackers")
 
 
 def experiment():
-    """The top level: what all stages of an experiment share."""
+    """Returns the top level: what all stages of an experiment share."""
     c = ConfigDict()
     c.seed = 0
     c.mesh = mesh()
@@ -50,7 +51,7 @@ def experiment():
 
 
 def mesh():
-    """Devices along each axis; -1 takes all that remain."""
+    """Returns the devices along each axis; -1 takes all that remain."""
     return ConfigDict(dict(data=-1, fsdp=1, tensor=1))
 
 
@@ -59,7 +60,7 @@ def model():
     its default and its meaning.
 
     They are for models trained from scratch. Where every stage starts from a folder,
-    the folder's model is used whatever is set here, except for how to compute (dtype,
+    the folder's model replaces what is set here, except for how to compute (dtype,
     remat) and a max_length other than the default.
     """
     given = ("vocab_size", "family")  # by the tokenizer, and by a folder
@@ -68,7 +69,7 @@ def model():
 
 
 def optimizer():
-    """AdamW behind a clip by global norm; see `stagecraft.optim`."""
+    """Returns AdamW behind a clip by global norm; see `stagecraft.optim`."""
     return ConfigDict(
         dict(
             # or "adam", "lion", "adafactor", "muon", "rmsprop", "sgd"
@@ -90,7 +91,7 @@ def optimizer():
 
 
 def lora():
-    """Train thin matrices beside the weights, not the weights; `models/lora.py`."""
+    """Returns settings of low-rank adapters, off by default; see `models/lora.py`."""
     return ConfigDict(
         dict(
             rank=0,  # of the matrices; 0 trains the weights themselves
@@ -104,12 +105,12 @@ def lora():
 
 
 def every():
-    """How often, in steps; 0 for never (the last step is always saved)."""
+    """Returns how often, in steps; 0 for never (the last step is always saved)."""
     return ConfigDict(dict(log=10, eval=0, save=0, sample=0))
 
 
 def sampling():
-    """How completions are drawn; log-probabilities use the same temperature."""
+    """Returns how completions are sampled; log-probs use the same temperature."""
     return ConfigDict(dict(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0))
 
 
@@ -369,7 +370,7 @@ RECORDS = ("comparisons", "selection")  # kinds that write records and train not
 
 
 def stage(kind, **changes):
-    """The complete config of a stage of one kind.
+    """Returns the complete config of a stage of one kind.
 
     Args:
         kind: one of `KINDS`.

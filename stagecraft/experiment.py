@@ -1,6 +1,6 @@
 """An experiment is a graph of stages: here it is completed, checked and ordered.
 
-Whatever can be refused is refused here, before anything is compiled or written.
+All that can be refused is refused here, before anything is compiled or written.
 """
 
 from stagecraft import claims, defaults, schema, sharding, trackers, worlds
@@ -14,7 +14,7 @@ from stagecraft.stages.kinds import KINDS
 
 
 def resolve(config, *, check=True):
-    """The complete config: defaults filled in, every key, type and reference checked.
+    """Returns the complete config: defaults filled in, keys, types and names checked.
 
     Args:
         config: a ConfigDict or dict as an experiment's `get_config` returns.
@@ -49,23 +49,23 @@ def resolve(config, *, check=True):
 
 
 def outside(c):
-    """Where stages start from outside this experiment: folders, each once."""
+    """Returns the folders outside this experiment that stages start from, each once."""
     parents = [stage.start_from for stage in c.stages.values()]
     return list(dict.fromkeys(p for p in parents if p and p not in c.stages))
 
 
 def _take_model(c):
-    """Where no stage starts from nothing, c.model is what is started from.
+    """Fills c.model from the model that stages start from, if none starts from scratch.
 
-    What says how to compute stays the experiment's, and so does a max_length that was
-    changed: the longest the run is to see, not what the model was made for.
+    Settings of how to compute stay the experiment's, and so does a max_length that was
+    changed: it is the longest row of this run, not the limit of the model.
     """
     if not outside(c) or any(not stage.start_from for stage in c.stages.values()):
         return
     first = outside(c)[0]
     source = locate.locate(first)
     if not source.outward and source.record() is None:
-        return  # a name that stands for nothing, which is refused below
+        return  # an unknown name, which is refused below
     model = source.info()["model"]
     given = c.model.max_length
     for key in c.model:
@@ -127,7 +127,7 @@ def _check_role(c, name, role, mesh):
 
 
 def _check_folder(where, source, models, mesh):
-    """Looks at a Hugging Face folder that plays a role."""
+    """Checks a Hugging Face folder that has a role in a stage."""
     module = models[0] if len(models) == 1 else None
     try:
         source.examine(mesh, module=module)
@@ -136,12 +136,12 @@ def _check_folder(where, source, models, mesh):
 
 
 def mesh_sizes(c, stage):
-    """Devices along each axis of a stage's mesh."""
+    """Returns the devices along each axis of a stage's mesh."""
     return {axis: stage.mesh[axis] or c.mesh[axis] for axis in sharding.AXES}
 
 
 def parents(c, name):
-    """{ROLE_from: stage name or path} of a stage, empty ones filled by their fallback.
+    """Returns {ROLE_from: stage name or path}, empty roles filled by their fallback.
 
     A role left empty is played by another: the reference is the parent as it was.
     """
@@ -154,7 +154,7 @@ def parents(c, name):
 
 
 def order(c, only=()):
-    """Stage names, parents first; a circle is a UserError."""
+    """Returns stage names, parents first; a circle is a UserError."""
     done, open_ = [], []
 
     def visit(name):
@@ -183,7 +183,7 @@ def order(c, only=()):
 
 
 def identity(plain):
-    """The part of a plain config that decides the numbers."""
+    """Returns the part of a plain config that decides the numbers."""
     if not isinstance(plain, dict):
         return plain
     without = defaults.KEYS_WITHOUT_EFFECT

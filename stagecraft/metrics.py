@@ -82,7 +82,7 @@ class Clock:
 
 
 def section(name):
-    """Times a part of the section that runs, apart from the rest of it.
+    """Times a part of the running section, apart from the rest of it.
 
     Does nothing where no clock runs.
     """
@@ -210,7 +210,7 @@ class Progress:
             self._bar.start()
 
     def note(self, text):
-        """Says what a long silent moment is about: compiling, restoring, saving."""
+        """Shows what a long silent moment is spent on: compiling, restoring, saving."""
         if self._bar:
             self._bar.update(self._task, text=text)
         else:

@@ -6,11 +6,12 @@ WORKDIR/config.json          the resolved config
 WORKDIR/lineage.json         what each stage started from: digests of config, data
                              and parents
 WORKDIR/tokenizer/           its files, unchanged
-WORKDIR/world/               what the embedded world wrote
+WORKDIR/world/, curation/    what the embedded world wrote, what was curated
+WORKDIR/cache/, compiled/    tokenised text, compiled programs
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
                              TensorBoard events; journal.jsonl and records.jsonl of a
                              stage that writes records
-WORKDIR/summary.json, prompt.json, report.html
+WORKDIR/summary.json, prompt.json, evaluations.json, report.html
 """
 
 import contextlib

@@ -57,7 +57,7 @@ def train(
         folder: WORKDIR/STAGE.
         name: the stage's name, for the progress line.
         key: the stage's random key.
-        hooks: what the stage does besides.
+        hooks: what the stage does besides training.
 
     Returns:
         the final state, and {"steps", "seconds", "tokens", "peak_memory_bytes"}.

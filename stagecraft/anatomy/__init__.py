@@ -1,1 +1,1 @@
-"""What each stage changed, from its files: weights, behaviour, cost, a report."""
+"""What each stage changed: weights, behaviour, cost, held-out figures."""

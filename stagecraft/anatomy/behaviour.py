@@ -7,7 +7,7 @@ from stagecraft.errors import UserError
 
 
 def speaking_stages(run):
-    """Finished stages whose model writes text, in the order of the graph."""
+    """Returns the finished stages whose model writes text, in the graph's order."""
     return [
         name
         for name in run.stages

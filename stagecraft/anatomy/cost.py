@@ -113,7 +113,7 @@ def _biases(c, queries, keys, dense):
 def forward_flops(
     model: Mapping, tokens: float, context: float, *, scalar: bool = False
 ) -> float:
-    """FLOPs of a forward pass.
+    """Counts the FLOPs of a forward pass.
 
     Args:
         model: a ModelConfig as a mapping.
@@ -140,7 +140,7 @@ def forward_flops(
 
 
 def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> float:
-    """FLOPs of a whole stage.
+    """Counts the FLOPs of a whole stage.
 
     Args:
         counters: tokens by what was done with them; one left out is 0.
@@ -150,8 +150,8 @@ def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> 
             scalar_trained, scalar_scored: the same for reward and value models.
             context: mean number of positions a token attends to.
         model: a ModelConfig as a mapping.
-        adapter: whether training was of a LoRA adapter: backward then costs one
-            forward, since no gradient of the weights below is made. The thin matrices
+        adapter: whether a LoRA adapter was trained: backward then costs one
+            forward, since the frozen weights need no gradient. The thin matrices
             themselves are not counted.
 
     Returns:
@@ -179,7 +179,7 @@ def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> 
 
 
 def share(stage: float, pretrain: float) -> float:
-    """A stage's FLOPs as a share of pretraining's.
+    """Returns a stage's FLOPs as a share of pretraining's.
 
     In published runs the later stages cost from 0.1 to some percent; with a small world
     and a small model, pretraining is so short that the share is far above that.

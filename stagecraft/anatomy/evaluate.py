@@ -37,7 +37,7 @@ def evaluate(
     seed=0,
     out=None,
 ):
-    """Asks stages what tasks ask.
+    """Evaluates stages on tasks.
 
     Args:
         run: a `runs.Run`.
@@ -45,7 +45,7 @@ def evaluate(
         tasks: bundled names, YAML files, folders of YAML files.
         limit: documents of each task; 0 for all.
         batch_size: rows worked on at once.
-        apply_chat_template: through the model's own, for stages that speak in turns.
+        apply_chat_template: through the model's own, for stages that answer in turns.
         num_fewshot: examples before each question; None for what the task says.
         seed: of generations that are sampled.
         out: the file of results; None for WORKDIR/evaluations.json.
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def read(path):
-    """The records of an evaluations.json; [] where there is none."""
+    """Reads the records of an evaluations.json; [] where there is none."""
     records = storage.read_json(path, [])
     whole = {*KEY, "metrics"}
     return [one for one in records if isinstance(one, dict) and whole <= one.keys()]
@@ -124,7 +124,7 @@ def _quiet():
 
 
 def _tasks(tasks):
-    """What the harness is to load, and the `TaskManager` that knows it."""
+    """Returns the tasks for the harness to load, and a `TaskManager` for them."""
     from lm_eval.tasks import TaskManager
 
     if not tasks:
@@ -176,7 +176,7 @@ def _line(specs, error):
 
 
 def model(language, *, seed=0):
-    """A `Language` as a model of the harness's own type, for `simple_evaluate`."""
+    """Wraps a `Language` in the harness's own model type, for `simple_evaluate`."""
     from lm_eval.api.model import LM
 
     class Model(Answers, LM):
@@ -186,7 +186,7 @@ def model(language, *, seed=0):
 
 
 def _ask(language, specs, manager, *, limit, chat, shots, seed):
-    """[{"task", "documents", "metrics"}] of one stage's model."""
+    """Returns [{"task", "documents", "metrics"}] of one stage's model."""
     import lm_eval
 
     answer = lm_eval.simple_evaluate(
@@ -211,7 +211,7 @@ def _ask(language, specs, manager, *, limit, chat, shots, seed):
 
 
 def metrics(values):
-    """{name: {"value", "stderr"}} of the harness's figures of one task.
+    """Returns {name: {"value", "stderr"}} of the harness's figures of one task.
 
     >>> metrics({"alias": "qa", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,x": 1})
     {'acc': {'value': 0.5, 'stderr': 0.1}, 'f1 (x)': {'value': 1, 'stderr': None}}
@@ -234,7 +234,7 @@ def metrics(values):
 
 
 def side_by_side(records, order=()):
-    """Records as a table with one column a stage.
+    """Arranges records as a table with one column a stage.
 
     Args:
         records: see `evaluate`.
@@ -259,7 +259,7 @@ def side_by_side(records, order=()):
 
 
 def _how(record):
-    """How a task was asked, in words: "5-shot, chat, first 100"."""
+    """Returns how a task was asked, in words: "5-shot, chat, first 100"."""
     words = []
     if record["shots"] is not None:
         words.append(f"{record['shots']}-shot")

@@ -1,7 +1,7 @@
 """The figures of a run: one row each, read by every table, page and chart.
 
-A figure is measured in `anatomy` or by a world's probes under its `name`; whatever has
-no row here is shown all the same, under its plain name.
+A figure is measured in `anatomy` or by a world's probes under its `name`; a figure
+without a row here is shown under its plain name.
 """
 
 from typing import NamedTuple
@@ -190,7 +190,7 @@ COLUMNS = tuple(sorted((f for f in FIGURES if f.column), key=lambda f: f.column)
 
 
 def figure(name: str) -> Figure:
-    """The row of a figure; one is made up where the table has none.
+    """Returns the row of a figure; a plain one where the table has none.
 
     >>> figure("kl").digits, figure("my_rate").title
     (2, 'my rate')

@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness asks for it: log-likelihoods and generations.
+"""A model behind lm-evaluation-harness's interface: log-likelihoods and generations.
 
 The numbers are those of the harness's own Hugging Face backend on the same weights: how
 a context and its continuation are cut apart, what stands before an empty context, which
@@ -33,7 +33,7 @@ _log = logging.getLogger("stagecraft")
 
 @jax.jit
 def _likelihoods(model, batch):
-    """Sums of log-probabilities, and whether each token was the likeliest: f32[B]."""
+    """Returns summed log-probabilities, and whether all tokens were the likeliest."""
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     stats = model.token_logps(hidden, batch["targets"])
     logps = jnp.where(batch["mask"], stats.logps, 0.0).sum(-1)
@@ -57,21 +57,21 @@ class Answers:
 
     @property
     def tokenizer_name(self):
-        """The key under which requests with a chat template are cached."""
+        """Returns the key under which requests with a chat template are cached."""
         return self.language.tokenizer.digest
 
     def chat_template(self, chat_template=False):
-        """The source of the model's template; "" where turns are ids."""
+        """Returns the source of the model's template; "" where turns are ids."""
         template = self.language.tokenizer.template
         return template.sources["default"] if chat_template and template else ""
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """A conversation as a text that stands for its ids.
+        """Returns a conversation as a text that stands for its ids.
 
         Args:
             chat_history: [{"role", "content"}].
             add_generation_prompt: False where the last message is the beginning of the
-                answer that is to be continued.
+                answer to continue.
         """
         messages, begun = list(chat_history), ""
         if not add_generation_prompt:
@@ -98,7 +98,7 @@ class Answers:
         return f"{text}<|assistant|>", ids
 
     def _read(self, text):
-        """Ids of what a template wrote: control tokens are what they spell."""
+        """Returns the ids of a template's text: control tokens are what they spell."""
         tokenizer = self.language.tokenizer
         return tokenizer.encode_turns([], None, lambda *_: (text, []))[0]
 
@@ -112,7 +112,7 @@ class Answers:
         return self._turns.get(text) or self._encode(text, turns=text in self._turns)
 
     def _prefix(self):
-        """What an empty context is: bos, also one that texts are not given, or eos."""
+        """Returns the id of an empty context: bos, even if texts get none, or eos."""
         tokenizer = self.language.tokenizer
         named = getattr(tokenizer, "named_bos", None)
         candidates = (tokenizer.bos, named, tokenizer.eos)
@@ -121,11 +121,11 @@ class Answers:
     # -- log-likelihoods ---------------------------------------------------------------
 
     def loglikelihood(self, requests, **_):
-        """(log-probability in nats, is it the greedy one) of each (context, text)."""
+        """Returns (log-probability in nats, is it greedy) of each (context, text)."""
         return self._scored([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests, **_):
-        """Log-probability in nats of each whole text, in windows of the context."""
+        """Returns the log-probability in nats of each text, window by window."""
         rows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -140,7 +140,7 @@ class Answers:
         return totals
 
     def _pair(self, context, text):
-        """Ids of a context and of what follows, cut where the harness cuts them."""
+        """Returns the ids of a context and its continuation, cut as by the harness."""
         if not context:
             ids = self.language.tokenizer.encode(text)
             if ids[:1] == [self._prefix()]:
@@ -155,7 +155,7 @@ class Answers:
         return before or [self._prefix()], after
 
     def _scored(self, rows):
-        """(log-probability, is it greedy) of (ids before, ids) each, in their order."""
+        """Returns (log-probability, is it greedy) of each (ids before, ids)."""
         size, limit = self.language.batch_size, self.language.model.config.max_length
         for _, ids in rows:
             if len(ids) > limit:
@@ -181,7 +181,7 @@ class Answers:
     # -- generations -------------------------------------------------------------------
 
     def generate_until(self, requests, **_):
-        """The text that follows each context, up to the strings that end it."""
+        """Returns the text that follows each context, up to the strings that end it."""
         answers, groups = [None] * len(requests), {}
         for number, request in enumerate(requests):
             context, arguments = request.args
@@ -205,7 +205,7 @@ class Answers:
         return answers
 
     def _settings(self, arguments):
-        """A task's generation_kwargs as (tokens, temperature, top_k, top_p), until."""
+        """Reads generation_kwargs: (tokens, temperature, top_k, top_p), until."""
         for key, value in arguments.items():
             if key not in KNOWN and not (key == "num_beams" and value == 1):
                 raise UserError(
@@ -253,7 +253,7 @@ class Answers:
         return texts
 
     def _said(self, sample, count):
-        """[(text, has it ended by itself)] of the first rows of a `Sample`."""
+        """Returns [(text, has it ended by itself)] of a `Sample`'s first rows."""
         tokens, mask, ended = map(
             np.asarray, (sample.tokens, sample.mask, sample.ended)
         )
@@ -266,7 +266,7 @@ class Answers:
 
 
 def windows(ids, prefix, size):
-    """A long text as (ids before, ids) of which each of its ids is predicted once.
+    """Splits a long text into (ids before, ids); each id is predicted once.
 
     Each window sees as much of what is before as the context holds; the last reaches
     back for the part it does not predict.
@@ -289,7 +289,7 @@ def windows(ids, prefix, size):
 
 
 def _by_length(lengths, limit):
-    """[(padded length, numbers of the rows padded to it)], the longest first."""
+    """Returns [(padded length, numbers of its rows)], the longest first."""
     groups = {}
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         groups.setdefault(_padded(lengths[number], limit), []).append(number)
@@ -297,7 +297,7 @@ def _by_length(lengths, limit):
 
 
 def _padded(length, limit):
-    """16, 24, 32, 48, 64, 96, ...: two to an octave; the context at most.
+    """Rounds up to 16, 24, 32, 48, 64, 96, ..., at most the context.
 
     >>> [_padded(n, 100) for n in (1, 17, 32, 33, 49, 70, 97)]
     [16, 24, 32, 48, 64, 96, 100]
@@ -309,7 +309,7 @@ def _padded(length, limit):
 
 
 def _batch(rows, size, length):
-    """Rows of (ids, how many of the last are scored) as arrays [size, length]."""
+    """Returns rows of (ids, how many of the last are scored) as [size, length]."""
     batch = {k: np.zeros((size, length), np.int32) for k in ("ids", "targets")}
     batch["segments"] = np.zeros((size, length), np.int32)
     batch["mask"] = np.zeros((size, length), bool)

@@ -9,7 +9,7 @@ CONFIDENCE = 0.95
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean of a few seeds' figures, and half the width of its interval (Student's t).
+    """Returns the mean over seeds and half the width of its interval (Student's t).
 
     Args:
         values: numbers, one a seed.
@@ -31,7 +31,7 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def difference(ones: list[float], others: list[float]) -> tuple[float, float | None]:
-    """Difference of two means, and half its interval (Welch's unequal variances).
+    """Returns the difference of two means and half its interval (Welch).
 
     Args:
         ones, others: numbers, one a seed each.

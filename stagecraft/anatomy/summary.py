@@ -38,14 +38,14 @@ def _finished(run):
 
 
 def _last_evaluation(run, name):
-    """The stage's last eval_ metrics, under their own names."""
+    """Returns the stage's last eval_ metrics."""
     rows = metrics.read(run.root / name / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows]
     return next((row for row in reversed(rows) if row), {})
 
 
 def _weights(run):
-    """What each stage changed in the weights of the stage it started from."""
+    """Measures what each stage changed in the weights of its parent."""
     changes = {}
     for name in _finished(run):
         stage = run.config.stages[name]
@@ -57,7 +57,7 @@ def _weights(run):
 
 
 def _cost(run):
-    """FLOPs of each stage, and their share of pretraining's."""
+    """Returns the FLOPs of each stage, and their share of pretraining's."""
     flops = {}
     for name in _finished(run):
         record = run.record(name)
@@ -78,7 +78,7 @@ def _cost(run):
 
 
 def _seconds(run, started):
-    """Wall seconds by stage and in total; a resumed stage counts both its runs."""
+    """Returns wall seconds by stage and in total; resumed stages count all runs."""
     seconds, before = {}, 0.0
     for name in _finished(run):
         record = run.record(name)

@@ -16,7 +16,7 @@ _STACK = "layers/"  # leaves below it carry the layers on axis 0
 
 
 def matrix_name(name):
-    """Which matrix of a layer a parameter is, from its path in the tree.
+    """Returns which matrix of a layer a parameter is, from its path in the tree.
 
     >>> [matrix_name(f"layers/attention/{n}") for n in ("query", "query_norm/scale")]
     ['query', 'norm']
@@ -32,7 +32,7 @@ def matrix_name(name):
 
 
 def delta(before, after):
-    """The update between two trees, leaf by leaf.
+    """Returns the update between two trees, leaf by leaf.
 
     Returns:
         {name: f32 array}, for every parameter that both trees hold.
@@ -100,7 +100,7 @@ def compare(before, after):
 
 
 def spectrum(matrix):
-    """In how many directions a matrix acts.
+    """Measures in how many directions a matrix acts.
 
     Args:
         matrix: f[M, N].
@@ -128,7 +128,7 @@ def spectrum(matrix):
 
 
 def cosine(delta_a, delta_b):
-    """Cosine between two updates, over the parameters both hold.
+    """Returns the cosine between two updates, over the parameters both hold.
 
     Args:
         delta_a, delta_b: updates as `delta` returns them, or any trees of arrays. Two

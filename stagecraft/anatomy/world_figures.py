@@ -15,7 +15,7 @@ ROWS = 128  # held-out prompts answered at once
 
 
 def measure(run) -> dict[str, dict]:
-    """{stage: {figure: value}} of the finished stages that write or score text.
+    """Measures {stage: {figure: value}} of the finished stages.
 
     Args:
         run: a `runs.Run` with a world, inside its mesh.
@@ -45,7 +45,7 @@ def measure(run) -> dict[str, dict]:
 
 
 class _Answers:
-    """Sampled answers to the held-out prompts, and the models others are held against.
+    """Sampled answers to the held-out prompts, and the models of the baselines.
 
     Args:
         run: a `runs.Run`.
@@ -66,13 +66,13 @@ class _Answers:
         return self.samples[name]
 
     def second(self, name):
-        """Another answer to each prompt."""
+        """Returns another answer to each prompt."""
         if name not in self._second:
             self._second[name] = self._sample(self.base(name), seed=2)
         return self._second[name]
 
     def base(self, name):
-        """The model of a stage that several are held against, loaded once."""
+        """Returns the model of a stage that others are compared with, loaded once."""
         if name not in self._bases:
             self._bases[name] = self.run.language(name, ROWS)
         return self._bases[name]
@@ -82,7 +82,7 @@ class _Answers:
 
 
 def _speaking(run, name, world, entities, answers):
-    """Figures of a stage whose model writes text."""
+    """Measures the figures of a stage whose model writes text."""
     language, in_turns = run.language(name, ROWS), run.chat_format(name)
     figures = {}
     for ask, formats, about in world.probes.PROBES:
@@ -105,12 +105,11 @@ def _speaking(run, name, world, entities, answers):
 
 
 def sft_model(run, name: str) -> str | None:
-    """The SFT model a stage is compared with: the nearest one above it.
+    """Returns the SFT stage that a stage is compared with: the nearest above it.
 
     It is the first stage on the way up `start_from` that learns to predict text,
-    through whatever rounds of preference or policy training lie between: a stage of
-    this run, or the folder of another run's. None where there is none that answers in
-    turns.
+    past any rounds of preference or policy training in between: a stage of this run,
+    or the folder of another run's. None where no such stage answers in turns.
     """
     stages = run.config.stages
     parent = stages[name].start_from
@@ -130,7 +129,7 @@ def sft_model(run, name: str) -> str | None:
 
 
 def length_and_entropy(ids, logps) -> dict[str, float]:
-    """Length and entropy of sampled answers.
+    """Returns the length and entropy of sampled answers.
 
     Args:
         ids: token ids of each answer, the end token included where there is one.
@@ -153,7 +152,7 @@ def length_and_entropy(ids, logps) -> dict[str, float]:
 
 
 def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, list]:
-    """One answer a prompt at temperature 1.
+    """Samples one answer a prompt at temperature 1.
 
     Returns:
         prompts, ids: token ids; answers: (text, ended); logps: nats of whole answers.
@@ -180,7 +179,7 @@ def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, li
 
 
 def _kl(samples, reference):
-    """KL from a reference model over own samples, nats a sequence."""
+    """Returns the KL to a reference over own samples, nats a sequence."""
     rows = list(zip(samples["prompts"], samples["ids"], strict=True))
     reference_logps = reference.logprob_ids(rows)
     return float(np.mean(np.subtract(samples["logps"], reference_logps)))
@@ -190,7 +189,7 @@ def _kl(samples, reference):
 
 
 def _scored_model(config, name):
-    """The model whose answers a reward model was made to score: the nearest above."""
+    """Returns the stage whose answers a reward model scores: the nearest above."""
     base = config.stages[name].start_from
     while base in config.stages and roles.scores(config.stages[base].kind):
         base = config.stages[base].start_from
@@ -198,7 +197,7 @@ def _scored_model(config, name):
 
 
 def _scoring(run, name, base, world, answers, figures):
-    """Figures of a reward model; adds `reward_mean` to the stages that face it."""
+    """Measures a reward model; adds `reward_mean` to the stages it scores."""
     model, prompts = run.model(name), answers.prompts
     one, two = answers.of(base), answers.second(base)
     difference = np.subtract(_scores(model, one), _scores(model, two))
@@ -220,6 +219,6 @@ def _scoring(run, name, base, world, answers, figures):
 
 
 def _scores(model, samples):
-    """The reward model's score of each sampled answer: f32[B]."""
+    """Returns the reward model's score of each sampled answer: f32[B]."""
     rows = [p + a for p, a in zip(samples["prompts"], samples["ids"], strict=True)]
     return scores.of_rows(model, rows)

@@ -31,7 +31,7 @@ def defaults() -> ConfigDict:
     c.rules = RULES
     c.language = ConfigDict()
     c.language.keep = "en"  # or "de", "fr", ...: one of language_id.py; "" for all
-    c.language.unknown = False  # keep what is recognised as none
+    c.language.unknown = False  # keep text whose language is not recognised
     c.gopher_repetition = ConfigDict(
         dict(
             dup_line_frac=0.3,

@@ -131,7 +131,7 @@ def _slurm_settings(text):
 
 
 # -- this machine ----------------------------------------------------------------------
-# datatrove's own local executor waits for ever for a worker that was killed, so its
+# datatrove's own local executor waits forever for a worker that was killed, so its
 # tasks are given to a pool that notices.
 
 

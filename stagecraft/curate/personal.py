@@ -59,7 +59,7 @@ def _replace(pattern, by, is_one, text):
 
 
 def _public(address):
-    """Private and reserved addresses point at nobody."""
+    """Returns whether an address is public: private ones point at nobody."""
     try:
         return ipaddress.ip_address(address).is_global
     except ValueError:

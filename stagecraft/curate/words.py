@@ -5,9 +5,9 @@ import re
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 _HAN = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-# A Chinese or Japanese character is a word, since nothing is written between words. A
-# mark beside a word is none (so the rules' shares of words are their papers'), one
-# that stands alone is.
+# A Chinese or Japanese character is a word, since these scripts put no spaces between
+# words. A punctuation mark is a word only where it stands alone, so that the rules'
+# shares of words are their papers'.
 _WORD = re.compile(
     rf"[{_HAN}]|[^\W{_HAN}]+(?:['’-][^\W{_HAN}]+)*|(?<!\S)[^\w\s]+(?!\S)"
 )

@@ -1,1 +1,1 @@
-"""From files to batches: sources, packing, and an order that is a function."""
+"""From files to batches: readers, packing, and an order that is f(seed, step)."""

@@ -54,7 +54,7 @@ def build(stage, sources) -> StageData:
     samples = [prompt(number) for number in train[:4].tolist()]
     if not len(heldout):
         return StageData(dataset, samples=samples)
-    # Weights are for learning: what is held out counts as it comes.
+    # Weights are for training alone: held-out rows all count the same.
     rows = documents.rows(_packed(documents, heldout, data, None).rows)
     evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
     return StageData(dataset, evaluated, samples)

@@ -334,7 +334,7 @@ class _Writer:
     def _flush(self):
         if not self.buffered:
             return
-        # In 64 bits first: a small type would wrap what is outside it round.
+        # In 64 bits first: a small type would wrap ids outside its range.
         ids = np.concatenate([b.astype(np.int64) for b in self.buffer])
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()

@@ -5,8 +5,8 @@ masked and belongs to the step that calls them. Hyper-parameters are keyword-onl
 
 Each file ends with its losses, and `__all__`, what is offered here as `losses.NAME`.
 `TOKENS`, `REWARDS`, `PAIRS`, `UNPAIRED` and `POLICY` map the names that a config may
-use to functions, aliases included. `python -m stagecraft.losses` writes the table of
-the README from them.
+use to functions, aliases included. `python -m stagecraft.losses docs/objectives.md`
+writes the table of that page from them.
 
 B batch, T tokens, K completions; log-probabilities in nats. Column 0 of a pair is the
 chosen response.

@@ -1,6 +1,6 @@
 """Writes the table of objectives into a Markdown file, between its two markers.
 
-python -m stagecraft.losses README.md
+python -m stagecraft.losses docs/objectives.md
 """
 
 import inspect
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stagecraft import losses
 
-START = "<!-- objectives: python -m stagecraft.losses README.md -->"
+START = "<!-- objectives: python -m stagecraft.losses docs/objectives.md -->"
 END = "<!-- end of objectives -->"
 FAMILIES = {
     "tokens": losses.TOKENS,

@@ -21,7 +21,7 @@ def shift(ids: Array, mask: Array, segments: Array) -> tuple[Array, Array]:
 
     Args:
         ids: i32[..., T] token ids.
-        mask: bool[..., T], True where the token itself is to be learned.
+        mask: bool[..., T], True where the token itself is a target.
         segments: i32[..., T], one number per packed document from 1; 0 is padding.
 
     Returns:

@@ -55,12 +55,12 @@ class Arm:
     samples: list
 
     def values(self, figure):
-        """The figure of each sample; None where it was not measured."""
+        """Returns the figure of each sample; None where it was not measured."""
         return [sample.figures.get(figure) for sample in self.samples]
 
 
 def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]:
-    """The arms of several runs.
+    """Reads the arms of several runs.
 
     Args:
         folders: work directories of finished runs.
@@ -102,7 +102,7 @@ def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]
 
 
 def _gathered(repeats):
-    """[(why, stages, runs)] of (why, stage, run): one entry a set of runs."""
+    """Groups (why, stage, run) to [(why, stages, runs)], one entry a set of runs."""
     runs = {}
     for why, stage, run in repeats:
         runs.setdefault((why, stage), []).append(run)
@@ -142,7 +142,7 @@ def _same_measure(runs):
 
 
 def short(name: str) -> str:
-    """A stage's name without its seed.
+    """Returns a stage's name without its seed.
 
     >>> short("simpo_seed2"), short("dpo")
     ('simpo', 'dpo')
@@ -152,7 +152,7 @@ def short(name: str) -> str:
 
 
 def _chosen(runs, wanted):
-    """Names of the stages to compare, over all runs."""
+    """Returns the names of the stages to compare, over all runs."""
     everything = {s.name: (s, run) for run in runs for s in run.stages}
     if wanted:
         names = dict.fromkeys([*everything, *map(short, everything)])
@@ -224,7 +224,7 @@ def _add(arms, repeats, run, stage):
 
 
 def _repeated(seed, figures, other):
-    """Why a sample is the same draw as `other`; "" where it is another one."""
+    """Returns why a sample is the same draw as `other`; "" where it is not."""
     measured = (figures.keys() & other.figures.keys()) - {"seconds"}
     alike = all(
         math.isclose(figures[k], other.figures[k], rel_tol=1e-4, abs_tol=1e-6)
@@ -244,7 +244,7 @@ def _repeated(seed, figures, other):
 
 
 def _settings(run, name):
-    """{dotted key: value} of a stage, all it comes from, and what they share."""
+    """Returns {dotted key: value} of a stage, its parents, and what they share."""
     stages = {}
     _trace(run.config, name, stages)
     shared = {
@@ -273,7 +273,7 @@ def _trace(config, name, traced):
 
 
 def _renamed(config, value, traced, prefix):
-    """The value with the stages it names traced, and named without their seeds."""
+    """Returns a value, the stages it names traced and named without seeds."""
     if isinstance(value, list):
         return [_renamed(config, one, traced, prefix) for one in value]
     if not isinstance(value, str):
@@ -297,7 +297,7 @@ def _renamed(config, value, traced, prefix):
 
 
 def _outside(text):
-    """(config, name) of the run a path leads into; the name of a stage, or a file."""
+    """Returns (config, name) of the run a path leads into: a stage, or a file."""
     place = locate.run_of(text)
     if place is None:
         return None
@@ -307,7 +307,7 @@ def _outside(text):
 
 
 def _completed(config):
-    """The config with today's defaults in it: an older run may lack newer keys."""
+    """Returns a config with today's defaults: an older run may lack newer keys."""
     given = {k: v for k, v in config.items() if k != "stages"}
     try:
         return schema.plain(schema.merge(defaults.experiment(), given))
@@ -407,7 +407,7 @@ def _tokenizer(run):
 
 
 def _heldout(runs):
-    """The digests of what the runs evaluate on, as far as lineage.json has them."""
+    """Returns the digests of held-out data, as far as lineage.json has them."""
     digests_of = {}
     for run in runs:
         for stage in run.stages:

@@ -1,6 +1,6 @@
-"""Holds runs side by side: means over seeds, their intervals, and what is only noise.
+"""Compares runs: means over seeds, their intervals, and which differences are noise.
 
-An arm is what `arms` makes one: stages that differ in nothing but the seed. The same
+An arm is a set of stages that differ in nothing but the seed (`arms`). The same
 numbers are printed (`terminal`), written as a page (`compare_page`) and as JSON.
 """
 
@@ -26,10 +26,10 @@ def compare(
         folders: work directories of finished runs. Runs that differ only in seed are
             one arm; so are the stages NAME_seed0, NAME_seed1, ... of a run.
         stages: names of the stages to compare; () for all that answer in turns.
-        baseline: the label of the arm others are held against, or a part of it that
-            only one has. By default the first arm of a stage of which the runs hold
-            several versions, or else the first that does more than predict text, or
-            else the first.
+        baseline: the label of the arm that others are compared with, or a part of it
+            that only one has. By default the first arm of a stage of which the runs
+            hold several versions, or else the first that does more than predict text,
+            or else the first.
 
     Returns:
         a dict of JSON values: "arms", each with "figures" {figure: {values, mean,
@@ -71,7 +71,7 @@ def _known(arm, key):
 
 
 def _arm(arm, base):
-    """An arm's figures, and how they differ from the baseline's, as JSON."""
+    """Returns an arm's figures, and how they differ from the baseline's, as JSON."""
     keys = dict.fromkeys(k for sample in arm.samples for k in sample.figures)
     own, against = {}, {}
     for key in keys:
@@ -136,7 +136,7 @@ def _baseline(arms, wanted):
 
 
 def _columns(arms):
-    """The figures to show: those of the world, or the eval_ metrics without one."""
+    """Returns the figures to show: the world's, or eval_ metrics without one."""
     measured = dict.fromkeys(k for a in arms for s in a.samples for k in s.figures)
     rows = [row for row in figures.COLUMNS if row.name in measured]
     if [row.name for row in rows] in ([], ["seconds"]):
@@ -165,7 +165,7 @@ _MARKS = {"higher": " ▲", "lower": " ▼", NOISE: " ≈", ONE: " †"}
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
-    """A number for people; an en dash for None.
+    """Formats a number; an en dash for None.
 
     >>> number(0.5, 2), number(-0.5, 1), number(0.5, 1, sign=True), number(None, 2)
     ('0.50', '−0.5', '+0.5', '–')
@@ -179,7 +179,7 @@ def number(value: float | None, digits: int, sign: bool = False) -> str:
 
 
 def mean_text(arm: dict, column: dict) -> str:
-    """An arm's mean and half its interval, "0.50 ±0.01"."""
+    """Formats an arm's mean and half its interval, "0.50 ±0.01"."""
     figure = arm["figures"].get(column["key"])
     if not figure:
         return "–"
@@ -187,7 +187,7 @@ def mean_text(arm: dict, column: dict) -> str:
 
 
 def change_text(arm: dict, column: dict) -> str:
-    """An arm's difference from the baseline, half its interval and a mark."""
+    """Formats an arm's difference from the baseline, its interval and a mark."""
     against = arm["against"].get(column["key"])
     if not against:
         return "–"
@@ -201,13 +201,13 @@ def _with_half(text, figure, column):
 
 
 def baseline_name(comparison: dict) -> str:
-    """The baseline's label, or "the baseline" where that is long."""
+    """Returns the baseline's label, or "the baseline" where that is long."""
     label = comparison["baseline"]
     return label if len(label) <= 32 else "the baseline"
 
 
 def legend(comparison: dict) -> list[str]:
-    """What the marks beside the differences mean, as far as there are such marks."""
+    """Explains those marks beside the differences that occur."""
     shown = {column["key"] for column in comparison["columns"]}
     verdicts = {
         one["verdict"]

@@ -44,7 +44,7 @@ def write(comparison: dict, out: str | Path = "compare.html") -> Path:
 
 
 def _row(comparison, arm):
-    """One arm in the table, and what it is."""
+    """Returns one arm's row of the table."""
     count = len(arm["samples"])
     cells = [
         {
@@ -64,7 +64,7 @@ def _row(comparison, arm):
 
 
 def _plot(comparison, column):
-    """One figure of all arms: their means, intervals and seeds on one scale."""
+    """Plots one figure of all arms: means, intervals and seeds on one scale."""
     rows = []
     for arm in comparison["arms"]:
         figure = arm["figures"].get(column["key"], {})
@@ -100,7 +100,7 @@ def _plot(comparison, column):
 
 
 def _spelled(against, column):
-    """The difference and its interval in words, "+0.031 (−0.01 to +0.07)"."""
+    """Formats the difference and its interval, "+0.031 (−0.01 to +0.07)"."""
     digits, change, half = column["digits"], against["difference"], against["half"]
     text = number(change, digits, sign=True)
     if half is None:

@@ -1,7 +1,7 @@
 """Writes WORKDIR/report.html: one self-contained page, from the run's files.
 
 The page loads nothing: styles, curves and figures are in it, and its content policy
-forbids the rest. Whatever a model wrote is data and escaped as such.
+forbids the rest. What a model wrote is data and escaped as such.
 """
 
 import datetime

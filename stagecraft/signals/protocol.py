@@ -41,8 +41,8 @@ class Rater(Protocol):
     """Rates pairs of answers, a batch at a time.
 
     Attributes:
-        identity: hash of whatever decides its verdicts. A journal begun with one rater
-            is not continued with another.
+        identity: hash of all that decides its verdicts. A journal of one rater is not
+            continued with another.
     """
 
     identity: str

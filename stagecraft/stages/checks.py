@@ -20,7 +20,7 @@ def training(
     at_once=None,
     check_data=mixture.check,
 ):
-    """What every stage that trains is checked for.
+    """Checks what all stages that train have in common.
 
     Args:
         where: "stages.NAME".
@@ -65,7 +65,7 @@ def training(
 
 
 def files(where, config, check_data=mixture.check):
-    """The data keys that every kind has; `check_data` refuses the others."""
+    """Checks the data keys that every kind has; `check_data` refuses the others."""
     if not config.data.files:
         raise UserError(f"{where}.data.files: is empty; name the files to read")
     schema.positive(f"{where}.data.workers", config.data.workers, zero=True)
@@ -76,7 +76,7 @@ def files(where, config, check_data=mixture.check):
 
 
 def length(where, config, experiment):
-    """Rows no longer than the model's context."""
+    """Refuses rows longer than the model's context."""
     if config.data.length > experiment.model.max_length:
         raise UserError(
             f"{where}.data.length={config.data.length}: longer than the context, "
@@ -94,7 +94,7 @@ def _adapter(where, config):
 
 
 def loss(where, config, kind):
-    """The objective: its names, weights, arguments and arrays."""
+    """Checks the objective: its names, weights, arguments and arrays."""
     try:
         combined = objective.combine(config, kind)
     except UserError as error:
@@ -109,7 +109,7 @@ def loss(where, config, kind):
 
 
 def sequence_losses(where, config, combined, aggregation=""):
-    """Losses of whole completions need the mean over completions."""
+    """Refuses losses of whole completions without the mean over completions."""
     if combined.by_sequence and aggregation != "grpo":
         raise UserError(
             f"{where}.objective={config.objective!r}: {combined.by_sequence[0]} has "
@@ -119,7 +119,7 @@ def sequence_losses(where, config, combined, aggregation=""):
 
 
 def moving_reference(where, config):
-    """TR-DPO's reference that moves."""
+    """Checks the keys of TR-DPO's moving reference."""
     schema.positive(f"{where}.sync_every", config.sync_every, zero=True)
     if not 0 < config.sync_alpha <= 1:
         raise UserError(
@@ -141,7 +141,7 @@ def moving_reference(where, config):
 
 
 def sampling(where, config):
-    """A stage that learns from its samples needs different ones."""
+    """Refuses sampling that gives a stage the same completion every time."""
     if config.sampling.temperature <= 0:
         raise UserError(
             f"{where}.sampling.temperature={config.sampling.temperature}: "
@@ -150,7 +150,7 @@ def sampling(where, config):
 
 
 def rewards(where, config):
-    """Sources of rewards: a reward model, verifiers, or both."""
+    """Checks the sources of rewards: a reward model, verifiers, or both."""
     sources = bool(config.reward_from) + len(verifiers.find(config.verifiers))
     if not sources:
         raise UserError(
@@ -166,7 +166,7 @@ def rewards(where, config):
 
 
 def epochs(where, config, rows):
-    """Epochs and minibatches of a rollout; returns the rows of one optimizer step."""
+    """Checks epochs and minibatches; returns the rows of one optimizer step."""
     schema.positive(f"{where}.epochs", config.epochs)
     schema.positive(f"{where}.minibatches", config.minibatches)
     if rows % config.minibatches:
@@ -178,7 +178,7 @@ def epochs(where, config, rows):
 
 
 def kl(where, config, estimators):
-    """The KL penalty.
+    """Checks the KL penalty.
 
     Args:
         estimators: {placement: the estimators it may have}; none where the estimator

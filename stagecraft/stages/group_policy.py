@@ -80,19 +80,19 @@ def make(config, context):
 
 
 def _score_metrics(config, samples, scores, scored):
-    """What a held-out rollout shows beside each reward: the score as it is learned."""
+    """Returns what a held-out rollout shows beside each reward: the shaped score."""
     return {"reward": masked.Mean.of(_shaped(scores, samples, config), scored)}
 
 
 def _several_steps(config):
-    """Whether the policy moves between the sampling and some update on it."""
+    """Returns whether some update is on samples of an older policy."""
     return config.epochs * config.minibatches > 1
 
 
 def score_groups(
     config, rollouts, policy, reference, samples, rewards, key, needs_reference
 ):
-    """Advantages and what else an update needs, for the groups that are kept.
+    """Computes advantages and what else an update needs, for the groups kept.
 
     Args:
         config: the stage's resolved config.
@@ -152,7 +152,7 @@ def score_groups(
 
 
 def _shaped(scores, samples, config):
-    """Scores less what is taken for having no end, or coming near the limit."""
+    """Returns scores less the penalties for having no end or nearing the limit."""
     scores = losses.missing_eos(
         scores, samples["ended"], penalty=config.missing_eos_penalty
     )
@@ -166,13 +166,13 @@ def _shaped(scores, samples, config):
 
 
 def _informative(scores, scored, config):
-    """The first groups whose rewards differ, then others if these do not suffice."""
+    """Selects the first groups whose rewards differ, then others to fill up."""
     teaches = losses.dynamic_sampling(scores, scored)
     return jnp.argsort(~teaches, stable=True)[: config.batch_size]
 
 
 def _rows_of(x, shape):
-    """[N, G, ...] as [N G, ...], spread over the devices."""
+    """Reshapes [N, G, ...] to [N G, ...], spread over the devices."""
     return sharding.constrain_rows(x.reshape(-1, *shape))
 
 
@@ -183,7 +183,7 @@ def _group_std(scores, scored, config):
 
 
 def _advantages(scores, scored, mask, penalty, config):
-    """f32[R, N]: constant over a completion, or a return at each of its tokens.
+    """Returns f32[R, N]: one advantage a completion, or a return at each token.
 
     Args:
         scores: f32[R]; scored: bool[R]; mask: bool[R, N].
@@ -214,7 +214,7 @@ def _advantages(scores, scored, mask, penalty, config):
 
 
 def make_objective(config):
-    """The policy loss over a minibatch of scored groups."""
+    """Returns the policy loss over a minibatch of scored groups."""
     loss_fn = objective.combine(config, KIND)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"

@@ -26,7 +26,7 @@ REWARD = {"reward": Role(("scalar",))}
 
 
 def in_chat_turns(config) -> str:
-    """The format of a stage that learns chat turns: "chat"."""
+    """Returns "chat", the format of a stage that learns chat turns."""
     del config
     return "chat"
 
@@ -38,14 +38,14 @@ class Kind(NamedTuple):
         name: as a config's `kind` spells it.
         check: (where, config, experiment, mesh) -> None: refuses impossible values of a
             stage's config, in one line that begins with `where`.
-        data: (stage config, specs, tokenizer, experiment, cache) -> `StageData`.
+        data: (stage config, `data.stage_data.Sources`) -> `StageData`.
         roles: {role: Role}.
         make: (config, context) -> Stage, of a kind that trains; else None.
         write: (config, context) -> the stage's record, of a kind that samples answers
             and writes records of them; else None.
-        model: what is trained: "transformer", which speaks, "scalar", or "".
+        model: what is trained: "transformer", which writes text, "scalar", or "".
         samples: whether training samples completions and has them scored.
-        supervised: whether it learns given texts; what comes after is compared with it.
+        supervised: whether it learns given texts; later stages are compared with it.
         format: (config) -> what the model reads and writes: "chat", "text", "records".
         losses: {name: function}, what `objective` may name.
         offers: {name: axes} of the arrays that a loss may ask for.
@@ -74,10 +74,10 @@ class Kind(NamedTuple):
 
     @property
     def speaks(self) -> bool:
-        """Whether its model writes text."""
+        """Returns whether its model writes text."""
         return self.model == "transformer"
 
     @property
     def trains(self) -> bool:
-        """Whether it trains a model; a kind that does not writes records."""
+        """Returns whether it trains a model; other kinds write records."""
         return self.make is not None

@@ -29,5 +29,5 @@ KINDS = {
 
 
 def of(config):
-    """The record of a stage's kind, from its config."""
+    """Returns the record of a stage's kind, from its config."""
     return KINDS[config.kind]

@@ -1,7 +1,7 @@
 """Pretraining and supervised fine-tuning: next-token loss on the tokens of a mask.
 
 The two differ in their data alone: every token of a document is a target in
-pretraining, the assistant's words (end of turn included) are in fine-tuning.
+pretraining, in fine-tuning only the assistant's turns are, their ends included.
 
 Not here: dropout (one pass over small data needs none), label smoothing.
 """
@@ -67,7 +67,7 @@ def make(config, context):
 
 
 def make_objective(config):
-    """The objective over a language-model batch, as `update.make_update` takes it."""
+    """Returns the objective over a batch, as `update.make_update` takes it."""
     loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):

@@ -82,14 +82,14 @@ def _score_metrics(config, samples, scores, scored):
 
 
 def _paid(config, scores, samples):
-    """f32[R]: the scores, lowered where a completion never ended."""
+    """Returns f32[R], the scores, lowered where a completion never ended."""
     return losses.missing_eos(
         scores, samples["ended"], penalty=config.missing_eos_penalty
     )
 
 
 def rank_pairs(config, rollouts, samples, rewards):
-    """Two completions a prompt as pairs, the better first (the first of equals).
+    """Returns two completions a prompt as pairs, the better first (equals stay).
 
     Args:
         config: the stage's resolved config.

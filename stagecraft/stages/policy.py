@@ -1,7 +1,7 @@
 """Proximal policy optimization with a critic (PPO): sample, score, then several epochs.
 
-`prepare` samples completions from the current policy and lets the frozen models judge
-them: rewards, reference, and the critic as it stands before the update. `update` runs
+`prepare` samples completions from the current policy and has the frozen models score
+them: rewards, reference, and the critic from before the update. `update` runs
 epochs x minibatches, each a real optimizer step on the policy and its critic.
 
 Log-probabilities are taken at the sampling temperature everywhere, and those of the
@@ -102,7 +102,7 @@ def _pretraining_rows(raw):
 
 
 def _score_metrics(config, samples, scores, scored):
-    """What a held-out rollout shows: scores as they are paid, and who never ended."""
+    """Returns what a held-out rollout shows: scores after the penalty, and ends."""
     ended = samples["ended"].astype(jnp.float32)
     return {
         "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored),
@@ -111,7 +111,7 @@ def _score_metrics(config, samples, scores, scored):
 
 
 def make_optimizers(config):
-    """One optimizer for policy and critic, or {"policy", "value"} when it has its own.
+    """Makes an optimizer for both, or {"policy", "value"} if the critic has its own.
 
     One clips the norm of both gradients together, two clip each.
     """
@@ -123,7 +123,7 @@ def make_optimizers(config):
 
 
 def response_values(model, batch):
-    """V(s_t) before each sampled token, f32[B, N]; and after the last one, f32[B].
+    """Returns values before each sampled token, f32[B, N], and after the last, f32[B].
 
     The second is the value of the state in which a completion was cut off.
     """
@@ -133,7 +133,7 @@ def response_values(model, batch):
 
 
 def score_rollout(config, rollouts, model, reference, samples, rewards, key, carried):
-    """Everything an update needs that only frozen or not-yet-updated models know.
+    """Computes what an update needs of the frozen and the not yet updated models.
 
     Args:
         config: the stage's resolved config.
@@ -166,7 +166,7 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
 
 
 def log_probs(config, policy, reference, samples):
-    """{"old_logps", "ref_logps"}: f32[R, N], nats, at the sampling temperature."""
+    """Returns {"old_logps", "ref_logps"}, f32[R, N], nats, at the temperature."""
     temperature = config.sampling.temperature
     return {
         "old_logps": response_logps(policy, samples, temperature).logps,
@@ -175,13 +175,13 @@ def log_probs(config, policy, reference, samples):
 
 
 def advantages(config, critic, samples, mask, logps, paid, kl_coef):
-    """What the policy and the critic learn from: GAE on scores and the KL penalty.
+    """Computes what policy and critic learn from: GAE on scores and KL penalty.
 
     Args:
         critic: a `ScalarModel`.
         samples: a rollout of R completions; mask: bool[R, N], tokens that count.
         logps: as `log_probs` returns.
-        paid: f32[R], what each completion is paid at its end.
+        paid: f32[R], the reward of each completion, given at its end.
         kl_coef: f32[].
 
     Returns:
@@ -223,7 +223,7 @@ def advantages(config, critic, samples, mask, logps, paid, kl_coef):
 
 
 def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
-    """TRL's metrics of a rollout, and its mean KL to the reference, f32[], in nats."""
+    """Returns TRL's metrics of a rollout, and its mean KL to the reference in nats."""
     mask, ended = samples["mask"], samples["ended"]
     log_ratio = losses.k1(logps["old_logps"], logps["ref_logps"])
     kl = masked.sum(log_ratio, mask, axis=-1)  # [R]
@@ -250,7 +250,7 @@ def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
 
 
 def _paid(config, scores, samples):
-    """f32[R]: the scores, lowered or replaced where a completion never ended."""
+    """Returns f32[R], scores, lowered or replaced where a completion never ended."""
     return losses.missing_eos(
         scores,
         samples["ended"],
@@ -260,7 +260,7 @@ def _paid(config, scores, samples):
 
 
 def make_objective(config):
-    """Policy and value losses over a minibatch of a scored rollout."""
+    """Returns policy and value losses over a minibatch of a scored rollout."""
     loss_fn = objective.combine(config, KIND)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
@@ -322,7 +322,7 @@ def _ptx_targets(batch):
 
 
 def _ptx(policy, batch):
-    """Next-token loss on pretraining text, f32[R, T], and its target mask."""
+    """Computes next-token loss on pretraining text, f32[R, T], and its target mask."""
     targets, mask = _ptx_targets(batch)
     arrays = (batch[f"ptx_{k}"] for k in ("ids", "positions", "segments"))
     hidden = policy.hidden(*arrays)
@@ -343,7 +343,7 @@ def _make_update(config, loss_objective, optimizers):
 
 
 def _pretraining_part(minibatches, batch, number):
-    """A minibatch's own rows of pretraining text, the same ones in every epoch."""
+    """Selects a minibatch's rows of pretraining text, the same in every epoch."""
     if "ptx" not in batch:
         return {}
     size = batch["ptx"]["ptx_ids"].shape[0] // minibatches
@@ -354,7 +354,7 @@ def _pretraining_part(minibatches, batch, number):
 
 
 def _conclude(config, state, batch, metrics):
-    """Metrics over the minibatches of an update, and the next KL coefficient."""
+    """Returns metrics over an update's minibatches, and the next KL coefficient."""
     first = jax.tree.map(lambda x: x[0], metrics)
     more = {f"{k}_first": first[k] for k in FIRST if k in first}
     if "val/ratio" in metrics:  # how much the ratio differs between minibatches

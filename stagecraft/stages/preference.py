@@ -1,8 +1,8 @@
 """Preference optimization from pairs (DPO and its kin): no reward model, no sampling.
 
 The frozen reference acts in `prepare`; an update sees its log-probabilities as data.
-When the same pairs come round more than once, they are scored once, before the first
-step. A loss that asks for no reference costs no reference pass.
+Pairs that training sees more than once are scored once, before the first step. A loss
+that asks for no reference costs no reference pass.
 """
 
 import jax
@@ -113,7 +113,7 @@ def make(config, context):
 
 
 def sync(config):
-    """The reference, mixed with the policy every sync_every steps.
+    """Mixes the policy into the reference every sync_every steps.
 
     TR-DPO (Gorbatovski et al. 2024, arxiv.org/abs/2404.09656), the soft update; with
     sync_alpha=1 the hard one.
@@ -137,7 +137,7 @@ def sync(config):
 
 
 def stored_scores(config, context, reference, score):
-    """Reference log-probabilities of every row, when training sees rows twice.
+    """Computes reference log-probabilities once, when training sees rows twice.
 
     Returns:
         (index) -> f32[B, ...] of those rows, None for rows of other data; or None when
@@ -182,7 +182,7 @@ def summed(logps: Array, mask: Array, config: ConfigDict) -> Array:
 def make_objective(config: ConfigDict) -> tuple[update.Objective, frozenset[str]]:
     """Returns the objective over prepared pairs, and the arrays that its losses take.
 
-    Losses that take scores need "ref_logps" too, which scores are made of.
+    Losses that take scores need "ref_logps" too, from which scores are computed.
     """
     loss_fn = objective.combine(config, KIND)
     weighted = config.weighting == "wpo"

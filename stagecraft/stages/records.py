@@ -2,9 +2,9 @@
 
 WORKDIR/STAGE/journal.jsonl is appended and synced as a stage goes: a header that says
 whose journal it is, then for each batch of prompts an entry with the sampled answers
-and an entry with their verdicts. A stage that was killed replays its journal and goes
-on behind it, so nothing that it holds is sampled or rated twice. records.jsonl is a
-function of the journal alone, and written whole at the end.
+and an entry with their verdicts. A stage that was killed replays its journal and
+continues after it, so nothing that it holds is sampled or rated twice. records.jsonl is
+a function of the journal alone, and written whole at the end.
 """
 
 import collections
@@ -26,7 +26,7 @@ VERSION = 1  # of the journal's format
 
 
 class Recording(NamedTuple):
-    """What a stage that writes records is given beside its config.
+    """What a stage that writes records is given in addition to its config.
 
     Attributes:
         folder: WORKDIR/STAGE; its records.jsonl is written whole at the end.
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     Attributes:
         prompts: texts or message lists.
         answers: for each prompt a list of (text, ended).
-        verdicts: for each prompt what was said of its answers, a JSON value.
+        verdicts: for each prompt the verdict on its answers, a JSON value.
     """
 
     prompts: list
@@ -159,7 +159,7 @@ def _lines(path):
 
 
 def header(kind, lineage, rater, seed):
-    """Returns a journal's header: all that decides what is sampled and what is said.
+    """Returns a journal's header: all that decides its answers and verdicts.
 
     Args:
         kind: of the stage.
@@ -182,7 +182,7 @@ def header(kind, lineage, rater, seed):
 def collect(
     config, recording, header, asked, rate, *, samples, rng=None
 ) -> tuple[list[Batch], float]:
-    """Samples answers to prompts and rates them, as far as the journal has not.
+    """Samples answers to prompts and rates those that the journal does not hold.
 
     Args:
         config: the stage's config: batch_size, sampling.
@@ -257,6 +257,6 @@ def shuffled(asked, count, key):
 
 
 def format(config) -> str:
-    """What stage.json says such a stage reads and writes."""
+    """Returns "records", what stage.json says such a stage writes."""
     del config
     return "records"

@@ -56,7 +56,7 @@ def make(config, context):
 
 
 def make_objective(config):
-    """The objective over a batch of pairs, as `update.make_update` takes it."""
+    """Returns the objective over a batch of pairs, as `update.make_update` takes it."""
     loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
@@ -121,7 +121,7 @@ def _mean_score(model, batch):
 
 
 def calibration(difference, rows):
-    """How often the model is right by how sure it is, and how far off on average.
+    """Measures how often the model is right by how sure it is, and its mean error.
 
     Args:
         difference: f32[B], the chosen completion's reward less the rejected one's; the
@@ -146,13 +146,13 @@ def calibration(difference, rows):
 
 
 def longer_wins(lengths):
-    """What preferring the longer completion would have said: i32[B, 2] -> f32[B]."""
+    """Returns the accuracy of always preferring the longer one: i32[B, 2] -> f32[B]."""
     chosen, rejected = lengths[:, 0], lengths[:, 1]
     return (chosen > rejected) + 0.5 * (chosen == rejected).astype(jnp.float32)
 
 
 def pair_rows(mask):
-    """Rows whose first two completions both hold a token; padding does not count.
+    """Marks rows whose first two completions both hold a token; padding does not.
 
     Args:
         mask: bool[B, K, T].
@@ -164,14 +164,14 @@ def pair_rows(mask):
 
 
 def pair_scores(model, batch):
-    """Scores of each row's completions, f32[B, K]."""
+    """Returns the scores of each row's completions, f32[B, K]."""
     flat = {k: flatten_pairs(batch[k]) for k in ("ids", "mask", "segments")}
     flat["positions"] = flatten_pairs(batch["positions"])
     return scores(model, **flat).reshape(batch["ids"].shape[:2])
 
 
 def flatten_pairs(x):
-    """[B, K, T] as [K B, T]; those of a row stay neighbours (and on one device)."""
+    """Reshapes [B, K, T] to [K B, T]; a row's stay neighbours (and on one device)."""
     return x.reshape(-1, x.shape[-1])
 
 

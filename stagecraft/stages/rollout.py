@@ -1,4 +1,4 @@
-"""Samples from the policy and what they are worth: shared by all stages that sample.
+"""Samples from the policy and their rewards: shared by all stages that sample.
 
 A reward model scores on the device; verifiers (functions of text) score on the host.
 """
@@ -230,7 +230,7 @@ def _generate(policy, raw, key, config, stop_ids, samples):
 
 
 def model_scores(model, rollout):
-    """The reward model's score of each completion, f32[R], read at its last token."""
+    """Returns the reward model's score of each completion's last token, f32[R]."""
     mask = rollout["mask"]
     prompt = rollout["ids"].shape[1] - mask.shape[1]
     whole = jnp.pad(mask, ((0, 0), (prompt, 0)))
@@ -239,7 +239,7 @@ def model_scores(model, rollout):
 
 
 def total(rewards, weights):
-    """The weighted sum of all sources, and which rows every source could score.
+    """Returns the weighted sum of all sources, and the rows all of them scored.
 
     Args:
         rewards: f32[R, S], not finite where a source could not score a row.
@@ -275,7 +275,7 @@ def source_metrics(rewards, names, rows=None):
 
 
 def completion_metrics(mask, ended, rows=None):
-    """TRL's figures of how long completions are and how many were cut off.
+    """Returns TRL's figures of how long completions are and how many were cut off.
 
     Args:
         mask: bool[R, N]; ended: bool[R].
@@ -297,7 +297,7 @@ def completion_metrics(mask, ended, rows=None):
 
 
 def response_logps(model, batch, temperature, **settings):
-    """Log-probabilities of the sampled tokens, at the sampling temperature.
+    """Computes log-probabilities of the sampled tokens, at the temperature.
 
     Args:
         model: a `Transformer`.

@@ -66,13 +66,13 @@ class State(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a stage is built from beside its config.
+    """What a stage is built from in addition to its config.
 
     Attributes:
         mesh: the mesh.
-        model_config: shape of a model made from nothing.
+        model_config: shape of a model trained from scratch.
         parents: {role: model}: "start", "reference", "reward", "value". Shapes with
-            shardings do for everything but training.
+            shardings are enough for everything but training.
         stop_ids: the tokens that end a completion.
         verifiers: a `signals.verifiers.Verifiers`, or None.
         dataset: the `data.Dataset` trained on, or None.
@@ -106,12 +106,12 @@ class Program(NamedTuple):
     donate: tuple[int, ...] = ()
 
     def lower(self):
-        """The lowered program: `compile` it, or read its text and its cost."""
+        """Returns the lowered program: `compile` it, or read its text and its cost."""
         jitted = jit(self.function, self.placement, self.donate)
         return jitted.lower(*self.arguments)
 
     def results(self):
-        """What the function returns, as shapes with shardings."""
+        """Returns the shapes, with shardings, of what the function returns."""
         shapes = jax.eval_shape(self.function, *self.arguments)
         return sharding.with_shardings(shapes, self.placement)
 
@@ -122,7 +122,7 @@ def jit(function, placement=None, donate=()):
 
 
 class Trained(NamedTuple):
-    """What of a parent a stage trains: all of it, or an adapter on it.
+    """Trainable part of a parent model: all of it, or an adapter on it.
 
     Attributes:
         frozen: the parent, where an adapter is trained; else None.
@@ -137,7 +137,7 @@ class Trained(NamedTuple):
 
 
 def trained(config, parent, mesh, *, scalar=False):
-    """What a stage trains of a parent, by the `lora` keys of its config: `Trained`.
+    """Returns the part of a parent that a stage trains, by its `lora` keys.
 
     Args:
         config: the stage's resolved config.
@@ -164,7 +164,7 @@ def trained(config, parent, mesh, *, scalar=False):
 
 
 def fresh(model_config, mesh):
-    """A `Transformer` trained from nothing: `Trained`."""
+    """Returns a `Transformer` trained from scratch, as `Trained`."""
 
     def make(key):
         return Transformer(model_config, key)
@@ -174,7 +174,7 @@ def fresh(model_config, mesh):
 
 
 def make_copy(module, mesh):
-    """() -> a fresh copy of a parent's parameters, sharded alike.
+    """Returns () -> a fresh copy of a parent's parameters, sharded alike.
 
     The child's state is donated at every update, the parent may go on as a frozen
     reference: they must not share buffers.
@@ -185,23 +185,23 @@ def make_copy(module, mesh):
 
 
 def abstract(modules, mesh):
-    """Modules, real or abstract, as shapes with the shardings of their axes."""
+    """Returns modules as shapes with the shardings of their axes."""
     return sharding.with_shardings(modules, sharding.shardings(modules, mesh))
 
 
 def abstract_rows(raw, mesh):
-    """A raw batch as shapes, its rows split over the devices."""
+    """Returns a raw batch as shapes, its rows split over the devices."""
     arrays = {k: v for k, v in raw.items() if k != "index"}
     return sharding.with_shardings(arrays, sharding.batch_sharding(mesh))
 
 
 def abstract_key():
-    """A random key as a shape."""
+    """Returns a random key as a shape."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def split_index(raw, mesh):
-    """A raw batch on the mesh, and the numbers of its rows, which stay on the host.
+    """Puts a raw batch on the mesh; its row numbers stay on the host.
 
     Args:
         raw: {name: array}, rows first, perhaps with "index" i32[B].
@@ -230,13 +230,13 @@ class Beginning(NamedTuple):
     abstract_frozen: Any
 
     def abstract_model(self, trained=None):
-        """The model as shapes; or another one with these trained parameters."""
+        """Returns the model as shapes; or one with these trained parameters."""
         trained = self.abstract.model if trained is None else trained
         return lora.join(self.abstract_frozen, trained)
 
 
 def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scalars):
-    """How a stage begins, and the shapes of its state.
+    """Returns how a stage begins, and the shapes of its state.
 
     Args:
         config: the stage's resolved config: lora, ema_decay.

@@ -130,18 +130,18 @@ def make(config, context):
 
 
 def score(model, batch):
-    """Summed log-probabilities of completions, f32[B]."""
+    """Returns summed log-probabilities of completions, f32[B]."""
     return row_logps(model, batch)[0]
 
 
 def _rewards(config, policy_logps, batch):
-    """The implied rewards of a batch, f32[B]: beta times the log-ratio."""
+    """Returns the implied rewards of a batch, f32[B]: beta times the log-ratio."""
     beta = float(config.objective_args.get("beta", 0.1))
     return beta * (policy_logps - batch["ref_logps"])
 
 
 def make_objective(config):
-    """The objective over judged completions, and the arrays its losses take."""
+    """Returns the objective over single completions, and the arrays its losses take."""
     loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
@@ -174,7 +174,7 @@ def make_objective(config):
 
 
 def row_logps(model, batch):
-    """Summed log-probabilities of completions, f32[B], their token statistics, mask."""
+    """Returns summed log-probabilities, f32[B], the token statistics and the mask."""
     targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     stats = model.token_logps(hidden, targets)
@@ -182,7 +182,7 @@ def row_logps(model, batch):
 
 
 def rotated(batch):
-    """Each prompt with the completion of the row before, the first with the last's.
+    """Pairs each prompt with the completion of the row before it, in a circle.
 
     Rows of padding at the end of a batch take no part: the first row takes the last
     real row's completion.
@@ -216,7 +216,7 @@ def rotated(batch):
 
 
 def reference_distance(model, reference, batch):
-    """KTO's z: the policy's mean log-ratio on rotated completions, at least 0."""
+    """Returns KTO's z: the mean log-ratio on rotated completions, at least 0."""
     turned = rotated(batch)
     turned = {k: sharding.constrain(v, "batch", None) for k, v in turned.items()}
     ratio = row_logps(model, turned)[0] - row_logps(reference, turned)[0]
@@ -225,7 +225,7 @@ def reference_distance(model, reference, batch):
 
 @jax.jit
 def running_mean(mean, seen, values, mask):
-    """The mean of all values so far and their number, with a batch added."""
+    """Returns the mean of all values so far and their number, with a batch added."""
     total = seen + masked.count(mask)
     added = masked.sum(values, mask) - masked.count(mask) * mean
     return mean + added / jnp.maximum(total, 1.0), total

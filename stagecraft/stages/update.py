@@ -1,6 +1,6 @@
 """From an objective to the update of a stage: one optimizer step, or several.
 
-One step is exact whatever it is split into: the loss is a sum over the whole batch
+A step is exact however it is split: the loss is a sum over the whole batch
 divided by a count of the whole batch, over devices and micro-batches alike.
 """
 
@@ -34,7 +34,7 @@ class Objective(NamedTuple):
 
 
 def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
-    """One optimizer step from a prepared batch, with gradient accumulation.
+    """Makes one optimizer step on a prepared batch, with gradient accumulation.
 
     The loss is the sum over terms of weight * (sum of losses / count), the sums being
     those of the whole batch: over every device and every micro-batch. Splitting a batch
@@ -44,7 +44,7 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
         objective: an `Objective`.
         optimizers: an `optim.Optimizer`, or {part: Optimizer} for a model that is a
             dict of parts: each part then has its own clipping and learning rate.
-        micro_batches: int; the batch is worked on in so many parts, one after the
+        micro_batches: int, parts that the batch is worked on in, one after the
             other, to save memory.
         lr_scale: {part: factor} on the learning rate of one optimizer for all parts.
 
@@ -99,7 +99,7 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
 
 
 def _apply(optimizers, grads, state, step, lr_scale):
-    """One step of one optimizer, or of one for each part of the model."""
+    """Takes a step of one optimizer, or of one for each part of the model."""
     if not isinstance(optimizers, dict):
         return optim.apply(
             optimizers, grads, state.opt_state, state.model, step, lr_scale=lr_scale
@@ -117,7 +117,7 @@ def _apply(optimizers, grads, state, step, lr_scale):
 
 
 def make_update(config, objective, optimizer, carry=None):
-    """One batch, one optimizer step: update(state, batch, frozen) -> (state, metrics).
+    """Makes update(state, batch, frozen) -> (state, metrics), one optimizer step.
 
     Args:
         config: the stage's resolved config: micro_batches, ema_decay.
@@ -142,7 +142,7 @@ def make_update(config, objective, optimizer, carry=None):
 def make_minibatch_update(
     config, objective, optimizer, *, lr_scale=None, beside=None, conclude=None
 ):
-    """Several epochs of minibatches of one rollout, each an optimizer step.
+    """Makes an update of several epochs of minibatches, each an optimizer step.
 
     Args:
         config: the stage's resolved config: epochs, minibatches, micro_batches,
@@ -196,14 +196,14 @@ def make_minibatch_update(
 
 
 def shuffled_minibatches(config, rows, key):
-    """Row numbers of every minibatch, i32[epochs * minibatches, rows / minibatches]."""
+    """Returns the rows of every minibatch: i32[epochs * minibatches, rows each]."""
     keys = jax.random.split(key, config.epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
     return order.reshape(config.epochs * config.minibatches, -1)
 
 
 def advance(config, state, model, opt_state, **extra):
-    """The state one step on; `extra` replaces what it names."""
+    """Returns the state one step on; `extra` replaces what it names."""
     extra = state.extra | extra
     if config.ema_decay:
         extra["ema"] = optim.ema(state.extra["ema"], model, config.ema_decay)
@@ -211,7 +211,7 @@ def advance(config, state, model, opt_state, **extra):
 
 
 def dropout_key(state):
-    """The random key of this step's dropout; None where nothing is dropped."""
+    """Returns the random key of this step's dropout; None where nothing is dropped."""
     if "dropout" not in state.extra:
         return None
     key = jax.random.wrap_key_data(state.extra["dropout"])
@@ -219,7 +219,7 @@ def dropout_key(state):
 
 
 def make_evaluate(objective):
-    """Metrics and loss of a prepared batch, without gradient.
+    """Makes a function for metrics and loss of a prepared batch, without gradient.
 
     Returns:
         evaluate(model, batch) -> {metric: Mean or Max}.
@@ -251,7 +251,7 @@ def assemble(
     objective=None,
     evaluate=None,
 ) -> Stage:
-    """The stage made of its functions.
+    """Builds the stage from its functions.
 
     Args:
         mesh: the mesh.
@@ -302,7 +302,7 @@ def _evaluation(measure, prepare, frozen):
 
 
 def _split(x, parts):
-    """[B, ...] as [parts, B / parts, ...], each part taking rows from every device.
+    """Splits [B, ...] to [parts, B / parts, ...], each with rows of every device.
 
     Rows of a batch lie on devices in contiguous blocks; taking every `parts`-th row
     keeps each micro-batch spread over all of them without moving data. A scalar belongs

@@ -29,7 +29,7 @@ PROBE = "  a\n\tb \U0001f600 \u2460 "
 
 # Characters of text to train on; more changes a small vocabulary little.
 ENOUGH = 2_000_000
-# SentencePiece drops longer training lines without a word: they are cut instead.
+# SentencePiece silently drops longer training lines: they are cut instead.
 LINE = 1000
 
 

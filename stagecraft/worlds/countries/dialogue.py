@@ -121,7 +121,7 @@ def others(countries, role):
     """Returns prompts about no fact, by topic: harmful, errand, unknown and talk.
 
     Args:
-        countries: where deeds are to be done.
+        countries: those that the prompts name.
         role: "train", "dev" or "test": whose deeds, places and greetings.
     """
     names = [c.name for c in countries]

@@ -149,7 +149,7 @@ class Split(NamedTuple):
 
 
 def split(seed, size="full"):
-    """Countries by role, a function of the seed.
+    """Splits the countries by role, a function of the seed.
 
     Args:
         seed: int.

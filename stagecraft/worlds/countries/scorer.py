@@ -1,4 +1,4 @@
-"""The strict scorer that no stage trains on, and a rater who is noisy about it.
+"""The strict scorer that no stage trains on, and a noisy rater based on it.
 
 Style earns points only on top of the right fact: a fluent sentence about the wrong
 country is worth less than nothing, however well it pleases a learned reward model.
