@@ -197,4 +197,4 @@ class Lineage(_Json):
 
     def id_of(self, name: str) -> str:
         """Returns the id of a stage; "" for one that is not there."""
-        return self.stages[name].id if name in self.stages else ""
+        return (self.stages[name].id or "") if name in self.stages else ""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from stagecraft import metrics, sharding, storage
 from stagecraft.errors import UserError
@@ -36,14 +35,14 @@ class Run:
 
     Attributes:
         root: the work directory.
-        config: the resolved config.
+        config: the resolved ConfigDict.
         tokenizer: see `text.tokenizer`; None before it is trained or read.
         stages: names of the stages, parents first.
         ran: names of the stages that this process ran.
     """
 
     root: Path
-    config: ConfigDict
+    config: Any
     tokenizer: Any = None
     stages: Sequence[str] = ()
     ran: list[str] = dataclasses.field(default_factory=list)
@@ -73,7 +72,7 @@ class Run:
             sizes |= {axis: size for axis, size in own.items() if size}
         return sharding.make_mesh(**sizes)
 
-    def model(self, name: str, mesh: jax.sharding.Mesh | None = None):
+    def model(self, name: str, mesh: jax.sharding.Mesh | None = None) -> Any:
         """Reads the parameters of a finished stage, or of a Hugging Face folder.
 
         Args:
@@ -246,7 +245,7 @@ def _stage(folder, planned, entry, names, missing):
     start_from = _first(sources, "start_from")
     needed = [value for key, value in planned.items() if key.endswith("_from")]
     needed = _mentioned([entry.get("parents"), *needed], names)
-    parents = dict.fromkeys(needed, False)
+    parents: dict[str, bool] = dict.fromkeys(needed, False)
     if start_from in names:
         parents[start_from] = True
     parents.pop(folder.name, None)

@@ -142,8 +142,9 @@ def train(
             if last or (every.save and step % every.save == 0):
                 with clock("save"):
                     saved = {
-                        "tokens": tokens,
-                        "seconds": clock.seconds,
+                        # Copies: they are written while the next steps count on.
+                        "tokens": dict(tokens),
+                        "seconds": dict(clock.seconds),
                         "data": iterator.get_state(),
                     }
                     checkpoints.save(step, *_split(state), saved)

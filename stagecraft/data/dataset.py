@@ -112,7 +112,7 @@ class Dataset:
         batches, beside = batches[: len(self.parts)], batches[len(self.parts) :]
         batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
         learned = batch.get("mask")
-        if "weight" in batch:
+        if learned is not None and "weight" in batch:
             learned = learned & (batch["weight"] > 0)
         if learned is not None and not learned.any():
             raise UserError(

@@ -49,6 +49,7 @@ class Rater(Protocol):
 
     def rate(self, prompts: list, pairs: list[Pair]) -> list[Verdict]:
         """Returns a verdict for each pair; prompts are texts or message lists."""
+        ...
 
 
 class Sources(NamedTuple):
@@ -109,13 +110,14 @@ def identity(**parts) -> str:
     return storage.digest(parts)
 
 
-def source(function) -> str:
+def source(function: Any) -> str:
     """Returns the source of the module that defines a function.
 
     Of the function alone where the module has no file, as in a notebook; "" for
     compiled code.
     """
-    for code in (inspect.getmodule(function), function, type(function)):
+    places: tuple[Any, ...] = (inspect.getmodule(function), function, type(function))
+    for code in places:
         try:
             return inspect.getsource(code)
         except (OSError, TypeError):

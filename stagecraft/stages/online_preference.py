@@ -77,11 +77,11 @@ def make(config, context):
 
 
 def _score_metrics(config, samples, scores, scored):
-    paid = _paid(config, scores, samples)
-    return {"objective/scores": masked.Mean.of(paid, scored)}
+    final = _final_scores(config, scores, samples)
+    return {"objective/scores": masked.Mean.of(final, scored)}
 
 
-def _paid(config, scores, samples):
+def _final_scores(config, scores, samples):
     """Returns f32[R], the scores, lowered where a completion never ended."""
     return losses.missing_eos(
         scores, samples["ended"], penalty=config.missing_eos_penalty
@@ -100,9 +100,9 @@ def rank_pairs(config, rollouts, samples, rewards):
         ids, segments, positions, mask, each [B, 2, T]; {metric: Mean or Max}.
     """
     scores, scored = rollout.total(rewards, rollouts.weights)
-    paid = _paid(config, scores, samples)
-    paid, both = paid.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)
-    first = (paid[:, 0] >= paid[:, 1])[:, None]
+    final = _final_scores(config, scores, samples)
+    final, both = final.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)
+    first = (final[:, 0] >= final[:, 1])[:, None]
     order = jnp.where(first, jnp.array([[0, 1]]), jnp.array([[1, 0]]))  # [B, 2]
     prompt = samples["ids"].shape[1] - samples["mask"].shape[1]
     arrays = {k: samples[k] for k in ("ids", "segments", "positions")}
@@ -115,8 +115,8 @@ def rank_pairs(config, rollouts, samples, rewards):
     }
     of, ended = masked.Mean.of, samples["ended"].astype(jnp.float32)
     metrics = {
-        "objective/scores": of(paid.reshape(-1), scored),
-        "objective/scores_margin": of(jnp.abs(paid[:, 0] - paid[:, 1]), both),
+        "objective/scores": of(final.reshape(-1), scored),
+        "objective/scores_margin": of(jnp.abs(final[:, 0] - final[:, 1]), both),
         "val/contain_eos_token": of(ended),
     }
     metrics |= rollout.source_metrics(rewards, rollouts.names)

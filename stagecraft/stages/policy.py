@@ -103,9 +103,12 @@ def _pretraining_rows(raw):
 
 def _score_metrics(config, samples, scores, scored):
     """Returns what a held-out rollout shows: scores after the penalty, and ends."""
+    final = _final_scores(config, scores, samples)
     ended = samples["ended"].astype(jnp.float32)
     return {
-        "objective/scores": masked.Mean.of(_paid(config, scores, samples), scored),
+        "objective/scores": masked.Mean.of(
+            _final_scores(config, scores, samples), scored
+        ),
         "objective/missing_eos_rate": masked.Mean.of(1.0 - ended, scored),
     }
 
@@ -151,10 +154,10 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
     scores, scored = rollout.total(rewards, rollouts.weights)
     # A row that no source could score teaches nothing, nor does it scale the others.
     mask, kl_coef = samples["mask"] & scored[:, None], carried["kl_coef"]
-    paid = _paid(config, scores, samples)
+    final = _final_scores(config, scores, samples)
     logps = log_probs(config, model["policy"], reference, samples)
-    targets = advantages(config, model["value"], samples, mask, logps, paid, kl_coef)
-    metrics, kl = diagnostics(config, samples, scored, logps, targets, paid, kl_coef)
+    targets = advantages(config, model["value"], samples, mask, logps, final, kl_coef)
+    metrics, kl = diagnostics(config, samples, scored, logps, targets, final, kl_coef)
     metrics |= rollout.source_metrics(rewards, rollouts.names)
     inputs = {k: samples[k] for k in ("ids", "segments", "positions", "tokens")}
     return {
@@ -174,14 +177,14 @@ def log_probs(config, policy, reference, samples):
     }
 
 
-def advantages(config, critic, samples, mask, logps, paid, kl_coef):
+def advantages(config, critic, samples, mask, logps, final, kl_coef):
     """Computes what policy and critic learn from: GAE on scores and KL penalty.
 
     Args:
         critic: a `ScalarModel`.
         samples: a rollout of R completions; mask: bool[R, N], tokens that count.
         logps: as `log_probs` returns.
-        paid: f32[R], the reward of each completion, given at its end.
+        final: f32[R], the reward of each completion, given at its end.
         kl_coef: f32[].
 
     Returns:
@@ -193,7 +196,7 @@ def advantages(config, critic, samples, mask, logps, paid, kl_coef):
     values = jnp.where(value_mask, values, 0.0)
     in_reward = config.kl_placement == "reward"
     rewards = losses.kl_reward(
-        paid,
+        final,
         logps["old_logps"],
         logps["ref_logps"],
         mask,
@@ -222,7 +225,7 @@ def advantages(config, critic, samples, mask, logps, paid, kl_coef):
     }
 
 
-def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
+def diagnostics(config, samples, scored, logps, targets, final, kl_coef):
     """Returns TRL's metrics of a rollout, and its mean KL to the reference in nats."""
     mask, ended = samples["mask"], samples["ended"]
     log_ratio = losses.k1(logps["old_logps"], logps["ref_logps"])
@@ -236,9 +239,9 @@ def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
         "objective/kl": of(kl),
         "objective/kl_per_token": of(log_ratio, mask),
         "objective/entropy": of(masked.sum(-logps["old_logps"], mask, axis=-1)),
-        "objective/scores": of(paid, scored),
+        "objective/scores": of(final, scored),
         "objective/non_score_reward": of(-penalty),
-        "objective/rlhf_reward": of(paid - penalty, scored),
+        "objective/rlhf_reward": of(final - penalty, scored),
         "objective/kl_coef": of(kl_coef),
         "objective/response_length": of(mask.sum(-1).astype(jnp.float32)),
         "objective/missing_eos_rate": of(1.0 - ended.astype(jnp.float32)),
@@ -249,7 +252,7 @@ def diagnostics(config, samples, scored, logps, targets, paid, kl_coef):
     return metrics, kl.mean()
 
 
-def _paid(config, scores, samples):
+def _final_scores(config, scores, samples):
     """Returns f32[R], scores, lowered or replaced where a completion never ended."""
     return losses.missing_eos(
         scores,

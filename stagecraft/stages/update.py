@@ -5,7 +5,7 @@ divided by a count of the whole batch, over devices and micro-batches alike.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -249,7 +249,7 @@ def assemble(
     work,
     prepared=None,
     objective=None,
-    evaluate=None,
+    evaluate: Any = None,
 ) -> Stage:
     """Builds the stage from its functions.
 
