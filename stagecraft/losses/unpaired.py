@@ -133,8 +133,7 @@ def apo_zero_unpaired(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    del metrics["kl"]
-    return loss, metrics
+    return loss, {name: value for name, value in metrics.items() if name != "kl"}
 
 
 def _start(

@@ -106,9 +106,7 @@ def _score_metrics(config, samples, scores, scored):
     final = _final_scores(config, scores, samples)
     ended = samples["ended"].astype(jnp.float32)
     return {
-        "objective/scores": masked.Mean.of(
-            _final_scores(config, scores, samples), scored
-        ),
+        "objective/scores": masked.Mean.of(final, scored),
         "objective/missing_eos_rate": masked.Mean.of(1.0 - ended, scored),
     }
 
