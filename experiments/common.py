@@ -2,8 +2,9 @@
 
 import types
 
-from stagecraft import defaults, schema
+from stagecraft import schema
 from stagecraft.errors import UserError
+from stagecraft.stages import kinds
 
 
 def parse_arg(arg, **known):
@@ -69,7 +70,7 @@ def tiny_model():
 def tiny(config, steps=2):
     """Cuts every stage of an experiment to a few small steps, in place."""
     for stage in config.stages.values():
-        if stage.kind in defaults.RECORDS:
+        if not kinds.of(stage).trains:
             stage.prompts, stage.batch_size = 64, 32
             stage.sampling.max_new_tokens = 8
             if stage.kind == "selection":  # two steps of training write few ends

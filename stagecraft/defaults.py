@@ -366,7 +366,6 @@ KINDS = {
     "comparisons": _comparisons,
     "selection": _selection,
 }
-RECORDS = ("comparisons", "selection")  # kinds that write records and train nothing
 
 
 def stage(kind, **changes):

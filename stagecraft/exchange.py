@@ -11,6 +11,7 @@ from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, LineageEntry, Parent, StageRecord
 from stagecraft.models import huggingface, locate, peft, saved
 from stagecraft.run import open_run
+from stagecraft.stages import kinds
 from stagecraft.text import tokenizer as tokenizers
 from stagecraft.text import tokenizer_export
 
@@ -45,17 +46,17 @@ def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> P
         checkpoints.close()
     if not (root / runs.TOKENIZER).exists():
         tokenizers.keep(tokenizer, root / runs.TOKENIZER)
-    kind = "reward" if info["module"] == "scalar" else "language_model"
+    kind = kinds.of_folder(info["module"])
     entry = LineageEntry(
-        kind=kind,
+        kind=kind.name,
         start_from=source.name,
         tokenizer=tokenizer.digest,
         parents={"start_from": Parent(stage=source.name, id=source.id())},
     )
     Lineage(stages={name: entry}).write(root)
-    in_turns = tokenizer.template is not None or kind == "reward"
+    in_turns = tokenizer.template is not None or not kind.speaks
     record = {
-        "kind": kind,
+        "kind": kind.name,
         "start_from": source.name,
         "format": "chat" if in_turns else "text",
         "tokenizer": tokenizer.digest,
@@ -71,7 +72,7 @@ def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> P
     config.tokenizer.path = str(source.tokenizer())
     for key in config.model:
         config.model[key] = info["model"][key]
-    config.stages[name] = defaults.stage(kind, start_from=source.name, steps=0)
+    config.stages[name] = defaults.stage(kind.name, start_from=source.name, steps=0)
     runs.write_config(root, schema.plain(config))
     return root / name
 
@@ -114,7 +115,7 @@ def export(
     run = open_run(root)
     if name not in run.config.stages:
         raise UserError(schema.unknown("--stage", name, run.config.stages.keys()))
-    if run.config.stages[name].kind in defaults.RECORDS:
+    if not kinds.of(run.config.stages[name]).trains:
         raise UserError(f"--stage={name}: writes records and has no model to export")
     if not run.finished(name):
         raise UserError(f"--stage={name}: is not finished; run it again to resume")

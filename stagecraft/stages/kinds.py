@@ -28,6 +28,19 @@ KINDS = {
 }
 
 
+def of_folder(module):
+    """Returns the kind that a model made elsewhere counts as: it has but a parent.
+
+    Args:
+        module: "transformer" or "scalar".
+    """
+    return next(
+        kind
+        for kind in KINDS.values()
+        if kind.model == module and set(kind.roles) == {"start"}
+    )
+
+
 def of(config):
     """Returns the record of a stage's kind, from its config."""
     return KINDS[config.kind]

@@ -7,20 +7,18 @@ that asks for no reference costs no reference pass.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from stagecraft import losses, masked, optim, schema, sharding
+from stagecraft import losses, masked, optim, schema
 from stagecraft.data import comparisons
 from stagecraft.errors import UserError
-from stagecraft.models import lora
 from stagecraft.models.heads import TokenStats
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import REFERENCE, START, Kind
+from stagecraft.stages.reference import Reference
 from stagecraft.stages.reward import flatten_pairs, pair_rows
-from stagecraft.stages.stage import Program
 
 OFFERS = {
     "policy_logps": "B 2",
@@ -48,122 +46,52 @@ def make(config, context):
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, 2, T], and
         perhaps preference f32[B] and index i32[B]; `prepare` adds ref_logps f32[B, 2].
     """
-    mesh, reference = context.mesh, context.parents.get("reference")
+    mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     trained = stage.trained(config, context.parents["start"], mesh)
     needs_reference = "ref_logps" in needs
-    moving = config.sync_every > 0 and needs_reference
-    beginning = stage.begin(
-        config, trained, optimizer, mesh, reference=reference if moving else None
-    )
-    frozen, by_rows = beginning.frozen, sharding.batch_sharding(mesh)
+    moves = config.sync_every > 0 and needs_reference
+    parent = context.parents["reference"] if moves else None
+    beginning = stage.begin(config, trained, optimizer, mesh, reference=parent)
 
     def score(model, batch):
         return reference_logps(config, model, batch)
 
-    score_jitted = stage.jit(score, by_rows)
-    stored = None
-    if needs_reference and not moving:
-        stored = stored_scores(config, context, reference, score_jitted)
+    reference = Reference(config, context, beginning, score)
 
     def prepare(state, raw, key):
         del key
         batch, index = stage.split_index(raw, mesh)
-        if not needs_reference:
-            return batch
-        logps = stored(index) if stored is not None else None
-        if logps is None:
-            model = reference
-            if moving:
-                model = lora.join(frozen, state.extra["reference"])
-            logps = score_jitted(model, batch)
-        return batch | {"ref_logps": logps}
+        if needs_reference:
+            batch["ref_logps"] = reference.logps(state, batch, index)
+        return batch
 
     def prepared(raw):
         batch = stage.abstract_rows(raw, mesh)
         if not needs_reference:
             return {}, batch
-        model = stage.abstract(reference, mesh)
-        if moving:
-            model = beginning.abstract_model(beginning.abstract.extra["reference"])
-        program = Program(score, (model, batch), by_rows)
+        program = reference.program(batch)
         return {"reference": program}, batch | {"ref_logps": program.results()}
 
     def work(raw):
         tokens = {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
-        if stored is not None:  # every row once, spread over the steps
-            row = raw["ids"].size // len(raw["ids"])
-            tokens["scored"] = context.dataset.rows * row // config.steps
-        elif needs_reference:
-            tokens["scored"] = raw["ids"].size
-        return tokens
+        return tokens | ({"scored": reference.work(raw)} if needs_reference else {})
 
     return update.assemble(
         mesh,
         beginning,
         update=update.make_update(
-            config, loss_objective, optimizer, sync(config) if moving else None
+            config,
+            loss_objective,
+            optimizer,
+            reference.moved,
         ),
         prepare=prepare,
         prepared=prepared,
         objective=loss_objective,
         work=work,
     )
-
-
-def sync(config):
-    """Mixes the policy into the reference every sync_every steps.
-
-    TR-DPO (Gorbatovski et al. 2024, arxiv.org/abs/2404.09656), the soft update; with
-    sync_alpha=1 the hard one.
-
-    Returns:
-        (state, model, batch) -> {"reference": tree}, as `update.make_update` takes it.
-    """
-
-    def carry(state, model, batch):
-        del batch
-        due = (state.step + 1) % config.sync_every == 0
-        alpha = jnp.where(due, config.sync_alpha, 0.0)
-        reference = jax.tree.map(
-            lambda ref, new: (ref + alpha * (new - ref)).astype(ref.dtype),
-            state.extra["reference"],
-            model,
-        )
-        return {"reference": reference}
-
-    return carry
-
-
-def stored_scores(config, context, reference, score):
-    """Computes reference log-probabilities once, when training sees rows twice.
-
-    Returns:
-        (index) -> f32[B, ...] of those rows, None for rows of other data; or None when
-        there is no dataset, when scoring batch by batch is less work, or when several
-        processes share the rows.
-    """
-    dataset, mesh = context.dataset, context.mesh
-    if dataset is None or jax.process_count() > 1:
-        return None
-    if config.steps * config.batch_size <= dataset.rows:
-        return None
-    # In the order of the data and in whole batches: a resumed run has the same bits.
-    table = []
-
-    def look_up(index):
-        if index is None or index.min() < 0 or index.max() >= dataset.rows:
-            return None
-        if not table:
-            batches = [
-                score(reference, stage.split_index(raw, mesh)[0])
-                for raw in dataset.epoch(config.batch_size)
-            ]
-            table.append(np.concatenate(jax.device_get(batches))[: dataset.rows])
-        return sharding.shard_batch(table[0][np.asarray(index)], mesh)
-
-    return look_up
 
 
 def reference_logps(config: ConfigDict, model: Transformer, batch: dict) -> Array:

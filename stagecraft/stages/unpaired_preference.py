@@ -14,7 +14,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import REFERENCE, START, Kind
-from stagecraft.stages.preference import stored_scores, sync
+from stagecraft.stages.reference import Reference
 from stagecraft.stages.stage import Program
 
 OFFERS = {
@@ -41,40 +41,31 @@ def make(config, context):
         a `Stage`; raw batches are ids, mask, segments, positions, each [B, T], label
         bool[B] and perhaps index i32[B].
     """
-    mesh, reference = context.mesh, context.parents.get("reference")
+    mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     if "delta" in needs:  # a mean of log-ratios
         needs |= {"ref_logps"}
     trained = stage.trained(config, context.parents["start"], mesh)
-    moving = config.sync_every > 0 and "ref_logps" in needs
+    moves = config.sync_every > 0 and "ref_logps" in needs
+    parent = context.parents["reference"] if moves else None
     scalars = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
     beginning = stage.begin(
-        config,
-        trained,
-        optimizer,
-        mesh,
-        reference=reference if moving else None,
-        **scalars,
+        config, trained, optimizer, mesh, reference=parent, **scalars
     )
-    frozen, by_rows = beginning.frozen, sharding.batch_sharding(mesh)
+    reference = Reference(config, context, beginning, score)
+    by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
     score_jitted = stage.jit(score, by_rows)
-    distance_jitted = stage.jit(reference_distance, sharding.whole(mesh))
-    stored = None
-    if "ref_logps" in needs and not moving:
-        stored = stored_scores(config, context, reference, score_jitted)
+    distance_jitted = stage.jit(reference_distance, whole)
 
     def prepare(state, raw, key):
         del key
         batch, index = stage.split_index(raw, mesh)
-        policy, model = lora.join(frozen, state.model), reference
-        if moving:
-            model = lora.join(frozen, state.extra["reference"])
-        logps = stored(index) if stored is not None else None
+        policy = lora.join(beginning.frozen, state.model)
         if "ref_logps" in needs:
-            batch["ref_logps"] = score_jitted(model, batch) if logps is None else logps
+            batch["ref_logps"] = reference.logps(state, batch, index)
         if "kl" in needs:
-            batch["kl"] = distance_jitted(policy, model, batch)
+            batch["kl"] = distance_jitted(policy, reference.model(state), batch)
         if "delta" in needs:
             rewards = _rewards(config, score_jitted(policy, batch), batch)
             mean, count = state.extra["delta"], state.extra["seen"]
@@ -83,39 +74,28 @@ def make(config, context):
         return batch
 
     def prepared(raw):
-        batch = rows = stage.abstract_rows(raw, mesh)
-        policy = beginning.abstract_model()
-        model = stage.abstract(reference, mesh)
-        if moving:
-            model = beginning.abstract_model(beginning.abstract.extra["reference"])
-        programs = {}
+        rows = stage.abstract_rows(raw, mesh)
+        policy, programs, batch = beginning.abstract_model(), {}, dict(rows)
         if "ref_logps" in needs:
-            programs["reference"] = Program(score, (model, rows), by_rows)
-            batch = batch | {"ref_logps": programs["reference"].results()}
+            programs["reference"] = reference.program(rows)
+            batch["ref_logps"] = programs["reference"].results()
         if "kl" in needs:
-            arguments = (policy, model, rows)
-            whole = sharding.whole(mesh)
+            arguments = (policy, reference.abstract_model(), rows)
             programs["distance"] = Program(reference_distance, arguments, whole)
-            batch = batch | {"kl": programs["distance"].results()}
+            batch["kl"] = programs["distance"].results()
         if "delta" in needs:
             programs["policy"] = Program(score, (policy, rows), by_rows)
-            extra = beginning.abstract.extra
-            batch = batch | {k: extra[k] for k in ("delta", "seen")}
+            batch |= {k: beginning.abstract.extra[k] for k in ("delta", "seen")}
         return programs, batch
 
-    move = sync(config)
-
     def carry(state, model, batch):
-        extra = {k: batch[k] for k in ("delta", "seen") if "delta" in needs}
-        return extra | (move(state, model, batch) if moving else {})
+        means = {k: batch[k] for k in ("delta", "seen") if "delta" in needs}
+        return means | reference.moved(state, model)
 
     def work(raw):
         tokens = raw["ids"].size
-        passes = 2 * ("kl" in needs) + ("delta" in needs)
-        passes += "ref_logps" in needs and stored is None
-        scored = passes * tokens
-        if stored is not None:
-            scored += context.dataset.rows * raw["ids"].shape[-1] // config.steps
+        scored = (2 * ("kl" in needs) + ("delta" in needs)) * tokens
+        scored += reference.work(raw) if "ref_logps" in needs else 0
         return {"trained": tokens, "scored": scored, "length": raw["ids"].shape[-1]}
 
     return update.assemble(

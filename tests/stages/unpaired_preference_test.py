@@ -122,7 +122,7 @@ def test_the_reference_point_is_clamped_and_counts_only_real_rows(kto):
     made, raw, _, models, _, _ = kto
     del made
     raw = {k: v for k, v in raw.items() if k != "label"}
-    distance = jax.jit(unpaired_preference._distance)
+    distance = jax.jit(unpaired_preference.reference_distance)
     pair = models["policy"], models["reference"]
     with jax.set_mesh(cases.single()):
         there, back = (float(distance(*m, raw)) for m in (pair, pair[::-1]))
