@@ -312,7 +312,7 @@ _RUN = in_file(
         "every model is asked in chat turns",
         "format=kinds.of(stage).format(stage)",
         'format="chat"',
-        "tests/run_test.py -k lineage",
+        "tests/stages/lora_test.py -k reads_back",
     ),
 )
 

@@ -66,9 +66,12 @@ _BEGIN = in_file(
     ),
     (
         "a moving reference shares its parent's buffers",
-        'extra["reference"] = jax.tree.map(jnp.copy, reference)',
-        'extra["reference"] = reference',
-        "tests/stages/preference_test.py",
+        "return place(model, _reference(model), key)",
+        "state = place(model, _reference(model), key)\n"
+        "if moves:\n"
+        '    state.extra["reference"] = _reference(model)\n'
+        "return state",
+        "tests/stages/preference_test.py -k moving_reference",
     ),
     (
         "rows of programs lie on no device",
@@ -86,7 +89,7 @@ _BEGIN = in_file(
 
 _KIND = in_file(
     "stagecraft/stages/kind.py",
-    "tests/runs_test.py tests/run_test.py",
+    "tests/stages/lora_test.py -k reads_back",
     ("chat turns are text", 'return "chat"', 'return "text"'),
 )
 
