@@ -76,7 +76,7 @@ _BEGIN = in_file(
     (
         "rows of programs lie on no device",
         "sharding.with_shardings(arrays, sharding.batch_sharding(mesh))",
-        "sharding.with_shardings(arrays, None)",
+        "{k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()}",
         "tests/stages/programs_test.py",
     ),
     (

@@ -32,7 +32,7 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
 
 
 def test_each_held_out_batch_has_a_key_of_its_own_at_every_evaluation():
-    """Then two evaluations differ in the model alone, and two batches in their noise."""
+    """Two evaluations differ in the model alone, two batches in their noise."""
     keys = []
 
     def evaluate(state, raw, key):
