@@ -63,6 +63,8 @@ _BEGIN = in_file(
         "the child shares its parent's buffers",
         "jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=placement)",
         "lambda m: m",
+        "",
+        "the program that places the state makes arrays of its own, too",
     ),
     (
         "a moving reference shares its parent's buffers",
