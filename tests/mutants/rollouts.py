@@ -82,6 +82,7 @@ _ROLLOUT = in_file(
         "mask[~real, -1] = True",
         "pass",
         "tests/stages/evaluate_test.py",
+        "what is sampled for rows that are no prompts counts in no figure",
     ),
 )
 
