@@ -7,12 +7,13 @@ from tests.mutants import (
     families,
     inputs,
     objectives,
+    rollouts,
     sampled,
     steps,
 )
 
 MUTANTS = (
-    *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS),
+    *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *curation.MUTANTS,
 )

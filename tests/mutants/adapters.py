@@ -62,7 +62,7 @@ _LINEAR = in_file(
     ),
 )
 _STAGES = in_file(
-    "stagecraft/stages/stage.py",
+    "stagecraft/stages/update.py",
     "tests/stages/lora_test.py",
     (
         "dropout never reaches an update",
@@ -76,8 +76,9 @@ _STAGES = in_file(
     ),
     (
         "the base is not handed to an update",
-        'return compiled["update"](state, batch, frozen)',
-        'return compiled["update"](state, batch, None)',
+        "jitted(state, batch, frozen)",
+        "jitted(state, batch, None)",
+        dict(within="assemble"),
     ),
 )
 _PEFT = in_file(
@@ -115,8 +116,8 @@ _RUN = in_file(
     "tests/stages/lora_test.py -k reads_back",
     (
         "the reward's constant of another model",
-        "frozen=made.frozen",
-        "",
+        "kind.finish(stage, data, functions.frozen)",
+        "kind.finish(stage, data, None)",
     ),
 )
 MUTANTS = _LORA + _LINEAR + _STAGES + _PEFT + _DISK + _RUN

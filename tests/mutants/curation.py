@@ -8,10 +8,14 @@ _INPUTS = in_file(
     ("many files are one task", "room = aim", 'room = float("inf")'),
     (
         "the digest knows names alone",
-        r"{source}\n{contents.hexdigest()}\n",
-        r"{source}\n",
+        r'f"{path}\n{source}\n{contents.hexdigest()}\n"',
+        r'f"{path}\n{source}\n"',
     ),
-    ("a column of another name passes", "text_key not in row:", "text_key in ():"),
+    (
+        "a column of another name passes",
+        "isinstance(row, dict) and text_key not in row",
+        "False",
+    ),
 )
 
 _READER = in_file(
@@ -179,8 +183,8 @@ _WHOLE = (
         ),
         (
             "an older result stays",
-            "new_folder(self.out, replace=True)",
-            "new_folder(self.out)",
+            "storage.new_folder(self.out, replace=True)",
+            "storage.new_folder(self.out)",
         ),
         ("where it lies is in the bytes", 'PLACES = ("out", "work")', "PLACES = ()"),
     ),

@@ -49,8 +49,8 @@ _STAGE_DATA = (
         ),
         (
             "earlier turns are compared",
-            'one.tools, turns="last")\n            for a in',
-            'one.tools, turns="all")\n            for a in',
+            'rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="last")',
+            'rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="all")',
         ),
         (
             "pairs too long are cut",
@@ -79,8 +79,9 @@ _STAGE_DATA = (
         ),
         (
             "the mixture of records is left out",
-            "        mixture=mixed,\n        buckets",
-            "        buckets",
+            "mixture=mixed",
+            "",
+            dict(within="padded"),
         ),
     ),
     *in_file(
@@ -93,8 +94,8 @@ _STAGE_DATA = (
         ),
         (
             "verifiers find no renamed prompt",
-            ' | {"prompt": row.record.prompt}',
-            "",
+            'row.record.record | {"prompt": row.record.prompt}',
+            "row.record.record",
         ),
         (
             "oversampling forgotten",
@@ -153,6 +154,24 @@ _SOURCES = in_file(
         "(first, not first)",
         "(True, False)",
     ),
+    (
+        "identical pairs are pairs",
+        "if len(answers) > 1:\n    compared.append(one._replace(answers=answers))",
+        "compared.append(one)",
+        "tests/data/comparisons_test.py -k identical",
+    ),
+    (
+        "an identical pair is judged",
+        "if len(_distinct(pair.answers)) < 2:",
+        "if not pair.answers:",
+        "tests/data/comparisons_test.py -k identical",
+    ),
+    (
+        "identical pairs are not counted",
+        'dropped["identical"] += count',
+        "pass",
+        "tests/data/comparisons_test.py -k identical",
+    ),
 )
 
 _LANGUAGE = in_file(
@@ -166,8 +185,8 @@ _LANGUAGE = in_file(
     ),
     (
         "rows of several sources",
-        "        groups = [use[documents.sources",
-        "        [use[documents.sources",
+        "groups = [use[documents.sources[use] == source] for source in range(count)]",
+        "",
     ),
 )
 
@@ -309,10 +328,14 @@ _CONTAINERS = in_file(
     "tests/data/containers_test.py tests/data/readers_test.py",
     (
         "absent keys are null",
-        "_without_nulls(v) for k, v in value.items() if v is not None",
-        "_without_nulls(v) for k, v in value.items()",
+        "{k: _without_nulls(v) for k, v in value.items() if v is not None}",
+        "{k: _without_nulls(v) for k, v in value.items()}",
     ),
-    ("other line ends stay", 'text[:-2] + "\\n" if', "text if"),
+    (
+        "other line ends stay",
+        r'text[:-2] + "\n" if text.endswith("\r\n") else text',
+        "text",
+    ),
     (
         "a list's first line is read as a record",
         'first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")',
@@ -320,8 +343,10 @@ _CONTAINERS = in_file(
     ),
     (
         "lines are numbered one too low",
-        "                ends.append((position, number + 1))",
-        "                ends.append((position, number))",
+        "if position - ends[-1][0] >= size and not (blank and line.strip()):\n"
+        "    ends.append((position, number + 1))",
+        "if position - ends[-1][0] >= size and not (blank and line.strip()):\n"
+        "    ends.append((position, number))",
         "tests/curate/reader_test.py",
     ),
     (
@@ -332,11 +357,15 @@ _CONTAINERS = in_file(
     ),
     (
         "a BOM stays",
-        "line.removeprefix(codecs.BOM_UTF8) if number == 1",
-        "line if number == 1",
+        "line.removeprefix(codecs.BOM_UTF8) if number == 1 else line",
+        "line",
         "tests/curate/reader_test.py",
     ),
-    ("half a surrogate pair passes", 'if b"\\\\u" in data and', "if False and"),
+    (
+        "half a surrogate pair passes",
+        r'b"\\u" in data and not _encodable(value)',
+        "False",
+    ),
     (
         "deep JSON ends the run",
         "(ValueError, RecursionError)",
@@ -367,8 +396,8 @@ _STREAMS = in_file(
     ),
     (
         "a compressed part begins where the one before it does",
-        "piece[max(start - passed, 0) :",
-        "piece[0 :",
+        "piece[max(start - passed, 0) : max(end - passed, 0)]",
+        "piece[0 : max(end - passed, 0)]",
         "tests/curate/reader_test.py",
     ),
 )

@@ -160,13 +160,43 @@ _RECORDS = in_file(
     "tests/stages/records_test.py",
     ("a torn line stays", "self._file.truncate(end)", "pass"),
     ("entries are not synced", "os.fsync(self._file.fileno())", "pass"),
-    ("a journal is not replayed", "deque(lines[1:])", "deque()"),
+    (
+        "entries are synced before they are flushed",
+        "self._file.flush()\nos.fsync(self._file.fileno())",
+        "os.fsync(self._file.fileno())\nself._file.flush()",
+        "tests/stages/records_test.py -k on_disk",
+    ),
+    (
+        "the journal's header is not written first",
+        "if not lines:\n    self._append(header)",
+        "self._header = header",
+        "tests/stages/records_test.py -k on_disk",
+    ),
+    (
+        "a journal is not replayed",
+        "collections.deque(lines[1:])",
+        "collections.deque()",
+    ),
+    (
+        "a replayed entry is made again",
+        "return self._replay.popleft(), True",
+        "make(*args)\nreturn self._replay.popleft(), True",
+    ),
+    (
+        "answers are asked again after a replay",
+        "return self._replay.popleft(), True",
+        "self._replay.popleft()\nreturn make(*args), True",
+    ),
     (
         "a rater's noise starts again",
         'rng.bit_generator.state = rated["rng"]',
         "pass",
     ),
-    ("any journal will do", "if lines and (change :=", "if 0 and (change :="),
+    (
+        "any journal will do",
+        "if lines and (change := schema.difference(lines[0], header)):",
+        "if 0 and (change := schema.difference(lines[0], header)):",
+    ),
 )
 
 _RATERS = in_file(
@@ -183,7 +213,11 @@ _RATERS = in_file(
 _SELECTION = in_file(
     "stagecraft/stages/selection.py",
     "tests/stages/selection_test.py",
-    ("the worst of n", "return [max(fit, key=scores", "return [min(fit, key=scores"),
+    (
+        "the worst of n",
+        "max(fit, key=scores.__getitem__)",
+        "min(fit, key=scores.__getitem__)",
+    ),
     ("answers that were cut off are kept", "if not ended:", "if False:"),
 )
 
@@ -254,8 +288,8 @@ _SAMPLING = in_file(
     ),
     (
         "stops at the wrong token",
-        "jnp.array(params.stop_ids, jnp",
-        "1 + jnp.array(params.stop_ids, jnp",
+        "jnp.array(params.stop_ids, jnp.int32)",
+        "1 + jnp.array(params.stop_ids, jnp.int32)",
     ),
     ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
 )
@@ -265,8 +299,20 @@ _RUN = in_file(
     "tests/mutation_gaps_test.py tests/run_test.py",
     (
         "missing EOS on the document's end",
-        'extra["stop_ids"] = tokenizer.stops',
-        'extra["stop_ids"] = (tokenizer.eos,)',
+        "stop_ids=tokenizer.stops",
+        "stop_ids=(tokenizer.eos,)",
+    ),
+    (
+        "what a kind does at the end is left out",
+        "kind.finish and kind.finish(stage, data, functions.frozen)",
+        "None",
+        "tests/stages/lora_test.py -k reads_back",
+    ),
+    (
+        "every model is asked in chat turns",
+        "format=kinds.of(stage).format(stage)",
+        'format="chat"',
+        "tests/stages/lora_test.py -k reads_back",
     ),
 )
 
@@ -323,6 +369,24 @@ _TRAIN = in_file(
         "the average is never deployed",
         'state.extra.get("ema", state.model)',
         "state.model",
+    ),
+    (
+        "one key for all held-out batches",
+        "jax.random.fold_in(jax.random.key(0), number)",
+        "jax.random.key(0)",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "every evaluation has other keys",
+        "jax.random.fold_in(jax.random.key(0), number)",
+        "jax.random.fold_in(jax.random.key(0), number + state.step)",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "the last step's hook is left out",
+        "if last and hooks.finish:",
+        "if False:",
+        "tests/stages/lora_test.py -k reads_back",
     ),
 )
 

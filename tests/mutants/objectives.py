@@ -118,6 +118,18 @@ _PAIRS = in_file(
         "if True:",
         "tests/losses/preference_test.py -k divergences",
     ),
+    (
+        "pairs: scores without a reference",
+        "scores = divergence_scores(policy_logps, ref_logps)",
+        "scores = policy_logps",
+    ),
+    (
+        "pairs: logged rewards of the scores",
+        "return loss(scores, **given), metrics",
+        'metrics = reward_metrics(policy_logps, given["beta"] * scores)\n'
+        "return loss(scores, **given), metrics",
+        "tests/losses/preference_test.py -k divergences",
+    ),
     ("pairs: a tie counts as right", "(margins > 0)", "(margins >= 0)"),
     ("LD-DPO one token short", "place <= shared", "place < shared"),
     (
@@ -198,8 +210,9 @@ _REFERENCE = in_file(
     ),
     (
         "bco_pair pushes both up",
-        "+ logistic(-beta * scores[:, 1])",
-        "+ logistic(beta * scores[:, 1])",
+        "logistic(-beta * scores[:, 1])",
+        "logistic(beta * scores[:, 1])",
+        dict(within="bco_pair"),
     ),
     ("sppo target 1 / beta", "target = 1 / (2 * beta)", "target = 1 / beta"),
     (
@@ -220,8 +233,8 @@ _REFERENCE = in_file(
     ("aot sorts padding in", "jnp.where(rows, a, last)", "a"),
     (
         "sft over the document",
-        'return {"chosen": -chosen_logps},',
-        'return {"document": -chosen_logps},',
+        '{"chosen": -chosen_logps}',
+        '{"document": -chosen_logps}',
     ),
 )
 

@@ -2,8 +2,8 @@
 
 from tests.mutants.mutant import in_file
 
-_STAGE = in_file(
-    "stagecraft/stages/stage.py",
+_UPDATE = in_file(
+    "stagecraft/stages/update.py",
     "tests/stages/update_test.py",
     (
         "mean of each micro-batch",
@@ -25,16 +25,74 @@ _STAGE = in_file(
     ),
     (
         "EMA starts and stays",
-        'carried["ema"] = optim.ema(state.extra["ema"], model, ema_decay)',
-        'carried["ema"] = state.extra["ema"]',
+        'extra["ema"] = optim.ema(state.extra["ema"], model, config.ema_decay)',
+        'extra["ema"] = state.extra["ema"]',
         "tests/stages/preference_test.py -k average",
     ),
     (
-        "the child shares its parent's buffers",
-        "jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=shardings)",
-        "lambda m: m",
-        "tests/stages/preference_test.py tests/stages/policy_test.py",
+        "scheduler steps each minibatch",
+        "step(now, part, state.step, frozen, key)",
+        "step(now, part, state.step + number, frozen, key)",
+        "tests/stages/policy_test.py -k one_learning_rate",
     ),
+    (
+        "minibatches ignored",
+        "order.reshape(config.epochs * config.minibatches, -1)",
+        "order.reshape(config.epochs, -1)",
+        "tests/stages/policy_test.py -k optimizer_step",
+    ),
+    (
+        "one order for all epochs",
+        "order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)",
+        "order = jnp.tile(jax.random.permutation(key, rows), (config.epochs, 1))",
+        "tests/stages/policy_test.py -k epoch",
+    ),
+    (
+        "minibatches start from the same weights",
+        "return (model, opt_state), metrics",
+        "return (carry[0], opt_state), metrics",
+        "tests/stages/policy_test.py",
+        dict(within="minibatch"),
+    ),
+)
+
+_BEGIN = in_file(
+    "stagecraft/stages/stage.py",
+    "tests/stages/preference_test.py tests/stages/policy_test.py",
+    (
+        "the child shares its parent's buffers",
+        "jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=placement)",
+        "lambda m: m",
+        "",
+        "the program that places the state makes arrays of its own, too",
+    ),
+    (
+        "a moving reference shares its parent's buffers",
+        "return place(model, _reference(model), key)",
+        "state = place(model, _reference(model), key)\n"
+        "if moves:\n"
+        '    state.extra["reference"] = _reference(model)\n'
+        "return state",
+        "tests/stages/preference_test.py -k moving_reference",
+    ),
+    (
+        "rows of programs lie on no device",
+        "sharding.with_shardings(arrays, sharding.batch_sharding(mesh))",
+        "{k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()}",
+        "tests/stages/programs_test.py",
+    ),
+    (
+        "rows of programs lie on every device",
+        "sharding.with_shardings(arrays, sharding.batch_sharding(mesh))",
+        "sharding.with_shardings(arrays, sharding.whole(mesh))",
+        "tests/stages/programs_test.py",
+    ),
+)
+
+_KIND = in_file(
+    "stagecraft/stages/kind.py",
+    "tests/stages/lora_test.py -k reads_back",
+    ("chat turns are text", 'return "chat"', 'return "text"'),
 )
 
 _OBJECTIVE = in_file(
@@ -213,278 +271,7 @@ _UNPAIRED = in_file(
     ),
 )
 
-_ROLLOUT = in_file(
-    "stagecraft/stages/rollout.py",
-    "tests/stages/group_policy_test.py tests/stages/policy_test.py",
-    (
-        "masks from the ids",
-        "seen = jnp.concatenate([prompt_mask, got.mask], axis=1)",
-        "seen = jnp.concatenate([prompt_ids, got.tokens], axis=1) != 0",
-        "tests/stages/policy_test.py tests/mutation_gaps_test.py",
-    ),
-    (
-        "positions from 1",
-        "jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen",
-        "jnp.cumsum(seen, axis=1, dtype=jnp.int32)",
-        "tests/stages/policy_test.py tests/mutation_gaps_test.py",
-    ),
-    (
-        "prompts tiled, not repeated",
-        "jnp.repeat(raw[k], samples, axis=0)",
-        "jnp.tile(raw[k], (samples, 1))",
-    ),
-    (
-        "verifiers get tiled prompts",
-        "np.repeat(np.asarray(index), samples)",
-        "np.tile(np.asarray(index), samples)",
-        "tests/stages/group_policy_test.py -k rewards",
-    ),
-    (
-        "reward weights ignored",
-        "weighted = rewards * jnp.asarray(weights, rewards.dtype)[None, :]",
-        "weighted = 1.0 * rewards",
-        "tests/stages/group_policy_test.py -k rewards",
-    ),
-    (
-        "one source suffices",
-        "jnp.isfinite(rewards).all(axis=1)",
-        "jnp.isfinite(rewards).any(axis=1)",
-        "tests/stages/group_policy_test.py -k rewards tests/mutation_gaps_test.py",
-        dict(within="total"),
-    ),
-    (
-        "log-probs of the token after",
-        "before = hidden[:, -new - 1 : -1]",
-        "before = hidden[:, -new:]",
-        "tests/stages/policy_test.py -k agree",
-    ),
-)
-
-_POLICY = in_file(
-    "stagecraft/stages/policy.py",
-    "tests/stages/policy_test.py",
-    (
-        "no temperature in the old policy",
-        'old = response_logps(model["policy"], drawn, temperature)',
-        'old = response_logps(model["policy"], drawn, 1.0)',
-    ),
-    (
-        "no temperature in the reference",
-        "ref = response_logps(reference, drawn, temperature)",
-        "ref = response_logps(reference, drawn, 1.0)",
-    ),
-    (
-        "no temperature in the update",
-        "temperature = config.sampling.temperature",
-        "temperature = 1.0",
-        dict(within="make_objective"),
-    ),
-    (
-        "the reference is the policy (ppo)",
-        "ref = response_logps(reference, drawn, temperature)",
-        'ref = response_logps(model["policy"], drawn, temperature)',
-    ),
-    (
-        "values after the token",
-        "return values[:, -new - 1 : -1], values[:, -1]",
-        "return values[:, -new:], values[:, -1]",
-    ),
-    (
-        "returns from whitened advantages (stage)",
-        '"returns": returns,',
-        '"returns": losses.whiten(advantages, mask) + values,',
-    ),
-    (
-        "advantages not whitened",
-        '"advantages": losses.whiten(\n'
-        "                advantages, mask, unbiased=config.unbiased_whitening\n"
-        "            ),",
-        '"advantages": advantages,',
-    ),
-    (
-        "whitening never unbiased",
-        "advantages, mask, unbiased=config.unbiased_whitening",
-        "advantages, mask",
-        "tests/stages/policy_options_test.py",
-    ),
-    (
-        "rewards whitened with their mean gone",
-        "paid_tokens, counted, shift_mean=False,",
-        "paid_tokens, counted,",
-        "tests/stages/policy_options_test.py",
-    ),
-    (
-        "bootstrap of those that ended",
-        "jnp.where(ended, 0.0, after)",
-        "after",
-        "tests/stages/policy_options_test.py",
-    ),
-    (
-        "missing EOS costs nothing",
-        "scores, ended, penalty=config.missing_eos_penalty, replace=replace",
-        "scores, ended, penalty=0.0, replace=None",
-    ),
-    (
-        "KL in the loss and in the reward",
-        "kl_coef=kl_coef if in_reward else 0.0,",
-        "kl_coef=kl_coef,",
-        "tests/stages/policy_options_test.py -k paid",
-    ),
-    (
-        "critic learns under the policy's mask",
-        '"value": batch["value_mask"]',
-        '"value": batch["mask"]',
-        "tests/stages/policy_options_test.py",
-    ),
-    (
-        "scheduler steps each minibatch",
-        "step(seen, part, state.step, frozen, key)",
-        "step(seen, part, state.step + now, frozen, key)",
-        "tests/stages/policy_test.py -k one_learning_rate",
-    ),
-    (
-        "minibatches ignored",
-        '"order": order.reshape(config.epochs * config.minibatches, -1)',
-        '"order": order.reshape(config.epochs, -1)',
-        "tests/stages/policy_test.py -k optimizer_step",
-    ),
-    (
-        "one order for all epochs",
-        "order = jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)",
-        "order = jnp.tile(jax.random.permutation(key, rows), (config.epochs, 1))",
-        "tests/stages/policy_test.py -k epoch tests/mutation_gaps_test.py",
-    ),
-    (
-        "minibatches start from the same weights",
-        "return (model, opt_state, now + 1), metrics",
-        "return (carry[0], opt_state, now + 1), metrics",
-        "tests/stages/policy_test.py",
-    ),
-    (
-        "the first rows of pretraining text only",
-        "at = (now % minibatches) * size",
-        "at = 0 * now",
-        "tests/stages/policy_options_test.py -k pretraining",
-    ),
-    (
-        "pretraining loss on every token",
-        'found["ptx"] = _ptx_targets(batch)[1]',
-        'found["ptx"] = batch["ptx_segments"] > 0',
-        "tests/stages/policy_options_test.py",
-    ),
-    (
-        "critic at the policy's learning rate",
-        '"value": config.value_lr_scale',
-        '"value": 1.0',
-        "tests/mutation_gaps_test.py -k critic",
-    ),
-    (
-        "rows nobody could score teach",
-        'mask = drawn["mask"] & scored[:, None]',
-        'mask = drawn["mask"]',
-        "tests/stages/policy_options_test.py -k score",
-    ),
-    (
-        "KL coefficient adapts to the epochs",
-        'batch_size=batch["order"].size // config.epochs',
-        'batch_size=batch["order"].size',
-        "tests/stages/policy_test.py -k adapts",
-    ),
-)
-
-_GROUP = in_file(
-    "stagecraft/stages/group_policy.py",
-    "tests/stages/group_policy_test.py",
-    (
-        "no temperature in the update (group)",
-        "temperature = config.sampling.temperature",
-        "temperature = 1.0",
-        dict(within="make_objective"),
-    ),
-    (
-        "no temperature in the old policy (group)",
-        "old = response_logps(model, drawn, config.sampling.temperature)",
-        "old = response_logps(model, drawn, 1.0)",
-    ),
-    (
-        "the reference is the policy (group)",
-        "ref = response_logps(reference, drawn, config.sampling.temperature)",
-        "ref = response_logps(model, drawn, config.sampling.temperature)",
-    ),
-    (
-        "groups that teach nothing are kept",
-        "jnp.argsort(~teaches, stable=True)",
-        "jnp.argsort(teaches, stable=True)",
-        "tests/stages/group_policy_test.py -k keeps",
-    ),
-    (
-        "oversampled groups in any order",
-        "jnp.argsort(~teaches, stable=True)",
-        "jnp.argsort(~teaches, stable=True, descending=True)",
-        "tests/stages/group_policy_test.py -k keeps",
-    ),
-    (
-        "cut off completions teach",
-        'mask = losses.overlong_filter(mask, drawn["ended"])',
-        "mask = 1 * mask > 0",
-    ),
-    (
-        "KL in the reward ignored",
-        "scores = scores - penalty.sum(axis=1)",
-        "scores = scores - 0 * penalty.sum(axis=1)",
-    ),
-    (
-        "KL in the reward is paid",
-        "paid -= penalty",
-        "paid += penalty",
-        "tests/stages/group_policy_test.py -k baseline",
-    ),
-    (
-        "no gradient where the policy sampled itself",
-        'old = batch.get("old_logps", jax.lax.stop_gradient(logps))',
-        'old = batch.get("old_logps", logps)',
-        "tests/mutation_gaps_test.py -k gradient",
-    ),
-    (
-        "minibatches ignored (group)",
-        '"order": order.reshape(config.epochs * config.minibatches, -1)',
-        '"order": order.reshape(config.epochs, -1)',
-    ),
-    (
-        "aggregation by the batch's longest",
-        "max_length=config.sampling.max_new_tokens",
-        'max_length=batch["mask"].sum(-1).max()',
-        "tests/stages/group_policy_test.py -k aggregation",
-    ),
-    (
-        "returns not whitened",
-        "return losses.whiten(returns, mask & scored[:, None])",
-        "return returns",
-        "tests/stages/group_policy_test.py -k 'baseline or advantage'",
-    ),
-)
-
-_ONLINE = in_file(
-    "stagecraft/stages/online_preference.py",
-    "tests/stages/online_preference_test.py",
-    (
-        "the worse of two is chosen",
-        "first = (paid[:, 0] >= paid[:, 1])[:, None]",
-        "first = (paid[:, 0] <= paid[:, 1])[:, None]",
-    ),
-    (
-        "the second of equals is chosen",
-        "first = (paid[:, 0] >= paid[:, 1])[:, None]",
-        "first = (paid[:, 0] > paid[:, 1])[:, None]",
-    ),
-    (
-        "ranked before the missing EOS is charged",
-        "paid, both = paid.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)",
-        "paid, both = scores.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)",
-    ),
-)
-
 MUTANTS = (
-    *(_STAGE + _OBJECTIVE + _LANGUAGE + _REWARD + _PREFERENCE + _UNPAIRED),
-    *(_ROLLOUT + _POLICY + _GROUP + _ONLINE),
+    *(_UPDATE + _BEGIN + _KIND + _OBJECTIVE),
+    *(_LANGUAGE + _REWARD + _PREFERENCE + _UNPAIRED),
 )

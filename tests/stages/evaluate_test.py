@@ -1,10 +1,15 @@
 """Held-out loss of several terms: one number, exact over batches of any size."""
 
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import masked, sharding
+from stagecraft import masked, sharding, train
+from stagecraft.data.dataset import Dataset
+from stagecraft.stages.stage import State
 from tests.stages import cases
 
 
@@ -24,6 +29,22 @@ def test_the_whole_loss_is_the_weighted_sum_of_its_means():
     for name in ("loss", "loss/rows", "loss/chosen"):
         np.testing.assert_allclose(merged[name], whole[name], rtol=1e-5)
     assert float(merged["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
+def test_each_held_out_batch_has_a_key_of_its_own_at_every_evaluation():
+    """Two evaluations differ in the model alone, two batches in their noise."""
+    keys = []
+
+    def evaluate(state, raw, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return {"rows": masked.Mean.of(jnp.asarray(raw["index"] >= 0, jnp.float32))}
+
+    stage = types.SimpleNamespace(evaluate=evaluate)
+    heldout = Dataset([({"index": np.arange(6, dtype=np.int32)}, 2)], seed=0)
+    for step in (3, 5):
+        state = State(jnp.asarray(step), None, None, {})
+        assert train.evaluate(stage, state, heldout, 2) == {"eval_rows": 1.0}
+    assert len({*keys[:3]}) == 3 and keys[:3] == keys[3:]
 
 
 class Verifiers:

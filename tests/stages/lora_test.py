@@ -239,6 +239,8 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         assert tree.digest(scalar.body.embed[...]) == tree.digest(merged.embed[...])
         reward = storage.read_json(straight / "reward/stage.json")
         assert reward["module"] == "scalar" and float(scalar.bias[...]) != 0
+        formats = [current.record(name).format for name in config.stages]
+        assert formats == ["text", "chat", "chat"]
     told = storage.read_json(straight / "summary.json")
     changed = told["weights"]["reward"]["by_kind"]
     assert changed["up"]["effective_rank"] <= 2 < changed["up"]["full_rank"]

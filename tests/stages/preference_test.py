@@ -323,3 +323,11 @@ def test_a_moving_reference_is_sharded_like_the_model():
         ):
             assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
             assert one is not other
+    # An update donates the state, but not what it is a copy of.
+    with jax.set_mesh(shared):
+        again = made.init(jax.random.key(0))
+    held = [
+        x.addressable_shards[0].data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves((state, again))
+    ]
+    assert len({*held}) == len(held)

@@ -1,0 +1,289 @@
+"""Mistakes in the stages that sample: what is scored, and who learns from it."""
+
+from tests.mutants.mutant import in_file
+
+_ROLLOUT = in_file(
+    "stagecraft/stages/rollout.py",
+    "tests/stages/group_policy_test.py tests/stages/policy_test.py",
+    (
+        "masks from the ids",
+        "seen = jnp.concatenate([prompt_mask, got.mask], axis=1)",
+        "seen = jnp.concatenate([prompt_ids, got.tokens], axis=1) != 0",
+        "tests/stages/policy_test.py tests/mutation_gaps_test.py",
+    ),
+    (
+        "positions from 1",
+        "jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen",
+        "jnp.cumsum(seen, axis=1, dtype=jnp.int32)",
+        "tests/stages/policy_test.py tests/mutation_gaps_test.py",
+    ),
+    (
+        "prompts tiled, not repeated",
+        "jnp.repeat(raw[k], samples, axis=0)",
+        "jnp.tile(raw[k], (samples, 1))",
+    ),
+    (
+        "verifiers get tiled prompts",
+        "np.repeat(np.asarray(index), samples)",
+        "np.tile(np.asarray(index), samples)",
+        "tests/stages/group_policy_test.py -k rewards",
+    ),
+    (
+        "reward weights ignored",
+        "weighted = rewards * jnp.asarray(weights, rewards.dtype)[None, :]",
+        "weighted = 1.0 * rewards",
+        "tests/stages/group_policy_test.py -k rewards",
+    ),
+    (
+        "one source suffices",
+        "jnp.isfinite(rewards).all(axis=1)",
+        "jnp.isfinite(rewards).any(axis=1)",
+        "tests/stages/group_policy_test.py -k rewards tests/mutation_gaps_test.py",
+        dict(within="total"),
+    ),
+    (
+        "log-probs of the token after",
+        "before = hidden[:, -new - 1 : -1]",
+        "before = hidden[:, -new:]",
+        "tests/stages/policy_test.py -k agree",
+    ),
+    (
+        "rows that fill a held-out batch are counted",
+        "rows = np.repeat(real, len(rollout['tokens']) // len(real))",
+        "rows = np.repeat(real | True, len(rollout['tokens']) // len(real))",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "rows that fill a held-out batch are scored",
+        "metrics(rollout, values, scored & rows)",
+        "metrics(rollout, values, scored)",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "rewards of rows that fill a held-out batch",
+        "source_metrics(rewards, rollouts.names, rows)",
+        "source_metrics(rewards, rollouts.names)",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "lengths of rows that fill a held-out batch",
+        'completion_metrics(rollout["mask"], rollout["ended"], rows)',
+        'completion_metrics(rollout["mask"], rollout["ended"])',
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "verifiers are asked for rows that are none",
+        "rollouts.score(rollout, np.maximum(index, 0))",
+        "rollouts.score(rollout, index)",
+        "tests/stages/evaluate_test.py",
+    ),
+    (
+        "held-out prompts of no token",
+        "mask[~real, -1] = True",
+        "pass",
+        "tests/stages/evaluate_test.py",
+        "what is sampled for rows that are no prompts counts in no figure",
+    ),
+)
+
+_POLICY = in_file(
+    "stagecraft/stages/policy.py",
+    "tests/stages/policy_test.py",
+    (
+        "no temperature in the old policy",
+        '"old_logps": response_logps(policy, samples, temperature).logps',
+        '"old_logps": response_logps(policy, samples, 1.0).logps',
+    ),
+    (
+        "no temperature in the reference",
+        '"ref_logps": response_logps(reference, samples, temperature).logps',
+        '"ref_logps": response_logps(reference, samples, 1.0).logps',
+    ),
+    (
+        "no temperature in the update",
+        "temperature = config.sampling.temperature",
+        "temperature = 1.0",
+        dict(within="make_objective"),
+    ),
+    (
+        "the reference is the policy (ppo)",
+        '"ref_logps": response_logps(reference, samples, temperature).logps',
+        '"ref_logps": response_logps(policy, samples, temperature).logps',
+    ),
+    (
+        "values after the token",
+        "return values[:, -new - 1 : -1], values[:, -1]",
+        "return values[:, -new:], values[:, -1]",
+    ),
+    (
+        "returns from whitened advantages (stage)",
+        '"returns": returns,',
+        '"returns": losses.whiten(token_advantages, mask) + values,',
+    ),
+    (
+        "advantages not whitened",
+        '"advantages": losses.whiten(token_advantages, mask, unbiased=unbiased)',
+        '"advantages": token_advantages',
+    ),
+    (
+        "whitening never unbiased",
+        "losses.whiten(token_advantages, mask, unbiased=unbiased)",
+        "losses.whiten(token_advantages, mask)",
+        "tests/stages/policy_options_test.py",
+    ),
+    (
+        "rewards whitened with their mean gone",
+        "paid_tokens, counted, shift_mean=False,",
+        "paid_tokens, counted,",
+        "tests/stages/policy_options_test.py",
+    ),
+    (
+        "bootstrap of those that ended",
+        'jnp.where(samples["ended"], 0.0, after)',
+        "after",
+        "tests/stages/policy_options_test.py",
+    ),
+    (
+        "missing EOS costs nothing",
+        "penalty=config.missing_eos_penalty, "
+        "replace=config.missing_eos_score if config.replace_missing_eos else None",
+        "penalty=0.0, replace=None",
+    ),
+    (
+        "KL in the loss and in the reward",
+        "kl_coef=kl_coef if in_reward else 0.0,",
+        "kl_coef=kl_coef,",
+        "tests/stages/policy_options_test.py -k paid",
+    ),
+    (
+        "critic learns under the policy's mask",
+        '"value": batch["value_mask"]',
+        '"value": batch["mask"]',
+        "tests/stages/policy_options_test.py",
+    ),
+    (
+        "the first rows of pretraining text only",
+        "at = (now % minibatches) * size",
+        "at = 0 * now",
+        "tests/stages/policy_options_test.py -k pretraining",
+    ),
+    (
+        "pretraining loss on every token",
+        'found["ptx"] = _ptx_targets(batch)[1]',
+        'found["ptx"] = batch["ptx_segments"] > 0',
+        "tests/stages/policy_options_test.py",
+    ),
+    (
+        "critic at the policy's learning rate",
+        '"value": config.value_lr_scale',
+        '"value": 1.0',
+        "tests/mutation_gaps_test.py -k critic",
+    ),
+    (
+        "rows nobody could score teach",
+        'mask = drawn["mask"] & scored[:, None]',
+        'mask = drawn["mask"]',
+        "tests/stages/policy_options_test.py -k score",
+    ),
+    (
+        "KL coefficient adapts to the epochs",
+        'batch_size=batch["order"].size // config.epochs',
+        'batch_size=batch["order"].size',
+        "tests/stages/policy_test.py -k adapts",
+    ),
+)
+
+_GROUP = in_file(
+    "stagecraft/stages/group_policy.py",
+    "tests/stages/group_policy_test.py",
+    (
+        "no temperature in the update (group)",
+        "temperature = config.sampling.temperature",
+        "temperature = 1.0",
+        dict(within="make_objective"),
+    ),
+    (
+        "no temperature in the old policy (group)",
+        "old = response_logps(model, drawn, config.sampling.temperature)",
+        "old = response_logps(model, drawn, 1.0)",
+    ),
+    (
+        "the reference is the policy (group)",
+        "ref = response_logps(reference, samples, config.sampling.temperature)",
+        "ref = response_logps(policy, samples, config.sampling.temperature)",
+    ),
+    (
+        "groups that teach nothing are kept",
+        "jnp.argsort(~teaches, stable=True)",
+        "jnp.argsort(teaches, stable=True)",
+        "tests/stages/group_policy_test.py -k keeps",
+    ),
+    (
+        "oversampled groups in any order",
+        "jnp.argsort(~teaches, stable=True)",
+        "jnp.argsort(~teaches, stable=True, descending=True)",
+        "tests/stages/group_policy_test.py -k keeps",
+    ),
+    (
+        "cut off completions teach",
+        'mask = losses.overlong_filter(mask, drawn["ended"])',
+        "mask = 1 * mask > 0",
+    ),
+    (
+        "KL in the reward ignored",
+        "scores = scores - penalty.sum(axis=1)",
+        "scores = scores - 0 * penalty.sum(axis=1)",
+    ),
+    (
+        "KL in the reward is paid",
+        "paid -= penalty",
+        "paid += penalty",
+        "tests/stages/group_policy_test.py -k baseline",
+    ),
+    (
+        "no gradient where the policy sampled itself",
+        'old = batch.get("old_logps", jax.lax.stop_gradient(logps))',
+        'old = batch.get("old_logps", logps)',
+        "tests/mutation_gaps_test.py -k gradient",
+    ),
+    (
+        "minibatches ignored (group)",
+        "update.shuffled_minibatches(config, len(mask), key)",
+        "update.shuffled_minibatches(config, len(mask), key)"
+        ".reshape(config.epochs, -1)",
+    ),
+    (
+        "aggregation by the batch's longest",
+        "max_length=config.sampling.max_new_tokens",
+        'max_length=batch["mask"].sum(-1).max()',
+        "tests/stages/group_policy_test.py -k aggregation",
+    ),
+    (
+        "returns not whitened",
+        "return losses.whiten(returns, mask & scored[:, None])",
+        "return returns",
+        "tests/stages/group_policy_test.py -k 'baseline or advantage'",
+    ),
+)
+
+_ONLINE = in_file(
+    "stagecraft/stages/online_preference.py",
+    "tests/stages/online_preference_test.py",
+    (
+        "the worse of two is chosen",
+        "first = (paid[:, 0] >= paid[:, 1])[:, None]",
+        "first = (paid[:, 0] <= paid[:, 1])[:, None]",
+    ),
+    (
+        "the second of equals is chosen",
+        "first = (paid[:, 0] >= paid[:, 1])[:, None]",
+        "first = (paid[:, 0] > paid[:, 1])[:, None]",
+    ),
+    (
+        "ranked before the missing EOS is charged",
+        "paid, both = paid.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)",
+        "paid, both = scores.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)",
+    ),
+)
+
+MUTANTS = _ROLLOUT + _POLICY + _GROUP + _ONLINE
