@@ -223,7 +223,7 @@ def layerwise(make_group: Callable[[dict], Any]) -> optax.GradientTransformation
     Layers are stacked in one array ([L, D, F]), but a matrix to orthogonalise, or a
     second moment to factor, is one layer's. The state's arrays keep the logical axes of
     their parameters' dimensions, those of factored moments too, so that
-    `sharding.init_optimizer` can shard them.
+    `sharding.init_sharded` can shard them.
 
     Args:
         make_group: ({name: logical axes of one layer's array}) -> the transformation of

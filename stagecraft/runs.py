@@ -114,7 +114,7 @@ class Run:
 
 def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:
     """Returns the smallest batch of at least `least` rows that divides over a mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     return -(-least // shards) * shards
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -133,8 +132,12 @@ def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
     No array is ever complete on one device: the shapes come from `jax.eval_shape`,
     and the arrays from one compiled program with their final shardings as outputs.
 
+    Also for an optimizer's state: its moments keep their parameters' axes, though
+    `jax.jit(tx.init)` alone would leave them on one device.
+
     Args:
-        init_fn: any function of arrays or keys that returns modules.
+        init_fn: any function of arrays or keys that returns modules, or trees of
+            variables with axes.
         mesh: the mesh.
 
     Returns:
@@ -176,22 +179,6 @@ def with_shardings(shapes: Any, placement: Any) -> Any:
         shapes,
         jax.tree.broadcast(placement, shapes),
     )
-
-
-def init_optimizer(
-    tx: optax.GradientTransformation, params: Any, mesh: Mesh
-) -> optax.OptState:
-    """Makes an optimizer state whose moments are sharded like their parameters.
-
-    `jax.jit(tx.init)` alone leaves the moments on one device; they keep the
-    parameters' axes, though, so their shardings are read in the same way.
-
-    Args:
-        tx: an `optax.GradientTransformation`.
-        params: modules (or a tree of them) with real or abstract arrays.
-        mesh: the mesh.
-    """
-    return init_sharded(tx.init, mesh)(params)
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:

@@ -84,7 +84,7 @@ def token_logps(
         return _local(
             hidden, embedding, targets, temperature, block_size, options, axis=None
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     if targets.shape[0] % shards:
         raise UserError(
             f"batch_size: {targets.shape[0]} rows do not divide over data * fsdp = "

@@ -166,11 +166,6 @@ def locate(
     return Source(text, "stage" if "/" in text or path.exists() else "nowhere", path)
 
 
-def load(name: str | Path, mesh: jax.sharding.Mesh, **how):
-    """Reads the model of a name outside a run; see `Source.load`."""
-    return locate(name).load(mesh, **how)
-
-
 def run_of(text: str) -> tuple[Path, str] | None:
     """Returns (work directory, name) of the run that a path leads into.
 
