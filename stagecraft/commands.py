@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from stagecraft import schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -76,7 +77,7 @@ def run_(rest):
     _no_more(rest)
     from stagecraft import run
 
-    only = _listed(FLAGS.only)
+    only = schema.listed(FLAGS.only)
     if FLAGS.config is None:
         raise UserError("--config is missing, as in --config=experiments/quickstart.py")
     run.run(FLAGS.config, _workdir(), only=only)
@@ -105,10 +106,8 @@ def prompt(rest):
     answers = behaviour.through_stages(
         run,
         rest[0],
-        temperature=FLAGS.temperature,
         samples=FLAGS.samples,
-        max_new_tokens=FLAGS.max_new_tokens,
-        seed=FLAGS.seed,
+        **_values(SAMPLING),
     )
     terminal.show_answers(rest[0], answers)
 
@@ -133,18 +132,10 @@ def chat(rest):
     run = open_run(_workdir())
     if not FLAGS.stage:
         raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
-    conversation.chat(
-        run,
-        FLAGS.stage,
-        temperature=FLAGS.temperature,
-        max_new_tokens=FLAGS.max_new_tokens,
-        seed=FLAGS.seed,
-    )
+    conversation.chat(run, FLAGS.stage, **_values(SAMPLING))
 
 
-@takes(
-    WORKDIR,
-)
+@takes(WORKDIR)
 def report_(rest):
     """Write WORKDIR/report.html: curves, weights, cost, tax, the single prompt.
 
@@ -179,7 +170,7 @@ def compare_(rest):
     """
     from stagecraft.report import compare, compare_page, terminal
 
-    stages = _listed(FLAGS.stages)
+    stages = schema.listed(FLAGS.stages)
     comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
     path = compare_page.write(comparison, FLAGS.out)
     terminal.show_comparison(comparison)
@@ -209,9 +200,8 @@ def eval_(rest):
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
     run = open_run(_workdir())
-    settings = {flag.name: FLAGS[flag.name].value for flag in ASKING}
-    stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
-    records = evaluate.evaluate(run, stages, tasks, **settings)
+    stages, tasks = schema.listed(FLAGS.stage), schema.listed(FLAGS.tasks)
+    records = evaluate.evaluate(run, stages, tasks, **_values(ASKING))
     terminal.show_tasks(records, run.stages)
 
 
@@ -267,7 +257,7 @@ def bench_(rest):
     _no_more(rest)
     from stagecraft import bench
 
-    what = _listed(FLAGS.what) or bench.NAMES
+    what = schema.listed(FLAGS.what) or bench.NAMES
     bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
@@ -335,6 +325,10 @@ def export(rest):
     print("\n".join(lines))
 
 
+def _values(flags_):
+    return {flag.name: FLAGS[flag.name].value for flag in flags_}
+
+
 def _workdir():
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
@@ -348,11 +342,6 @@ def _bytes(flag, text):
     if unit not in units or not number.isdecimal() or not int(number):
         raise UserError(f"--{flag}={text}: expected a size such as 500MB or 5GB")
     return int(number) * units[unit]
-
-
-def _listed(text):
-    """Returns the names of a list: ("sft", "dpo") of "sft,dpo"."""
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
 
 
 def _no_more(rest):

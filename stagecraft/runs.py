@@ -203,7 +203,7 @@ def read(folder: str | Path) -> RunFiles:
     for name, meaning in _FILES.items():
         files[name] = _json(folder / name, meaning, missing)
     config, lineage = files["config.json"], files["lineage.json"]
-    entries, planned = _dict(lineage, "stages"), _dict(config, "stages")
+    entries, planned = part(lineage, "stages"), part(config, "stages")
     begun = [
         path.parent.name
         for pattern in ("*/stage.json", "*/metrics.jsonl", "*/samples.jsonl")
@@ -216,9 +216,7 @@ def read(folder: str | Path) -> RunFiles:
             "give a directory that `run` made"
         )
     stages = [
-        _stage(
-            folder / name, _dict(planned, name), _dict(entries, name), names, missing
-        )
+        _stage(folder / name, part(planned, name), part(entries, name), names, missing)
         for name in names
     ]
     stages = _sorted(stages)
@@ -258,13 +256,12 @@ def _stage(folder, planned, entry, names, missing):
 
 def _sorted(stages):
     """Returns the stages, parents first, otherwise in their order."""
-    done, left = {}, {stage.name: stage for stage in stages}
+    done, left = [], {stage.name: stage for stage in stages}
     while left:
         ready = [s for s in left.values() if not any(p in left for p in s.parents)]
-        for stage in ready or list(left.values())[:1]:  # a circle: go on anyway
-            done[stage.name] = left.pop(stage.name)
-            break
-    return list(done.values())
+        first = next(iter(ready or left.values()))  # in a circle: go on anyway
+        done.append(left.pop(first.name))
+    return done
 
 
 def _mentioned(value, names):
@@ -278,14 +275,13 @@ def _mentioned(value, names):
 
 
 def _first(sources, key):
-    for source in sources:
-        if isinstance(source.get(key), str):
-            return source[key]
-    return ""
+    values = (source.get(key) for source in sources)
+    return next((value for value in values if isinstance(value, str)), "")
 
 
-def _dict(source, key):
-    value = source.get(key)
+def part(source: Any, key: str) -> dict:
+    """Returns the dict under a key; {} where there is none."""
+    value = source.get(key) if isinstance(source, dict) else None
     return value if isinstance(value, dict) else {}
 
 

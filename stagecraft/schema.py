@@ -6,7 +6,7 @@ nearest known name.
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -148,6 +148,25 @@ def plain(config: Any) -> Any:
     if callable(config):
         return f"{config.__module__}:{config.__qualname__}"
     return config
+
+
+def listed(text: str) -> list[str]:
+    """Returns the names that commas separate: ["sft", "dpo"] of "sft, dpo,"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def flat(value: Any, path: str = "", leave: Iterable[str] = ()) -> Iterator[tuple]:
+    """Yields (dotted key, value) of nested dicts, without the keys to leave out.
+
+    >>> dict(flat({"a": {"lr": 1}, "b": 2}))
+    {'a.lr': 1, 'b': 2}
+    """
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, inner in value.items():
+        if key not in leave:
+            yield from flat(inner, f"{path}.{key}" if path else key, leave)
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:

@@ -160,7 +160,9 @@ def _tasks(tasks):
     try:
         loaded = manager.load(specs)
     except Exception as error:  # YAML, templates, data sets: anything may be wrong
-        raise UserError(f"--tasks: cannot load {_line(specs, error)}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = f"--tasks: cannot load {', '.join(specs)} ({reason})"
+        raise UserError(line) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
@@ -168,11 +170,6 @@ def _tasks(tasks):
                 "done here; leave it out"
             )
     return specs, manager
-
-
-def _line(specs, error):
-    reason = " ".join(str(error).split())
-    return f"{', '.join(specs)} ({type(error).__name__}: {reason})"
 
 
 def model(language, *, seed=0):

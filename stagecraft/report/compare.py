@@ -4,9 +4,9 @@ An arm is what `arms` makes one: stages that differ in nothing but the seed. The
 numbers are printed (`terminal`), written as a page (`compare_page`) and as JSON.
 """
 
-import difflib
 from pathlib import Path
 
+from stagecraft import schema
 from stagecraft.anatomy import figures, roles
 from stagecraft.anatomy.statistics import CONFIDENCE, difference, interval
 from stagecraft.errors import UserError
@@ -128,8 +128,7 @@ def _baseline(arms, wanted):
         return arms[labels.index((exact or near)[0])]
     if near:
         raise UserError(f"--baseline={wanted}: may be any of: {'; '.join(near)}")
-    close = difflib.get_close_matches(wanted, labels, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = schema.hint(wanted, labels)
     raise UserError(
         f"--baseline={wanted}: no such arm; {hint}arms: {'; '.join(labels)}"
     )

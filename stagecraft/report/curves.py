@@ -84,22 +84,19 @@ def show(value):
     return "−" + text[1:] if text.startswith("-") else text
 
 
+def _line(stage, key, label, marked=False):
+    """Returns a list of one series of a chart; of none where the stage lacks it."""
+    steps, values = stage.series(key)
+    line = {"key": key, "label": label, "steps": steps, "values": values}
+    return [line | {"colour": stage.index, "marked": marked}] if steps else []
+
+
 def _chart(stage, title, unit, *series):
     """A chart of those series that the stage has; None when it has none."""
     lines = []
     for key, label in series:
-        steps, values = stage.series(key)
-        if steps:
-            lines.append(
-                {
-                    "key": key,
-                    "label": label,
-                    "steps": steps,
-                    "values": values,
-                    "colour": stage.index,
-                    "marked": key.startswith("eval_") or key == "rewards/rejected",
-                }
-            )
+        marked = key.startswith("eval_") or key == "rewards/rejected"
+        lines += _line(stage, key, label, marked)
     if not lines:
         return None
     if len(lines) == 1:
@@ -155,16 +152,7 @@ def overlays(stages):
         for stage in stages:
             key = next((k for k in stage.keys() if wanted(k)), None)  # noqa: SIM118
             if key:
-                steps, values = stage.series(key)
-                lines.append(
-                    {
-                        "label": stage.name,
-                        "steps": steps,
-                        "values": values,
-                        "colour": stage.index,
-                        "marked": False,
-                    }
-                )
+                lines += _line(stage, key, stage.name)
         if len(lines) > 1:
             names = ", ".join(one["label"] for one in lines)
             label = f"{title} against step: {names}"
