@@ -173,7 +173,6 @@ def _mixture():
 
 def _pairs(kind, objective):
     c = _base(kind, objective)
-    c.batch_size = 32
     c.data = ConfigDict(
         dict(
             files="",
@@ -323,34 +322,31 @@ def _policy():
     return c
 
 
-def _comparisons():
-    c = ConfigDict()
-    c.kind = "comparisons"
-    c.start_from = ""  # whose completions are compared
+def _records(kind):
+    c = ConfigDict(dict(kind=kind))
+    c.start_from = ""  # whose completions are compared, or selected from
     c.seed = 0  # added to the experiment's
-    c.rater = "world"  # "world", "reward", or "package.module:function"
-    c.reward_from = ""  # the reward stage of rater="reward"
-    c.soft_labels = False  # rater="reward": keep the probability, not the choice
     c.data = _prompts()
-    c.prompts = 1000  # how many prompts, two completions each
+    c.prompts = 1000  # how many prompts
     c.batch_size = 128
     c.sampling = sampling()
     c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
     return c
 
 
+def _comparisons():
+    c = _records("comparisons")  # of two completions of each prompt
+    c.rater = "world"  # "world", "reward", or "package.module:function"
+    c.reward_from = ""  # the reward stage of rater="reward"
+    c.soft_labels = False  # rater="reward": keep the probability, not the choice
+    return c
+
+
 def _selection():
-    c = _rewards(ConfigDict(dict(kind="selection")))
-    c.start_from = ""  # whose completions are selected from
-    c.seed = 0  # added to the experiment's
+    c = _rewards(_records("selection"))
     c.samples = 4  # completions of each prompt
     c.keep = "best"  # of each prompt; or "above": all whose reward exceeds
     c.threshold = 0.0
-    c.data = _prompts()
-    c.prompts = 1000
-    c.batch_size = 128
-    c.sampling = sampling()
-    c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
     return c
 
 

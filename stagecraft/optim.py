@@ -419,13 +419,10 @@ def apply(
             for key, factor in lr_scale.items()
         }
     params = optax.apply_updates(params, change)
-    return (
-        params,
-        opt_state,
-        {
-            "grad_norm": tree.global_norm(grads),
-            "update_norm": tree.global_norm(change),
-            "param_norm": tree.global_norm(params),
-            "learning_rate": rate,
-        },
-    )
+    metrics = {
+        "grad_norm": tree.global_norm(grads),
+        "update_norm": tree.global_norm(change),
+        "param_norm": tree.global_norm(params),
+        "learning_rate": rate,
+    }
+    return params, opt_state, metrics

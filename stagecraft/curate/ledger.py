@@ -69,9 +69,8 @@ class Tally:
 
     def total(self):
         """Returns [documents in, characters in, documents out, characters out]."""
-        return [sum(column) for column in zip(*self.flow.values(), strict=True)] or [
-            0
-        ] * 4
+        columns = zip([0] * 4, *self.flow.values(), strict=True)
+        return [sum(column) for column in columns]
 
     def removed_from(self):
         """Returns {source: documents removed}."""

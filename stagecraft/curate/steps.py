@@ -58,13 +58,8 @@ class Read(Step):
             for item in reader.read(part, *self.keys, self.document):
                 if isinstance(item, reader.Bad):
                     bad.append(item._asdict())
-                    tally.dropped(
-                        item.source,
-                        item.data,
-                        item.reason,
-                        where=item.where,
-                        note=item.detail,
-                    )
+                    about = dict(where=item.where, note=item.detail)
+                    tally.dropped(item.source, item.data, item.reason, **about)
                     continue
                 tally.took(item.source, item.text)
                 tally.passed(item.source, item.text)
@@ -166,14 +161,9 @@ class Verdict(Step):
             tally.took(source, text)
             verdict = verdicts[document.metadata["number"]]
             if verdict["code"] == self.code:
-                tally.dropped(
-                    source,
-                    text,
-                    self.name,
-                    where=document.id,
-                    note=_note(document, self.code),
-                    twin=[int(verdict["task"]), int(verdict["document"])],
-                )
+                about = dict(where=document.id, note=_note(document, self.code))
+                about["twin"] = [int(verdict["task"]), int(verdict["document"])]
+                tally.dropped(source, text, self.name, **about)
                 continue
             tally.passed(source, text)
             yield document

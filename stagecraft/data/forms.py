@@ -183,10 +183,8 @@ def _role_and_content(message):
     rest = {k: v for k, v in message.items() if k not in ("from", "value")}
     speaker = message["from"]
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    renamed = {"role": role}
-    return (
-        renamed | ({"content": message["value"]} if "value" in message else {}) | rest
-    )
+    content = {"content": message["value"]} if "value" in message else {}
+    return {"role": role} | content | rest
 
 
 def is_transcript(text):

@@ -275,11 +275,8 @@ class _Writer:
     """Appends documents to the open shard, and closes it when it is full."""
 
     def __init__(self, folder, vocab_size, columns, shard_tokens):
-        self.folder, self.vocab_size, self.shard_tokens = (
-            folder,
-            vocab_size,
-            shard_tokens,
-        )
+        self.folder, self.vocab_size = folder, vocab_size
+        self.shard_tokens = shard_tokens
         self.dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
         self.columns = {name: None for name in columns}  # names of a text column
         self.codes = {name: {} for name in columns}  # text: its number

@@ -207,13 +207,8 @@ _decode_loop_jit = jax.jit(
 def _next_token(model, key, step, hidden, ended, params):
     """Samples each row's next token: the tokens, their log-probs, which rows ended."""
     logits = _last_logits(model, hidden)
-    token, logps = _draw(
-        jax.random.fold_in(key, step),
-        logits,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-    )
+    choice = params.temperature, params.top_k, params.top_p
+    token, logps = _draw(jax.random.fold_in(key, step), logits, *choice)
     token = jnp.where(ended, 0, token)
     logps = jnp.where(ended, 0.0, logps)
     stops = token[:, None] == jnp.array(params.stop_ids, jnp.int32)

@@ -326,10 +326,9 @@ def _data(run):
 def _lineage(run):
     """[(stage, {label: hash})], nested records flattened to dotted labels."""
     rows = []
-    for stage in filter(lambda stage: stage.lineage, run.stages):
-        own = {
-            k: v for k, v in stage.lineage.items() if k not in ("kind", "start_from")
-        }
-        hashes = {k: str(v) for k, v in flat(own) if v not in (None, "")}
-        rows.append((stage, hashes))
+    for stage in [stage for stage in run.stages if stage.lineage]:
+        entries = {k: str(v) for k, v in flat(stage.lineage) if v not in (None, "")}
+        for key in ("kind", "start_from"):
+            entries.pop(key, None)
+        rows.append((stage, entries))
     return rows
