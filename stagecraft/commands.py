@@ -83,11 +83,7 @@ def run_(rest):
     run.run(FLAGS.config, _workdir(), only=only)
 
 
-@takes(
-    WORKDIR,
-    *SAMPLING,
-    Flag("samples", 1, "answers a stage"),
-)
+@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"))
 def prompt(rest):
     """Show one prompt through every finished stage, side by side.
 
@@ -104,19 +100,12 @@ def prompt(rest):
         )
     run = open_run(_workdir())
     answers = behaviour.through_stages(
-        run,
-        rest[0],
-        samples=FLAGS.samples,
-        **_values(SAMPLING),
+        run, rest[0], samples=FLAGS.samples, **_values(SAMPLING)
     )
     terminal.show_answers(rest[0], answers)
 
 
-@takes(
-    WORKDIR,
-    *SAMPLING,
-    Flag("stage", "", "whose model to talk to"),
-)
+@takes(WORKDIR, *SAMPLING, Flag("stage", "", "whose model to talk to"))
 def chat(rest):
     """Talk to one stage's model, turn by turn.
 
@@ -261,10 +250,7 @@ def bench_(rest):
     bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
-@takes(
-    WORKDIR,
-    Flag("name", "base", "of the stage"),
-)
+@takes(WORKDIR, Flag("name", "base", "of the stage"))
 def import_(rest):
     """Make a work directory out of a Hugging Face folder: one finished stage.
 

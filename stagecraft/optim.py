@@ -389,7 +389,6 @@ def apply(
     """Takes one step: params - learning rate * updates.
 
     Args:
-        optimizer: an Optimizer.
         grads: tree of gradients, like `params`.
         opt_state: from `optimizer.tx.init(params)`.
         params: tree of parameters; the type is kept, modules included.

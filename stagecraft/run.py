@@ -315,11 +315,7 @@ def _sampler(run, stage, mesh, prompts):
             p for p in prompts if len(language.encode(p, chat_format=in_turns)) < room
         ]
         texts = language.complete(
-            fit,
-            chat=in_turns,
-            temperature=1.0,
-            max_new_tokens=min(room, 48),
-            seed=step,
+            fit, chat=in_turns, temperature=1.0, max_new_tokens=min(room, 48), seed=step
         )
         return [
             {"prompt": p, "completion": text, "ended": ended}
@@ -379,9 +375,6 @@ def _conclude(run, *, changed, started):
         changed: whether any stage ran; if none did and the files are there, they are
             left alone.
         started: time.perf_counter() when the run began.
-
-    Returns:
-        the summary, which is also in summary.json.
     """
     path = run.root / "summary.json"
     before = storage.read_json(path)

@@ -21,12 +21,9 @@ def merge(config: ConfigDict, changes: Any, path: str = "") -> ConfigDict:
     """Sets keys of `config` from a nested mapping, checking names and types.
 
     Args:
-        config: a complete ConfigDict of defaults; changed in place.
+        config: a complete ConfigDict of defaults; changed in place, and returned.
         changes: a mapping (dict or ConfigDict).
         path: of `config`, for messages: "stages.sft".
-
-    Returns:
-        config.
     """
     for key, value in changes.items():
         where = f"{path}.{key}" if path else key

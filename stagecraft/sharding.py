@@ -97,7 +97,6 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
             of optimizer state built from them. An `nnx.Variable` with one dimension
             more than its `axes` is stacked over layers. Variables without `axes` and
             arrays outside a variable (a step count) are replicated.
-        mesh: the mesh.
 
     Returns:
         The same tree, with a `NamedSharding` in place of every array.
@@ -138,7 +137,6 @@ def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
     Args:
         init_fn: any function of arrays or keys that returns modules, or trees of
             variables with axes.
-        mesh: the mesh.
 
     Returns:
         A function of the same arguments as `init_fn`.
@@ -192,7 +190,6 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Args:
         batch: a tree of host arrays, rows first; in a program of several processes, the
             rows that belong to this process.
-        mesh: the mesh.
 
     Raises:
         UserError: the rows do not divide over `data` times `fsdp`.

@@ -121,9 +121,6 @@ def names(text: str) -> list[str]:
 
     Args:
         text: "", or names separated by commas.
-
-    Returns:
-        list of str.
     """
     trackers = list(dict.fromkeys(schema.listed(text)))
     for name in trackers:

@@ -122,9 +122,6 @@ def forward_flops(
             (T + 1) / 2 for one document over a causal row of T.
         scalar: True for a reward or value model, which has no output embedding (its
             head of D weights is not counted).
-
-    Returns:
-        FLOPs, a float.
     """
     c, by_kind = ModelConfig(**model), parameters(model)["by_kind"]
     working = {name: by_kind[name] for name in _MATRICES if name in by_kind}
@@ -153,9 +150,6 @@ def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> 
         adapter: whether training was of a LoRA adapter: backward then costs one
             forward, since no gradient of the weights below is made. The thin matrices
             themselves are not counted.
-
-    Returns:
-        FLOPs, a float.
 
     Raises:
         ValueError: an unknown counter, or tokens without `context`.

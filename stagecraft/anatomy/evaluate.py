@@ -220,10 +220,7 @@ def metrics(values):
             continue
         error = values.get(f"{name}_stderr,{filtered}")
         label = name if filtered == "none" else f"{name} ({filtered})"
-        results[label] = {
-            "value": value,
-            "stderr": error if is_number(error) else None,
-        }
+        results[label] = {"value": value, "stderr": error if is_number(error) else None}
     return results
 
 

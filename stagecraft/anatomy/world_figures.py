@@ -146,10 +146,7 @@ def length_and_entropy(ids, logps) -> dict[str, float]:
     """
     tokens = sum(map(len, ids))
     nats = 0.0 - float(np.sum(logps))
-    return {
-        "length": tokens / len(ids),
-        "entropy": nats / tokens if tokens else 0.0,
-    }
+    return {"length": tokens / len(ids), "entropy": nats / tokens if tokens else 0.0}
 
 
 def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, list]:
@@ -161,11 +158,7 @@ def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, li
     rows = [language.encode(prompt, chat_format=True) for prompt in prompts]
     stops = language.stop_ids(chat_format=True)
     samples = language.sample_ids(
-        rows,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        stop_ids=stops,
+        rows, seed=seed, max_new_tokens=max_new_tokens, temperature=1.0, stop_ids=stops
     )
     return {
         "prompts": rows,

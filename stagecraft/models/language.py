@@ -38,8 +38,6 @@ class Language:
     """A `Transformer` that reads and writes text.
 
     Args:
-        model: a `Transformer`.
-        tokenizer: a `text.tokenizer.Tokenizer`.
         batch_size: rows worked on at once; a multiple of the mesh's batch axes.
     """
 
@@ -65,12 +63,7 @@ class Language:
         return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.stops)))
 
     def complete(
-        self,
-        prompts: list,
-        *,
-        chat: bool = True,
-        seed: int = 0,
-        **settings,
+        self, prompts: list, *, chat: bool = True, seed: int = 0, **settings
     ) -> list[tuple[str, bool]]:
         """Completes texts.
 
@@ -122,12 +115,7 @@ class Language:
         return out
 
     def stream(
-        self,
-        prompt: str | list[dict],
-        *,
-        chat: bool = True,
-        seed: int = 0,
-        **settings,
+        self, prompt: str | list[dict], *, chat: bool = True, seed: int = 0, **settings
     ) -> Iterator[tuple[str, bool]]:
         """Yields one completion piece by piece: (more text, ended).
 

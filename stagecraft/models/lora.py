@@ -131,7 +131,6 @@ def init(settings: Settings, base, key: Array, *, scalar: bool = False) -> Adapt
     """Makes a fresh adapter: A random as PEFT's, B zero, so that nothing changes yet.
 
     Args:
-        settings: a `Settings`.
         base: a `Transformer` or a `ScalarModel`, abstract or not.
         key: a random key.
         scalar: whether the model is to have a scalar head; a base without one gets a

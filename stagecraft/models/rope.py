@@ -21,7 +21,6 @@ def angles(
     """Computes cosines and sines of rotary position embedding (Su et al. 2021, eq. 15).
 
     Args:
-        config: the model's.
         positions: i32[B, T], of each token in its document.
         segments: i32[B, T], which document each token belongs to; None where every
             position is the last of its document so far (decoding).

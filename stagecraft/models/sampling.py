@@ -84,7 +84,6 @@ def generate(
     mesh. Work stops when every row has ended.
 
     Args:
-        model: a `Transformer`.
         prompt_ids: i32[B, P] left-padded prompts.
         prompt_mask: bool[B, P], True on real tokens.
         key: a random key.

@@ -29,7 +29,6 @@ def scores(
     """Returns the scalar model's output at the last masked token of each row.
 
     Args:
-        model: a `ScalarModel`.
         ids, segments, positions: i32[B, T]; mask: bool[B, T].
 
     Returns:
@@ -48,13 +47,9 @@ def of_rows(
     """Scores id sequences of any lengths.
 
     Args:
-        model: a `ScalarModel`.
         rows: list of ids, the last one being where the score is read.
         batch_size: rows at once.
         multiple: lengths are rounded up to one of this, to bound compilations.
-
-    Returns:
-        list of float.
     """
     length = -(-max(map(len, rows)) // multiple) * multiple
     out = []

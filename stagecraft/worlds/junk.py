@@ -48,7 +48,7 @@ class Planted(NamedTuple):
     origin: int
 
 
-def plant(documents, rng, *, edits=0.01, **shares):
+def plant(documents, rng, *, edits=0.01, **shares) -> list[Planted]:
     """Returns documents with faults among them, in a random order.
 
     Args:
@@ -56,9 +56,6 @@ def plant(documents, rng, *, edits=0.01, **shares):
         rng: numpy Generator.
         edits: share of the words replaced in a near duplicate, at least one.
         **shares: of each of FAULTS, planted documents / clean ones; 0.1 if not given.
-
-    Returns:
-        list of Planted.
     """
     planted = [Planted(text, "clean", i) for i, text in enumerate(documents)]
     words = " ".join(documents).split()
