@@ -20,6 +20,7 @@ from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.metrics import is_number
 from stagecraft.models import locate
 from stagecraft.models.language import Language
+from stagecraft.models.translation import HOW
 
 TOKENIZER = locate.TOKENIZER
 _FILES = {
@@ -83,7 +84,7 @@ class Run:
         Returns:
             a `Transformer` or a `ScalarModel`.
         """
-        how = {key: self.config.model[key] for key in locate.HOW}
+        how = {key: self.config.model[key] for key in HOW}
         return self.source(name).load(mesh or self.mesh(), **how)
 
     def language(

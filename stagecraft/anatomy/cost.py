@@ -18,35 +18,12 @@ out.
 
 from collections.abc import Mapping
 
-from stagecraft.models.config import ModelConfig
+from stagecraft.models.config import COUNTS, ModelConfig
 
 # Keys of a model's config that the counts need.
-NEEDED = frozenset(
-    [
-        "vocab_size",
-        "width",
-        "layers",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "ff_width",
-        "tied",
-        "qk_norm",
-    ]
-)
-_MATRICES = (
-    "query",
-    "key",
-    "value",
-    "output",
-    "gate",
-    "up",
-    "down",
-    "router",
-    "expert_gate",
-    "expert_up",
-    "expert_down",
-)
+NEEDED = frozenset({*COUNTS, "tied", "qk_norm"} - {"max_length"})
+_MATRICES = ("query", "key", "value", "output", "gate", "up", "down", "router")
+_EXPERTS = ("expert_gate", "expert_up", "expert_down")
 _COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
 
 
@@ -124,10 +101,11 @@ def forward_flops(
             head of D weights is not counted).
     """
     c, by_kind = ModelConfig(**model), parameters(model)["by_kind"]
-    working = {name: by_kind[name] for name in _MATRICES if name in by_kind}
-    for name in working:
-        if name.startswith("expert_"):
-            working[name] *= c.experts_per_token / c.experts
+    working = {
+        name: by_kind[name] for name in (*_MATRICES, *_EXPERTS) if name in by_kind
+    }
+    for name in working.keys() & {*_EXPERTS}:
+        working[name] *= c.experts_per_token / c.experts
     weights = sum(working.values())
     if not scalar:
         weights += c.vocab_size * c.width

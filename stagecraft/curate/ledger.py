@@ -43,11 +43,9 @@ class Tally:
         _add(self.removed.setdefault(reason, {}), source, [1, len(text)])
         self._example(reason, text, about)
 
-    def altered(self, source, what, times, text=None, **about):
+    def altered(self, source, what, times):
         """Counts how often something in a document was changed."""
         _add(self.changed.setdefault(what, {}), source, [1, times])
-        if text is not None:
-            self._example(what, text, about)
 
     def save(self, folder, rank):
         """Writes the tally of a task."""

@@ -41,16 +41,9 @@ JUDGEMENTS = {
 PROMPTS = {"prompt-only": ("prompt",)}
 
 # Roles by the names of other collections.
-SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "Human": "user",
-    "Assistant": "assistant",
-}
+SPEAKERS = dict.fromkeys(("human", "Human"), "user") | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"
+)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 # Keys whose values say how a record of a form is written.
 _PARTS = {

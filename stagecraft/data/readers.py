@@ -18,18 +18,8 @@ from stagecraft.errors import UserError
 from stagecraft.text import chat
 
 # Keys of records, which the `fields` of a stage may rename.
-KEYS = (
-    "text",
-    "messages",
-    "prompt",
-    "completion",
-    "chosen",
-    "rejected",
-    "ranked",
-    "label",
-    "preference",
-    "margin",
-)
+_TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "ranked")
+KEYS = (*_TEXTS, "label", "preference", "margin")
 _log = logging.getLogger("stagecraft.data")
 
 

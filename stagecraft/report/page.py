@@ -18,16 +18,7 @@ from stagecraft.runs import part
 from stagecraft.schema import flat
 from stagecraft.storage import write_text
 
-_ACTIVITIES = (
-    "compile",
-    "sample",
-    "score",
-    "prepare",
-    "update",
-    "eval",
-    "save",
-    "other",
-)
+_PARTS = ("compile", "sample", "score", "prepare", "update", "eval", "save", "other")
 
 
 def write(folder: str | Path) -> Path:
@@ -297,14 +288,14 @@ def _time(run):
         if sum(parts.values()) > 1.01 * total and parts.get("prepare", 0.0) >= inner:
             parts["prepare"] -= inner
         parts["other"] = parts.get("other", 0.0) + sum(
-            v for k, v in parts.items() if k not in _ACTIVITIES
+            v for k, v in parts.items() if k not in _PARTS
         )
-        parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _ACTIVITIES), 0.0)
+        parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _PARTS), 0.0)
         if total:
-            parts = {name: parts.get(name, 0.0) for name in _ACTIVITIES}
+            parts = {name: parts.get(name, 0.0) for name in _PARTS}
             rows.append({"stage": stage, "total": total, "parts": parts})
     longest = max((row["total"] for row in rows), default=1.0)
-    used = [k for k in _ACTIVITIES if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
+    used = [k for k in _PARTS if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
     return {"rows": rows, "longest": longest, "activities": used}
 
 

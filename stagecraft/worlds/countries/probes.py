@@ -83,11 +83,11 @@ def answer_rate(language, countries):
     return float(np.mean(hits))
 
 
-def fact_accuracy(language, countries, *, chat=True):
+def fact_accuracy(language, countries):
     """Returns the share of questions answered rightly: {"all", attribute: share}."""
     asked = dialogue.facts(countries)
     completions = language.complete(
-        [q for q, _, _ in asked], chat=chat, max_new_tokens=ANSWER
+        [q for q, _, _ in asked], chat=True, max_new_tokens=ANSWER
     )
     hits = {"all": []} | {a: [] for a in ATTRIBUTES}
     for (question, _, a), (text, _) in zip(asked, completions, strict=True):
