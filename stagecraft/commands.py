@@ -48,11 +48,11 @@ ASKING = (
 )
 
 
-def takes(*taken):
-    """Marks a command with its flags."""
+def takes(*taken, words=False):
+    """Marks a command with its flags, and with whether it takes other arguments."""
 
     def mark(command):
-        command.flags = taken
+        command.flags, command.words = taken, words
         return command
 
     return mark
@@ -74,7 +74,6 @@ def run_(rest):
     one key. The same command again goes on where it stopped; finished stages are
     skipped.
     """
-    _no_more(rest)
     from stagecraft import run
 
     only = schema.listed(FLAGS.only)
@@ -83,7 +82,7 @@ def run_(rest):
     run.run(FLAGS.config, _workdir(), only=only)
 
 
-@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"))
+@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"), words=True)
 def prompt(rest):
     """Show one prompt through every finished stage, side by side.
 
@@ -114,7 +113,6 @@ def chat(rest):
 
     stagecraft chat --workdir=runs/a --stage=dpo
     """
-    _no_more(rest)
     from stagecraft.report import chat as conversation
     from stagecraft.run import open_run
 
@@ -130,7 +128,6 @@ def report_(rest):
 
     stagecraft report --workdir=runs/a
     """
-    _no_more(rest)
     from stagecraft.report import page
 
     root = _workdir()
@@ -143,6 +140,7 @@ def report_(rest):
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
     Flag("baseline", "", "the arm others are held against"),
     Flag("out", "compare.html", "the page to write"),
+    words=True,
 )
 def compare_(rest):
     """Hold runs side by side: figures by arm, intervals over seeds, what is noise.
@@ -181,7 +179,6 @@ def eval_(rest):
     Tasks are names the harness knows, YAML files, or folders of them. Results add up in
     WORKDIR/evaluations.json and in the report. Bare-text stages get no chat template.
     """
-    _no_more(rest)
     from stagecraft.anatomy import evaluate
     from stagecraft.report import terminal
     from stagecraft.run import open_run
@@ -218,7 +215,6 @@ def curate(rest):
     Ray and Slurm need DIR on storage that all their machines share; what Slurm made
     gets its page when the same command is given again.
     """
-    _no_more(rest)
     from stagecraft.curate import curation
     from stagecraft.report import curation as page
 
@@ -243,14 +239,13 @@ def bench_(rest):
     Real steps of a small Llama (5.5M parameters) on made-up batches of fixed shapes.
     Compare figures of one run on an idle machine only.
     """
-    _no_more(rest)
     from stagecraft import bench
 
     what = schema.listed(FLAGS.what) or bench.NAMES
     bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
-@takes(WORKDIR, Flag("name", "base", "of the stage"))
+@takes(WORKDIR, Flag("name", "base", "of the stage"), words=True)
 def import_(rest):
     """Make a work directory out of a Hugging Face folder: one finished stage.
 
@@ -292,7 +287,6 @@ def export(rest):
     A stage that trained an adapter (LoRA) leaves merged; with --adapter as a PEFT
     folder, on the Hugging Face folder it was trained on or on --base=FOLDER.
     """
-    _no_more(rest)
     from stagecraft import exchange
 
     for flag, example in (("stage", "dpo"), ("to", "models/mine")):
@@ -328,11 +322,6 @@ def _bytes(flag, text):
     if unit not in units or not number.isdecimal() or not int(number):
         raise UserError(f"--{flag}={text}: expected a size such as 500MB or 5GB")
     return int(number) * units[unit]
-
-
-def _no_more(rest):
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
 
 
 COMMANDS = {

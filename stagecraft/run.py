@@ -286,18 +286,16 @@ def _make(run, stage, mesh, parents, data):
     # Only bare text leaves the chat pieces unseen.
     bare = stage.start_from and not run.chat_format(stage.start_from)
     unseen = tokenizer.control_ids if bare and kind.format(stage) == "chat" else ()
-    functions = kind.make(
-        stage,
-        Context(
-            mesh=mesh,
-            model_config=shape,
-            parents=parents,
-            stop_ids=tokenizer.stops,
-            verifiers=scorers,
-            dataset=data.dataset,
-            unseen_ids=unseen,
-        ),
+    context = Context(
+        mesh=mesh,
+        model_config=shape,
+        parents=parents,
+        stop_ids=tokenizer.stops,
+        verifiers=scorers,
+        dataset=data.dataset,
+        unseen_ids=unseen,
     )
+    functions = kind.make(stage, context)
     sample = _sampler(run, stage, mesh, data.samples) if kind.speaks else None
     finish = kind.finish and kind.finish(stage, data, functions.frozen)
     return functions, train.Hooks(data.heldout, sample, finish)

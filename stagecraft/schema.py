@@ -17,6 +17,11 @@ from stagecraft.errors import UserError
 FREE = ("objective_args", "stages", "curation")
 
 
+def group(**keys: Any) -> ConfigDict:
+    """Returns a group of keys with their defaults."""
+    return ConfigDict(keys)
+
+
 def merge(config: ConfigDict, changes: Any, path: str = "") -> ConfigDict:
     """Sets keys of `config` from a nested mapping, checking names and types.
 

@@ -17,7 +17,6 @@ class Text(NamedTuple):
     """A document.
 
     Attributes:
-        text: str.
         where: "FILE:LINE", or "FILE:ROW" of columns.
         source: what it is counted under.
         record: the other keys of its record.

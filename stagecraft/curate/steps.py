@@ -255,7 +255,6 @@ class Lines:
     """A .jsonl.gz file whose bytes depend on what is written alone.
 
     Args:
-        path: str or Path.
         level: of the compression.
     """
 

@@ -51,7 +51,6 @@ class Cut(NamedTuple):
     """A stretch to be read by itself.
 
     Attributes:
-        stretch: a Stretch.
         size: its bytes.
         damage: why the file ends there too early; "" where it does not.
     """

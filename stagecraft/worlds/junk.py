@@ -37,7 +37,6 @@ class Planted(NamedTuple):
     """A document and what was done to it.
 
     Attributes:
-        text: str.
         fault: one of FAULTS, or "clean".
         origin: number of the clean document it was made from; its own for a clean one,
             -1 where there is none.
