@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stagecraft.errors import UserError
@@ -194,16 +194,10 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Raises:
         UserError: the rows do not divide over `data` times `fsdp`.
     """
-    shards = row_shards(mesh)
 
     def shard(array):
         array = np.asarray(array)
-        rows = array.shape[0] * jax.process_count()
-        if rows % shards:
-            raise UserError(
-                f"batch_size: {rows} rows do not divide over data * fsdp = {shards} "
-                f"shards; use a multiple of {shards}"
-            )
+        check_rows(array.shape[0] * jax.process_count(), mesh)
         sharding = batch_sharding(mesh, array.ndim)
         return jax.make_array_from_process_local_data(sharding, array)
 
@@ -220,9 +214,19 @@ def on_mesh(batch: Any) -> Any:
     return jax.tree.map(jnp.asarray, batch) if mesh.empty else shard_batch(batch, mesh)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts the rows of a batch are split: data times fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_rows(rows: int, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses rows that do not divide over a mesh."""
+    shards = row_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"batch_size: {rows} rows do not divide over data * fsdp = {shards} "
+            f"shards; use a multiple of {shards}"
+        )
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -235,7 +239,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, whole(mesh))
 
 
-def current_mesh() -> jax.sharding.AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
     """Returns the mesh being traced under; None for none or in a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
