@@ -87,20 +87,16 @@ class Run:
         how = {key: self.config.model[key] for key in HOW}
         return self.source(name).load(mesh or self.mesh(), **how)
 
-    def language(
-        self, name: str, rows: int, mesh: jax.sharding.Mesh | None = None
-    ) -> Language:
-        """Reads a model that writes text, with the run's tokenizer.
+    def language(self, name: str, rows: int) -> Language:
+        """Reads a model that writes text onto the run's mesh, with its tokenizer.
 
         Args:
             name: see `source`.
             rows: texts worked on at once, rounded up to what divides over the mesh.
-            mesh: the mesh to put the parameters on; the run's by default.
         """
-        mesh = mesh or self.mesh()
-        return Language(
-            self.model(name, mesh), self.tokenizer, batch_size=whole_rows(rows, mesh)
-        )
+        mesh = self.mesh()
+        rows = whole_rows(rows, mesh)
+        return Language(self.model(name, mesh), self.tokenizer, batch_size=rows)
 
     def chat_format(self, name: str) -> bool:
         """Returns whether a model writes in chat turns: all but those of bare text.

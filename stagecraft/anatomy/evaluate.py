@@ -58,10 +58,9 @@ def evaluate(
     _quiet()
     specs, manager = _tasks(tasks)
     path = Path(out or run.root / FILE)
-    mesh = run.mesh()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(run.mesh()):
         for name in names:
-            language = run.language(name, batch_size, mesh)
+            language = run.language(name, batch_size)
             # A base model knows no turns.
             chat = apply_chat_template and run.chat_format(name)
             asked = dict(limit=limit, shots=num_fewshot, chat=chat)
@@ -97,7 +96,7 @@ def _stages(run, stages):
         if name not in speaking:
             kind = run.config.stages[name].kind
             why = "is not finished"
-            if not roles.speaks(kind):
+            if not roles.of(kind).speaks:
                 why = f"is of kind {kind} and writes no text"
             raise UserError(
                 f"--stage={name}: {why}; expected some of: "

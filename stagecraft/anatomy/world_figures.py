@@ -37,7 +37,7 @@ def measure(run) -> dict[str, dict]:
         for name in behaviour.speaking_stages(run)
     }
     for name in run.stages:
-        if run.finished(name) and roles.scores(config.stages[name].kind):
+        if run.finished(name) and roles.of(config.stages[name].kind).model == "scalar":
             base = _scored_model(config, name)
             if base in answers.samples:
                 figures[name] = _scoring(run, name, base, world, answers, figures)
@@ -123,7 +123,7 @@ def sft_model(run, name: str) -> str | None:
             if record is None or not record.finished:
                 return None
             kind, above = record.kind, source.above(record)
-        if roles.imitates(kind):
+        if roles.of(kind).supervised:
             return parent if run.chat_format(parent) else None
         parent = above
     return None
@@ -185,7 +185,9 @@ def _kl(samples, reference):
 def _scored_model(config, name):
     """The model whose answers a reward model was made to score: the nearest above."""
     base = config.stages[name].start_from
-    while base in config.stages and roles.scores(config.stages[base].kind):
+    while (
+        base in config.stages and roles.of(config.stages[base].kind).model == "scalar"
+    ):
         base = config.stages[base].start_from
     return base
 

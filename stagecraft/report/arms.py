@@ -170,9 +170,9 @@ def _chosen(runs, wanted):
     trained = {
         n: run.config["stages"][n]
         for n, (_, run) in everything.items()
-        if roles.trains(run.config["stages"][n].get("kind"))
+        if roles.of(run.config["stages"][n].get("kind")).trains
     }
-    speaking = {n for n, c in trained.items() if roles.speaks(c.get("kind"))}
+    speaking = {n for n, c in trained.items() if roles.of(c.get("kind")).speaks}
     in_turns = {n for n in speaking if roles.answers_in_turns(trained[n])}
     return in_turns or speaking or set(trained)
 

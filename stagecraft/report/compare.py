@@ -120,7 +120,7 @@ def _baseline(arms, wanted):
     labels = [arm.label for arm in arms]
     if not wanted:
         several = [arm for arm in arms if arm.differs] or arms
-        tuned = [arm for arm in several if not roles.imitates(arm.kind)]
+        tuned = [arm for arm in several if not roles.of(arm.kind).supervised]
         return (tuned or several)[0]
     near = [label for label in labels if wanted in label]
     exact = [label for label in labels if wanted == label]

@@ -97,7 +97,7 @@ def panel(stage):
     specs[8:8] = [("Gold score", key.replace("eval_", ""), (key, "")) for key in golds]
     for title, unit, *series in specs:
         if title == "Loss":
-            unit = roles.loss_unit(stage.kind)
+            unit = roles.of(stage.kind).unit
         chart = _chart(stage, title, unit, *series)
         if chart:
             main.append(chart)

@@ -160,12 +160,12 @@ def _answers(run):
     ]
 
 
-def _bars(run, keys):
-    """Bars by stage for each of the figures that the summary has."""
-    bars = []
+def _bars(run, keys, table=None):
+    """Bars by stage for each of the figures that the summary, or its table, has."""
+    table, bars = run.summary if table is None else table, []
     for key in keys:
-        rows = [(s, _figures(run, s).get(key)) for s in run.stages]
-        rows = [(stage, value) for stage, value in rows if value is not None]
+        rows = [(stage, part(table, stage.name).get(key)) for stage in run.stages]
+        rows = [(stage, value) for stage, value in rows if is_number(value)]
         if rows:
             bars.append(_scaled(key, rows))
     return bars
@@ -225,11 +225,8 @@ def _weights(run):
         for stage in run.stages
         if is_number(part(table, stage.name).get("relative_change"))
     ]
-    bars = []
-    for key in ("relative_change", "unchanged_bf16"):
-        rows = [(s, w[key]) for s, w in changes if is_number(w.get(key))]
-        if rows:
-            bars.append(_scaled(key, rows))
+    changed = {stage.name: change for stage, change in changes}
+    bars = _bars(run, ("relative_change", "unchanged_bf16"), changed)
     maps = [_heat(stage, change) for stage, change in changes]
     return {"bars": bars, "maps": [one for one in maps if one]}
 
