@@ -141,11 +141,9 @@ def train(
                     writer.write_samples(step, hooks.sample(model, step))
             if last or (every.save and step % every.save == 0):
                 with clock("save"):
-                    saved = {
-                        "tokens": tokens,
-                        "seconds": clock.seconds,
-                        "data": iterator.get_state(),
-                    }
+                    saved = dict(
+                        tokens=tokens, seconds=clock.seconds, data=iterator.get_state()
+                    )
                     checkpoints.save(step, *_split(state), saved)
                     last_saved = step
         with clock("save"):

@@ -66,12 +66,9 @@ def parameters(model: Mapping) -> dict:
     by_kind |= {name: count for name, count in others.items() if count}
     embedding = by_kind["embed"] + by_kind["unembed"] + others["positions"]
     total = sum(by_kind.values())
-    return {
-        "by_kind": by_kind,
-        "embedding": embedding,
-        "body": total - embedding,
-        "total": total,
-    }
+    return dict(
+        by_kind=by_kind, embedding=embedding, body=total - embedding, total=total
+    )
 
 
 def _norms(c, queries, keys):

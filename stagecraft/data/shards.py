@@ -370,10 +370,7 @@ class _Writer:
         self.file.close()
         number, files = len(self.shards), {}
         path = self.folder / _name("tokens", number, "bin")
-        files[path.name] = {
-            "bytes": path.stat().st_size,
-            "sha256": self.hash.hexdigest(),
-        }
+        files[path.name] = dict(bytes=path.stat().st_size, sha256=self.hash.hexdigest())
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         arrays = {"offsets": offsets.astype("<i8")}
         for name, values in self.values.items():

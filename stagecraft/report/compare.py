@@ -77,12 +77,7 @@ def _arm(arm, base):
     for key in keys:
         values = _known(arm, key)
         mean, half = interval(values)
-        own[key] = {
-            "values": arm.values(key),
-            "mean": mean,
-            "half": half,
-            "n": len(values),
-        }
+        own[key] = dict(values=arm.values(key), mean=mean, half=half, n=len(values))
         others = _known(base, key)
         if arm is not base and others:
             against[key] = _verdict(values, others)
@@ -143,12 +138,7 @@ def _columns(arms):
         evaluations.sort(key=lambda key: key != "eval_loss")
         rows = [*map(_evaluation, evaluations[:_EVALUATIONS]), *rows]
     return [
-        {
-            "key": row.name,
-            "title": row.title,
-            "meaning": row.meaning,
-            "digits": row.digits,
-        }
+        dict(key=row.name, title=row.title, meaning=row.meaning, digits=row.digits)
         for row in rows
     ]
 

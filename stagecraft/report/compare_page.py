@@ -89,11 +89,7 @@ def _plot(comparison, column):
     svg = charts.intervals(
         rows, name=f"compare {column['key']}", label=f"{column['title']}: {spoken}"
     )
-    return {
-        "column": column,
-        "better": f"{better} is better" if better else "",
-        "svg": svg,
-    }
+    return dict(column=column, better=f"{better} is better" if better else "", svg=svg)
 
 
 def _spelled(against, column):

@@ -244,12 +244,9 @@ def _heat(stage, change):
         ]
         for i in range(depth)
     ]
-    return {
-        "stage": stage,
-        "kinds": list(layers),
-        "rows": rows,
-        "by_kind": part(change, "by_kind"),
-    }
+    return dict(
+        stage=stage, kinds=list(layers), rows=rows, by_kind=part(change, "by_kind")
+    )
 
 
 def _cost(run):
