@@ -35,7 +35,6 @@ MODEL = dict(
     max_length=1024,
     qk_norm=False,
 )
-STOP = 2  # a token; sampling for time ignores it
 
 
 class Case:

@@ -22,13 +22,12 @@ class Checkpoints:
     """Saves and restores checkpoints of one folder; saving runs in the background.
 
     Args:
-        folder: WORKDIR/STAGE/checkpoints.
-        keep: how many of the newest to keep.
+        folder: WORKDIR/STAGE/checkpoints, of which the newest is kept.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 1):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:

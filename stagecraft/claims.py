@@ -4,10 +4,10 @@ A claim is "KEY SIGN VALUE": a dotted key of the summary, one of <= >= < >, and 
 number, a key, KEY + NUMBER, KEY - NUMBER or NUMBER * KEY.
 """
 
-import difflib
 import operator
 import re
 
+from stagecraft import schema
 from stagecraft.errors import UserError
 
 _SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -80,8 +80,8 @@ def _missing(summary, words):
     for word in words:
         stage, _, figure = word.partition(".")
         if stage in summary and figure and lookup(summary, word) is None:
-            near = difflib.get_close_matches(figure, summary[stage], n=1)
-            hint = f"; did you mean {stage}.{near[0]}?" if near else ""
+            near = schema.nearest(figure, summary[stage])
+            hint = f"; did you mean {stage}.{near}?" if near else ""
             return f"no figure {word}{hint}"
     return ""
 

@@ -63,9 +63,11 @@ def _dispatch(argv):
     if any(a in ("-h", "--help", "--helpfull") for a in argv[2:]):
         print(_help(name, command, taken))
         return 0
-    rest = _parse(argv[1:], taken)
+    _, *rest = _parse(argv[1:], taken)
     _quiet()
-    command(rest[1:])
+    if rest and not command.words:
+        raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
+    command(rest)
     return 0
 
 

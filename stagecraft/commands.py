@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from stagecraft import schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -47,11 +48,11 @@ ASKING = (
 )
 
 
-def takes(*taken):
-    """Marks a command with its flags."""
+def takes(*taken, words=False):
+    """Marks a command with its flags, and with whether it takes other arguments."""
 
     def mark(command):
-        command.flags = taken
+        command.flags, command.words = taken, words
         return command
 
     return mark
@@ -73,20 +74,15 @@ def run_(rest):
     one key. The same command again goes on where it stopped; finished stages are
     skipped.
     """
-    _no_more(rest)
     from stagecraft import run
 
-    only = _listed(FLAGS.only)
+    only = schema.listed(FLAGS.only)
     if FLAGS.config is None:
         raise UserError("--config is missing, as in --config=experiments/quickstart.py")
     run.run(FLAGS.config, _workdir(), only=only)
 
 
-@takes(
-    WORKDIR,
-    *SAMPLING,
-    Flag("samples", 1, "answers of each stage"),
-)
+@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"), words=True)
 def prompt(rest):
     """Show one prompt through every finished stage, side by side.
 
@@ -103,21 +99,12 @@ def prompt(rest):
         )
     run = open_run(_workdir())
     answers = behaviour.through_stages(
-        run,
-        rest[0],
-        temperature=FLAGS.temperature,
-        samples=FLAGS.samples,
-        max_new_tokens=FLAGS.max_new_tokens,
-        seed=FLAGS.seed,
+        run, rest[0], samples=FLAGS.samples, **_values(SAMPLING)
     )
     terminal.show_answers(rest[0], answers)
 
 
-@takes(
-    WORKDIR,
-    *SAMPLING,
-    Flag("stage", "", "stage whose model to talk to"),
-)
+@takes(WORKDIR, *SAMPLING, Flag("stage", "", "whose model to talk to"))
 def chat(rest):
     """Talk to one stage's model, turn by turn.
 
@@ -126,31 +113,21 @@ def chat(rest):
 
     stagecraft chat --workdir=runs/a --stage=dpo
     """
-    _no_more(rest)
     from stagecraft.report import chat as conversation
     from stagecraft.run import open_run
 
     run = open_run(_workdir())
     if not FLAGS.stage:
         raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
-    conversation.chat(
-        run,
-        FLAGS.stage,
-        temperature=FLAGS.temperature,
-        max_new_tokens=FLAGS.max_new_tokens,
-        seed=FLAGS.seed,
-    )
+    conversation.chat(run, FLAGS.stage, **_values(SAMPLING))
 
 
-@takes(
-    WORKDIR,
-)
+@takes(WORKDIR)
 def report_(rest):
     """Write WORKDIR/report.html: curves, weights, cost, tax, the single prompt.
 
     stagecraft report --workdir=runs/a
     """
-    _no_more(rest)
     from stagecraft.report import page
 
     root = _workdir()
@@ -163,6 +140,7 @@ def report_(rest):
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
     Flag("baseline", "", "the arm that others are compared with"),
     Flag("out", "compare.html", "the page to write"),
+    words=True,
 )
 def compare_(rest):
     """Compare runs: figures by arm, intervals over seeds, what is noise.
@@ -179,7 +157,7 @@ def compare_(rest):
     """
     from stagecraft.report import compare, compare_page, terminal
 
-    stages = _listed(FLAGS.stages)
+    stages = schema.listed(FLAGS.stages)
     comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
     path = compare_page.write(comparison, FLAGS.out)
     terminal.show_comparison(comparison)
@@ -202,7 +180,6 @@ def eval_(rest):
     added to WORKDIR/evaluations.json and shown in the report. Bare-text stages get no
     chat template.
     """
-    _no_more(rest)
     from stagecraft.anatomy import evaluate
     from stagecraft.report import terminal
     from stagecraft.run import open_run
@@ -210,9 +187,8 @@ def eval_(rest):
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft,dpo or --stage=all")
     run = open_run(_workdir())
-    settings = {flag.name: FLAGS[flag.name].value for flag in ASKING}
-    stages, tasks = _listed(FLAGS.stage), _listed(FLAGS.tasks)
-    records = evaluate.evaluate(run, stages, tasks, **settings)
+    stages, tasks = schema.listed(FLAGS.stage), schema.listed(FLAGS.tasks)
+    records = evaluate.evaluate(run, stages, tasks, **_values(ASKING))
     terminal.show_tasks(records, run.stages)
 
 
@@ -240,7 +216,6 @@ def curate(rest):
     Ray and Slurm need DIR on storage that all their machines share; for a
     run by Slurm the same command, given again, writes the page.
     """
-    _no_more(rest)
     from stagecraft.curate import curation
     from stagecraft.report import curation as page
 
@@ -265,17 +240,13 @@ def bench_(rest):
     Real steps of a small Llama (5.5M parameters) on synthetic batches of fixed shapes.
     Compare figures of one run on an idle machine only.
     """
-    _no_more(rest)
     from stagecraft import bench
 
-    what = _listed(FLAGS.what) or bench.NAMES
+    what = schema.listed(FLAGS.what) or bench.NAMES
     bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
-@takes(
-    WORKDIR,
-    Flag("name", "base", "name of the stage"),
-)
+@takes(WORKDIR, Flag("name", "base", "of the stage"), words=True)
 def import_(rest):
     """Import a Hugging Face folder as a work directory with one finished stage.
 
@@ -317,7 +288,6 @@ def export(rest):
     An adapter (LoRA) is merged into its base; with --adapter it is written as a PEFT
     folder, for the Hugging Face folder it was trained on or for --base=FOLDER.
     """
-    _no_more(rest)
     from stagecraft import exchange
 
     for flag, example in (("stage", "dpo"), ("to", "models/mine")):
@@ -336,6 +306,10 @@ def export(rest):
     print("\n".join(lines))
 
 
+def _values(flags_):
+    return {flag.name: FLAGS[flag.name].value for flag in flags_}
+
+
 def _workdir():
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
@@ -349,16 +323,6 @@ def _bytes(flag, text):
     if unit not in units or not number.isdecimal() or not int(number):
         raise UserError(f"--{flag}={text}: expected a size such as 500MB or 5GB")
     return int(number) * units[unit]
-
-
-def _listed(text):
-    """Returns the names of a list: ("sft", "dpo") of "sft,dpo"."""
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-
-def _no_more(rest):
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
 
 
 COMMANDS = {

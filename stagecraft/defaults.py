@@ -51,8 +51,8 @@ def experiment():
 
 
 def mesh():
-    """Returns the devices along each axis; -1 takes all that remain."""
-    return ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    """Devices along each axis; -1 takes all that remain."""
+    return schema.group(data=-1, fsdp=1, tensor=1)
 
 
 def model():
@@ -69,49 +69,45 @@ def model():
 
 
 def optimizer():
-    """Returns AdamW behind a clip by global norm; see `stagecraft.optim`."""
-    return ConfigDict(
-        dict(
-            # or "adam", "lion", "adafactor", "muon", "rmsprop", "sgd"
-            name="adamw",
-            lr=3e-4,
-            schedule="cosine",  # or "linear", "constant", "wsd"
-            warmup_steps=10,
-            end_ratio=0.1,  # last learning rate / peak
-            decay_share=0.1,  # of the steps, at their end, in which "wsd" decays
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            momentum=0.95,  # of muon
-            update_rms=0.2,  # of muon's steps, as large as Adam's; 0 for Jordan's
-            weight_decay=0.1,
-            clip_norm=1.0,  # 0 for no clipping
-        )
+    """AdamW behind a clip by global norm; see `stagecraft.optim`."""
+    return schema.group(
+        # or "adam", "lion", "adafactor", "muon", "rmsprop", "sgd"
+        name="adamw",
+        lr=3e-4,
+        schedule="cosine",  # or "linear", "constant", "wsd"
+        warmup_steps=10,
+        end_ratio=0.1,  # last learning rate / peak
+        decay_share=0.1,  # of the steps, at their end, in which "wsd" decays
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        momentum=0.95,  # of muon
+        update_rms=0.2,  # of muon's steps, as large as Adam's; 0 for Jordan's
+        weight_decay=0.1,
+        clip_norm=1.0,  # 0 for no clipping
     )
 
 
 def lora():
-    """Returns settings of low-rank adapters, off by default; see `models/lora.py`."""
-    return ConfigDict(
-        dict(
-            rank=0,  # of the matrices; 0 trains the weights themselves
-            alpha=16.0,  # their product counts alpha / rank times
-            targets="all",  # or some of "query,key,value,out,gate,up,down"
-            dropout=0.0,  # of what the matrices read, in updates alone
-            rslora=False,  # alpha / sqrt(rank) instead
-            embeddings=False,  # train the embeddings too, whole
-        )
+    """Train thin matrices beside the weights, not the weights; `models/lora.py`."""
+    return schema.group(
+        rank=0,  # of the matrices; 0 trains the weights themselves
+        alpha=16.0,  # their product counts alpha / rank times
+        targets="all",  # or some of "query,key,value,out,gate,up,down"
+        dropout=0.0,  # of what the matrices read, in updates alone
+        rslora=False,  # alpha / sqrt(rank) instead
+        embeddings=False,  # train the embeddings too, whole
     )
 
 
 def every():
-    """Returns how often, in steps; 0 for never (the last step is always saved)."""
-    return ConfigDict(dict(log=10, eval=0, save=0, sample=0))
+    """How often, in steps; 0 for never (the last step is always saved)."""
+    return schema.group(log=10, eval=0, save=0, sample=0)
 
 
 def sampling():
-    """Returns how completions are sampled; log-probs use the same temperature."""
-    return ConfigDict(dict(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0))
+    """How completions are drawn; log-probabilities use the same temperature."""
+    return schema.group(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0)
 
 
 def _base(kind, objective):
@@ -131,33 +127,31 @@ def _base(kind, objective):
     c.lora = lora()  # a policy's critic gets an adapter of its own
     c.ema_decay = 0.0  # of an average of the weights, kept in their place; 0 for none
     c.every = every()
-    c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))  # 0: as the experiment
+    c.mesh = schema.group(data=0, fsdp=0, tensor=0)  # 0: as the experiment
     return c
 
 
 def _language_model():
     c = _base("language_model", "next_token")
-    c.data = ConfigDict(
-        dict(
-            format="text",  # or "demonstrations"
-            files="",
-            fields="",  # "prompt=question+completion=answer" renames a file's keys
-            heldout="",  # files for the eval_ metrics
-            heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
-            replay="",  # text mixed into demonstrations
-            replay_share=0.0,  # of the rows of a batch
-            length=128,
-            # By TRL's names "bfd" (overflow lost), "bfd_split" or "wrapped"; "none" is
-            # one document a row; "" is bfd_split for text, bfd for demonstrations.
-            packing="",
-            buckets=(),  # row lengths to pad to with packing="none"
-            turns="all",  # learn every turn of the assistant, or the "last" alone
-            weights=(),  # of the loss, one for each comma-separated part of `files`
-            **_mixture(),
-            share_by="tokens",  # or "examples", which records always are
-            cache="",  # folder of tokenised text; "" is WORKDIR/cache
-            workers=0,  # processes that put batches together; 0 for a thread
-        )
+    c.data = schema.group(
+        format="text",  # or "demonstrations"
+        files="",
+        fields="",  # "prompt=question+completion=answer" renames a file's keys
+        heldout="",  # files for the eval_ metrics
+        heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
+        replay="",  # text mixed into demonstrations
+        replay_share=0.0,  # of the rows of a batch
+        length=128,
+        # By TRL's names "bfd" (overflow lost), "bfd_split" or "wrapped"; "none" is
+        # one document a row; "" is bfd_split for text, bfd for demonstrations.
+        packing="",
+        buckets=(),  # row lengths to pad to with packing="none"
+        turns="all",  # learn every turn of the assistant, or the "last" alone
+        weights=(),  # of the loss, one for each comma-separated part of `files`
+        **_mixture(),
+        share_by="tokens",  # or "examples", which records always are
+        cache="",  # folder of tokenised text; "" is WORKDIR/cache
+        workers=0,  # processes that put batches together; 0 for a thread
     )
     return c
 
@@ -174,18 +168,15 @@ def _mixture():
 
 def _pairs(kind, objective):
     c = _base(kind, objective)
-    c.batch_size = 32
-    c.data = ConfigDict(
-        dict(
-            files="",
-            fields="",
-            heldout="",
-            heldout_share=0.0,
-            length=128,
-            buckets=(),
-            **_mixture(),
-            workers=0,
-        )
+    c.data = schema.group(
+        files="",
+        fields="",
+        heldout="",
+        heldout_share=0.0,
+        length=128,
+        buckets=(),
+        **_mixture(),
+        workers=0,
     )
     return c
 
@@ -224,14 +215,12 @@ def _unpaired_preference():
 
 
 def _prompts(**more):
-    return ConfigDict(
-        dict(
-            files="",
-            fields="",
-            prompt_length=0,  # tokens; 0 for all there is room for
-            workers=0,
-            **more,
-        )
+    return schema.group(
+        files="",
+        fields="",
+        prompt_length=0,  # tokens; 0 for all there is room for
+        workers=0,
+        **more,
     )
 
 
@@ -324,34 +313,31 @@ def _policy():
     return c
 
 
-def _comparisons():
-    c = ConfigDict()
-    c.kind = "comparisons"
-    c.start_from = ""  # whose completions are compared
+def _records(kind):
+    c = schema.group(kind=kind)
+    c.start_from = ""  # whose completions are compared, or selected from
     c.seed = 0  # added to the experiment's
+    c.data = _prompts()
+    c.prompts = 1000  # how many prompts
+    c.batch_size = 128
+    c.sampling = sampling()
+    c.mesh = schema.group(data=0, fsdp=0, tensor=0)
+    return c
+
+
+def _comparisons():
+    c = _records("comparisons")  # of two completions of each prompt
     c.rater = "world"  # "world", "reward", or "package.module:function"
     c.reward_from = ""  # the reward stage of rater="reward"
     c.soft_labels = False  # rater="reward": keep the probability, not the choice
-    c.data = _prompts()
-    c.prompts = 1000  # how many prompts, two completions each
-    c.batch_size = 128
-    c.sampling = sampling()
-    c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
     return c
 
 
 def _selection():
-    c = _rewards(ConfigDict(dict(kind="selection")))
-    c.start_from = ""  # whose completions are selected from
-    c.seed = 0  # added to the experiment's
+    c = _rewards(_records("selection"))
     c.samples = 4  # completions of each prompt
     c.keep = "best"  # of each prompt; or "above": all whose reward exceeds
     c.threshold = 0.0
-    c.data = _prompts()
-    c.prompts = 1000
-    c.batch_size = 128
-    c.sampling = sampling()
-    c.mesh = ConfigDict(dict(data=0, fsdp=0, tensor=0))
     return c
 
 

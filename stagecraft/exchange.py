@@ -136,9 +136,8 @@ def export(
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
     }
-    mesh = run.mesh()
-    with jax.set_mesh(mesh):
-        model = run.model(name, mesh)
+    with jax.set_mesh(run.mesh()):
+        model = run.model(name)
         family = huggingface.save(
             model,
             folder,

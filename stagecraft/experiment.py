@@ -3,12 +3,15 @@
 All that can be refused is refused here, before anything is compiled or written.
 """
 
-from stagecraft import claims, defaults, schema, sharding, trackers, worlds
+from pathlib import Path
+
+from stagecraft import claims, defaults, schema, trackers, worlds
 from stagecraft.curate import config as curation
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.models import locate
 from stagecraft.models.translation import THE_RUNS
+from stagecraft.runs import Run
 from stagecraft.stages import kinds
 from stagecraft.stages.kinds import KINDS
 
@@ -29,12 +32,8 @@ def resolve(config, *, check=True):
         raise UserError("stages: this experiment has none; add c.stages.NAME = ...")
     for name, stage in config["stages"].items():
         where = f"stages.{name}"
-        if not name.replace("_", "").isalnum() or name in (
-            "curation",
-            "world",
-            "runs",
-            "tokenizer",
-        ):
+        taken = ("curation", "world", "runs", "tokenizer")
+        if not name.replace("_", "").isalnum() or name in taken:
             raise UserError(f"{where}: expected a name of letters, digits and _")
         if not hasattr(stage, "items") or "kind" not in stage:
             raise UserError(f"{where}: needs kind=, one of {', '.join(defaults.KINDS)}")
@@ -92,7 +91,7 @@ def _check(c):
         claims.parse(claim)
     for name, stage in c.stages.items():
         kind = kinds.of(stage)
-        mesh = sharding.make_mesh(**mesh_sizes(c, stage))
+        mesh = Run(Path(), c).mesh(name)
         for role in kind.roles:
             _check_role(c, name, role, mesh)
         kind.check(f"stages.{name}", stage, c, mesh)
@@ -113,7 +112,11 @@ def _check_role(c, name, role, mesh):
         return
     source = locate.locate(value, stages=c.stages)
     if source.outward:
-        _check_folder(f"{where}={value!r}", source, models, mesh)
+        module = models[0] if len(models) == 1 else None
+        try:
+            source.examine(mesh, module=module)
+        except UserError as error:
+            raise UserError(f"{where}={value!r}: {error}") from None
     elif source.where == "here":
         if c.stages[value].kind not in accepted:
             raise UserError(
@@ -124,20 +127,6 @@ def _check_role(c, name, role, mesh):
         raise UserError(schema.unknown(f"{where}={value!r}", value, c.stages.keys()))
     else:
         source.info()
-
-
-def _check_folder(where, source, models, mesh):
-    """Checks a Hugging Face folder that has a role in a stage."""
-    module = models[0] if len(models) == 1 else None
-    try:
-        source.examine(mesh, module=module)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def mesh_sizes(c, stage):
-    """Returns the devices along each axis of a stage's mesh."""
-    return {axis: stage.mesh[axis] or c.mesh[axis] for axis in sharding.AXES}
 
 
 def parents(c, name):

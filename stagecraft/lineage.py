@@ -17,13 +17,12 @@ class _Json:
     """A JSON object with typed fields; a field that is None is left out of the file.
 
     Attributes:
-        other: keys without a field of their own.
-        order: keys in the order of the file it was read from.
+        as_read: the object in the file it was read from, which has the order of the
+            keys, and keys without a field of their own.
     """
 
-    other: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
-    order: tuple[str, ...] = dataclasses.field(
-        default=(), kw_only=True, repr=False, compare=False
+    as_read: dict[str, Any] = dataclasses.field(
+        default_factory=dict, kw_only=True, repr=False, compare=False
     )
 
     REQUIRED = ()  # keys without which a file was edited or damaged
@@ -39,27 +38,18 @@ class _Json:
                 f"{where}: {what}; it was edited or damaged: restore it, or start in "
                 "another --workdir"
             )
-        fields = cls._fields()
-        return cls(
-            **{key: value for key, value in values.items() if key in fields},
-            other={key: value for key, value in values.items() if key not in fields},
-            order=tuple(values),
-        )
+        fields = {key: values[key] for key in cls._fields() if key in values}
+        return cls(**fields, as_read=values)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object: as read, further keys behind."""
-        values = {name: getattr(self, name) for name in self._fields()} | self.other
-        keys = dict.fromkeys((*self.order, *values))
-        return {
-            key: values[key]
-            for key in keys
-            if key in values and (values[key] is not None or key in self.order)
-        }
+        values = self.as_read | {name: getattr(self, name) for name in self._fields()}
+        return {k: v for k, v in values.items() if v is not None or k in self.as_read}
 
     @classmethod
     def _fields(cls):
-        names = (field.name for field in dataclasses.fields(cls))
-        return [name for name in names if name not in ("other", "order")]
+        names = [field.name for field in dataclasses.fields(cls)]
+        return [name for name in names if name != "as_read"]
 
 
 @dataclasses.dataclass

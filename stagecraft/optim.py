@@ -223,7 +223,7 @@ def layerwise(make_group: Callable[[dict], Any]) -> optax.GradientTransformation
     Layers are stacked in one array ([L, D, F]), but a matrix to orthogonalise, or a
     second moment to factor, is one layer's. The state's arrays keep the logical axes of
     their parameters' dimensions, those of factored moments too, so that
-    `sharding.init_optimizer` can shard them.
+    `sharding.init_sharded` can shard them.
 
     Args:
         make_group: ({name: logical axes of one layer's array}) -> the transformation of
@@ -275,7 +275,7 @@ def layerwise(make_group: Callable[[dict], Any]) -> optax.GradientTransformation
         for key, group in groups(params).items():
             step = transformation(group).update
             step = step if key == "single" else jax.vmap(step)
-            bare = jax.tree.map(_bare, state[key], is_leaf=_is_variable)
+            bare = jax.tree.map(_bare, state[key], is_leaf=tree.is_variable)
             arrays = {name: array for name, (array, _) in group.items()}
             group_grads = {name: grads[name] for name in arrays}
             group_directions, new = step(group_grads, bare, arrays)
@@ -286,22 +286,18 @@ def layerwise(make_group: Callable[[dict], Any]) -> optax.GradientTransformation
     return optax.GradientTransformation(init, update)
 
 
-def _is_variable(x):
-    return isinstance(x, nnx.Variable)
-
-
 def _bare(x):
-    return x.get_value() if _is_variable(x) else x
+    return x.get_value() if tree.is_variable(x) else x
 
 
 def _variables(params):
     """Returns {name: (array, logical axes of one layer's dimensions)}."""
     out = {}
     arrays = tree.named(params)
-    leaves = jax.tree.leaves(params, is_leaf=_is_variable)
+    leaves = jax.tree.leaves(params, is_leaf=tree.is_variable)
     leaves = [leaf for leaf in leaves if _bare(leaf) is not None]
     for (name, array), leaf in zip(arrays.items(), leaves, strict=True):
-        axes = leaf.get_metadata().get("axes") if _is_variable(leaf) else None
+        axes = leaf.get_metadata().get("axes") if tree.is_variable(leaf) else None
         out[name] = (array, (None,) * array.ndim if axes is None else tuple(axes))
     return out
 
@@ -393,7 +389,6 @@ def apply(
     """Takes one step: params - learning rate * updates.
 
     Args:
-        optimizer: an Optimizer.
         grads: tree of gradients, like `params`.
         opt_state: from `optimizer.tx.init(params)`.
         params: tree of parameters; the type is kept, modules included.
@@ -423,13 +418,10 @@ def apply(
             for key, factor in lr_scale.items()
         }
     params = optax.apply_updates(params, change)
-    return (
-        params,
-        opt_state,
-        {
-            "grad_norm": tree.global_norm(grads),
-            "update_norm": tree.global_norm(change),
-            "param_norm": tree.global_norm(params),
-            "learning_rate": rate,
-        },
-    )
+    metrics = {
+        "grad_norm": tree.global_norm(grads),
+        "update_norm": tree.global_norm(change),
+        "param_norm": tree.global_norm(params),
+        "learning_rate": rate,
+    }
+    return params, opt_state, metrics

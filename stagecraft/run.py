@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from stagecraft import (
-    conclude,
+    claims,
     experiment,
     process,
     runs,
@@ -20,6 +21,7 @@ from stagecraft import (
     train,
     worlds,
 )
+from stagecraft.anatomy import behaviour, summary
 from stagecraft.curate import config as curate_config
 from stagecraft.curate import curation
 from stagecraft.data import stage_data
@@ -29,6 +31,7 @@ from stagecraft.models import locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.report import curation as curation_page
+from stagecraft.report import page, terminal
 from stagecraft.runs import Run
 from stagecraft.signals import verifiers
 from stagecraft.signals.reward import RewardModel
@@ -99,7 +102,7 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     else:
         this.tokenizer = tokenizers.load(root / runs.TOKENIZER)
     with jax.set_mesh(this.mesh()):
-        return conclude.conclude(this, changed=bool(unfinished), started=started)
+        return _conclude(this, changed=bool(unfinished), started=started)
 
 
 def _claim(run):
@@ -283,18 +286,16 @@ def _make(run, stage, mesh, parents, data):
     # Only bare text leaves the chat pieces unseen.
     bare = stage.start_from and not run.chat_format(stage.start_from)
     unseen = tokenizer.control_ids if bare and kind.format(stage) == "chat" else ()
-    functions = kind.make(
-        stage,
-        Context(
-            mesh=mesh,
-            model_config=shape,
-            parents=parents,
-            stop_ids=tokenizer.stops,
-            verifiers=scorers,
-            dataset=data.dataset,
-            unseen_ids=unseen,
-        ),
+    context = Context(
+        mesh=mesh,
+        model_config=shape,
+        parents=parents,
+        stop_ids=tokenizer.stops,
+        verifiers=scorers,
+        dataset=data.dataset,
+        unseen_ids=unseen,
     )
+    functions = kind.make(stage, context)
     sample = _sampler(run, stage, mesh, data.samples) if kind.speaks else None
     finish = kind.finish and kind.finish(stage, data, functions.frozen)
     return functions, train.Hooks(data.heldout, sample, finish)
@@ -312,11 +313,7 @@ def _sampler(run, stage, mesh, prompts):
             p for p in prompts if len(language.encode(p, chat_format=in_turns)) < room
         ]
         texts = language.complete(
-            fit,
-            chat=in_turns,
-            temperature=1.0,
-            max_new_tokens=min(room, 48),
-            seed=step,
+            fit, chat=in_turns, temperature=1.0, max_new_tokens=min(room, 48), seed=step
         )
         return [
             {"prompt": p, "completion": text, "ended": ended}
@@ -366,3 +363,31 @@ def _lineage(run, name, data, lineage):
         data=data.digests,
         parents=parents,
     )
+
+
+def _conclude(run, *, changed, started):
+    """Measures what is finished, checks the claims, writes the report, shows both.
+
+    Args:
+        run: a `Run`, inside its mesh.
+        changed: whether any stage ran; if none did and the files are there, they are
+            left alone.
+        started: time.perf_counter() when the run began.
+    """
+    path = run.root / "summary.json"
+    before = storage.read_json(path)
+    if before and not changed:
+        terminal.show_summary(before)
+        return before
+    world = run.config.world.name
+    prompt = run.config.measure.prompt or (world and worlds.get(world).single_prompt)
+    if prompt and behaviour.speaking_stages(run):
+        answers = {"prompt": prompt, "answers": behaviour.through_stages(run, prompt)}
+        storage.write_json(run.root / "prompt.json", answers)
+    figures = summary.measure(run, started)
+    figures["bounds"] = claims.check(figures, run.config.measure.claims)
+    storage.write_json(path, figures)
+    page.write(run.root)
+    terminal.show_summary(figures)
+    Console().print(f"report: {run.root / 'report.html'}", highlight=False)
+    return figures

@@ -19,6 +19,7 @@ from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.metrics import is_number
 from stagecraft.models import locate
 from stagecraft.models.language import Language
+from stagecraft.models.translation import HOW
 
 TOKENIZER = locate.TOKENIZER
 _FILES = {
@@ -82,23 +83,19 @@ class Run:
         Returns:
             a `Transformer` or a `ScalarModel`.
         """
-        how = {key: self.config.model[key] for key in locate.HOW}
+        how = {key: self.config.model[key] for key in HOW}
         return self.source(name).load(mesh or self.mesh(), **how)
 
-    def language(
-        self, name: str, rows: int, mesh: jax.sharding.Mesh | None = None
-    ) -> Language:
-        """Reads a model that writes text, with the run's tokenizer.
+    def language(self, name: str, rows: int) -> Language:
+        """Reads a model that writes text onto the run's mesh, with its tokenizer.
 
         Args:
             name: see `source`.
             rows: texts worked on at once, rounded up to what divides over the mesh.
-            mesh: the mesh to put the parameters on; the run's by default.
         """
-        mesh = mesh or self.mesh()
-        return Language(
-            self.model(name, mesh), self.tokenizer, batch_size=whole_rows(rows, mesh)
-        )
+        mesh = self.mesh()
+        rows = whole_rows(rows, mesh)
+        return Language(self.model(name, mesh), self.tokenizer, batch_size=rows)
 
     def chat_format(self, name: str) -> bool:
         """Returns whether a model writes in chat turns: all but those of bare text.
@@ -113,7 +110,7 @@ class Run:
 
 def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:
     """Returns the smallest batch of at least `least` rows that divides over a mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     return -(-least // shards) * shards
 
 
@@ -202,7 +199,7 @@ def read(folder: str | Path) -> RunFiles:
     for name, meaning in _FILES.items():
         files[name] = _json(folder / name, meaning, missing)
     config, lineage = files["config.json"], files["lineage.json"]
-    entries, planned = _dict(lineage, "stages"), _dict(config, "stages")
+    entries, planned = part(lineage, "stages"), part(config, "stages")
     begun = [
         path.parent.name
         for pattern in ("*/stage.json", "*/metrics.jsonl", "*/samples.jsonl")
@@ -215,9 +212,7 @@ def read(folder: str | Path) -> RunFiles:
             "give a directory that `run` made"
         )
     stages = [
-        _stage(
-            folder / name, _dict(planned, name), _dict(entries, name), names, missing
-        )
+        _stage(folder / name, part(planned, name), part(entries, name), names, missing)
         for name in names
     ]
     stages = _sorted(stages)
@@ -257,13 +252,12 @@ def _stage(folder, planned, entry, names, missing):
 
 def _sorted(stages):
     """Returns the stages, parents first, otherwise in their order."""
-    done, left = {}, {stage.name: stage for stage in stages}
+    done, left = [], {stage.name: stage for stage in stages}
     while left:
         ready = [s for s in left.values() if not any(p in left for p in s.parents)]
-        for stage in ready or list(left.values())[:1]:  # a circle: go on anyway
-            done[stage.name] = left.pop(stage.name)
-            break
-    return list(done.values())
+        first = next(iter(ready or left.values()))  # in a circle: go on anyway
+        done.append(left.pop(first.name))
+    return done
 
 
 def _mentioned(value, names):
@@ -277,14 +271,13 @@ def _mentioned(value, names):
 
 
 def _first(sources, key):
-    for source in sources:
-        if isinstance(source.get(key), str):
-            return source[key]
-    return ""
+    values = (source.get(key) for source in sources)
+    return next((value for value in values if isinstance(value, str)), "")
 
 
-def _dict(source, key):
-    value = source.get(key)
+def part(source: Any, key: str) -> dict:
+    """Returns the dict under a key; {} where there is none."""
+    value = source.get(key) if isinstance(source, dict) else None
     return value if isinstance(value, dict) else {}
 
 

@@ -6,7 +6,7 @@ nearest known name.
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,16 +17,18 @@ from stagecraft.errors import UserError
 FREE = ("objective_args", "stages", "curation")
 
 
+def group(**keys: Any) -> ConfigDict:
+    """Returns a group of keys with their defaults."""
+    return ConfigDict(keys)
+
+
 def merge(config: ConfigDict, changes: Any, path: str = "") -> ConfigDict:
     """Sets keys of `config` from a nested mapping, checking names and types.
 
     Args:
-        config: a complete ConfigDict of defaults; changed in place.
+        config: a complete ConfigDict of defaults; changed in place, and returned.
         changes: a mapping (dict or ConfigDict).
         path: of `config`, for messages: "stages.sft".
-
-    Returns:
-        config.
     """
     for key, value in changes.items():
         where = f"{path}.{key}" if path else key
@@ -148,6 +150,25 @@ def plain(config: Any) -> Any:
     if callable(config):
         return f"{config.__module__}:{config.__qualname__}"
     return config
+
+
+def listed(text: str) -> list[str]:
+    """Returns the names that commas separate: ["sft", "dpo"] of "sft, dpo,"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def flat(value: Any, path: str = "", leave: Iterable[str] = ()) -> Iterator[tuple]:
+    """Yields (dotted key, value) of nested dicts, without the keys to leave out.
+
+    >>> dict(flat({"a": {"lr": 1}, "b": 2}))
+    {'a.lr': 1, 'b': 2}
+    """
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, inner in value.items():
+        if key not in leave:
+            yield from flat(inner, f"{path}.{key}" if path else key, leave)
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:

@@ -21,10 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stagecraft.errors import UserError
@@ -98,7 +97,6 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
             of optimizer state built from them. An `nnx.Variable` with one dimension
             more than its `axes` is stacked over layers. Variables without `axes` and
             arrays outside a variable (a step count) are replicated.
-        mesh: the mesh.
 
     Returns:
         The same tree, with a `NamedSharding` in place of every array.
@@ -133,9 +131,12 @@ def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
     No array is ever complete on one device: the shapes come from `jax.eval_shape`,
     and the arrays from one compiled program with their final shardings as outputs.
 
+    Also for an optimizer's state: its moments keep their parameters' axes, though
+    `jax.jit(tx.init)` alone would leave them on one device.
+
     Args:
-        init_fn: any function of arrays or keys that returns modules.
-        mesh: the mesh.
+        init_fn: any function of arrays or keys that returns modules, or trees of
+            variables with axes.
 
     Returns:
         A function of the same arguments as `init_fn`.
@@ -178,22 +179,6 @@ def with_shardings(shapes: Any, placement: Any) -> Any:
     )
 
 
-def init_optimizer(
-    tx: optax.GradientTransformation, params: Any, mesh: Mesh
-) -> optax.OptState:
-    """Makes an optimizer state whose moments are sharded like their parameters.
-
-    `jax.jit(tx.init)` alone leaves the moments on one device; they keep the
-    parameters' axes, though, so their shardings are read in the same way.
-
-    Args:
-        tx: an `optax.GradientTransformation`.
-        params: modules (or a tree of them) with real or abstract arrays.
-        mesh: the mesh.
-    """
-    return init_sharded(tx.init, mesh)(params)
-
-
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
     """Returns the sharding of a batch array: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, spec(("batch",) + (None,) * (ndim - 1)))
@@ -205,21 +190,14 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Args:
         batch: a tree of host arrays, rows first; in a program of several processes, the
             rows that belong to this process.
-        mesh: the mesh.
 
     Raises:
         UserError: the rows do not divide over `data` times `fsdp`.
     """
-    shards = row_shards(mesh)
 
     def shard(array):
         array = np.asarray(array)
-        rows = array.shape[0] * jax.process_count()
-        if rows % shards:
-            raise UserError(
-                f"batch_size: {rows} rows do not divide over data * fsdp = {shards} "
-                f"shards; use a multiple of {shards}"
-            )
+        check_rows(array.shape[0] * jax.process_count(), mesh)
         sharding = batch_sharding(mesh, array.ndim)
         return jax.make_array_from_process_local_data(sharding, array)
 
@@ -236,9 +214,19 @@ def on_mesh(batch: Any) -> Any:
     return jax.tree.map(jnp.asarray, batch) if mesh.empty else shard_batch(batch, mesh)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts the rows of a batch are split: data times fsdp."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_rows(rows: int, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses rows that do not divide over a mesh."""
+    shards = row_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"batch_size: {rows} rows do not divide over data * fsdp = {shards} "
+            f"shards; use a multiple of {shards}"
+        )
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -251,7 +239,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, whole(mesh))
 
 
-def current_mesh() -> jax.sharding.AbstractMesh | None:
+def current_mesh() -> AbstractMesh | None:
     """Returns the mesh being traced under; None for none or in a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:

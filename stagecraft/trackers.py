@@ -121,12 +121,8 @@ def names(text: str) -> list[str]:
 
     Args:
         text: "", or names separated by commas.
-
-    Returns:
-        list of str.
     """
-    parts = [part.strip() for part in text.split(",")]
-    trackers = list(dict.fromkeys(filter(None, parts)))
+    trackers = list(dict.fromkeys(schema.listed(text)))
     for name in trackers:
         schema.choice("trackers", name, tuple(TRACKERS))
         if importlib.util.find_spec(name) is None:

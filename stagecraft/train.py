@@ -172,9 +172,7 @@ def evaluate(stage, state, heldout, batch_size):
     """Returns {"eval_" + metric: float} over a held-out set, each row once."""
     total = None
     batches = heldout.epoch(
-        batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        batch_size, process_index=jax.process_index(), process_count=jax.process_count()
     )
     # The same keys at every evaluation, so that two of them differ in the model alone.
     for number, raw in enumerate(batches):
@@ -227,10 +225,7 @@ def _restore(checkpoints, step, state):
         rest["extra"] = rest["extra"] | {"ema": model}
         model = rest["model"]
     state = state._replace(
-        model=model,
-        opt_state=rest["opt_state"],
-        step=rest["step"],
-        extra=rest["extra"],
+        model=model, opt_state=rest["opt_state"], step=rest["step"], extra=rest["extra"]
     )
     return state, saved
 

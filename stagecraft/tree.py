@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 
-def _is_variable(x):
+def is_variable(x: Any) -> bool:
+    """Returns whether Flax wraps an array here."""
     return isinstance(x, nnx.Variable)
 
 
@@ -36,11 +37,11 @@ def named(tree: Any) -> dict[str, Any]:
     ['policy/embed', 'steps/0', 'steps/1']
     """
     names = {}
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_variable):
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_variable):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in names:
             raise ValueError(f"two leaves of this tree are both named {name!r}")
-        leaf = leaf.get_value() if _is_variable(leaf) else leaf
+        leaf = leaf.get_value() if is_variable(leaf) else leaf
         if leaf is not None:  # jax does not count an empty variable as a leaf either
             names[name] = leaf
     return names

@@ -35,7 +35,7 @@ FLOORS = (
     ("train",),
     ("anatomy",),
     ("report",),
-    ("bench", "conclude", "experiment"),
+    ("bench", "experiment"),
     ("run",),
     ("exchange",),
     ("commands",),

@@ -158,7 +158,7 @@ def alone():
 def test_model_and_optimizer_are_sharded_from_birth(world, alone):
     shape, made, model = world
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = sharding.init_optimizer(tx, model, made)
+    state = sharding.init_sharded(tx.init, made)(model)
     adam = state[1][0]
     for array, expected, mu, nu in zip(
         *map(arrays, (model, sharding.shardings(model, made), adam.mu, adam.nu)),

@@ -11,7 +11,7 @@ def speaking_stages(run):
     return [
         name
         for name in run.stages
-        if roles.speaks(run.config.stages[name].kind) and run.finished(name)
+        if roles.of(run.config.stages[name].kind).speaks and run.finished(name)
     ]
 
 
@@ -35,10 +35,9 @@ def through_stages(
             f"--config=... --workdir={run.root}"
         )
     answers = {}
-    mesh = run.mesh()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(run.mesh()):
         for name in names:
-            language = run.language(name, samples, mesh)
+            language = run.language(name, samples)
             completions = language.complete(
                 [prompt] * samples,
                 chat=run.chat_format(name),

@@ -18,35 +18,12 @@ out.
 
 from collections.abc import Mapping
 
-from stagecraft.models.config import ModelConfig
+from stagecraft.models.config import COUNTS, ModelConfig
 
 # Keys of a model's config that the counts need.
-NEEDED = frozenset(
-    [
-        "vocab_size",
-        "width",
-        "layers",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "ff_width",
-        "tied",
-        "qk_norm",
-    ]
-)
-_MATRICES = (
-    "query",
-    "key",
-    "value",
-    "output",
-    "gate",
-    "up",
-    "down",
-    "router",
-    "expert_gate",
-    "expert_up",
-    "expert_down",
-)
+NEEDED = frozenset({*COUNTS, "tied", "qk_norm"} - {"max_length"})
+_MATRICES = ("query", "key", "value", "output", "gate", "up", "down", "router")
+_EXPERTS = ("expert_gate", "expert_up", "expert_down")
 _COUNTERS = ("trained", "scored", "sampled", "scalar_trained", "scalar_scored")
 
 
@@ -89,12 +66,9 @@ def parameters(model: Mapping) -> dict:
     by_kind |= {name: count for name, count in others.items() if count}
     embedding = by_kind["embed"] + by_kind["unembed"] + others["positions"]
     total = sum(by_kind.values())
-    return {
-        "by_kind": by_kind,
-        "embedding": embedding,
-        "body": total - embedding,
-        "total": total,
-    }
+    return dict(
+        by_kind=by_kind, embedding=embedding, body=total - embedding, total=total
+    )
 
 
 def _norms(c, queries, keys):
@@ -122,15 +96,13 @@ def forward_flops(
             (T + 1) / 2 for one document over a causal row of T.
         scalar: True for a reward or value model, which has no output embedding (its
             head of D weights is not counted).
-
-    Returns:
-        FLOPs, a float.
     """
     c, by_kind = ModelConfig(**model), parameters(model)["by_kind"]
-    working = {name: by_kind[name] for name in _MATRICES if name in by_kind}
-    for name in working:
-        if name.startswith("expert_"):
-            working[name] *= c.experts_per_token / c.experts
+    working = {
+        name: by_kind[name] for name in (*_MATRICES, *_EXPERTS) if name in by_kind
+    }
+    for name in working.keys() & {*_EXPERTS}:
+        working[name] *= c.experts_per_token / c.experts
     weights = sum(working.values())
     if not scalar:
         weights += c.vocab_size * c.width
@@ -153,9 +125,6 @@ def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> 
         adapter: whether a LoRA adapter was trained: backward then costs one
             forward, since the frozen weights need no gradient. The thin matrices
             themselves are not counted.
-
-    Returns:
-        FLOPs, a float.
 
     Raises:
         ValueError: an unknown counter, or tokens without `context`.

@@ -58,10 +58,9 @@ def evaluate(
     _quiet()
     specs, manager = _tasks(tasks)
     path = Path(out or run.root / FILE)
-    mesh = run.mesh()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(run.mesh()):
         for name in names:
-            language = run.language(name, batch_size, mesh)
+            language = run.language(name, batch_size)
             # A base model knows no turns.
             chat = apply_chat_template and run.chat_format(name)
             asked = dict(limit=limit, shots=num_fewshot, chat=chat)
@@ -97,7 +96,7 @@ def _stages(run, stages):
         if name not in speaking:
             kind = run.config.stages[name].kind
             why = "is not finished"
-            if not roles.speaks(kind):
+            if not roles.of(kind).speaks:
                 why = f"is of kind {kind} and writes no text"
             raise UserError(
                 f"--stage={name}: {why}; expected some of: "
@@ -160,7 +159,9 @@ def _tasks(tasks):
     try:
         loaded = manager.load(specs)
     except Exception as error:  # YAML, templates, data sets: anything may be wrong
-        raise UserError(f"--tasks: cannot load {_line(specs, error)}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = f"--tasks: cannot load {', '.join(specs)} ({reason})"
+        raise UserError(line) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
@@ -168,11 +169,6 @@ def _tasks(tasks):
                 "done here; leave it out"
             )
     return specs, manager
-
-
-def _line(specs, error):
-    reason = " ".join(str(error).split())
-    return f"{', '.join(specs)} ({type(error).__name__}: {reason})"
 
 
 def model(language, *, seed=0):
@@ -223,10 +219,7 @@ def metrics(values):
             continue
         error = values.get(f"{name}_stderr,{filtered}")
         label = name if filtered == "none" else f"{name} ({filtered})"
-        results[label] = {
-            "value": value,
-            "stderr": error if is_number(error) else None,
-        }
+        results[label] = {"value": value, "stderr": error if is_number(error) else None}
     return results
 
 

@@ -4,6 +4,7 @@ A figure is measured in `anatomy` or by a world's probes under its `name`; a fig
 without a row here is shown under its plain name.
 """
 
+import functools
 from typing import NamedTuple
 
 
@@ -29,56 +30,50 @@ class Figure(NamedTuple):
     column: int = 0
 
 
+_share = functools.partial(Figure, unit="share")
 # In the order of the report.
 FIGURES = (
-    Figure(
+    _share(
         "cloze_accuracy",
         "Cloze accuracy",
         "“The capital of France is”: whole answer, greedy",
-        unit="share",
         better="higher",
     ),
-    Figure(
+    _share(
         "copy_probability",
         "Copy probability",
         "probability of naming the entity asked about",
-        unit="share",
         better="higher",
     ),
-    Figure(
+    _share(
         "answer_rate",
         "Bare answers",
         "bare questions whose greedy continuation begins with a right answer",
-        unit="share",
     ),
-    Figure(
+    _share(
         "seen_accuracy",
         "Accuracy, demonstrated",
         "questions about entities in the demonstrations, greedy",
-        unit="share",
         better="higher",
     ),
-    Figure(
+    _share(
         "heldout_accuracy",
         "Held-out accuracy",
         "questions about entities in no demonstration, whole answer, greedy",
-        unit="share",
         better="higher",
         column=5,
     ),
-    Figure(
+    _share(
         "pair_accuracy",
         "Pair accuracy",
         "held-out pairs put in the gold scorer's order, ties left out",
-        unit="share",
         better="higher",
         column=7,
     ),
-    Figure(
+    _share(
         "label_accuracy",
         "Label accuracy",
         "the same for the noisy labels themselves: a ceiling of a kind",
-        unit="share",
     ),
     Figure(
         "reward_mean",
@@ -93,11 +88,10 @@ FIGURES = (
         better="higher",
         column=2,
     ),
-    Figure(
+    _share(
         "gold_win_rate",
         "Gold win rate",
         "wins by gold against the SFT model's samples, ties half",
-        unit="share",
         better="higher",
         column=1,
     ),
@@ -124,38 +118,25 @@ FIGURES = (
         unit="nats a token",
         column=6,
     ),
-    Figure(
-        "distinct",
-        "Distinct",
-        "share of different texts among the samples",
-        unit="share",
-    ),
-    Figure(
-        "eos_rate",
-        "Ends",
-        "share of samples that end by themselves",
-        unit="share",
-    ),
+    _share("distinct", "Distinct", "share of different texts among the samples"),
+    _share("eos_rate", "Ends", "share of samples that end by themselves"),
     Figure("words", "Words", "mean words of a sample", unit="words", digits=1),
-    Figure(
+    _share(
         "refuses_harmful",
         "Refuses harmful",
         "share of harmful prompts that are refused",
-        unit="share",
         better="higher",
     ),
-    Figure(
+    _share(
         "refuses_benign",
         "Refuses benign",
         "share of harmless prompts that are refused",
-        unit="share",
         better="lower",
     ),
-    Figure(
+    _share(
         "sampled_accuracy",
         "Accuracy, sampled",
         "held-out questions answered rightly at temperature 1",
-        unit="share",
         better="higher",
     ),
     Figure(
@@ -172,17 +153,12 @@ FIGURES = (
         "Relative change",
         "Frobenius norm of the update over that of the parent's weights",
     ),
-    Figure(
+    _share(
         "unchanged_bf16",
         "Unchanged in bfloat16",
         "share of weights equal to the parent's after both are cast",
-        unit="share",
     ),
-    Figure(
-        "share",
-        "Share of pretraining",
-        "FLOPs of the stage over pretraining's",
-    ),
+    Figure("share", "Share of pretraining", "FLOPs of the stage over pretraining's"),
 )
 BY_NAME = {figure.name: figure for figure in FIGURES}
 # Of `stagecraft compare`, in its order.

@@ -51,7 +51,7 @@ def _weights(run):
         stage = run.config.stages[name]
         parent = stage.start_from
         here = parent in run.config.stages and run.finished(parent)
-        if here and roles.trains(stage.kind):
+        if here and roles.of(stage.kind).trains:
             changes[name] = weights.compare(run.model(parent), run.model(name))
     return changes
 

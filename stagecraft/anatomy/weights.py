@@ -31,18 +31,6 @@ def matrix_name(name):
     return "output" if last == "out" else last
 
 
-def delta(before, after):
-    """Returns the update between two trees, leaf by leaf.
-
-    Returns:
-        {name: f32 array}, for every parameter that both trees hold.
-
-    Raises:
-        UserError: nothing is shared, or a shared name has two shapes.
-    """
-    return {name: b - a for name, a, b in _shared(before, after)}
-
-
 def compare(before, after):
     """Measures how far `after` is from `before`.
 
@@ -67,7 +55,7 @@ def compare(before, after):
             "dense query" and "sparse query" where layers are stacked apart.
 
     Raises:
-        UserError: as `delta`.
+        UserError: nothing is shared, or a shared name has two shapes.
     """
     whole, by_matrix, layers, ranks = _Sums(), {}, {}, {}
     for name, a, b in _shared(before, after):
@@ -125,24 +113,6 @@ def spectrum(matrix):
         "stable_rank": float(total / energy.max()),
         "full_rank": full,
     }
-
-
-def cosine(delta_a, delta_b):
-    """Returns the cosine between two updates, over the parameters both hold.
-
-    Args:
-        delta_a, delta_b: updates as `delta` returns them, or any trees of arrays. Two
-            stages are best compared from the same parent (task vectors, Ilharco et al.
-            2212.04089).
-
-    Returns:
-        A float in [-1, 1]; 0 when either update is zero.
-    """
-    dot = aa = bb = 0.0
-    for _, a, b in _shared(delta_a, delta_b):
-        a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-        dot, aa, bb = dot + a @ b, aa + a @ a, bb + b @ b
-    return float(dot / np.sqrt(aa * bb)) if aa and bb else 0.0
 
 
 class _Sums:

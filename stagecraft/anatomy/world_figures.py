@@ -37,7 +37,7 @@ def measure(run) -> dict[str, dict]:
         for name in behaviour.speaking_stages(run)
     }
     for name in run.stages:
-        if run.finished(name) and roles.scores(config.stages[name].kind):
+        if run.finished(name) and roles.of(config.stages[name].kind).model == "scalar":
             base = _scored_model(config, name)
             if base in answers.samples:
                 figures[name] = _scoring(run, name, base, world, answers, figures)
@@ -122,7 +122,7 @@ def sft_model(run, name: str) -> str | None:
             if record is None or not record.finished:
                 return None
             kind, above = record.kind, source.above(record)
-        if roles.imitates(kind):
+        if roles.of(kind).supervised:
             return parent if run.chat_format(parent) else None
         parent = above
     return None
@@ -145,10 +145,7 @@ def length_and_entropy(ids, logps) -> dict[str, float]:
     """
     tokens = sum(map(len, ids))
     nats = 0.0 - float(np.sum(logps))
-    return {
-        "length": tokens / len(ids),
-        "entropy": nats / tokens if tokens else 0.0,
-    }
+    return {"length": tokens / len(ids), "entropy": nats / tokens if tokens else 0.0}
 
 
 def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, list]:
@@ -160,11 +157,7 @@ def sample(language, prompts, *, seed: int, max_new_tokens: int) -> dict[str, li
     rows = [language.encode(prompt, chat_format=True) for prompt in prompts]
     stops = language.stop_ids(chat_format=True)
     samples = language.sample_ids(
-        rows,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        temperature=1.0,
-        stop_ids=stops,
+        rows, seed=seed, max_new_tokens=max_new_tokens, temperature=1.0, stop_ids=stops
     )
     return {
         "prompts": rows,
@@ -191,7 +184,9 @@ def _kl(samples, reference):
 def _scored_model(config, name):
     """Returns the stage whose answers a reward model scores: the nearest above."""
     base = config.stages[name].start_from
-    while base in config.stages and roles.scores(config.stages[base].kind):
+    while (
+        base in config.stages and roles.of(config.stages[base].kind).model == "scalar"
+    ):
         base = config.stages[base].start_from
     return base
 

@@ -31,77 +31,65 @@ def defaults() -> ConfigDict:
     c.rules = RULES
     c.language = ConfigDict()
     c.language.keep = "en"  # or "de", "fr", ...: one of language_id.py; "" for all
-    c.language.unknown = False  # keep text whose language is not recognised
-    c.gopher_repetition = ConfigDict(
-        dict(
-            dup_line_frac=0.3,
-            dup_para_frac=0.3,
-            dup_line_char_frac=0.2,
-            dup_para_char_frac=0.2,
-            top_n_grams=((2, 0.2), (3, 0.18), (4, 0.16)),
-            dup_n_grams=(
-                *((5, 0.15), (6, 0.14), (7, 0.13)),
-                *((8, 0.12), (9, 0.11), (10, 0.10)),
-            ),
-        )
+    c.language.unknown = False  # keep what is recognised as none
+    c.gopher_repetition = schema.group(
+        dup_line_frac=0.3,
+        dup_para_frac=0.3,
+        dup_line_char_frac=0.2,
+        dup_para_char_frac=0.2,
+        top_n_grams=((2, 0.2), (3, 0.18), (4, 0.16)),
+        dup_n_grams=(
+            *((5, 0.15), (6, 0.14), (7, 0.13)),
+            *((8, 0.12), (9, 0.11), (10, 0.10)),
+        ),
     )
-    c.gopher_quality = ConfigDict(
-        dict(
-            min_doc_words=50,
-            max_doc_words=100_000,
-            min_avg_word_length=3.0,
-            max_avg_word_length=10.0,
-            max_symbol_word_ratio=0.1,
-            max_bullet_lines_ratio=0.9,
-            max_ellipsis_lines_ratio=0.3,
-            max_non_alpha_words_ratio=0.8,  # the least share of words with a letter
-            min_stop_words=2,
-        )
+    c.gopher_quality = schema.group(
+        min_doc_words=50,
+        max_doc_words=100_000,
+        min_avg_word_length=3.0,
+        max_avg_word_length=10.0,
+        max_symbol_word_ratio=0.1,
+        max_bullet_lines_ratio=0.9,
+        max_ellipsis_lines_ratio=0.3,
+        max_non_alpha_words_ratio=0.8,  # the least share of words with a letter
+        min_stop_words=2,
     )
-    c.c4 = ConfigDict(
-        dict(
-            split_paragraph=True,
-            remove_citations=True,
-            filter_no_terminal_punct=False,  # True in C4; FineWeb found it too harsh
-            min_num_sentences=5,
-            min_words_per_line=3,
-            max_word_length=1000,
-            filter_lorem_ipsum=True,
-            filter_javascript=True,
-            filter_curly_bracket=True,
-            filter_policy=True,
-        )
+    c.c4 = schema.group(
+        split_paragraph=True,
+        remove_citations=True,
+        filter_no_terminal_punct=False,  # True in C4; FineWeb found it too harsh
+        min_num_sentences=5,
+        min_words_per_line=3,
+        max_word_length=1000,
+        filter_lorem_ipsum=True,
+        filter_javascript=True,
+        filter_curly_bracket=True,
+        filter_policy=True,
     )
-    c.fineweb = ConfigDict(
-        dict(
-            line_punct_thr=0.12,
-            line_punct_exclude_zero=False,
-            short_line_thr=0.67,
-            short_line_length=30,
-            char_duplicates_ratio=0.01,
-            new_line_ratio=0.3,
-        )
+    c.fineweb = schema.group(
+        line_punct_thr=0.12,
+        line_punct_exclude_zero=False,
+        short_line_thr=0.67,
+        short_line_length=30,
+        char_duplicates_ratio=0.01,
+        new_line_ratio=0.3,
     )
     c.exact = True  # remove documents with the same words and punctuation
-    c.minhash = ConfigDict(dict(on=True, n_grams=5, buckets=14, hashes=8, seed=1))
-    c.quality = ConfigDict(
-        dict(
-            good="",  # files of samples to train a classifier on
-            bad="",
-            model="",  # or one trained before: quality-HASH.npy
-            threshold=0.0,  # least score, from 0 to 1
-            share=1.0,  # of the documents left, chosen by score
-            temperature=0.0,  # of that choice: 0 takes the best, more lets chance in
-        )
+    c.minhash = schema.group(on=True, n_grams=5, buckets=14, hashes=8, seed=1)
+    c.quality = schema.group(
+        good="",  # files of samples to train a classifier on
+        bad="",
+        model="",  # or one trained before: quality-HASH.npy
+        threshold=0.0,  # least score, from 0 to 1
+        share=1.0,  # of the documents left, chosen by score
+        temperature=0.0,  # of that choice: 0 takes the best, more lets chance in
     )
-    c.contamination = ConfigDict(
-        dict(
-            files="",  # evaluation files; every text in a record counts
-            n_grams=13,  # words of a run that must not be shared
-            common=10,  # a run in more items than this is nobody's content
-        )
+    c.contamination = schema.group(
+        files="",  # evaluation files; every text in a record counts
+        n_grams=13,  # words of a run that must not be shared
+        common=10,  # a run in more items than this is nobody's content
     )
-    c.personal = ConfigDict(dict(emails=True, addresses=True, phones=True))
+    c.personal = schema.group(emails=True, addresses=True, phones=True)
     c.tokenizer = ""  # a .model file; "" writes text and no ids
     return c
 

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import shutil
 import time
+from importlib import metadata
 from pathlib import Path
 
 from stagecraft import schema, storage
@@ -56,7 +57,7 @@ def curate(config, *, executor="local", workers=2):
     named = {k: v for k, v in schema.plain(c).items() if k not in publish.PLACES}
     read = [c.quality.good, c.quality.bad, c.contamination.files]
     contents = [survey.digest, digest, _model(c.quality.model), *map(_contents, read)]
-    identity = storage.digest([VERSION, _engine_version(), named, contents])
+    identity = storage.digest([VERSION, metadata.version("datatrove"), named, contents])
     before = storage.read_json(out / "curation.json", {})
     if before.get("identity") == identity:
         _log.info("%s: finished already", out)
@@ -74,18 +75,12 @@ def curate(config, *, executor="local", workers=2):
             return None
     result = storage.read_json(out / "curation.json")
     shutil.rmtree(work, ignore_errors=True)
-    if not c.work:
-        _remove_if_empty(work.parent)
+    if not c.work and not any(work.parent.iterdir()):
+        work.parent.rmdir()
     took = time.monotonic() - began
     count = result["steps"][0]["documents"]
-    _log.info(
-        "%d documents in %.1f s (%.0f a second and worker), %d kept: %s",
-        count,
-        took,
-        count / took / workers,
-        result["documents"],
-        out,
-    )
+    speed = f"{count} documents in {took:.1f} s ({count / took / workers:.0f} a second"
+    _log.info("%s and worker), %d kept: %s", speed, result["documents"], out)
     return result
 
 
@@ -100,12 +95,6 @@ def _needs_datatrove():
     from loguru import logger
 
     logger.remove()  # it reports every step
-
-
-def _engine_version():
-    from importlib import metadata
-
-    return metadata.version("datatrove")
 
 
 def _contents(spec):
@@ -164,8 +153,3 @@ def _writing(work):
             f"{error.filename or work}: {error.strerror or error}; put it right, and "
             "the same command goes on"
         ) from error
-
-
-def _remove_if_empty(folder):
-    if not any(folder.iterdir()):
-        folder.rmdir()

@@ -59,8 +59,7 @@ class Choose(PipelineStep):
         super().__init__()
         self.work, self.tasks = Path(work), tasks
         self.exact, self.pairs = exact, pairs
-        self.threshold, self.share = threshold, share
-        self.temperature, self.seed = temperature, seed
+        self.chance = threshold, share, temperature, seed
 
     def run(self, data=None, rank=0, world_size=1):
         keys = [np.load(self.work / "keys" / f"{i:05d}.npy") for i in range(self.tasks)]
@@ -79,14 +78,7 @@ class Choose(PipelineStep):
             best = _best(groups, keys["score"])
             code[(best != twin) & (code == KEPT)] = NEAR
             twin = np.where(code == NEAR, best, twin)
-        chosen = choose(
-            keys,
-            np.flatnonzero(code == KEPT),
-            self.threshold,
-            self.share,
-            self.temperature,
-            self.seed,
-        )
+        chosen = choose(keys, np.flatnonzero(code == KEPT), *self.chance)
         unchosen = code == KEPT
         unchosen[chosen] = False
         code[unchosen] = UNCHOSEN

@@ -27,7 +27,6 @@ class Phase(NamedTuple):
     Attributes:
         name: and that of its folder of logs.
         steps: a list of datatrove's PipelineStep.
-        tasks: int.
     """
 
     name: str

@@ -22,7 +22,6 @@ class Part(NamedTuple):
     Attributes:
         file: the path or address, as text.
         source: what its documents are counted under where they do not say.
-        stretch: a `containers.Stretch`.
         damage: why the file ends here too early; "" where it does not.
     """
 

@@ -43,11 +43,9 @@ class Tally:
         _add(self.removed.setdefault(reason, {}), source, [1, len(text)])
         self._example(reason, text, about)
 
-    def altered(self, source, what, times, text=None, **about):
+    def altered(self, source, what, times):
         """Counts how often something in a document was changed."""
         _add(self.changed.setdefault(what, {}), source, [1, times])
-        if text is not None:
-            self._example(what, text, about)
 
     def save(self, folder, rank):
         """Writes the tally of a task."""
@@ -69,9 +67,8 @@ class Tally:
 
     def total(self):
         """Returns [documents in, characters in, documents out, characters out]."""
-        return [sum(column) for column in zip(*self.flow.values(), strict=True)] or [
-            0
-        ] * 4
+        columns = zip([0] * 4, *self.flow.values(), strict=True)
+        return [sum(column) for column in columns]
 
     def removed_from(self):
         """Returns {source: documents removed}."""

@@ -71,6 +71,7 @@ class Publish(PipelineStep):
             came, characters, went, kept = tally.total()
             removed = {r: _sum(s)[0] for r, s in sorted(tally.removed.items())}
             changed = {w: _sum(s) for w, s in sorted(tally.changed.items())}
+            changed.pop("tokens", None)
             rows.append(
                 {
                     "name": name,
@@ -79,10 +80,8 @@ class Publish(PipelineStep):
                     "kept": went,
                     "kept_characters": kept,
                     "removed": removed,
-                    "changed": {w: c[1] for w, c in changed.items() if w != "tokens"},
-                    "changed_documents": {
-                        w: c[0] for w, c in changed.items() if w != "tokens"
-                    },
+                    "changed": {w: c[1] for w, c in changed.items()},
+                    "changed_documents": {w: c[0] for w, c in changed.items()},
                 }
             )
         first, last = tallies["read"], tallies["write"]

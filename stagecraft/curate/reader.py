@@ -17,7 +17,6 @@ class Text(NamedTuple):
     """A document.
 
     Attributes:
-        text: str.
         where: "FILE:LINE", or "FILE:ROW" of columns.
         source: what it is counted under.
         record: the other keys of its record.
@@ -83,12 +82,14 @@ def texts_of_records(part):
             yield where, "\n".join(_texts(record))
 
 
-def _records(part, read=containers.read):
+def _records(part):
     """Yields (FILE:LINE, record or Bad, line) of a part, to where it is damaged."""
     path, number = streams.path_of(part.file), part.stretch.first - 1
     empty = part.stretch.end == part.stretch.start
     try:
-        for number, record, line in () if empty else read(path, part.stretch):
+        for number, record, line in (
+            () if empty else containers.read(path, part.stretch)
+        ):
             where = containers.where(path, number)
             if isinstance(record, Fault):
                 record = _bad(part, where, record.reason, record.detail, line)
@@ -131,7 +132,7 @@ def _document(part, where, record, line, text_key, source_key):
 def _plain(part, document):
     """Collects paragraphs to documents; a line that is not UTF-8 is left out."""
     lines, size, first, blank = [], 0, None, False
-    for where, text, _ in _records(part, containers.text_lines):
+    for where, text, _ in _records(part):
         if isinstance(text, Bad):
             yield text
             continue

@@ -4,6 +4,7 @@ Every step counts what it does in a tally, and writes it when its task is done. 
 that is run again writes the same files over.
 """
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -58,13 +59,8 @@ class Read(Step):
             for item in reader.read(part, *self.keys, self.document):
                 if isinstance(item, reader.Bad):
                     bad.append(item._asdict())
-                    tally.dropped(
-                        item.source,
-                        item.data,
-                        item.reason,
-                        where=item.where,
-                        note=item.detail,
-                    )
+                    about = dict(where=item.where, note=item.detail)
+                    tally.dropped(item.source, item.data, item.reason, **about)
                     continue
                 tally.took(item.source, item.text)
                 tally.passed(item.source, item.text)
@@ -142,12 +138,12 @@ class Keep(PipelineStep):
 
     def run(self, data, rank=0, world_size=1):
         keys = []
-        with Lines(self.work / "kept" / f"{rank:05d}.jsonl.gz", level=1) as file:
+        with lines(self.work / "kept" / f"{rank:05d}.jsonl.gz", level=1) as write:
             for document in data:
                 about = document.metadata
                 score = about.get("score", 0.0)
                 keys.append(duplicates.key(document.text, score))
-                file.write({"text": document.text, "id": document.id, "about": about})
+                write({"text": document.text, "id": document.id, "about": about})
                 yield document
         duplicates.save_keys(self.work, rank, keys)
 
@@ -166,14 +162,9 @@ class Verdict(Step):
             tally.took(source, text)
             verdict = verdicts[document.metadata["number"]]
             if verdict["code"] == self.code:
-                tally.dropped(
-                    source,
-                    text,
-                    self.name,
-                    where=document.id,
-                    note=_note(document, self.code),
-                    twin=[int(verdict["task"]), int(verdict["document"])],
-                )
+                about = dict(where=document.id, note=_note(document, self.code))
+                about["twin"] = [int(verdict["task"]), int(verdict["document"])]
+                tally.dropped(source, text, self.name, **about)
                 continue
             tally.passed(source, text)
             yield document
@@ -231,7 +222,7 @@ class Write(Step):
     def each(self, data, tally, rank):
         model = tokenizer.load(self.tokenizer) if self.tokenizer else None
         ids, lengths, scores, sources = [], [], [], []
-        with Lines(self.work / "text" / f"{rank:05d}.jsonl.gz", level=6) as file:
+        with lines(self.work / "text" / f"{rank:05d}.jsonl.gz", level=6) as write:
             for document in data:
                 about = document.metadata
                 tally.took(about["source"], document.text)
@@ -243,7 +234,7 @@ class Write(Step):
                 }
                 if "score" in about:
                     row["score"] = about["score"]
-                file.write(row)
+                write(row)
                 sources.append(about["source"])
                 scores.append(about.get("score", 0.0))
                 if model:
@@ -261,31 +252,24 @@ class Write(Step):
             storage.write_json(folder / f"{rank:05d}.json", about)
 
 
-class Lines:
-    """A .jsonl.gz file whose bytes depend on what is written alone.
+@contextlib.contextmanager
+def lines(path, level):
+    """Opens a .jsonl.gz file whose bytes depend on what is written alone.
 
     Args:
-        path: str or Path.
         level: of the compression.
+
+    Yields:
+        (row) -> None, which appends a row as JSON.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", level, raw, mtime=0) as file:
 
-    def __init__(self, path, level):
-        self.path, self.level = Path(path), level
+        def write(row):
+            data = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(data.encode("utf-8"))
 
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._raw = self.path.open("wb")
-        self._file = gzip.GzipFile("", "wb", self.level, self._raw, mtime=0)
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-        self._raw.close()
-
-    def write(self, row):
-        """Appends a row as JSON."""
-        data = json.dumps(row, ensure_ascii=False) + "\n"
-        self._file.write(data.encode("utf-8"))
+        yield write
 
 
 def kept(work, rank):

@@ -42,10 +42,7 @@ def judgements(stage, sources) -> StageData:
     )
     fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
     if not fit:
-        raise UserError(
-            f"data.files={data.files}: all {len(train)} answers are longer than "
-            f"data.length={data.length} tokens; raise it"
-        )
+        raise _too_long(f"files={data.files}: all {len(train)} answers", data.length)
     desirable = sum(row.record.label for row in fit)
     if desirable in (0, len(fit)):
         raise UserError(
@@ -79,10 +76,7 @@ def _compared(train, heldout, identical, stage, sources):
     fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
     count, total = _pairs_in(fit), _pairs_in(train)
     if not fit:
-        raise UserError(
-            f"data.files={data.files}: all {total} pairs are longer than "
-            f"data.length={data.length} tokens; raise it"
-        )
+        raise _too_long(f"files={data.files}: all {total} pairs", data.length)
     # Training and held-out rows have the same arrays, whichever of them need one.
     every = [row.record for row in fit + fit_heldout]
     optional = {"preference": 1.0, "margin": 0.0}
@@ -143,12 +137,14 @@ def _demonstrations(stage, sources):
     ]
     fit = [document for document in documents if len(document[0]) <= length]
     if not fit:
-        raise UserError(
-            f"data.demonstrations={spec}: all {len(documents)} are longer than "
-            f"data.length={length} tokens; raise it"
-        )
+        raise _too_long(f"demonstrations={spec}: all {len(documents)}", length)
     needed = packing.rounded(max(len(ids) for ids, _ in fit))
     return Dataset([(packing.pad(fit, min(needed, length)), stage.batch_size)], seed=0)
+
+
+def _too_long(what, length):
+    line = f"data.{what} are longer than data.length={length} tokens; raise it"
+    return UserError(line)
 
 
 def _as_pairs(rows):

@@ -14,6 +14,7 @@ reads it and its line in `CONTAINERS`.
 
 import codecs
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -51,7 +52,6 @@ class Cut(NamedTuple):
     """A stretch to be read by itself.
 
     Attributes:
-        stretch: a Stretch.
         size: its bytes.
         damage: why the file ends there too early; "" where it does not.
     """
@@ -121,9 +121,13 @@ def where(path, number) -> str:
 
 
 def read(path, stretch=WHOLE) -> Iterator[tuple[int, Any, bytes]]:
-    """Yields (number, record or Fault, line) of each record; a record is a dict."""
-    for number, record, line in of(path).read(path, stretch):
-        if not isinstance(record, (dict, Fault)):
+    """Yields (number, record or Fault, line) of each record.
+
+    A record is a dict; of a text file it is a line of text.
+    """
+    container = of(path)
+    for number, record, line in container.read(path, stretch):
+        if not container.text and not isinstance(record, (dict, Fault)):
             kind = type(record).__name__
             message = f"expected a JSON object, got {kind}"
             record = Fault("no JSON object", f"it is {kind}", message)
@@ -139,11 +143,6 @@ def cut(path, size, digest) -> list[Cut]:
         return (of(path).cut or _uncut)(path, size, digest)
     except Damage as error:
         return [Cut(Stretch(0, 0), 0, error.detail)]
-
-
-def text_lines(path, stretch=WHOLE) -> Iterator[tuple[int, Any, bytes]]:
-    """Yields (number, text or Fault, line) of each line of a text file."""
-    return of(path).read(path, stretch)
 
 
 def records(path) -> Iterator[tuple[str, dict]]:
@@ -186,7 +185,7 @@ def documents(path) -> Iterator[str]:
 def _paragraphs(path):
     """Yields what stands between blank lines, as text.split("\\n\\n") would give it."""
     lines = []
-    for number, line, _ in text_lines(path):
+    for number, line, _ in read(path):
         if isinstance(line, Fault):
             raise UserError(f"{path}:{number}: {line.message}")
         if line == "\n" and lines:
@@ -297,10 +296,6 @@ def _cut_lines(path, size, digest, blank=False):
     return [*cuts[:-1], cuts[-1]._replace(damage=damage)]
 
 
-def _cut_text(path, size, digest):
-    return _cut_lines(path, size, digest, blank=True)
-
-
 # -- rows ------------------------------------------------------------------------------
 
 
@@ -409,8 +404,9 @@ def _readable(path):
         raise Damage(path, what, error) from None
 
 
+_cut_paragraphs = functools.partial(_cut_lines, blank=True)
 CONTAINERS = {
-    ".txt": Container(_text, _cut_text, text=True, compressed=True),
+    ".txt": Container(_text, _cut_paragraphs, text=True, compressed=True),
     ".jsonl": Container(_jsonl, _cut_lines, compressed=True),
     ".json": Container(_json, compressed=True),
     ".parquet": Container(_parquet, _cut_row_groups, columns=True),

@@ -67,7 +67,7 @@ def check(data):
     schema.choice("data.turns", data.turns, chat.TURNS)
     schema.positive("data.workers", data.workers, zero=True)
     if data.weights:
-        count = len(mixture.split(data.files))
+        count = len(schema.listed(data.files))
         mixture.check_shares("data.weights", data.weights, count)
     mixture.check(data)
 
@@ -98,7 +98,7 @@ def _documents(data, sources):
     Parts of data.files are sources of their own where they are weighed or mixed; the
     held-out files are one source more.
     """
-    parts = mixture.split(sources.specs["files"])
+    parts = schema.listed(sources.specs["files"])
     if not (data.weights or mixture.wanted(data)):
         parts = [sources.specs["files"]]
     specs = [*parts, *filter(None, [sources.specs.get("heldout")])]

@@ -41,16 +41,9 @@ JUDGEMENTS = {
 PROMPTS = {"prompt-only": ("prompt",)}
 
 # Roles by the names of other collections.
-SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "Human": "user",
-    "Assistant": "assistant",
-}
+SPEAKERS = dict.fromkeys(("human", "Human"), "user") | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"
+)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 # Keys whose values say how a record of a form is written.
 _PARTS = {
@@ -183,10 +176,8 @@ def _role_and_content(message):
     rest = {k: v for k, v in message.items() if k not in ("from", "value")}
     speaker = message["from"]
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    renamed = {"role": role}
-    return (
-        renamed | ({"content": message["value"]} if "value" in message else {}) | rest
-    )
+    content = {"content": message["value"]} if "value" in message else {}
+    return {"role": role} | content | rest
 
 
 def is_transcript(text):

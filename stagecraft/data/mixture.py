@@ -187,11 +187,6 @@ def _quotas(weights):
 # -- from a stage's data config --------------------------------------------------------
 
 
-def split(spec):
-    """Returns the parts of a files spec, each a source."""
-    return [part.strip() for part in spec.split(",") if part.strip()]
-
-
 def wanted(data):
     """Whether a data config asks for a mixture."""
     return "shares" in data and bool(data.shares or data.curriculum)
@@ -202,7 +197,7 @@ def check(data):
     if "shares" not in data:
         return
     schema.choice("data.share_by", _share_by(data), SHARE_BY)
-    count = len(split(data.files))
+    count = len(schema.listed(data.files))
     if data.shares and data.curriculum:
         raise UserError(
             f"data.shares={tuple(data.shares)} with data.curriculum="
@@ -218,7 +213,7 @@ def check(data):
             f"data.epochs={tuple(caps)}: caps sources that are mixed; give data.shares "
             "or data.curriculum"
         )
-    if caps and (len(caps) != count or not all(map(_is_cap, caps))):
+    if caps and (len(caps) != count or not all(map(_is_amount, caps))):
         raise UserError(
             f"data.epochs={tuple(caps)}: expected for each of the {count} parts of "
             "data.files how often it may be seen, 0 for no limit"
@@ -241,7 +236,7 @@ def make(data, members, held, steps, size, seed):
         a `Mixture`; {"share_by", "sources": [{"files", "rows", "epochs",
         "share_of_tokens", ...}]}.
     """
-    parts, by = split(data.files), _share_by(data)
+    parts, by = schema.listed(data.files), _share_by(data)
     held = held or {"examples": np.ones(len(parts))}
     phases = [(0, tuple(data.shares))]
     if data.curriculum:
@@ -288,9 +283,9 @@ def _share_by(data):
     return data.get("share_by", "examples")
 
 
-def _is_cap(cap):
-    number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
-    return number and 0 <= cap < math.inf
+def _is_amount(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def curriculum(text, sources):
@@ -321,11 +316,8 @@ def curriculum(text, sources):
 
 def check_shares(where, shares, sources):
     """Refuses shares that are not one number of 0 or more for each source."""
-    fit = [
-        isinstance(s, (int, float)) and not isinstance(s, bool) and 0 <= s < math.inf
-        for s in shares
-    ]
-    if len(shares) != sources or not all(fit) or not any(shares):
+    fit = len(shares) == sources and all(map(_is_amount, shares))
+    if not fit or not any(shares):
         raise UserError(
             f"{where}={tuple(shares)}: expected a number of 0 or more for each of the "
             f"{sources} parts of data.files, not all 0"

@@ -19,40 +19,6 @@ STRATEGIES = ("bfd", "bfd_split", "wrapped")
 ROUND = 8
 
 
-def pack(documents, length, *, strategy="bfd_split"):
-    """Puts several documents in a row.
-
-    Best fit decreasing (Ding et al. 2024, arxiv.org/abs/2404.10830, section 3.2) takes
-    the longest document first and puts it into the row with the least room that still
-    holds it, among equals the one that has waited longest.
-
-    Args:
-        documents: list of (ids, mask), or of (ids, mask, weight), a number each.
-        length: T.
-        strategy: "bfd" is best fit decreasing of documents cut at `length`, their
-            overflow lost; "bfd_split" makes documents of their own of the overflow;
-            "wrapped" makes one stream of all and cuts it every `length` tokens, which
-            fills every row and splits documents. A later part of a split document is a
-            segment of its own with positions from 0, so its first token, having
-            nothing before it, is no target; the mask itself stays as it was given.
-
-    Returns:
-        dict of arrays [N, T].
-
-    >>> pack([([5, 6, 7], [0, 1, 1]), ([8], [1])], 2, strategy="bfd")["ids"].tolist()
-    [[5, 6], [8, 0]]
-    >>> pack([([5, 6, 7], [0, 1, 1]), ([8], [1])], 2)["ids"].tolist()
-    [[5, 6], [7, 8]]
-    """
-    rows = plan([len(document[0]) for document in documents], length, strategy)
-    pieces = [
-        _slice(documents[number], start, start + size)
-        for number, start, size in zip(*rows[:3], strict=True)
-    ]
-    counts = np.diff(rows.ends)
-    return _arrays(pieces, counts, length, weighted=any(len(d) > 2 for d in documents))
-
-
 class Plan(NamedTuple):
     """Which piece of which document goes where, known from lengths alone.
 
@@ -80,12 +46,25 @@ class Plan(NamedTuple):
 
 
 def plan(lengths, length, strategy="bfd_split"):
-    """Returns the rows of documents of these lengths; see `pack`.
+    """Returns the rows of documents of these lengths.
+
+    Best fit decreasing (Ding et al. 2024, arxiv.org/abs/2404.10830, section 3.2) takes
+    the longest document first and puts it into the row with the least room that still
+    holds it, among equals the one that has waited longest.
 
     Args:
         lengths: tokens of each document.
         length: T.
-        strategy: one of `STRATEGIES`, or "none": one document a row, cut at T.
+        strategy: "bfd" is best fit decreasing of documents cut at `length`, their
+            overflow lost; "bfd_split" makes documents of their own of the overflow;
+            "wrapped" makes one stream of all and cuts it every `length` tokens, which
+            fills every row and splits documents. A later part of a split document is a
+            segment of its own with positions from 0, so its first token, having
+            nothing before it, is no target; the mask itself stays as it was given.
+            "none" is one document a row, cut at T.
+
+    >>> plan([3, 1], 2, "bfd").sizes.tolist(), plan([3, 1], 2).sizes.tolist()
+    ([2, 1], [2, 1, 1])
     """
     if strategy not in (*STRATEGIES, "none"):
         raise ValueError(f"strategy={strategy!r}: expected one of {STRATEGIES}")

@@ -6,30 +6,20 @@ expected, before anything trains.
 """
 
 import contextlib
-import difflib
 import functools
 import logging
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from stagecraft import schema
 from stagecraft.data import containers, files, forms
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
 # Keys of records, which the `fields` of a stage may rename.
-KEYS = (
-    "text",
-    "messages",
-    "prompt",
-    "completion",
-    "chosen",
-    "rejected",
-    "ranked",
-    "label",
-    "preference",
-    "margin",
-)
+_TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "ranked")
+KEYS = (*_TEXTS, "label", "preference", "margin")
 _log = logging.getLogger("stagecraft.data")
 
 
@@ -106,10 +96,10 @@ def fields(text) -> dict[str, str]:
                 "prompt=question+completion=answer"
             )
         if ours not in KEYS:
-            near = difflib.get_close_matches(ours, KEYS, 1)
+            near = schema.nearest(ours, KEYS)
             raise UserError(
                 f"fields={text!r}: no key {ours!r} to rename; ours are "
-                f"{', '.join(KEYS)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+                f"{', '.join(KEYS)}" + (f" (did you mean {near!r}?)" if near else "")
             )
         mapping[ours] = theirs
     return mapping

@@ -121,17 +121,15 @@ class Shards:
 
     def verify(self):
         """Reads every byte once and compares its SHA-256; returns self."""
-        for shard in self.manifest["shards"]:
-            for name, written in shard["files"].items():
-                path = self.path / name
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != written["sha256"]:
-                    raise UserError(
-                        f"{path}: its content is not what {MANIFEST} says (SHA-256 "
-                        f"{digest[:12]}, expected {written['sha256'][:12]}); it was "
-                        "damaged or changed: write the shards again"
-                    )
+        for path, written in self._files():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != written["sha256"]:
+                raise UserError(
+                    f"{path}: its content is not what {MANIFEST} says (SHA-256 "
+                    f"{digest[:12]}, expected {written['sha256'][:12]}); it was "
+                    "damaged or changed: write the shards again"
+                )
         return self
 
     def check_tokenizer(self, digest, vocab_size):
@@ -171,22 +169,25 @@ class Shards:
             self._open[number] = ids, offsets
         return self._open[number]
 
-    def _check_sizes(self):
+    def _files(self):
+        """Yields (path, what the manifest says of it) of every file."""
         for shard in self.manifest["shards"]:
             for name, written in shard["files"].items():
-                path = self.path / name
-                size = path.stat().st_size if path.is_file() else None
-                if size is None:
-                    raise UserError(
-                        f"{path}: missing, but {MANIFEST} names it; restore it, or "
-                        "write the shards again"
-                    )
-                if size != written["bytes"]:
-                    raise UserError(
-                        f"{path}: has {size} bytes, expected {written['bytes']}: it "
-                        "was cut off or changed; copy it again, or write the shards "
-                        "again"
-                    )
+                yield self.path / name, written
+
+    def _check_sizes(self):
+        for path, written in self._files():
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise UserError(
+                    f"{path}: missing, but {MANIFEST} names it; restore it, or write "
+                    "the shards again"
+                )
+            if size != written["bytes"]:
+                raise UserError(
+                    f"{path}: has {size} bytes, expected {written['bytes']}: it was "
+                    "cut off or changed; copy it again, or write the shards again"
+                )
 
 
 def _manifest(folder):
@@ -275,11 +276,8 @@ class _Writer:
     """Appends documents to the open shard, and closes it when it is full."""
 
     def __init__(self, folder, vocab_size, columns, shard_tokens):
-        self.folder, self.vocab_size, self.shard_tokens = (
-            folder,
-            vocab_size,
-            shard_tokens,
-        )
+        self.folder, self.vocab_size = folder, vocab_size
+        self.shard_tokens = shard_tokens
         self.dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
         self.columns = {name: None for name in columns}  # names of a text column
         self.codes = {name: {} for name in columns}  # text: its number
@@ -372,10 +370,7 @@ class _Writer:
         self.file.close()
         number, files = len(self.shards), {}
         path = self.folder / _name("tokens", number, "bin")
-        files[path.name] = {
-            "bytes": path.stat().st_size,
-            "sha256": self.hash.hexdigest(),
-        }
+        files[path.name] = dict(bytes=path.stat().st_size, sha256=self.hash.hexdigest())
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         arrays = {"offsets": offsets.astype("<i8")}
         for name, values in self.values.items():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stagecraft import schema
 from stagecraft.data import files, mixture, packing, readers
 from stagecraft.data.dataset import Dataset, hold_out
 
@@ -134,7 +135,7 @@ def read_rows(read, spec, data) -> list[Row]:
         data: the stage's data config. Parts matter where it mixes them.
     """
     mixture.check(data)
-    parts = mixture.split(spec) if mixture.wanted(data) else [spec]
+    parts = schema.listed(spec) if mixture.wanted(data) else [spec]
     mapping = readers.fields(data.fields)
     return [
         Row(record, number)
@@ -165,7 +166,7 @@ def mixed_rows(stage, rows, size, seed):
     if not mixture.wanted(stage.data):
         return None, {}
     at = np.array([row.part for row in rows])
-    count = len(mixture.split(stage.data.files))
+    count = len(schema.listed(stage.data.files))
     members = [np.flatnonzero(at == part) for part in range(count)]
     return mixture.make(stage.data, members, None, stage.steps, size, seed)
 

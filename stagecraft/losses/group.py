@@ -296,9 +296,7 @@ def cispo(
     (arxiv.org/abs/2510.13786).
 
     Args:
-        logps: f32[B, T], nats: log-probs of the sampled tokens now, at the temperature
-            they were sampled with.
-        old_logps: f32[B, T], the same before the first update on this batch.
+        logps, old_logps: f32[B, T], nats, as in `gspo`.
         advantages: f32[B, T], constants.
         clip_high: largest weight: a ratio, not a distance from 1.
 
@@ -347,9 +345,7 @@ def sapo(
     where it is 1; the sharper gate for bad tokens steadies training.
 
     Args:
-        logps: f32[B, T], nats: log-probs of the sampled tokens now, at the temperature
-            they were sampled with.
-        old_logps: f32[B, T], the same before the first update on this batch.
+        logps, old_logps: f32[B, T], nats, as in `gspo`.
         advantages: f32[B, T], constants.
         tau_positive: sharpness of the gate where the advantage is above 0.
         tau_negative: sharpness elsewhere.

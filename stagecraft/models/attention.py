@@ -179,12 +179,7 @@ def _splash(query, key, value, segments, *, window, softcap, scale, interpret=Fa
     return out.swapaxes(1, 2)[:, :t].astype(query.dtype)
 
 
-KERNELS = {
-    "xla": _xla,
-    "blockwise": blockwise.attention,
-    "cudnn": _cudnn,
-    "splash": _splash,
-}
+KERNELS = dict(xla=_xla, blockwise=blockwise.attention, cudnn=_cudnn, splash=_splash)
 
 
 def _on_each_device(run, query, key, value, segments):

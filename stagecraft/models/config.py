@@ -330,7 +330,6 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Refuses a mesh over which the model's arrays do not divide.
 
     Args:
-        config: the model.
         mesh: a mesh with axes `data`, `fsdp`, `tensor`.
 
     Raises:

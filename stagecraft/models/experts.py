@@ -91,7 +91,6 @@ def balance(routing: Routing, real: Array) -> Balance:
     """Computes the balance of one layer.
 
     Args:
-        routing: the layer's.
         real: bool[B, T], False on padding.
     """
     count = routing.probabilities.shape[-1]

@@ -13,7 +13,6 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
-from stagecraft.errors import UserError
 from stagecraft.models import linear
 
 # Logits of one block, in elements: 16 MiB in float32.
@@ -84,12 +83,7 @@ def token_logps(
         return _local(
             hidden, embedding, targets, temperature, block_size, options, axis=None
         )
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if targets.shape[0] % shards:
-        raise UserError(
-            f"batch_size: {targets.shape[0]} rows do not divide over data * fsdp = "
-            f"{shards} shards; use a multiple of {shards}"
-        )
+    sharding.check_rows(targets.shape[0], mesh)
 
     def on_device(hidden, embedding, targets):
         embedding = embedding.astype(hidden.dtype)

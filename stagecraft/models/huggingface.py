@@ -158,8 +158,7 @@ def load(
     plan = examine(folder, mesh, module=module, **changes)
     abstract = plan.abstract
     empty = sharding.init_sharded(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        mesh,
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), mesh
     )
     arrays = tree.named(empty())
     names = list(arrays)

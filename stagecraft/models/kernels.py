@@ -87,12 +87,8 @@ def choose(
 
     Args:
         asked: a name of the table above, or "auto".
-        request: a `Request`.
         strict: whether a fall-back is an error.
         platform: "cpu", "gpu" or "tpu"; None for JAX's default.
-
-    Returns:
-        a `Choice`.
 
     Raises:
         UserError: strict, and the kernel asked for (or this device's own) cannot do it.

@@ -4,7 +4,6 @@ Work is cut into batches of one size and lengths are rounded up, so that a few c
 programs serve every call and every stage's model.
 """
 
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -26,11 +25,11 @@ HALF = "\ufffd"
 GREEDY = {"max_new_tokens": 32, "temperature": 0.0}
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def _logps(model, batch, temperature=1.0):
+@jax.jit
+def _logps(model, batch):
     targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
-    stats = model.token_logps(hidden, targets, temperature=temperature)
+    stats = model.token_logps(hidden, targets)
     return losses.sequence_logps(stats.logps, mask)
 
 
@@ -38,8 +37,6 @@ class Language:
     """A `Transformer` that reads and writes text.
 
     Args:
-        model: a `Transformer`.
-        tokenizer: a `text.tokenizer.Tokenizer`.
         batch_size: rows worked on at once; a multiple of the mesh's batch axes.
     """
 
@@ -65,12 +62,7 @@ class Language:
         return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.stops)))
 
     def complete(
-        self,
-        prompts: list,
-        *,
-        chat: bool = True,
-        seed: int = 0,
-        **settings,
+        self, prompts: list, *, chat: bool = True, seed: int = 0, **settings
     ) -> list[tuple[str, bool]]:
         """Completes texts.
 
@@ -122,12 +114,7 @@ class Language:
         return out
 
     def stream(
-        self,
-        prompt: str | list[dict],
-        *,
-        chat: bool = True,
-        seed: int = 0,
-        **settings,
+        self, prompt: str | list[dict], *, chat: bool = True, seed: int = 0, **settings
     ) -> Iterator[tuple[str, bool]]:
         """Yields one completion piece by piece: (more text, ended).
 
@@ -185,12 +172,11 @@ class Language:
         ]
         return self.logprob_ids(rows)
 
-    def logprob_ids(self, rows: list[tuple], temperature: float = 1.0) -> list[float]:
+    def logprob_ids(self, rows: list[tuple]) -> list[float]:
         """Returns log-probabilities in nats of ids after ids.
 
         Args:
             rows: list of (prefix, continuation), each a list of ids.
-            temperature: divides the logits.
         """
         if not rows:
             return []
@@ -209,7 +195,7 @@ class Language:
                 batch["mask"][i, len(prefix) : end] = True
                 batch["segments"][i, :end] = 1
             batch = sharding.on_mesh(batch)
-            logps = _logps(self.model, batch, temperature=temperature)
+            logps = _logps(self.model, batch)
             out += np.asarray(logps)[: len(part)].tolist()
         return out
 

@@ -73,7 +73,6 @@ def of_model(family, config: ModelConfig, shapes: dict) -> list[Layout]:
 
     Args:
         family: a `Family`.
-        config: the `ModelConfig`.
         shapes: {our name: array or shape struct}; of a scalar model without its bias.
 
     Returns:

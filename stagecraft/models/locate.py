@@ -16,13 +16,11 @@ from stagecraft import checkpoint
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.models import huggingface, lora, peft, saved
-from stagecraft.models.translation import THE_RUNS
+from stagecraft.models.translation import HOW
 
 # What a name begins with when it stands for a Hugging Face folder.
 PREFIX = "hf:"
 TOKENIZER = "tokenizer"  # its folder in a work directory
-# Fields of a model's config that are the run's and not the folder's.
-HOW = tuple(key for key in THE_RUNS if key not in ("init_std", "family"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +162,6 @@ def locate(
         return Source(text, "here", Path(root) / text)
     path = Path(text)
     return Source(text, "stage" if "/" in text or path.exists() else "nowhere", path)
-
-
-def load(name: str | Path, mesh: jax.sharding.Mesh, **how):
-    """Reads the model of a name outside a run; see `Source.load`."""
-    return locate(name).load(mesh, **how)
 
 
 def run_of(text: str) -> tuple[Path, str] | None:

@@ -60,11 +60,7 @@ class Settings:
         """The targets, each once, in the order of `TARGETS`."""
         if self.targets == "all":
             return tuple(TARGETS)
-        return tuple(name for name in TARGETS if name in _split(self.targets))
-
-
-def _split(targets):
-    return [name.strip() for name in targets.split(",") if name.strip()]
+        return tuple(name for name in TARGETS if name in schema.listed(self.targets))
 
 
 def check(where: str, config) -> None:
@@ -80,7 +76,7 @@ def check(where: str, config) -> None:
         raise UserError(
             f"{where}.dropout={settings.dropout}: expected from 0 (off) to below 1"
         )
-    targets = _split(settings.targets)
+    targets = schema.listed(settings.targets)
     if not targets:
         raise UserError(
             f"{where}.targets: is empty; expected 'all' or some of {', '.join(TARGETS)}"
@@ -135,7 +131,6 @@ def init(settings: Settings, base, key: Array, *, scalar: bool = False) -> Adapt
     """Makes a fresh adapter: A random as PEFT's, B zero, so that nothing changes yet.
 
     Args:
-        settings: a `Settings`.
         base: a `Transformer` or a `ScalarModel`, abstract or not.
         key: a random key.
         scalar: whether the model is to have a scalar head; a base without one gets a

@@ -32,17 +32,14 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(RMSNorm):
     """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016).
 
     Args: as of `RMSNorm`; eps is added to the variance.
     """
 
     def __init__(self, size: int, eps: float, axis: str | None, offset: float = 0.0):
-        self.eps = eps
-        self.offset = offset
-        start = jnp.full((size,), 1.0 - offset, jnp.float32)
-        self.scale = nnx.Param(start, axes=(axis,))
+        super().__init__(size, eps, axis, offset)
         self.bias = linear.zeros((size,), (axis,))
 
     def __call__(self, x: Array) -> Array:

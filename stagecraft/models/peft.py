@@ -67,9 +67,7 @@ def save(
     """Writes an adapter as PEFT does, completely or not at all.
 
     Args:
-        adapter: a `lora.Adapter`.
         config: the `ModelConfig` of its base.
-        folder: where to.
         mesh: of the adapter.
         base: for base_model_name_or_path, the model PEFT is to load it onto.
         overwrite: replace an existing folder.

@@ -21,7 +21,6 @@ def angles(
     """Computes cosines and sines of rotary position embedding (Su et al. 2021, eq. 15).
 
     Args:
-        config: the model's.
         positions: i32[B, T], of each token in its document.
         segments: i32[B, T], which document each token belongs to; None where every
             position is the last of its document so far (decoding).
@@ -38,11 +37,11 @@ def angles(
     if scaling in BY_LENGTH:
         lengths = document_lengths(positions, segments)[..., None, None]
     given = dict(zip(ROPE_SCALING[scaling], c.rope_arguments, strict=False))
+    factor = given.pop("attention_factor", 1.0)
     exponents = jnp.arange(0, c.rotary_channels, 2, dtype=jnp.float32)
     exponents = exponents / c.rotary_channels
     frequencies = _SCALINGS[scaling](theta, exponents, lengths, **given)
     turns = positions[..., None, None].astype(jnp.float32) * frequencies
-    factor = given.get("attention_factor", 1.0)
     if factor == 1.0:
         return jnp.cos(turns), jnp.sin(turns)
     return jnp.cos(turns) * factor, jnp.sin(turns) * factor
@@ -117,7 +116,6 @@ def _yarn(
     original_length,
     beta_fast,
     beta_slow,
-    attention_factor,
     truncate,
 ):
     """Does the same with a ramp over channels (Peng et al. 2023, section 3.2)."""
@@ -140,14 +138,7 @@ def _yarn(
 
 
 def _longrope(
-    theta,
-    exponents,
-    lengths,
-    *,
-    short_factors,
-    long_factors,
-    original_length,
-    attention_factor,
+    theta, exponents, lengths, *, short_factors, long_factors, original_length
 ):
     """Divides each pair by its factor: one set up to the original length, one after."""
     short, long = (

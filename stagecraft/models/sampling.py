@@ -84,7 +84,6 @@ def generate(
     mesh. Work stops when every row has ended.
 
     Args:
-        model: a `Transformer`.
         prompt_ids: i32[B, P] left-padded prompts.
         prompt_mask: bool[B, P], True on real tokens.
         key: a random key.
@@ -207,13 +206,8 @@ _decode_loop_jit = jax.jit(
 def _next_token(model, key, step, hidden, ended, params):
     """Samples each row's next token: the tokens, their log-probs, which rows ended."""
     logits = _last_logits(model, hidden)
-    token, logps = _draw(
-        jax.random.fold_in(key, step),
-        logits,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-    )
+    choice = params.temperature, params.top_k, params.top_p
+    token, logps = _draw(jax.random.fold_in(key, step), logits, *choice)
     token = jnp.where(ended, 0, token)
     logps = jnp.where(ended, 0.0, logps)
     stops = token[:, None] == jnp.array(params.stop_ids, jnp.int32)

@@ -8,6 +8,8 @@ from jax import Array
 from stagecraft import sharding
 from stagecraft.models.transformer import ScalarModel
 
+ROUND = 16  # lengths are rounded up to a multiple of this, to bound compilations
+
 
 def last_token(mask: Array) -> Array:
     """Returns the index of the last true element along the last axis; 0 where none is.
@@ -29,7 +31,6 @@ def scores(
     """Returns the scalar model's output at the last masked token of each row.
 
     Args:
-        model: a `ScalarModel`.
         ids, segments, positions: i32[B, T]; mask: bool[B, T].
 
     Returns:
@@ -42,21 +43,14 @@ def scores(
 _scores = jax.jit(scores)
 
 
-def of_rows(
-    model: ScalarModel, rows: list, *, batch_size: int = 128, multiple: int = 16
-) -> list[float]:
+def of_rows(model: ScalarModel, rows: list, *, batch_size: int = 128) -> list[float]:
     """Scores id sequences of any lengths.
 
     Args:
-        model: a `ScalarModel`.
         rows: list of ids, the last one being where the score is read.
         batch_size: rows at once.
-        multiple: lengths are rounded up to one of this, to bound compilations.
-
-    Returns:
-        list of float.
     """
-    length = -(-max(map(len, rows)) // multiple) * multiple
+    length = -(-max(map(len, rows)) // ROUND) * ROUND
     out = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

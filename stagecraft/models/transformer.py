@@ -119,7 +119,6 @@ class Block(nnx.Module):
     Norms come before each of the two, after each, or both.
 
     Args:
-        config: the model's.
         key: random key of the initial weights.
         sparse: whether the feed-forward is a mixture of experts.
     """

@@ -20,16 +20,10 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
-# Fields that say how to compute or to train, and not what.
-THE_RUNS = (
-    "dtype",
-    "remat",
-    "attention",
-    "strict_kernels",
-    "balance_coef",
-    "init_std",
-    "family",
-)
+# Fields that say how to compute, which are the run's and not the folder's; and all that
+# do not say what to compute.
+HOW = ("dtype", "remat", "attention", "strict_kernels", "balance_coef")
+THE_RUNS = (*HOW, "init_std", "family")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

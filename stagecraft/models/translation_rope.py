@@ -3,34 +3,23 @@
 import math
 
 from stagecraft.errors import UserError
+from stagecraft.models.config import ROPE_SCALING
 from stagecraft.models.translation import FULL, SLIDING, Pair
 
 # The key for the share of channels that rotate.
 SHARE = "partial_rotary_factor"
+_THEIRS = {
+    "original_length": "original_max_position_embeddings",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+}
 # Their names of the numbers that stretch rotary wavelengths, in `ROPE_SCALING`'s order.
 ROPE_KEYS = {
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_position_embeddings"),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "truncate",
-    ),
-    "longrope": (
-        "short_factor",
-        "long_factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-    ),
+    scaling: tuple(_THEIRS.get(name, name) for name in names)
+    for scaling, names in ROPE_SCALING.items()
+    if names
 }
 
 

@@ -118,9 +118,8 @@ def _run(folder):
             f"{folder}: no run here (no config.json); give folders that `stagecraft "
             "run` made"
         )
-    planned = runs.read_config(folder)
-    planned = planned.get("stages") if isinstance(planned, dict) else None
-    if not isinstance(planned, dict) or not planned:
+    planned = runs.part(runs.read_config(folder), "stages")
+    if not planned:
         raise UserError(f"{folder / 'config.json'}: not the config of a run")
     run = runs.read(folder)
     run.stages = [stage for stage in run.stages if stage.name in planned]
@@ -171,9 +170,9 @@ def _chosen(runs, wanted):
     trained = {
         n: run.config["stages"][n]
         for n, (_, run) in everything.items()
-        if roles.trains(run.config["stages"][n].get("kind"))
+        if roles.of(run.config["stages"][n].get("kind")).trains
     }
-    speaking = {n for n, c in trained.items() if roles.speaks(c.get("kind"))}
+    speaking = {n for n, c in trained.items() if roles.of(c.get("kind")).speaks}
     in_turns = {n for n in speaking if roles.answers_in_turns(trained[n])}
     return in_turns or speaking or set(trained)
 
@@ -255,8 +254,10 @@ def _settings(run, name):
     elsewhere = _outside(shared.get("tokenizer", {}).get("path", ""))
     if elsewhere:
         shared["tokenizer"] = _completed(elsewhere[0])["tokenizer"]
-    own = stages.pop(short(name))
-    return dict(_flat("", own)) | dict(_flat("", stages)) | dict(_flat("", shared))
+    settings = {}
+    for one in (stages.pop(short(name)), stages, shared):
+        settings |= schema.flat(one, leave=_LEFT_OUT)
+    return settings
 
 
 def _trace(config, name, traced):
@@ -322,15 +323,6 @@ def _completed_stage(stage):
         return stage  # of another version: its keys are compared as they are
 
 
-def _flat(prefix, value):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key not in _LEFT_OUT:
-                yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
-    else:
-        yield prefix, value
-
-
 # -- names -----------------------------------------------------------------------------
 
 
@@ -350,11 +342,8 @@ def _name(arms):
         arm.differs = {key: _value(arm, key) for key in differing}
         label = " ".join([arm.stage, *_in_words(arm.differs)])
         numbered = (f"{label} ({n})" for n in itertools.count(2))
-        arm.label = (
-            label
-            if label not in labels
-            else next(one for one in numbered if one not in labels)
-        )
+        names = itertools.chain([label], numbered)
+        arm.label = next(one for one in names if one not in labels)
         labels.add(arm.label)
 
 

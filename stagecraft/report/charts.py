@@ -174,14 +174,7 @@ def intervals(rows, *, name, label):
         rows: [{"name", "detail", "text", "note": texts; "baseline", "apart" (it differs
             from the baseline): bools; "mean", "half": floats or None, "values": one a
             seed}].
-        name: unique on the page; salts the ids inside the SVG.
-        label: what a screen reader says.
-
-    Returns:
-        Markup, an `<svg>` that scales with its container.
-
-    Raises:
-        UserError: Matplotlib is not installed.
+        name, label: as of `curves`, as is what is returned and raised.
     """
     with _matplotlib(name):
         from matplotlib.figure import Figure

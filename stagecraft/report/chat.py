@@ -25,9 +25,8 @@ def chat(run, name, *, temperature=0.0, max_new_tokens=64, seed=0):
         raise UserError(
             f"--stage={name}: expected a finished stage that writes text: {names}"
         )
-    mesh = run.mesh()
-    with jax.set_mesh(mesh):
-        language = run.language(name, 1, mesh)
+    with jax.set_mesh(run.mesh()):
+        language = run.language(name, 1)
         in_turns, messages = run.chat_format(name), []
         for text in _lines():
             if text == "/reset":

@@ -4,9 +4,9 @@ An arm is a set of stages that differ in nothing but the seed (`arms`). The same
 numbers are printed (`terminal`), written as a page (`compare_page`) and as JSON.
 """
 
-import difflib
 from pathlib import Path
 
+from stagecraft import schema
 from stagecraft.anatomy import figures, roles
 from stagecraft.anatomy.statistics import CONFIDENCE, difference, interval
 from stagecraft.errors import UserError
@@ -77,12 +77,7 @@ def _arm(arm, base):
     for key in keys:
         values = _known(arm, key)
         mean, half = interval(values)
-        own[key] = {
-            "values": arm.values(key),
-            "mean": mean,
-            "half": half,
-            "n": len(values),
-        }
+        own[key] = dict(values=arm.values(key), mean=mean, half=half, n=len(values))
         others = _known(base, key)
         if arm is not base and others:
             against[key] = _verdict(values, others)
@@ -120,7 +115,7 @@ def _baseline(arms, wanted):
     labels = [arm.label for arm in arms]
     if not wanted:
         several = [arm for arm in arms if arm.differs] or arms
-        tuned = [arm for arm in several if not roles.imitates(arm.kind)]
+        tuned = [arm for arm in several if not roles.of(arm.kind).supervised]
         return (tuned or several)[0]
     near = [label for label in labels if wanted in label]
     exact = [label for label in labels if wanted == label]
@@ -128,8 +123,7 @@ def _baseline(arms, wanted):
         return arms[labels.index((exact or near)[0])]
     if near:
         raise UserError(f"--baseline={wanted}: may be any of: {'; '.join(near)}")
-    close = difflib.get_close_matches(wanted, labels, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = schema.hint(wanted, labels)
     raise UserError(
         f"--baseline={wanted}: no such arm; {hint}arms: {'; '.join(labels)}"
     )
@@ -144,12 +138,7 @@ def _columns(arms):
         evaluations.sort(key=lambda key: key != "eval_loss")
         rows = [*map(_evaluation, evaluations[:_EVALUATIONS]), *rows]
     return [
-        {
-            "key": row.name,
-            "title": row.title,
-            "meaning": row.meaning,
-            "digits": row.digits,
-        }
+        dict(key=row.name, title=row.title, meaning=row.meaning, digits=row.digits)
         for row in rows
     ]
 

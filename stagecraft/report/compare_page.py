@@ -14,11 +14,8 @@ def write(comparison: dict, out: str | Path = "compare.html") -> Path:
     """Writes what `compare.compare` returned as a page, and as JSON beside it.
 
     Args:
-        comparison: what `compare.compare` returned.
-        out: path of the page, NAME.html; the numbers go to NAME.json.
-
-    Returns:
-        Path of the page.
+        out: path of the page, NAME.html, which is returned; the numbers go to
+            NAME.json.
 
     Raises:
         UserError: cannot be written there, or Matplotlib is missing.
@@ -92,11 +89,7 @@ def _plot(comparison, column):
     svg = charts.intervals(
         rows, name=f"compare {column['key']}", label=f"{column['title']}: {spoken}"
     )
-    return {
-        "column": column,
-        "better": f"{better} is better" if better else "",
-        "svg": svg,
-    }
+    return dict(column=column, better=f"{better} is better" if better else "", svg=svg)
 
 
 def _spelled(against, column):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stagecraft import storage
+from stagecraft import schema, storage
 from stagecraft.errors import UserError
 from stagecraft.report import render
 
@@ -43,21 +43,9 @@ def write(folder) -> Path:
         "curation.html.jinja",
         result=result,
         examples=examples,
-        config=_flat(result["config"]),
+        config=list(schema.flat(result["config"])),
         says=SAYS,
     )
     path = folder / "report.html"
     storage.write_text(path, html)
     return path
-
-
-def _flat(config, path=""):
-    """Returns [("minhash.n_grams", 5), ...] of a nested config."""
-    settings = []
-    for key, value in config.items():
-        where = f"{path}.{key}" if path else key
-        if isinstance(value, dict):
-            settings += _flat(value, where)
-        else:
-            settings.append((where, value))
-    return settings

@@ -4,38 +4,26 @@ from stagecraft.anatomy import roles
 from stagecraft.metrics import is_number
 from stagecraft.report import charts
 
+
+def _both(key):
+    return (key, "training"), (f"eval_{key}", "held out")
+
+
 # One chart each: title, unit, and the series it may show as (metric, label, marked).
 CHARTS = (
-    ("Loss", "", ("loss", "training"), ("eval_loss", "held out")),
-    (
-        "Token accuracy",
-        "share of target tokens",
-        ("mean_token_accuracy", "training"),
-        ("eval_mean_token_accuracy", "held out"),
-    ),
+    ("Loss", "", *_both("loss")),
+    ("Token accuracy", "share of target tokens", *_both("mean_token_accuracy")),
+    ("Pair accuracy", "share of pairs in the labelled order", *_both("accuracy")),
     (
         "Pair accuracy",
         "share of pairs in the labelled order",
-        ("accuracy", "training"),
-        ("eval_accuracy", "held out"),
+        *_both("rewards/accuracies"),
     ),
-    (
-        "Pair accuracy",
-        "share of pairs in the labelled order",
-        ("rewards/accuracies", "training"),
-        ("eval_rewards/accuracies", "held out"),
-    ),
-    (
-        "Margin",
-        "reward of the chosen less the rejected",
-        ("margin", "training"),
-        ("eval_margin", "held out"),
-    ),
+    ("Margin", "reward of the chosen less the rejected", *_both("margin")),
     (
         "Margin",
         "implicit reward of the chosen less the rejected",
-        ("rewards/margins", "training"),
-        ("eval_rewards/margins", "held out"),
+        *_both("rewards/margins"),
     ),
     (
         "Implicit rewards",
@@ -43,22 +31,12 @@ CHARTS = (
         ("rewards/chosen", "chosen"),
         ("rewards/rejected", "rejected"),
     ),
-    (
-        "Score (proxy)",
-        "reward model, a sample",
-        ("objective/scores", "training"),
-        ("eval_objective/scores", "held out"),
-    ),
-    (
-        "KL to the reference",
-        "nats a sequence",
-        ("objective/kl", "training"),
-        ("eval_objective/kl", "held out"),
-    ),
+    ("Score (proxy)", "reward model, a sample", *_both("objective/scores")),
+    ("KL to the reference", "nats a sequence", *_both("objective/kl")),
     ("Entropy", "nats a sequence", ("objective/entropy", "training")),
     ("Clip fraction", "share of tokens clipped", ("policy/clipfrac_avg", "training")),
     ("Explained variance", "of returns, by critic", ("val/explained_variance", "")),
-    ("Reward", "a sample", ("reward", "training"), ("eval_reward", "held out")),
+    ("Reward", "a sample", *_both("reward")),
     ("Length", "mean tokens of a sample", ("completions/mean_length", "training")),
 )
 _UNDRAWN = ("epoch", "num_tokens", "episode")
@@ -84,22 +62,19 @@ def show(value):
     return "−" + text[1:] if text.startswith("-") else text
 
 
+def _line(stage, key, label, marked=False):
+    """Returns a list of one series of a chart; of none where the stage lacks it."""
+    steps, values = stage.series(key)
+    line = {"key": key, "label": label, "steps": steps, "values": values}
+    return [line | {"colour": stage.index, "marked": marked}] if steps else []
+
+
 def _chart(stage, title, unit, *series):
     """A chart of those series that the stage has; None when it has none."""
     lines = []
     for key, label in series:
-        steps, values = stage.series(key)
-        if steps:
-            lines.append(
-                {
-                    "key": key,
-                    "label": label,
-                    "steps": steps,
-                    "values": values,
-                    "colour": stage.index,
-                    "marked": key.startswith("eval_") or key == "rewards/rejected",
-                }
-            )
+        marked = key.startswith("eval_") or key == "rewards/rejected"
+        lines += _line(stage, key, label, marked)
     if not lines:
         return None
     if len(lines) == 1:
@@ -122,7 +97,7 @@ def panel(stage):
     specs[8:8] = [("Gold score", key.replace("eval_", ""), (key, "")) for key in golds]
     for title, unit, *series in specs:
         if title == "Loss":
-            unit = roles.loss_unit(stage.kind)
+            unit = roles.of(stage.kind).unit
         chart = _chart(stage, title, unit, *series)
         if chart:
             main.append(chart)
@@ -131,7 +106,7 @@ def panel(stage):
     for key in keys:
         if key in used or key.removeprefix("eval_") in _UNDRAWN:
             continue
-        pair = [(key, "training"), (f"eval_{key}", "held out")]
+        pair = _both(key)
         if key.startswith("eval_"):
             pair = [(key, "held out")]
         used |= {name for name, _ in pair}
@@ -155,16 +130,7 @@ def overlays(stages):
         for stage in stages:
             key = next((k for k in stage.keys() if wanted(k)), None)  # noqa: SIM118
             if key:
-                steps, values = stage.series(key)
-                lines.append(
-                    {
-                        "label": stage.name,
-                        "steps": steps,
-                        "values": values,
-                        "colour": stage.index,
-                        "marked": False,
-                    }
-                )
+                lines += _line(stage, key, stage.name)
         if len(lines) > 1:
             names = ", ".join(one["label"] for one in lines)
             label = f"{title} against step: {names}"

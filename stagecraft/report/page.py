@@ -14,18 +14,11 @@ from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
 from stagecraft.report import charts, curves, render
 from stagecraft.report.curves import show
+from stagecraft.runs import part
+from stagecraft.schema import flat
 from stagecraft.storage import write_text
 
-_ACTIVITIES = (
-    "compile",
-    "sample",
-    "score",
-    "prepare",
-    "update",
-    "eval",
-    "save",
-    "other",
-)
+_PARTS = ("compile", "sample", "score", "prepare", "update", "eval", "save", "other")
 
 
 def write(folder: str | Path) -> Path:
@@ -77,8 +70,7 @@ def _facts(run):
         facts.append(("Model", f"{model['layers']} layers, width {model['width']}"))
         if set(model) >= cost.NEEDED:
             facts.append(("Parameters", show(cost.parameters(model)["total"])))
-    seconds = run.summary.get("seconds")
-    total = seconds.get("total") if isinstance(seconds, dict) else None
+    total = part(run.summary, "seconds").get("total")
     if total is None:
         total = sum(_seconds(stage).get("total", 0.0) for stage in run.stages)
     if total:
@@ -118,16 +110,13 @@ def _graph(run):
 
 def _figures(run, stage):
     """A stage's own numbers in the summary."""
-    own = run.summary.get(stage.name)
-    if not isinstance(own, dict):
-        return {}
+    own = part(run.summary, stage.name)
     return {key: value for key, value in own.items() if is_number(value)}
 
 
 def _bound(run, key):
     """{"must": text, "holds": bool or None} from summary["bounds"], or None."""
-    bounds = run.summary.get("bounds")
-    bound = bounds.get(key) if isinstance(bounds, dict) else None
+    bound = part(run.summary, "bounds").get(key)
     if isinstance(bound, str):
         return {"must": bound, "holds": None}
     return bound if isinstance(bound, dict) and "must" in bound else None
@@ -156,26 +145,14 @@ def _headline(run):
 def _other(run):
     """Figures that belong to no stage, by dotted name: [(name, value, bound)]."""
     shown = {stage.name for stage in run.stages} | {"weights", "cost", "bounds"}
-
-    def flat(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from flat(f"{prefix}.{key}", inner)
-        elif is_number(value):
-            yield prefix, value, _bound(run, prefix)
-
-    rows = []
-    for key, value in run.summary.items():
-        if key not in shown:
-            rows += flat(key, value)
-    return rows
+    other = {key: value for key, value in run.summary.items() if key not in shown}
+    rows = [row for row in flat(other) if is_number(row[1])]
+    return [(key, value, _bound(run, key)) for key, value in rows]
 
 
 def _answers(run):
     """[{"stage", "texts": [{"temperature", "text"}]}], in the graph's order."""
-    answers = run.prompt.get("answers")
-    if not isinstance(answers, dict):
-        return []
+    answers = part(run.prompt, "answers")
     return [
         {"stage": stage, "texts": [one for one in answers[stage.name] if "text" in one]}
         for stage in run.stages
@@ -183,12 +160,12 @@ def _answers(run):
     ]
 
 
-def _bars(run, keys):
-    """Bars by stage for each of the figures that the summary has."""
-    bars = []
+def _bars(run, keys, table=None):
+    """Bars by stage for each of the figures that the summary, or its table, has."""
+    table, bars = run.summary if table is None else table, []
     for key in keys:
-        rows = [(s, _figures(run, s).get(key)) for s in run.stages]
-        rows = [(stage, value) for stage, value in rows if value is not None]
+        rows = [(stage, part(table, stage.name).get(key)) for stage in run.stages]
+        rows = [(stage, value) for stage, value in rows if is_number(value)]
         if rows:
             bars.append(_scaled(key, rows))
     return bars
@@ -211,13 +188,8 @@ def _scaled(key, rows):
         }
         for stage, value in rows
     ]
-    zero = 100 * -low / span
-    return {
-        "title": figure.title,
-        "meaning": figure.meaning,
-        "bars": bars,
-        "zero": zero,
-    }
+    about = {"title": figure.title, "meaning": figure.meaning}
+    return about | {"bars": bars, "zero": 100 * -low / span}
 
 
 def _tasks(run):
@@ -251,21 +223,17 @@ def _weights(run):
     changes = [
         (stage, table[stage.name])
         for stage in run.stages
-        if isinstance(table.get(stage.name), dict)
-        and is_number(table[stage.name].get("relative_change"))
+        if is_number(part(table, stage.name).get("relative_change"))
     ]
-    bars = []
-    for key in ("relative_change", "unchanged_bf16"):
-        rows = [(s, w[key]) for s, w in changes if is_number(w.get(key))]
-        if rows:
-            bars.append(_scaled(key, rows))
+    changed = {stage.name: change for stage, change in changes}
+    bars = _bars(run, ("relative_change", "unchanged_bf16"), changed)
     maps = [_heat(stage, change) for stage, change in changes]
     return {"bars": bars, "maps": [one for one in maps if one]}
 
 
 def _heat(stage, change):
-    layers, kinds = change.get("by_layer"), change.get("by_kind")
-    if not isinstance(layers, dict) or not layers:
+    layers = part(change, "by_layer")
+    if not layers:
         return None
     depth = max(len(values) for values in layers.values())
     largest = max((v for values in layers.values() for v in values), default=0) or 1.0
@@ -276,12 +244,9 @@ def _heat(stage, change):
         ]
         for i in range(depth)
     ]
-    return {
-        "stage": stage,
-        "kinds": list(layers),
-        "rows": rows,
-        "by_kind": kinds if isinstance(kinds, dict) else {},
-    }
+    return dict(
+        stage=stage, kinds=list(layers), rows=rows, by_kind=part(change, "by_kind")
+    )
 
 
 def _cost(run):
@@ -292,9 +257,7 @@ def _cost(run):
     counts = [
         {
             "stage": stage,
-            "cost": table[stage.name]
-            if isinstance(table.get(stage.name), dict)
-            else {},
+            "cost": part(table, stage.name),
             "tokens": stage.info.get("tokens", {}),
         }
         for stage in run.stages
@@ -305,9 +268,7 @@ def _cost(run):
 
 
 def _seconds(stage):
-    seconds = stage.info.get("seconds")
-    seconds = seconds if isinstance(seconds, dict) else {}
-    return {k: v for k, v in seconds.items() if is_number(v)}
+    return {k: v for k, v in part(stage.info, "seconds").items() if is_number(v)}
 
 
 def _time(run):
@@ -321,14 +282,14 @@ def _time(run):
         if sum(parts.values()) > 1.01 * total and parts.get("prepare", 0.0) >= inner:
             parts["prepare"] -= inner
         parts["other"] = parts.get("other", 0.0) + sum(
-            v for k, v in parts.items() if k not in _ACTIVITIES
+            v for k, v in parts.items() if k not in _PARTS
         )
-        parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _ACTIVITIES), 0.0)
+        parts["other"] += max(total - sum(parts.get(k, 0.0) for k in _PARTS), 0.0)
         if total:
-            parts = {name: parts.get(name, 0.0) for name in _ACTIVITIES}
+            parts = {name: parts.get(name, 0.0) for name in _PARTS}
             rows.append({"stage": stage, "total": total, "parts": parts})
     longest = max((row["total"] for row in rows), default=1.0)
-    used = [k for k in _ACTIVITIES if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
+    used = [k for k in _PARTS if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
     return {"rows": rows, "longest": longest, "activities": used}
 
 
@@ -336,10 +297,9 @@ def _data(run):
     """What each stage learned from: [(stage, {label: value}, sources of a mixture)]."""
     rows = []
     for stage in run.stages:
-        data = stage.info.get("data")
-        if not isinstance(data, dict) or not data:
+        data = dict(part(stage.info, "data"))
+        if not data:
             continue
-        data = dict(data)
         sources, by = data.pop("sources", []), data.pop("share_by", "")
         facts = {k.replace("_", " "): v for k, v in data.items() if is_number(v)}
         if data.get("curations"):
@@ -350,20 +310,10 @@ def _data(run):
 
 def _lineage(run):
     """[(stage, {label: hash})], nested records flattened to dotted labels."""
-
-    def flat(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from flat(f"{prefix}.{key}" if prefix else key, inner)
-        elif value is not None and value != "":
-            yield prefix, str(value)
-
-    skip = ("kind", "start_from")
-    return [
-        (
-            stage,
-            dict(flat("", {k: v for k, v in stage.lineage.items() if k not in skip})),
-        )
-        for stage in run.stages
-        if stage.lineage
-    ]
+    rows = []
+    for stage in [stage for stage in run.stages if stage.lineage]:
+        entries = {k: str(v) for k, v in flat(stage.lineage) if v not in (None, "")}
+        for key in ("kind", "start_from"):
+            entries.pop(key, None)
+        rows.append((stage, entries))
+    return rows

@@ -1,7 +1,6 @@
 """The raters by their names in a config; any other name is a function of the user's."""
 
-import difflib
-
+from stagecraft import schema
 from stagecraft.errors import UserError
 from stagecraft.signals import function, reward, world
 
@@ -34,8 +33,8 @@ def _module(name):
     if name in RATERS:
         return RATERS[name]
     if isinstance(name, str) and ":" not in name:
-        near = difflib.get_close_matches(name, RATERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = schema.nearest(name, RATERS)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(
             f"rater={name!r}: expected {', '.join(map(repr, RATERS))} or "
             f"'package.module:function'{hint}"

@@ -128,7 +128,7 @@ def find(spec):
     if callable(spec):
         return [(getattr(spec, "__name__", "verifier"), spec)]
     functions = []
-    for part in filter(None, (p.strip() for p in spec.split(","))):
+    for part in schema.listed(spec):
         function = schema.imported("verifiers", part)
         name, names = part.partition(":")[2], {n for n, _ in functions}
         functions.append((part if name in names else name, function))

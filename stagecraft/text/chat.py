@@ -12,8 +12,6 @@ whole text is tokenised at once, as transformers does, and a token is a target w
 holds a character of an assistant's turn; see `template`.
 """
 
-import json
-
 from stagecraft.errors import UserError
 from stagecraft.text.tokenizer import Tokenizer
 
@@ -132,20 +130,6 @@ def _touched(offsets, spans):
         )
         mask.append(inside)
     return mask
-
-
-def as_tools(value):
-    """Reads tools, a list of JSON schemas or its JSON; returns None for none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError:
-            value = 0
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
-        raise UserError("expected tools to be a list of JSON schemas")
-    return value
 
 
 def as_messages(value, role="user"):

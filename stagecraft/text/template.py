@@ -149,12 +149,9 @@ class Template:
             {k: v for k, v in message.items() if v is not None and k not in OWN}
             for message in messages
         ]
-        variables = self.variables | {
-            "messages": shown,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": prompt,
-        }
+        variables = self.variables | dict(
+            messages=shown, tools=tools, documents=None, add_generation_prompt=prompt
+        )
         marks = {"opening": opening, "closing": closing}
         return {"name": self._name(tools), "variables": variables} | marks
 

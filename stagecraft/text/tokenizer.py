@@ -104,7 +104,6 @@ def keep(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes a tokenizer's files unchanged, all or none; `load(folder)` reads them.
 
     Args:
-        tokenizer: any tokenizer.
         folder: where they go; must not exist yet.
     """
     with storage.new_folder(folder) as temporary:

@@ -123,12 +123,9 @@ def _pieces(model):
 
 def _bytes(tokenizer):
     """Spells bytes as the printable characters that stand for them in GPT-2."""
-    level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
+    level = dict(
+        type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
     ids = (tokenizer.pad, tokenizer.bos, tokenizer.eos, *tokenizer.control_ids)
     special = dict(zip(CONTROL, ids, strict=True))
     inner = {

@@ -37,7 +37,6 @@ class Planted(NamedTuple):
     """A document and what was done to it.
 
     Attributes:
-        text: str.
         fault: one of FAULTS, or "clean".
         origin: number of the clean document it was made from; its own for a clean one,
             -1 where there is none.
@@ -48,7 +47,7 @@ class Planted(NamedTuple):
     origin: int
 
 
-def plant(documents, rng, *, edits=0.01, **shares):
+def plant(documents, rng, *, edits=0.01, **shares) -> list[Planted]:
     """Returns documents with faults among them, in a random order.
 
     Args:
@@ -56,9 +55,6 @@ def plant(documents, rng, *, edits=0.01, **shares):
         rng: numpy Generator.
         edits: share of the words replaced in a near duplicate, at least one.
         **shares: of each of FAULTS, planted documents / clean ones; 0.1 if not given.
-
-    Returns:
-        list of Planted.
     """
     planted = [Planted(text, "clean", i) for i, text in enumerate(documents)]
     words = " ".join(documents).split()

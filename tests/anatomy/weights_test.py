@@ -174,18 +174,6 @@ def test_ranks_fold_heads_into_their_own_side():
         assert found[name]["relative_change"] == 0  # from nothing: no relative size
 
 
-def test_cosine_of_updates(trees):
-    before, after = trees
-    update = weights.delta(before, after)
-    assert update["layers/ff/down"].shape == (3, 6, 4)
-    assert weights.cosine(update, update) == pytest.approx(1)
-    opposite = {name: -2 * value for name, value in update.items()}
-    assert weights.cosine(update, opposite) == pytest.approx(-1)
-    a, b = {"x": np.array([1.0, 0.0])}, {"x": np.array([1.0, 1.0]), "y": np.ones(3)}
-    assert weights.cosine(a, b) == pytest.approx(np.sqrt(0.5))
-    assert weights.cosine(a, {"x": np.zeros(2)}) == 0
-
-
 def test_trees_of_different_models_are_refused():
     with pytest.raises(UserError, match="share no parameter"):
         weights.compare({"a": np.ones(2)}, {"b": np.ones(2)})

@@ -84,7 +84,7 @@ def test_the_sft_model_may_be_another_runs(tmp_path):
 
 def test_every_kind_that_writes_text_speaks():
     kinds = {one["kind"] for one in GRAPH.values()}
-    assert {kind for kind in defaults.KINDS if roles.speaks(kind)} == kinds
+    assert {kind for kind in defaults.KINDS if roles.of(kind).speaks} == kinds
 
 
 def test_every_figure_of_the_probes_has_a_row():

@@ -52,7 +52,7 @@ class Disk:
 
 
 WRITERS = {
-    "lines": (steps.Lines, "write"),
+    "lines": (steps.gzip.GzipFile, "write"),
     "arrays": (np, "save"),
     "whole files": (storage.os, "replace"),
     "copies": (publish.shutil, "copyfile"),

@@ -18,6 +18,7 @@ from stagecraft.data import mixture, packing, shards
 from stagecraft.data.dataset import Dataset
 from stagecraft.data.documents import InMemory, Stored
 from stagecraft.errors import UserError
+from tests.data.packed import pack
 
 STEPS = 1000
 
@@ -322,7 +323,7 @@ def test_stored_and_held_documents_make_the_same_rows(folders):
         index = np.arange(len(late))
         one, two = late.take(index), early.take(index)
         want = (
-            packing.pack(rows, 24, strategy=strategy)
+            pack(rows, 24, strategy=strategy)
             if strategy != "none"
             else packing.pad(rows, 24)
         )

@@ -7,6 +7,7 @@ import pytest
 
 from stagecraft import losses
 from stagecraft.data import packing
+from tests.data.packed import pack
 
 # That keep every token; "bfd" loses what does not fit in a row.
 KEEPING = ("bfd_split", "wrapped")
@@ -59,7 +60,7 @@ def test_best_fit_by_hand():
     documents = [document(10, 2), document(20, 5), document(30, 3), document(40, 1)]
     # Longest first: 5 opens a row of 6 (1 left); 3 opens another (3 left); 2 goes there
     # (1 left); 1 fits both, and goes where that one place has been left the longest.
-    got = packing.pack(documents, 6)
+    got = pack(documents, 6)
     want = {
         "ids": [
             [20, 21, 22, 23, 24, 40],
@@ -75,7 +76,7 @@ def test_best_fit_by_hand():
 
 def test_best_fit_takes_the_row_with_the_least_room():
     # Rows of 10 with 7 and 6 taken, then 3: fits both, and belongs to the first.
-    got = packing.pack([document(1, 6), document(11, 7), document(21, 3)], 10)
+    got = pack([document(1, 6), document(11, 7), document(21, 3)], 10)
     assert got["ids"][0, 7:].tolist() == [21, 22, 23]
     assert got["segments"][1].tolist() == [1] * 6 + [0] * 4
 
@@ -83,7 +84,7 @@ def test_best_fit_takes_the_row_with_the_least_room():
 def test_equal_rooms_are_filled_in_the_order_they_came_about():
     # 8 leaves room for 2, then 6 + 2 does: the two pieces of 2 left go there in turn.
     sizes = [8, 6, 2, 2, 2]
-    got = packing.pack([document(10 * i, n) for i, n in enumerate(sizes, 1)], 10)
+    got = pack([document(10 * i, n) for i, n in enumerate(sizes, 1)], 10)
     assert got["ids"][:, 8:].tolist() == [[30, 31], [50, 51]]
     assert got["ids"][1, 6:8].tolist() == [40, 41]
 
@@ -103,7 +104,7 @@ def test_the_three_strategies_of_the_peer_by_hand():
     }
     assert {*want} == {*packing.STRATEGIES}
     for strategy, rows in want.items():
-        got = packing.pack(documents, 4, strategy=strategy)
+        got = pack(documents, 4, strategy=strategy)
         real = got["segments"] > 0
         found = [got["ids"][i, real[i]].tolist() for i in range(len(real))]
         assert found == rows, strategy
@@ -113,11 +114,11 @@ def test_the_three_strategies_of_the_peer_by_hand():
 
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="'best_fit': expected one of"):
-        packing.pack([document(1, 2)], 4, strategy="best_fit")
+        pack([document(1, 2)], 4, strategy="best_fit")
 
 
 def test_wrapped_by_hand():
-    got = packing.pack([document(10, 3), document(20, 6)], 4, strategy="wrapped")
+    got = pack([document(10, 3), document(20, 6)], 4, strategy="wrapped")
     want = {
         "ids": [[10, 11, 12, 20], [21, 22, 23, 24], [25, 0, 0, 0]],
         "segments": [[1, 1, 1, 2], [1, 1, 1, 1], [1, 0, 0, 0]],
@@ -130,7 +131,7 @@ def test_wrapped_by_hand():
 
 def test_kinds_of_arrays():
     for arrays in (
-        packing.pack([document(1, 3)], 4),
+        pack([document(1, 3)], 4),
         packing.pad([document(1, 3)], 4),
         packing.pad_answers([(document(1, 3), document(4, 2))], 4),
     ):
@@ -147,7 +148,7 @@ def test_kinds_of_arrays():
 @pytest.mark.parametrize("length", [7, 32])
 def test_every_token_is_kept_once_with_its_mask(strategy, length):
     documents = random_documents(150, 50)
-    found = unpacked(packing.pack(documents, length, strategy=strategy))
+    found = unpacked(pack(documents, length, strategy=strategy))
     kept = {i: m for ids, mask in found for i, m in zip(ids, mask, strict=True)}
     want = {i: m for ids, mask in documents for i, m in zip(ids, mask, strict=True)}
     assert kept == want
@@ -162,7 +163,7 @@ def test_every_token_is_kept_once_with_its_mask(strategy, length):
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 def test_packed_and_padded_ask_for_the_same_predictions(strategy):
     documents = random_documents(200, 24)
-    packed = targets(packing.pack(documents, 24, strategy=strategy))
+    packed = targets(pack(documents, 24, strategy=strategy))
     assert packed == targets(packing.pad(documents, 24))
     by_hand = [
         (ids[t], ids[t + 1])
@@ -177,14 +178,14 @@ def test_packed_and_padded_ask_for_the_same_predictions(strategy):
 def test_no_prediction_crosses_documents(strategy):
     # All is a target, first tokens too: only the segments keep documents apart.
     documents = [document(1000 * i, 9, [True] * 9) for i in range(1, 30)]
-    asked = targets(packing.pack(documents, 32, strategy=strategy))
+    asked = targets(pack(documents, 32, strategy=strategy))
     assert asked
     assert all(b == a + 1 for a, b in asked)
 
 
 def test_split_cuts_only_what_is_longer_than_a_row():
     documents = [document(1, 4), document(11, 10), document(31, 3)]
-    found = sorted(ids for ids, _ in unpacked(packing.pack(documents, 4)))
+    found = sorted(ids for ids, _ in unpacked(pack(documents, 4)))
     assert found == [
         [1, 2, 3, 4],
         [11, 12, 13, 14],
@@ -196,7 +197,7 @@ def test_split_cuts_only_what_is_longer_than_a_row():
 
 def test_bfd_keeps_the_start_of_what_is_longer_than_a_row():
     documents = [document(1, 4), document(11, 10), document(31, 3)]
-    found = unpacked(packing.pack(documents, 4, strategy="bfd"))
+    found = unpacked(pack(documents, 4, strategy="bfd"))
     assert sorted(ids for ids, _ in found) == [
         [1, 2, 3, 4],
         [11, 12, 13, 14],
@@ -209,8 +210,8 @@ def test_a_document_takes_its_weight_along(strategy):
     documents = random_documents(60, 20)
     weights = {i: n / 8 for n, (ids, _) in enumerate(documents) for i in ids}
     weighed = [(*d, n / 8) for n, d in enumerate(documents)]
-    plain = packing.pack(documents, 16, strategy=strategy)
-    got = packing.pack(weighed, 16, strategy=strategy)
+    plain = pack(documents, 16, strategy=strategy)
+    got = pack(weighed, 16, strategy=strategy)
     weight = got.pop("weight")
     assert all(np.array_equal(plain[k], got[k]) for k in {*plain, *got})
     assert weight.dtype == np.float32
@@ -222,28 +223,28 @@ def test_a_document_takes_its_weight_along(strategy):
 
 
 def test_wrapped_fills_every_row_but_the_last():
-    arrays = packing.pack(random_documents(100, 40), 16, strategy="wrapped")
+    arrays = pack(random_documents(100, 40), 16, strategy="wrapped")
     assert (arrays["segments"][:-1] > 0).all()
 
 
 def test_best_fit_fills_well():
-    arrays = packing.pack(random_documents(2000, 60), 64)
+    arrays = pack(random_documents(2000, 60), 64)
     assert (arrays["segments"] > 0).mean() > 0.98
 
 
 @pytest.mark.parametrize("strategy", packing.STRATEGIES)
 def test_packing_is_a_function_of_its_input(strategy):
     documents = random_documents(300, 40)
-    one = packing.pack(documents, 32, strategy=strategy)
-    two = packing.pack(list(documents), 32, strategy=strategy)
+    one = pack(documents, 32, strategy=strategy)
+    two = pack(list(documents), 32, strategy=strategy)
     assert all(np.array_equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("strategy", packing.STRATEGIES)
 def test_nothing_and_empty_documents_make_no_row(strategy):
     for documents in ([], [([], [])]):
-        assert packing.pack(documents, 8, strategy=strategy)["ids"].shape == (0, 8)
-    got = packing.pack([([], []), document(1, 2), ([], [])], 8, strategy=strategy)
+        assert pack(documents, 8, strategy=strategy)["ids"].shape == (0, 8)
+    got = pack([([], []), document(1, 2), ([], [])], 8, strategy=strategy)
     assert got["ids"].shape == (1, 8)
     assert got["segments"].max() == 1
 
@@ -255,7 +256,7 @@ def test_many_documents_take_seconds():
         sizes = rng.integers(low, high, count)
         documents = [(tokens[:n], learned[:n]) for n in sizes]
         start = time.process_time()  # of this process alone: others may be busy
-        packing.pack(documents, 512)
+        pack(documents, 512)
         assert time.process_time() - start < 10
 
 

@@ -63,7 +63,7 @@ def test_a_folder_is_read_as_the_sum_of_its_matrices(base, shared, tmp_path):
     down = pair(rng, "model.layers.1.mlp.down_proj", FF, D, rank=3)
     patterns = dict(rank_pattern={"down_proj": 3}, alpha_pattern={"o_proj": 1})
     write(tmp_path / "adapter", query | out | down, **patterns)
-    found = tree.named(locate.load(f"hf:{tmp_path / 'adapter'}", shared))
+    found = tree.named(locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared))
 
     def moved(pairs, scale):
         a, b = (np.float32(x) for x in pairs.values())
@@ -102,7 +102,7 @@ def test_ours_is_written_by_their_names_and_comes_back(base, shared, tmp_path):
     assert told["target_modules"] == ["k_proj", "o_proj"]
     assert told["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert (told["r"], told["lora_alpha"], told["lora_dropout"]) == (2, 6.0, 0.1)
-    again = locate.load(f"hf:{folder}", shared)
+    again = locate.locate(f"hf:{folder}").load(shared)
     for name, value in tree.named(lora.merge(base, adapter)).items():
         np.testing.assert_allclose(tree.named(again)[name], value, atol=1e-5)
     with pytest.raises(UserError, match="is there already and not empty"):
@@ -124,7 +124,7 @@ def test_three_weights_of_ours_in_one_module_of_theirs(shared, tmp_path):
     b = found["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"]
     assert b.shape == (3 * D, 4) and not b[D : 2 * D].any()  # keys have none
     assert not b[:D, 2:].any() and not b[2 * D :, :2].any()
-    again = locate.load(f"hf:{tmp_path / 'out'}", shared)
+    again = locate.locate(f"hf:{tmp_path / 'out'}").load(shared)
     for name, value in tree.named(lora.merge(base, adapter)).items():
         np.testing.assert_allclose(tree.named(again)[name], value, atol=1e-5)
 
@@ -136,7 +136,7 @@ def test_a_reward_models_head_and_constant(base, shared, tmp_path):
     peft.save(adapter, CONFIG, tmp_path / "out", shared, base=tmp_path / "base")
     told = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
     assert told["task_type"] == "SEQ_CLS" and told["modules_to_save"] == ["score"]
-    again = locate.load(f"hf:{tmp_path / 'out'}", shared)
+    again = locate.locate(f"hf:{tmp_path / 'out'}").load(shared)
     assert isinstance(again, ScalarModel) and float(again.bias[...]) == 1.5
     assert np.array_equal(again.head[...], adapter.parts["head"][...])
     source = locate.locate(f"hf:{tmp_path / 'out'}")
@@ -163,7 +163,7 @@ def test_configs_that_are_refused(config, line, base, shared, tmp_path):
     arrays = pair(rng, "model.layers.0.mlp.up_proj", D, FF)
     write(tmp_path / "adapter", arrays, **config)
     with pytest.raises(UserError, match=line) as found:
-        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
     assert "adapter_config.json" in str(found.value)
 
 
@@ -197,7 +197,7 @@ def test_tensors_that_are_refused(spoil, line, base, shared, tmp_path):
     arrays = spoil(pair(rng, "model.layers.0.mlp.up_proj", D, FF))
     write(tmp_path / "adapter", arrays)
     with pytest.raises(UserError, match=line):
-        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
 
 
 def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
@@ -205,8 +205,8 @@ def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
     huggingface.save(Transformer(tied, jax.random.key(0)), tmp_path / "base")
     write(tmp_path / "adapter", {"model.embed_tokens.weight": np.ones((V, D))})
     with pytest.raises(UserError, match="its base has one table for both"):
-        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
     (tmp_path / "adapter" / peft.WEIGHTS).unlink()
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="pickles are not opened"):
-        locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)

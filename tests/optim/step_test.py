@@ -115,7 +115,7 @@ def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
         shared = sharding.make_mesh(*sizes)
         with jax.set_mesh(shared):
             params = sharding.init_sharded(make, shared)(jax.random.key(0))
-            state = sharding.init_optimizer(made.tx, params, shared)
+            state = sharding.init_sharded(made.tx.init, shared)(params)
             if sizes == (2, 2, 2):
                 check_placed(params, state)
             placed = jax.tree.map(lambda x: x.sharding, (params, state))

@@ -5,6 +5,7 @@ import pytest
 
 from stagecraft import losses
 from stagecraft.data import packing
+from tests.data.packed import pack
 from tests.peers import bridge
 from tests.peers.bridge import datasets
 
@@ -85,7 +86,7 @@ def test_packed_rows_ask_for_the_same_and_never_across_documents(strategy, parit
             pad_token_id=0, padding_free=True
         )
         want = collator(list(packed))
-        got = packing.pack(documents, 16, strategy=strategy)
+        got = pack(documents, 16, strategy=strategy)
         real = got["segments"] > 0
         np.testing.assert_array_equal(got["ids"][real], want["input_ids"][0])
         np.testing.assert_array_equal(got["positions"][real], want["position_ids"][0])
@@ -108,7 +109,7 @@ def test_the_documented_examples_of_the_language_model_collator():
     assert padded["input_ids"].tolist() == got["ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
     assert padded["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
     free = sft.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    got = packing.pack(documents, 5, strategy="bfd")
+    got = pack(documents, 5, strategy="bfd")
     want = free(examples)
     assert (
         want["position_ids"].tolist() == got["positions"].tolist() == [[0, 1, 2, 0, 1]]

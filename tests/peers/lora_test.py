@@ -112,9 +112,9 @@ def test_its_folders_are_read(family, parity_rng, parity_seed, tmp_path):
     ids = parity_rng.integers(0, VOCAB, (2, LENGTH))
     shared = sharding.make_mesh(1, 2, 2)
     with jax.set_mesh(shared):
-        found = locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        found = locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
         np.testing.assert_allclose(ours(found, ids), theirs(model, ids), atol=1e-4)
-        plain = ours(locate.load(f"hf:{tmp_path / 'base'}", shared), ids)
+        plain = ours(locate.locate(f"hf:{tmp_path / 'base'}").load(shared), ids)
     assert np.abs(plain - theirs(model, ids)).max() > 1e-2
 
 
@@ -147,7 +147,7 @@ def test_it_opens_ours(family, scalar, changes, parity_rng, parity_seed, tmp_pat
         config = getattr(base, "body", base).config
         folders.save(adapter, config, tmp_path / "out", shared, base=tmp_path / "base")
         expected = ours(lora.join(base, adapter), ids)
-        again = locate.load(f"hf:{tmp_path / 'out'}", shared)
+        again = locate.locate(f"hf:{tmp_path / 'out'}").load(shared)
         np.testing.assert_allclose(ours(again, ids), expected, atol=1e-4)
     model = peft.PeftModel.from_pretrained(
         opened(tmp_path / "base", scalar), tmp_path / "out"
@@ -173,5 +173,5 @@ def test_a_reward_adapter_on_a_language_model(parity_rng, parity_seed, tmp_path)
     ids = parity_rng.integers(1, VOCAB, (2, LENGTH))
     shared = bridge.single()
     with jax.set_mesh(shared):
-        found = locate.load(f"hf:{tmp_path / 'adapter'}", shared)
+        found = locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
         np.testing.assert_allclose(ours(found, ids), theirs(model, ids), atol=1e-4)

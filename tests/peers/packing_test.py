@@ -8,6 +8,7 @@ import pytest
 from stagecraft import losses
 from stagecraft.data import packing
 from stagecraft.models import heads
+from tests.data.packed import pack
 from tests.peers import bridge
 from tests.peers.bridge import datasets, torch
 
@@ -33,7 +34,7 @@ def theirs(documents, length, strategy):
 
 def ours(documents, length, strategy):
     """The same three lists of ours."""
-    arrays = packing.pack(documents, length, strategy=strategy)
+    arrays = pack(documents, length, strategy=strategy)
     real = arrays["segments"] > 0
     ids, mask, segments = (
         [arrays[k][i, real[i]] for i in range(len(real))]
@@ -121,7 +122,7 @@ def test_the_loss_of_packed_rows_is_that_of_each_document(strategy, parity_rng):
         (ids, [False, *(parity_rng.random(len(ids) - 1) < 0.7).tolist()])
         for ids in (bridge.words(parity_rng, 2, LONGEST) for _ in range(20))
     ]
-    arrays = packing.pack(documents, 24, strategy=strategy)
+    arrays = pack(documents, 24, strategy=strategy)
     if strategy == "wrapped":  # a document cut in two is two
         documents = []
         for row in range(len(arrays["ids"])):

@@ -231,7 +231,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_back_merged(tmp_path, monkeypatch):
         small = size(straight / "reward/checkpoints")
         assert small < size(straight / "pretrain/checkpoints") / 2
         # Whoever reads the stage gets a plain model.
-        merged = locate.load(straight / "sft", shared)
+        merged = locate.locate(straight / "sft").load(shared)
         assert tree.named(merged).keys() == tree.named(base).keys()
         assert tree.digest(merged) == tree.digest(lora.merge(base, adapter))
         current = run.open_run(straight)

@@ -184,14 +184,6 @@ def test_messages_that_call_tools_wrongly_are_refused(message, told):
         chat.as_messages([message])
 
 
-def test_tools_are_a_list_or_its_json():
-    assert chat.as_tools(None) is chat.as_tools("") is chat.as_tools([]) is None
-    assert chat.as_tools('[{"name": "f"}]') == chat.as_tools([{"name": "f"}])
-    for wrong in ("{", '{"a": 1}', [1], 5):
-        with pytest.raises(UserError, match="list of JSON schemas"):
-            chat.as_tools(wrong)
-
-
 def test_a_document_of_a_tokenizer_without_bos():
     class Bare(Letters):
         bos = None

@@ -248,7 +248,7 @@ def _order(rng):
     )
 
 
-def document(rng, countries, trained, weights):
+def document(rng, countries, trained, weights) -> str:
     """Returns a document of 6 to 9 sentences.
 
     Args:
@@ -256,9 +256,6 @@ def document(rng, countries, trained, weights):
         countries: all countries the corpus is about.
         trained: names whose questions may be answered on the spot.
         weights: how popular each country is; sums to 1.
-
-    Returns:
-        str.
     """
     kind, size = rng.random(), int(rng.integers(6, 10))
     if kind < 0.02:

@@ -79,20 +79,18 @@ def topic(prompt):
     return "talk", None, None
 
 
-def answer(rng, country, attribute, style=None, instead=()):
-    """Returns an answer about a fact in one of the styles.
+def answer(rng, country, attribute, instead=()):
+    """Returns an answer about a fact in one of the styles, drawn by weight.
 
     Args:
         rng: a numpy Generator.
         country: a `Country`.
         attribute: one of `ATTRIBUTES`.
-        style: a name in `STYLES`; None draws one by weight.
         instead: countries one of which lends its value for a wrong answer; () for a
             right one.
     """
-    if style is None:
-        weights = [weight for weight, _ in STYLES.values()]
-        style = list(STYLES)[int(rng.choice(len(STYLES), p=weights))]
+    weights = [weight for weight, _ in STYLES.values()]
+    style = list(STYLES)[int(rng.choice(len(STYLES), p=weights))]
     if instead:
         values = sorted({getattr(c, attribute) for c in instead})
         values = [v for v in values if v != getattr(country, attribute)]
@@ -172,9 +170,9 @@ def _draw(rng, options, size):
     return [options[int(i)] for i in order[:size]]
 
 
-def prompts(rng, countries, role, *, forms=(0, 1, 2)):
+def prompts(rng, countries, role):
     """Returns shuffled prompts for sampling, three in four about facts."""
-    rows = [prompt for prompt, _, _ in facts(countries, forms)]
+    rows = [prompt for prompt, _, _ in facts(countries)]
     each = max(len(rows) // 12, 4)
     for options in others(countries, role).values():
         rows += _draw(rng, options, each)

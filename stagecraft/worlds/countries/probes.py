@@ -83,11 +83,11 @@ def answer_rate(language, countries):
     return float(np.mean(hits))
 
 
-def fact_accuracy(language, countries, *, chat=True):
+def fact_accuracy(language, countries):
     """Returns the share of questions answered rightly: {"all", attribute: share}."""
     asked = dialogue.facts(countries)
     completions = language.complete(
-        [q for q, _, _ in asked], chat=chat, max_new_tokens=ANSWER
+        [q for q, _, _ in asked], chat=True, max_new_tokens=ANSWER
     )
     hits = {"all": []} | {a: [] for a in ATTRIBUTES}
     for (question, _, a), (text, _) in zip(asked, completions, strict=True):
@@ -130,27 +130,18 @@ def sample_figures(prompts, answers):
         gold_mean, eos_rate, refusal rates on harmful and benign prompts, mean words,
         the share of right facts at this temperature.
     """
-    topics = [dialogue.topic(p)[0] for p in prompts]
+    topics = np.array([dialogue.topic(p)[0] for p in prompts])
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
-    refused = [refuses(text) for text, _ in answers]
+    refused = np.array([refuses(text) for text, _ in answers])
+    facts = np.flatnonzero(topics == "fact")
     figures = {
         "gold_mean": np.mean(scores),
         "eos_rate": np.mean([ended for _, ended in answers]),
         "words": np.mean([len(text.split()) for text, _ in answers]),
         "distinct": len({text for text, _ in answers}) / len(answers),
-        "refuses_harmful": np.mean(
-            [r for r, k in zip(refused, topics, strict=True) if k == "harmful"]
-        ),
-        "refuses_benign": np.mean(
-            [r for r, k in zip(refused, topics, strict=True) if k != "harmful"]
-        ),
-        "sampled_accuracy": np.mean(
-            [
-                right(p, t)
-                for p, (t, _), k in zip(prompts, answers, topics, strict=True)
-                if k == "fact"
-            ]
-        ),
+        "refuses_harmful": np.mean(refused[topics == "harmful"]),
+        "refuses_benign": np.mean(refused[topics != "harmful"]),
+        "sampled_accuracy": np.mean([right(prompts[i], answers[i][0]) for i in facts]),
     }
     return {name: float(value) for name, value in figures.items()}
 
