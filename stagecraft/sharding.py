@@ -125,7 +125,9 @@ def _map_specs(function, tree):
     )
 
 
-def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
+def init_sharded(
+    init_fn: Callable, mesh: Mesh, donate: tuple[int, ...] = ()
+) -> Callable:
     """Makes a constructor whose arrays are sharded as soon as they exist.
 
     No array is ever complete on one device: the shapes come from `jax.eval_shape`,
@@ -137,6 +139,7 @@ def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
     Args:
         init_fn: any function of arrays or keys that returns modules, or trees of
             variables with axes.
+        donate: positions of the arguments whose buffers the result may take.
 
     Returns:
         A function of the same arguments as `init_fn`.
@@ -150,7 +153,12 @@ def init_sharded(init_fn: Callable, mesh: Mesh) -> Callable:
     def construct(*args):
         outputs = shardings(jax.eval_shape(init_fn, *args), mesh)
         with jax.set_mesh(mesh):
-            init = jax.jit(init_fn, out_shardings=outputs, compiler_options=options)
+            init = jax.jit(
+                init_fn,
+                out_shardings=outputs,
+                compiler_options=options,
+                donate_argnums=donate,
+            )
             return init(*args)
 
     return construct

@@ -274,7 +274,9 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
         )
         return State(step, model, opt_state, extra)
 
-    place = sharding.init_sharded(carry, mesh)
+    # The parameters are the state's own, unless its reference is made of them too.
+    donate = () if moves and frozen is not None else (0,)
+    place = sharding.init_sharded(carry, mesh, donate)
 
     def init(key):
         model = (

@@ -308,7 +308,11 @@ _FORMS = in_file(
         "len(keys) > 1",
         "len(keys) > 9",
     ),
-    ("gpt is a user", '"gpt": "assistant"', '"gpt": "user"'),
+    (
+        "gpt is a user",
+        '("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"',
+        '("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "user"',
+    ),
     ("no answer is left", "size = max(least - 1, 0)", "size = least"),
     (
         "the space stays with the prompt",

@@ -181,8 +181,8 @@ _POLICY = in_file(
     ),
     (
         "rows nobody could score teach",
-        'mask = drawn["mask"] & scored[:, None]',
-        'mask = drawn["mask"]',
+        'samples["mask"] & scored[:, None]',
+        'samples["mask"]',
         "tests/stages/policy_options_test.py -k score",
     ),
     (

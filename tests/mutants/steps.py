@@ -160,19 +160,13 @@ _REWARD = in_file(
     ),
 )
 
-_PREFERENCE = in_file(
-    "stagecraft/stages/preference.py",
+_REFERENCE = in_file(
+    "stagecraft/stages/reference.py",
     "tests/stages/preference_test.py tests/stages/pairs_test.py",
     (
-        "preference stage swaps the policy's sides",
-        '"policy_logps": summed(stats.logps, mask, config),',
-        '"policy_logps": summed(stats.logps, mask, config)[:, ::-1],',
-        "tests/stages/pairs_test.py tests/stages/preference_test.py",
-    ),
-    (
         "the reference is the policy",
-        "known = score(reference, batch)",
-        "known = score(state.model, batch)",
+        "return self._jitted(self.model(state), batch)",
+        "return self._jitted(state.model, batch)",
     ),
     (
         "reference moves the wrong way",
@@ -182,21 +176,32 @@ _PREFERENCE = in_file(
     ),
     (
         "reference moves a step late",
-        "due = (state.step + 1) % config.sync_every == 0",
-        "due = state.step % config.sync_every == 0",
+        "due = (state.step + 1) % self.config.sync_every == 0",
+        "due = state.step % self.config.sync_every == 0",
         "tests/stages/preference_test.py -k reference_moves",
     ),
     (
         "reference cache by place in the batch",
-        "found[0][np.asarray(index)]",
-        "found[0][np.arange(len(index))]",
+        "self._every_row()[np.asarray(index)]",
+        "self._every_row()[np.arange(len(index))]",
         "tests/stages/preference_test.py -k twice",
     ),
     (
         "reference cache used for held-out rows",
-        "index is None or index.min() < 0 or index.max() >= dataset.rows",
-        "index is None or index.min() < 0",
+        "own and index.min() >= 0 and index.max() < self.dataset.rows",
+        "own and index.min() >= 0",
         "tests/stages/preference_test.py -k held_out",
+    ),
+)
+
+_PREFERENCE = in_file(
+    "stagecraft/stages/preference.py",
+    "tests/stages/preference_test.py tests/stages/pairs_test.py",
+    (
+        "preference stage swaps the policy's sides",
+        '"policy_logps": summed(stats.logps, mask, config),',
+        '"policy_logps": summed(stats.logps, mask, config)[:, ::-1],',
+        "tests/stages/pairs_test.py tests/stages/preference_test.py",
     ),
     (
         "reference without LD-DPO",
@@ -273,5 +278,5 @@ _UNPAIRED = in_file(
 
 MUTANTS = (
     *(_UPDATE + _BEGIN + _KIND + _OBJECTIVE),
-    *(_LANGUAGE + _REWARD + _PREFERENCE + _UNPAIRED),
+    *(_LANGUAGE + _REWARD + _REFERENCE + _PREFERENCE + _UNPAIRED),
 )
