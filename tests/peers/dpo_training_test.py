@@ -8,6 +8,7 @@ import trl
 
 from stagecraft import losses
 from stagecraft.stages import preference
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 from tests.peers.bridge import SGD
 
@@ -57,7 +58,9 @@ def ours(batches, policy, reference, optimizer, dataset=None, **changes):
         "reference": bridge.convert(reference, C),
     }
     return bridge.train(
-        lambda mesh: preference.make(config, C, mesh, parents, dataset=dataset),
+        lambda mesh: preference.make(
+            config, Context(mesh, C, parents, dataset=dataset)
+        ),
         batches,
     )
 

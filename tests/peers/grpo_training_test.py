@@ -7,6 +7,7 @@ import pytest
 import trl
 
 from stagecraft.stages import group_policy, rollout
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -145,8 +146,8 @@ def test_twenty_steps(
             now["drawn"], now["paid"] = next(feed)
             return now["drawn"]
 
-        return rollout.Rollout(
-            sample, lambda drawn, index: now["paid"], ("pay",), (1.0,)
+        return rollout.Rollouts(
+            sample, lambda samples, index: now["paid"], None, ("pay",), (1.0,)
         )
 
     monkeypatch.setattr(rollout, "make", make)
@@ -167,7 +168,9 @@ def test_twenty_steps(
     found = []
 
     def made(mesh):
-        built = group_policy.make(config, C, mesh, parents, stop_ids=(bridge.END,))
+        built = group_policy.make(
+            config, Context(mesh, C, parents, stop_ids=(bridge.END,))
+        )
 
         def prepare(state, raw, key):
             batch = built.prepare(state, raw, key)

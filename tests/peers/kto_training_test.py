@@ -3,7 +3,8 @@
 import pytest
 import trl
 
-from stagecraft.stages import unpaired
+from stagecraft.stages import unpaired_preference
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -65,7 +66,8 @@ def test_twenty_steps(optimizer, parity_rng, parity_seed, tmp_path):
         "reference": bridge.convert(reference, c),
     }
     losses, metrics, final = bridge.train(
-        lambda mesh: unpaired.make(config, c, mesh, parents), batches
+        lambda mesh: unpaired_preference.make(config, Context(mesh, c, parents)),
+        batches,
     )
     bridge.assert_losses(losses, trainer.losses)
     bridge.assert_metrics(metrics, trainer, METRICS)

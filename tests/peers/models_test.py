@@ -12,6 +12,7 @@ from trl.experimental.utils import get_reward
 from stagecraft import tree
 from stagecraft.models.scores import scores
 from stagecraft.stages import language_model
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -75,7 +76,8 @@ def test_next_token_loss_and_gradient(micro_batches, parity_rng, parity_seed):
     )
     before = {k: np.asarray(v) for k, v in tree.named(start).items()}
     losses, _, after = bridge.train(
-        lambda mesh: language_model.make(config, C, mesh, {"start": start}), [batch]
+        lambda mesh: language_model.make(config, Context(mesh, C, {"start": start})),
+        [batch],
     )
     assert losses[0] == pytest.approx(expected, abs=1e-5)
     for name, gradient in gradients(peer).items():

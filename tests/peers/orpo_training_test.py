@@ -5,6 +5,7 @@ import pytest
 from trl.experimental import orpo
 
 from stagecraft.stages import preference
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -71,7 +72,7 @@ def test_twenty_steps(optimizer, parity_rng, parity_seed, tmp_path):
     model = bridge.convert(policy, c)
     losses, metrics, final = bridge.train(
         lambda mesh: preference.make(
-            config, c, mesh, {"start": model, "reference": model}
+            config, Context(mesh, c, {"start": model, "reference": model})
         ),
         batches,
     )

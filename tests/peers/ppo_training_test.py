@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stagecraft.stages import policy, rollout
+from stagecraft.stages.stage import Context
 from tests.peers import bridge, ppo_peer
 from tests.peers.ppo_peer import NEW, PROMPT, ROWS, SETTINGS, C
 
@@ -114,7 +115,7 @@ def ours(theirs, optimizer, seed):
         return real(*args, **kwargs)._replace(sample=sample)
 
     def make(mesh):
-        built = policy.make(config, C, mesh, parents, stop_ids=(bridge.END,))
+        built = policy.make(config, Context(mesh, C, parents, stop_ids=(bridge.END,)))
 
         def prepare(state, raw, key):
             batch = built.prepare(state, raw, key)

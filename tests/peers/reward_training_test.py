@@ -4,6 +4,7 @@ import pytest
 import trl
 
 from stagecraft.stages import reward
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -71,7 +72,7 @@ def test_twenty_steps(
         "reward", optimizer, batch_size=ROWS, objective_args=arguments
     )
     losses, metrics, final = bridge.train(
-        lambda mesh: reward.make(config, c, mesh, {"start": model.body}),
+        lambda mesh: reward.make(config, Context(mesh, c, {"start": model.body})),
         batches,
         model,
     )

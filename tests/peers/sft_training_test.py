@@ -5,6 +5,7 @@ import pytest
 import trl
 
 from stagecraft.stages import language_model
+from stagecraft.stages.stage import Context
 from tests.peers import bridge
 
 pytestmark = pytest.mark.peers
@@ -36,7 +37,8 @@ def check(trainer, model, batches, optimizer, losses, **changes):
     start = {k: np.asarray(v) for k, v in bridge.tree.named(model).items()}
     config = bridge.config("language_model", optimizer, **changes)
     ours, metrics, final = bridge.train(
-        lambda mesh: language_model.make(config, c, mesh, {"start": model}), batches
+        lambda mesh: language_model.make(config, Context(mesh, c, {"start": model})),
+        batches,
     )
     bridge.assert_losses(ours, losses)
     if len(trainer.losses) == bridge.STEPS:  # theirs are means of means otherwise
@@ -83,7 +85,9 @@ def test_adamw_with_its_usual_epsilon(parity_rng, parity_seed, tmp_path):
     batches = [padded(batch) for batch in trainer.batches]
     config = bridge.config("language_model", optimizer, batch_size=ROWS)
     losses, _, _ = bridge.train(
-        lambda mesh: language_model.make(config, bridge.CONFIG, mesh, {"start": model}),
+        lambda mesh: language_model.make(
+            config, Context(mesh, bridge.CONFIG, {"start": model})
+        ),
         batches,
     )
     bridge.assert_losses(losses, trainer.losses)
