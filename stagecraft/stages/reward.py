@@ -135,12 +135,12 @@ def calibration(difference, rows):
     hits = (difference > 0).astype(jnp.float32)
     place = jnp.clip(((confidence - 0.5) / 0.5 * BUCKETS).astype(int), 0, BUCKETS - 1)
     inside = (place[:, None] == jnp.arange(BUCKETS)[None, :]) & rows[:, None]
-    told = {}
+    metrics = {}
     for number in range(BUCKETS):
         low = 0.5 + 0.5 * number / BUCKETS
         name = f"accuracy/{low:.1f}-{low + 0.5 / BUCKETS:.1f}"
-        told[name] = masked.Mean.of(hits, inside[:, number])
-    return told | {
+        metrics[name] = masked.Mean.of(hits, inside[:, number])
+    return metrics | {
         "calibration_error": masked.CalibrationError.of(confidence, hits, inside)
     }
 
