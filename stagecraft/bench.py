@@ -1,16 +1,22 @@
 """Times the stages on this machine: real steps on synthetic batches of one shape.
 
 One line of JSON a figure, with the machine, the time of a step and what it amounts to
-in tokens and FLOPs a second. A step is all that training does per step: sampling,
-scoring and reference passes included. Compare figures of one run on an idle machine.
+in tokens and FLOPs a second, beside the rate at which this machine multiplies matrices.
+A step is all that training does per step: sampling, scoring and reference passes
+included; `programs` says what the compiler counts in each program of the stage. Compare
+figures of one run on an idle machine.
 """
 
 import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stagecraft import defaults, process, schema, sharding, train
@@ -37,20 +43,23 @@ MODEL = dict(
 )
 
 
-class Case:
+class Case(NamedTuple):
     """What one figure is measured on.
 
-    Args:
+    Attributes:
         kind: a stage's kind.
-        raw: (rng) -> a raw batch.
-        **changes: of the stage's defaults.
+        rows: of a batch; more where the devices are more.
+        raw: (rows, rng) -> a raw batch.
+        changes: of the stage's defaults.
     """
 
-    def __init__(self, kind, raw, **changes):
-        self.kind, self.raw, self.changes = kind, raw, changes
+    kind: str
+    rows: int
+    raw: Callable
+    changes: dict = {}
 
 
-def _rows(rows, length, prompt, rng, sides=()):
+def _rows(rows, rng, length, prompt, sides=()):
     """Rows of one document each; what comes after `prompt` tokens is learned."""
     shape = (rows, *sides, length)
     column = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
@@ -62,9 +71,9 @@ def _rows(rows, length, prompt, rng, sides=()):
     )
 
 
-def _packed(rows, length, document, rng):
+def _packed(rows, rng, length, document):
     """Rows of several documents of `document` tokens, two thirds of each learned."""
-    batch = _rows(rows, length, 0, rng)
+    batch = _rows(rows, rng, length, 0)
     column = batch["positions"]
     return batch | dict(
         mask=column % document >= document // 3,
@@ -73,43 +82,40 @@ def _packed(rows, length, document, rng):
     )
 
 
-def _prompts(rows, length, rng):
+def _prompts(rows, rng, length):
     ids = rng.integers(5, MODEL["vocab_size"], (rows, length)).astype(np.int32)
     return dict(prompt_ids=ids, prompt_mask=np.ones((rows, length), bool))
 
 
+def _pairs(rows, rng):
+    return _rows(rows, rng, 225, 60, sides=(2,))
+
+
+def _labelled(rows, rng):
+    return _rows(rows, rng, 225, 60) | {"label": np.arange(rows) % 2 == 0}
+
+
 _LONG = dict(max_new_tokens=64)
 CASES = {
-    "pretrain": Case("language_model", lambda rng: _rows(16, 256, 0, rng)),
-    "sft": Case("language_model", lambda rng: _packed(16, 256, 85, rng)),
-    "reward": Case("reward", lambda rng: _rows(8, 225, 60, rng, (2,)), batch_size=8),
-    "dpo": Case("preference", lambda rng: _rows(8, 225, 60, rng, (2,)), batch_size=8),
-    "kto": Case(
-        "unpaired_preference",
-        lambda rng: _rows(16, 225, 60, rng) | {"label": np.arange(16) % 2 == 0},
-        batch_size=16,
-    ),
+    "pretrain": Case("language_model", 16, partial(_rows, length=256, prompt=0)),
+    "sft": Case("language_model", 16, partial(_packed, length=256, document=85)),
+    "reward": Case("reward", 8, _pairs),
+    "dpo": Case("preference", 8, _pairs),
+    "kto": Case("unpaired_preference", 16, _labelled),
     "grpo": Case(
         "group_policy",
-        lambda rng: _prompts(4, 32, rng),
-        batch_size=4,
-        group_size=4,
-        kl_coef=0.04,
-        sampling=_LONG,
+        4,
+        partial(_prompts, length=32),
+        dict(group_size=4, kl_coef=0.04, sampling=_LONG),
     ),
     "online": Case(
-        "online_preference",
-        lambda rng: _prompts(8, 32, rng),
-        batch_size=8,
-        sampling=_LONG,
+        "online_preference", 8, partial(_prompts, length=32), dict(sampling=_LONG)
     ),
     "ppo": Case(
         "policy",
-        lambda rng: _prompts(16, 32, rng),
-        batch_size=16,
-        epochs=4,
-        minibatches=1,
-        sampling=_LONG,
+        16,
+        partial(_prompts, length=32),
+        dict(epochs=4, minibatches=1, sampling=_LONG),
     ),
 }
 SAMPLES = (1, 16, 64)  # batch sizes of "sample": 32 tokens in, 128 out
@@ -134,25 +140,83 @@ def bench(what, *, steps=8, dtype="float32"):
     if jax.default_backend() == "cpu":
         process.keep_memory()
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-    lines = []
+    lines, limit = [], matmul_rate(mesh, jnp.dtype(dtype))
     with jax.set_mesh(mesh):
         for name in what:
             measure = _samples if name == "sample" else _stage
             for line in measure(name, mesh, steps, dtype):
-                line |= _machine()
+                line["share_of_matmul"] = round(line["gflops_per_s"] / limit, 3)
+                line |= _machine() | {"matmul_gflops_per_s": round(limit, 1)}
                 print(json.dumps(line), flush=True)
                 lines.append(line)
     return lines
 
 
+def matmul_rate(mesh, dtype, size=2048, rounds=5) -> float:
+    """Measures how fast all devices together multiply matrices, in GFLOP/s.
+
+    Args:
+        mesh: the mesh; each device multiplies two square matrices.
+        dtype: of the matrices.
+        size: rows and columns of each.
+        rounds: products timed one by one, of which the fastest counts.
+    """
+    matrix = np.random.default_rng(0).normal(size=(size, size)).astype(dtype)
+    left = sharding.shard_batch(np.tile(matrix, (mesh.size, 1)), mesh)
+    right = sharding.replicate(matrix, mesh)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(rounds + 1):  # the first one compiles
+        started = time.perf_counter()
+        jax.block_until_ready(product(left, right))
+        seconds.append(time.perf_counter() - started)
+    return mesh.size * 2 * size**3 / min(seconds[1:]) / 1e9
+
+
+def _divisible(rows, mesh):
+    """Returns the rows, or the next number that divides over the devices."""
+    shards = sharding.row_shards(mesh)
+    return -(-rows // shards) * shards
+
+
+def program_costs(stage, raw) -> dict[str, dict[str, float]]:
+    """Returns what the compiler counts in each program of a stage.
+
+    Args:
+        stage: a `Stage`.
+        raw: a raw batch.
+
+    Returns:
+        {program: {"gflops", "gbytes", "temporary_bytes", "peak_bytes"}}, a device's:
+        operations, bytes read and written, the memory of intermediate results, and all
+        memory at its peak. The body of a loop is counted once, however often it runs.
+    """
+    costs = {}
+    for name, program in stage.programs(raw).items():
+        compiled = program.lower().compile()
+        counts, memory = compiled.cost_analysis(), compiled.memory_analysis()
+        costs[name] = {
+            "gflops": round(counts["flops"] / 1e9, 3),
+            "gbytes": round(counts["bytes accessed"] / 1e9, 3),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes,
+        }
+    return costs
+
+
 def _stage(name, mesh, steps, dtype):
     case = CASES[name]
     kind = KINDS[case.kind]
-    config = defaults.stage(case.kind, steps=1000, **case.changes)
+    rows = _divisible(case.rows, mesh)
+    changes = case.changes | {"batch_size": rows}
+    config = defaults.stage(case.kind, steps=1000, **changes)
     model_config = ModelConfig(**MODEL, dtype=dtype)
     parents = _parents(kind, model_config, mesh)
     stage = kind.make(config, Context(mesh, model_config, parents))
-    raw = case.raw(np.random.default_rng(0))
+    raw = case.raw(rows, np.random.default_rng(0))
     started = time.perf_counter()
     state = stage.init(jax.random.key(0))
 
@@ -173,9 +237,11 @@ def _stage(name, mesh, steps, dtype):
     length = work.pop("length")
     flops = cost.stage_flops(work | {"context": (length + 1) / 2}, MODEL | {"tied": 1})
     shape = list(raw["ids" if "ids" in raw else "prompt_ids"].shape)
+    programs = program_costs(stage, raw)
     tokens = work.get("sampled", 0) or work.get("trained", 0)
     tokens = tokens or work.get("scalar_trained", 0)
-    yield _line(name, seconds, tokens, flops, first) | {"shape": shape}
+    line = _line(name, seconds, tokens, flops, first)
+    yield line | {"shape": shape, "programs": programs}
 
 
 def _parents(kind, model_config, mesh):
@@ -199,8 +265,9 @@ def _samples(name, mesh, steps, dtype):
         jax.random.key(0)
     )
     info = describe(model)["model"]
-    for rows in SAMPLES:
-        raw = sharding.shard_batch(_prompts(rows, 32, np.random.default_rng(0)), mesh)
+    for rows in sorted({_divisible(rows, mesh) for rows in SAMPLES}):
+        raw = _prompts(rows, np.random.default_rng(0), length=32)
+        raw = sharding.shard_batch(raw, mesh)
         seconds, first = [], None
         for number in range(steps + 1):
             started = time.perf_counter()
