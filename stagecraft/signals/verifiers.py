@@ -1,140 +1,251 @@
 """Rewards by functions of text: a verifier scores completions.
 
-A verifier is called as TRL calls its reward functions,
+A verifier is called as TRL calls its reward functions: with keywords, those that its
+signature names or, where it takes **kwargs, all of them. Each is a list of one entry a
+completion:
 
-    verifier(prompts, completions, **columns) -> list of numbers, None for "cannot say"
+    prompts         texts, or lists of messages where the record holds one
+    completions     texts; where the prompt is a list of messages, lists of one message
+    completion_ids  token ids, the stop token included
+    ended           whether the completion stopped by itself
+    COLUMN          any other key of the prompts' records ("answer", ...)
 
-with lists of one entry a completion: `completions` are texts, `columns` the other keys
-of the prompts' records ("answer", ...), as far as the function names them or takes
-**kwargs; `ended` says which completions stopped by themselves. A completion on which it
-raises, or returns something not finite, is logged, left out and counted; the run goes
-on.
+and `trainer_state.global_step`, the updates done so far. It returns a list of numbers.
+None means that a completion is not its task: the other verifiers' rewards are summed
+without it. A completion on which it raises, or for which it returns something that is
+no finite number, is logged, left out of training and counted; the run goes on, unless
+the very first batch fails whole.
 """
 
 import inspect
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 
 from stagecraft import schema
+from stagecraft.errors import UserError
 from stagecraft.signals import protocol
 
 SHOWN = 3  # failures of one call that are logged in full
+ABSTAINED, FAILED = math.nan, math.inf  # in place of a reward
+ARGUMENTS = ("prompts", "completions", "completion_ids", "ended", "trainer_state")
+
+
+class Verifier:
+    """One reward function.
+
+    Args:
+        name: of its rewards in metrics and messages.
+        function: see the module's docstring.
+    """
+
+    def __init__(self, name, function):
+        self.name, self.function = name, function
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"verifiers: {name} has no signature; wrap it in a function of "
+                "prompts and completions"
+            ) from error
+        self.any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self.parameters = [p for p in parameters if p.kind not in variadic]
+        self._scored = False
+
+    def check(self, names):
+        """Refuses a function that needs an argument there is none of.
+
+        Args:
+            names: of all arguments that there are.
+        """
+        for p in self.parameters:
+            if p.kind is p.POSITIONAL_ONLY:
+                raise UserError(
+                    f"verifiers: {self.name} takes {p.name!r} by position only; its "
+                    "arguments are given by name"
+                )
+            if p.default is p.empty and p.name not in names:
+                raise UserError(
+                    f"verifiers: {self.name} needs {p.name!r}; "
+                    f"{schema.hint(p.name, names)}there are: {', '.join(names)}"
+                )
+
+    def __call__(self, lists, fixed) -> list[float]:
+        """Returns a reward for each completion, or `ABSTAINED`, or `FAILED`.
+
+        Args:
+            lists: {argument: list of one entry a completion}.
+            fixed: {argument: value}, the same for all completions.
+        """
+        self.check([*lists, *fixed])
+        wanted = {p.name for p in self.parameters}
+        named, fixed = (
+            {k: v for k, v in arguments.items() if self.any or k in wanted}
+            for arguments in (lists, fixed)
+        )
+        rewards, errors = self._rewards(named, fixed, len(lists["completions"]))
+        if errors and len(errors) == len(rewards) and not self._scored:
+            raise UserError(
+                f"verifiers: {self.name} failed on all {len(rewards)} completions of "
+                f"its first batch: {errors[0]}"
+            )
+        self._scored = True
+        rewards = [_number(reward) for reward in rewards]
+        self._log(rewards, errors, lists)
+        return rewards
+
+    def _rewards(self, lists, fixed, rows):
+        """Returns what the function returned, and {row: what it raised}."""
+        try:
+            rewards = list(self.function(**lists, **fixed))
+            if len(rewards) != rows:
+                raise ValueError(f"{len(rewards)} rewards for {rows} completions")
+            return rewards, {}
+        except Exception:  # the user's code: ask again row by row, to see which fail
+            rewards, errors = [], {}
+        for row in range(rows):
+            one = {k: [v[row]] for k, v in lists.items()}
+            try:
+                (reward,) = self.function(**one, **fixed)
+            except Exception as error:
+                errors[row] = f"{type(error).__name__}: {error}"
+                reward = FAILED
+            rewards.append(reward)
+        return rewards, errors
+
+    def _log(self, rewards, errors, lists):
+        failed = [row for row, reward in enumerate(rewards) if reward == FAILED]
+        for row in failed[:SHOWN]:
+            logging.getLogger(__name__).warning(
+                "verifier %s could not score a completion%s: prompt %.80r, completion "
+                "%.80r; %d of %d rows left out",
+                self.name,
+                f" ({errors[row]})" if row in errors else "",
+                lists["prompts"][row],
+                lists["completions"][row],
+                len(failed),
+                len(rewards),
+            )
 
 
 class Verifiers:
     """Several verifiers over the prompts of one stage.
 
     Args:
-        functions: list of (name, function).
+        verifiers: list of `Verifier`s.
         records: list of dicts, the prompts' records in the order of the dataset.
         tokenizer: a `text.tokenizer.Tokenizer`.
     """
 
-    def __init__(self, functions, records, tokenizer):
-        self.functions, self.records = functions, records
-        self.names = [name for name, _ in functions]
+    def __init__(self, verifiers, records, tokenizer):
+        self.verifiers, self.records = verifiers, records
+        self.names = [verifier.name for verifier in verifiers]
         self.tokenizer = tokenizer
+        names = [*ARGUMENTS, *_columns(records)]
+        for verifier in verifiers:
+            verifier.check(names)
 
-    def __call__(self, index, tokens, mask, ended):
+    def __call__(self, index, tokens, mask, ended, step=0):
         """Returns the rewards of completions.
 
         Args:
             index: i32[R], the record of each row's prompt.
             tokens: i32[R, N]; mask: bool[R, N], through the stop token; ended: bool[R].
+            step: updates done.
 
         Returns:
-            f64[R, S], one column a verifier; NaN where it gave no reward.
+            f64[R, S], one column a verifier; `ABSTAINED` and `FAILED` where it gave no
+            reward.
         """
         records = [self.records[i] for i in index]
-        rows = [row[seen] for row, seen in zip(tokens, mask, strict=True)]
+        rows = [row[seen].tolist() for row, seen in zip(tokens, mask, strict=True)]
         texts = [
-            self.tokenizer.decode([int(t) for t in (row[:-1] if end else row)])
+            self.tokenizer.decode(row[:-1] if end else row)
             for row, end in zip(rows, ended, strict=True)
         ]
         ended = [bool(e) for e in ended]
-        return np.array(scores_of(self.functions, records, texts, ended), float).T
+        columns = scores_of(self.verifiers, records, texts, ended, rows, step=step)
+        return np.array(columns, float).T
 
 
-def scores_of(functions, records, texts, ended):
-    """Returns each verifier's rewards of each text: S lists of floats, NaN for none.
+def scores_of(verifiers, records, texts, ended, ids=None, *, step=0):
+    """Returns each verifier's rewards of each text: S lists of floats.
 
     Args:
-        functions: list of (name, function).
+        verifiers: list of `Verifier`s.
         records: list of dicts, the prompt's record of each text.
         texts: list of str; ended: list of bool.
+        ids: the token ids of each text, where they are at hand.
+        step: updates done.
     """
-    columns = {
-        key: [r.get(key) for r in records]
-        for key in sorted({k for r in records for k in r} - {"prompt"})
+    prompts = [record["prompt"] for record in records]
+    lists = {key: [r.get(key) for r in records] for key in _columns(records)}
+    lists |= {
+        "prompts": prompts,
+        "completions": [
+            text if isinstance(prompt, str) else [dict(role="assistant", content=text)]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ],
+        "ended": ended,
     }
-    columns["ended"] = ended
-    prompts = [r["prompt"] for r in records]
-    return [_score(n, f, prompts, texts, columns) for n, f in functions]
+    if ids is not None:
+        lists["completion_ids"] = ids
+    fixed = {"trainer_state": SimpleNamespace(global_step=step)}
+    return [verifier(lists, fixed) for verifier in verifiers]
 
 
-def _score(name, function, prompts, texts, columns):
-    accepted, failed = _accepted(function, columns), ""
+def total(rewards, weights):
+    """Returns the weighted sum of all sources, and the rows that have one.
+
+    Args:
+        rewards: [R, S], `ABSTAINED` where a source has nothing to say, not finite
+            otherwise where it failed.
+        weights: S numbers.
+
+    Returns:
+        [R], 0 for rows that have no reward; bool[R], False where a source failed or
+        all of them abstained.
+    """
+    xp = rewards.__array_namespace__()
+    abstained = xp.isnan(rewards)
+    scored = ~xp.isinf(rewards).any(axis=1) & ~abstained.all(axis=1)
+    finite = xp.where(xp.isfinite(rewards), rewards, 0.0)
+    weighted = finite * xp.asarray(weights, dtype=rewards.dtype)
+    return xp.where(scored, weighted.sum(axis=1), 0.0), scored
+
+
+def _columns(records):
+    keys = {key for record in records for key in record}
+    return sorted(keys - {"prompt", "completion", *ARGUMENTS})
+
+
+def _number(reward):
+    """Returns a finite float, `ABSTAINED` for None, `FAILED` for anything else."""
+    if reward is None:
+        return ABSTAINED
     try:
-        rewards = list(function(prompts, texts, **accepted))
-        if len(rewards) != len(texts):
-            raise ValueError(f"{len(rewards)} rewards for {len(texts)} completions")
-    except Exception:  # the user's code: ask again row by row, to see which rows fail
-        rewards = []
-        for row in range(len(texts)):
-            one = {k: [v[row]] for k, v in accepted.items()}
-            try:
-                (value,) = function([prompts[row]], [texts[row]], **one)
-            except Exception as error:
-                value, failed = math.nan, f" ({type(error).__name__}: {error})"
-            rewards.append(value)
-    values = [_number(value) for value in rewards]
-    bad = [row for row, value in enumerate(values) if math.isnan(value)]
-    for row in bad[:SHOWN]:
-        logging.warning(
-            "verifier %s could not score a completion%s: prompt %.80r, completion "
-            "%.80r; %d of %d rows left out",
-            name,
-            failed,
-            prompts[row],
-            texts[row],
-            len(bad),
-            len(texts),
-        )
-    return values
-
-
-def _number(value):
-    """Returns a finite float, or NaN for anything else that a verifier returned."""
-    try:
-        value = math.nan if value is None else float(value)
+        reward = float(reward)
     except (TypeError, ValueError):
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+        return FAILED
+    return reward if math.isfinite(reward) else FAILED
 
 
-def _accepted(function, columns):
-    """Returns the columns that a function names, or all if it takes **kwargs."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return columns
-    names = {p.name for p in parameters}
-    return {k: v for k, v in columns.items() if k in names}
-
-
-def find(spec):
-    """Returns [(name, function)] of "package.module:function, ..." or a function."""
+def find(spec) -> list[Verifier]:
+    """Returns the verifiers of "package.module:function, ..." or of a function."""
     if callable(spec):
-        return [(getattr(spec, "__name__", "verifier"), spec)]
-    functions = []
+        return [Verifier(getattr(spec, "__name__", "verifier"), spec)]
+    verifiers, names = [], set()
     for part in schema.listed(spec):
-        function = schema.imported("verifiers", part)
-        name, names = part.partition(":")[2], {n for n, _ in functions}
-        functions.append((part if name in names else name, function))
-    return functions
+        name = part.partition(":")[2]
+        name = part if name in names else name
+        names.add(name)
+        verifiers.append(Verifier(name, schema.imported("verifiers", part)))
+    return verifiers
 
 
-def identity(functions):
+def identity(verifiers):
     """Returns [[name, source]] of verifiers, which tells them from others."""
-    return [[name, protocol.source(function)] for name, function in functions]
+    return [[v.name, protocol.source(v.function)] for v in verifiers]

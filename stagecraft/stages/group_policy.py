@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
+from stagecraft.signals import verifiers
 from stagecraft.stages import checks, objective, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.policy import OFFERS, PLACES
@@ -109,7 +110,7 @@ def score_groups(
     of, groups = masked.Mean.of, (-1, config.group_size)
     metrics = rollout.source_metrics(rewards, rollouts.names)
     metrics |= rollout.completion_metrics(samples["mask"], samples["ended"])
-    scores, scored = rollout.total(rewards, rollouts.weights)
+    scores, scored = verifiers.total(rewards, rollouts.weights)
     scores = _shaped(scores, samples, config)
     no_spread = losses.frac_reward_zero_std(
         scores.reshape(groups), scored.reshape(groups)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from stagecraft import losses, masked, optim, sharding
 from stagecraft.data import prompts
+from stagecraft.signals import verifiers
 from stagecraft.stages import checks, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
 from stagecraft.stages.preference import (
@@ -99,7 +100,7 @@ def rank_pairs(config, rollouts, samples, rewards):
     Returns:
         ids, segments, positions, mask, each [B, 2, T]; {metric: Mean or Max}.
     """
-    scores, scored = rollout.total(rewards, rollouts.weights)
+    scores, scored = verifiers.total(rewards, rollouts.weights)
     final = _final_scores(config, scores, samples)
     final, both = final.reshape(-1, 2), scored.reshape(-1, 2).all(axis=1)
     first = (final[:, 0] >= final[:, 1])[:, None]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
+from stagecraft.signals import verifiers
 from stagecraft.stages import checks, objective, rollout, stage, update
 from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind, Role
 from stagecraft.stages.rollout import response_logps
@@ -149,7 +150,7 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
         {"rollout": {name: [R, ...]}, "order", "kl", "metrics"}, as
         `update.make_minibatch_update` takes it.
     """
-    scores, scored = rollout.total(rewards, rollouts.weights)
+    scores, scored = verifiers.total(rewards, rollouts.weights)
     # A row that no source could score teaches nothing, nor does it scale the others.
     mask, kl_coef = samples["mask"] & scored[:, None], carried["kl_coef"]
     final = _final_scores(config, scores, samples)

@@ -15,6 +15,7 @@ from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import lora, sampling
 from stagecraft.models.scores import scores
+from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import stage
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble
@@ -31,9 +32,9 @@ class Rollouts(NamedTuple):
             i32[R, P + N], tokens i32[R, N], mask bool[R, N], behaviour_logps
             f32[R, N], ended bool[R], with R = B * samples rows, those of one prompt
             next to each other.
-        score: (rollout, index) -> rewards f32[R, S], one column a source, not finite
-            where a row could not be scored; index i32[B] says which records the
-            prompts are.
+        score: (rollout, index, step) -> rewards f32[R, S], one column a source, not
+            finite where it has none (`verifiers.total`); index i32[B] says which
+            records the prompts are, step the updates done.
         programs: (policy, raw) -> ({name: Program}, rollout, rewards), all as shapes.
         names: the S sources.
         weights: their weights.
@@ -78,7 +79,7 @@ def make(config, context, *, samples=1):
             arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
             return jax.block_until_ready(generate_jitted(policy, arrays, key))
 
-    def score(rollout, index):
+    def score(rollout, index, step):
         columns = []
         if reward_model is not None:
             columns.append(score_jitted(reward_model, rollout))
@@ -87,7 +88,8 @@ def make(config, context, *, samples=1):
                 arrays = {
                     k: np.asarray(rollout[k]) for k in ("tokens", "mask", "ended")
                 }
-                rewards = verifiers(np.repeat(np.asarray(index), samples), **arrays)
+                index = np.repeat(np.asarray(index), samples)
+                rewards = verifiers(index, **arrays, step=int(step))
                 columns += sharding.shard_batch(
                     tuple(rewards.T.astype(np.float32)), mesh
                 )
@@ -151,7 +153,7 @@ def make_stage(
         model = lora.join(frozen, state.model)
         samples = rollouts.sample(_policy(model), raw, sample_key)
         with section("score"):
-            rewards = rollouts.score(samples, index)
+            rewards = rollouts.score(samples, index, state.step)
             extra = {name: state.extra[name] for name in carried}
             batch = judge_jitted(model, reference, samples, rewards, judge_key, extra)
             return jax.block_until_ready(batch) | (beside(raw) if beside else {})
@@ -185,7 +187,7 @@ def make_stage(
         raw, index = stage.split_index(raw | {"prompt_mask": mask}, mesh)
         policy = _policy(lora.join(frozen, state.model))
         samples = rollouts.sample(policy, raw, key)
-        rewards = rollouts.score(samples, np.maximum(index, 0))
+        rewards = rollouts.score(samples, np.maximum(index, 0), state.step)
         rows = np.repeat(real, len(samples["tokens"]) // len(real))
         return measure_jitted(samples, rewards, sharding.shard_batch(rows, mesh))
 
@@ -230,27 +232,16 @@ def _generate(policy, raw, key, config, stop_ids, samples):
 
 
 def model_scores(model, rollout):
-    """Returns the reward model's score of each completion's last token, f32[R]."""
+    """Returns the reward model's score of each completion's last token, f32[R].
+
+    `FAILED` in place of one that is not finite.
+    """
     mask = rollout["mask"]
     prompt = rollout["ids"].shape[1] - mask.shape[1]
     whole = jnp.pad(mask, ((0, 0), (prompt, 0)))
     arrays = (rollout[k] for k in ("segments", "positions"))
-    return scores(model, rollout["ids"], whole, *arrays)
-
-
-def total(rewards, weights):
-    """Returns the weighted sum of all sources, and the rows all of them scored.
-
-    Args:
-        rewards: f32[R, S], not finite where a source could not score a row.
-        weights: S numbers.
-
-    Returns:
-        f32[R], 0 for rows that were not scored; bool[R].
-    """
-    scored = jnp.isfinite(rewards).all(axis=1)
-    weighted = rewards * jnp.asarray(weights, rewards.dtype)[None, :]
-    return jnp.where(scored, weighted.sum(axis=1), 0.0), scored
+    values = scores(model, rollout["ids"], whole, *arrays)
+    return jnp.where(jnp.isfinite(values), values, FAILED)
 
 
 def source_metrics(rewards, names, rows=None):
@@ -269,7 +260,7 @@ def source_metrics(rewards, names, rows=None):
         spread = jnp.sqrt(masked.var(values, finite, unbiased=True))
         metrics[f"rewards/{name}/mean"] = masked.Mean.of(values, finite)
         metrics[f"rewards/{name}/std"] = masked.Mean.of(spread)
-    scored = jnp.isfinite(rewards).all(axis=1)
+    _, scored = total(rewards, (1.0,) * len(names))
     metrics["rewards/unscored"] = masked.Mean.of(1.0 - scored.astype(jnp.float32), rows)
     return metrics
 

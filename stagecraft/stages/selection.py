@@ -5,7 +5,6 @@ arxiv.org/abs/2304.06767; Touvron et al. 2023, arxiv.org/abs/2307.09288, section
 """
 
 import collections
-import math
 
 import numpy as np
 
@@ -108,13 +107,17 @@ def _scores(part, groups, reward_model, functions, config):
     columns = []
     if reward_model is not None:
         prompts = [record["prompt"] for record in asked]
-        columns.append(reward_model.scores(prompts, answers))
+        values = np.asarray(reward_model.scores(prompts, answers), float)
+        columns.append(np.where(np.isfinite(values), values, verifiers.FAILED))
     if functions:
         texts, ended = zip(*answers, strict=True)
         columns += verifiers.scores_of(functions, asked, list(texts), list(ended))
     weights = tuple(config.reward_weights) or (1.0,) * len(columns)
-    sums = (np.array(columns).T @ np.array(weights)).tolist()
-    rewards = [value if math.isfinite(value) else None for value in sums]
+    sums, scored = verifiers.total(np.array(columns, float).T, weights)
+    rewards = [
+        value if fine else None
+        for value, fine in zip(sums.tolist(), scored.tolist(), strict=True)
+    ]
     size = config.samples
     return [rewards[i : i + size] for i in range(0, len(rewards), size)]
 

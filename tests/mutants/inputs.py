@@ -226,9 +226,31 @@ _VERIFIERS = in_file(
     "tests/signals",
     (
         "a verifier's NaN is a 0",
-        "return value if math.isfinite(value) else math.nan",
-        "return value if math.isfinite(value) else 0.0",
+        "return reward if math.isfinite(reward) else FAILED",
+        "return reward if math.isfinite(reward) else 0.0",
     ),
+    (
+        "a failure is no task",
+        "ABSTAINED, FAILED = math.nan, math.inf",
+        "ABSTAINED, FAILED = math.nan, math.nan",
+    ),
+    (
+        "reward weights ignored",
+        "weighted = finite * xp.asarray(weights, dtype=rewards.dtype)",
+        "weighted = 1.0 * finite",
+    ),
+    (
+        "one failure is made up for",
+        "~xp.isinf(rewards).any(axis=1)",
+        "~xp.isinf(rewards).all(axis=1)",
+    ),
+    ("every source must pay", "~abstained.all(axis=1)", "~abstained.any(axis=1)"),
+    (
+        "verifiers are given texts for messages",
+        'text if isinstance(prompt, str) else [dict(role="assistant", content=text)]',
+        "text",
+    ),
+    ("a run of failures goes on", "and not self._scored", "and self._scored"),
     ("verifiers see the end token", "row[:-1] if end else row", "row"),
 )
 

@@ -29,19 +29,6 @@ _ROLLOUT = in_file(
         "tests/stages/group_policy_test.py -k rewards",
     ),
     (
-        "reward weights ignored",
-        "weighted = rewards * jnp.asarray(weights, rewards.dtype)[None, :]",
-        "weighted = 1.0 * rewards",
-        "tests/stages/group_policy_test.py -k rewards",
-    ),
-    (
-        "one source suffices",
-        "jnp.isfinite(rewards).all(axis=1)",
-        "jnp.isfinite(rewards).any(axis=1)",
-        "tests/stages/group_policy_test.py -k rewards tests/mutation_gaps_test.py",
-        dict(within="total"),
-    ),
-    (
         "log-probs of the token after",
         "before = hidden[:, -new - 1 : -1]",
         "before = hidden[:, -new:]",
@@ -73,8 +60,8 @@ _ROLLOUT = in_file(
     ),
     (
         "verifiers are asked for rows that are none",
-        "rollouts.score(rollout, np.maximum(index, 0))",
-        "rollouts.score(rollout, index)",
+        "rollouts.score(samples, np.maximum(index, 0), state.step)",
+        "rollouts.score(samples, index, state.step)",
         "tests/stages/evaluate_test.py",
     ),
     (

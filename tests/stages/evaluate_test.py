@@ -55,7 +55,7 @@ class Verifiers:
     def __init__(self):
         self.records = []
 
-    def __call__(self, index, tokens, mask, ended):
+    def __call__(self, index, tokens, mask, ended, step):
         self.records += index.tolist()
         rewards = tokens[:, :1].astype(np.float64)
         return np.where(np.asarray(index)[:, None] % 2, np.nan, rewards)

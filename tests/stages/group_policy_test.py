@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagecraft import defaults, tree
-from stagecraft.signals.verifiers import Verifiers
+from stagecraft.signals.verifiers import Verifier, Verifiers
 from stagecraft.stages import group_policy
 from tests.stages import cases
 
@@ -35,7 +35,7 @@ def wide(prompts, completions, bonus):
 
 def verifiers(*functions, prompts=16):
     records = [{"prompt": f"p{i}", "bonus": 0.1 * i} for i in range(prompts)]
-    return Verifiers([(f.__name__, f) for f in functions], records, WORDS)
+    return Verifiers([Verifier(f.__name__, f) for f in functions], records, WORDS)
 
 
 def prepared(prompts=8, **changes):
@@ -270,7 +270,7 @@ def test_rloo_with_two_rewards_and_rows_that_nobody_could_score(rloo):
     model = cases.scalars(rloo.models["reward"], drawn)[rows, prompt + lengths - 1]
     words = lengths - drawn["ended"]  # the stop token is no word
     assert (words == 3).any()
-    verified = np.where(words == 3, np.nan, words + 0.1 * (rows // G))
+    verified = np.where(words == 3, np.inf, words + 0.1 * (rows // G))
     np.testing.assert_allclose(rloo.rewards[:, 0], model, atol=1e-4)
     np.testing.assert_allclose(rloo.rewards[:, 1], verified, atol=1e-5)
 
@@ -279,7 +279,7 @@ def test_rloo_with_two_rewards_and_rows_that_nobody_could_score(rloo):
         response_logps(rloo.models[k], kept) for k in ("policy", "reference")
     )
     kl = np.where(mask, policy - ref, 0).sum(1)
-    scores = np.where(scored, 0.5 * model + 2.0 * verified, 0)
+    scores = np.where(scored, 0.5 * model + 2.0 * verified, 0.0)
     advantages = by_group(scores - 0.05 * kl, scored, "leave_one_out", normalize=True)
     expected = np.where(mask & scored[:, None], advantages[:, None], 0)
     np.testing.assert_array_equal(kept["mask"], mask & scored[:, None])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft.signals.verifiers import Verifiers
+from stagecraft.signals.verifiers import Verifier, Verifiers
 from tests.stages import cases
 
 TAU = 0.7
@@ -29,7 +29,7 @@ def ranked():
             "online_preference",
             shared,
             without=("reward",),
-            verifiers=Verifiers([("short", short)], records, WORDS),
+            verifiers=Verifiers([Verifier("short", short)], records, WORDS),
             missing_eos_penalty=0.25,
         )
         state = made.init(jax.random.key(0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stagecraft import checkpoint, defaults, train, tree
-from stagecraft.signals.verifiers import Verifiers
+from stagecraft.signals.verifiers import Verifier, Verifiers
 from stagecraft.stages import policy
 from tests.stages import cases
 
@@ -39,7 +39,7 @@ def run():
         made, raw, config = cases.stage(
             "policy",
             shared,
-            verifiers=Verifiers([("odd", odd)], records, WORDS),
+            verifiers=Verifiers([Verifier("odd", odd)], records, WORDS),
             reward_weights=(1.0, 3.0),
             objective="ppo_policy,entropy_bonus",
             objective_weights=(1.0, 0.05),
