@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 
 from stagecraft import process, schema, storage
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 
 # The project (or experiment) of all runs, in each tracker's own terms.
 PROJECT = "stagecraft"
@@ -127,8 +127,7 @@ def names(text: str) -> list[str]:
         schema.choice("trackers", name, tuple(TRACKERS))
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"trackers={text!r}: {name} is not installed: pip install "
-                f"'stagecraft[{name}]'"
+                f"trackers={text!r}: {name} is not installed: {install(name)}"
             )
     return trackers
 

@@ -142,7 +142,7 @@ def test_names_are_checked_and_missing_packages_named(monkeypatch):
     with pytest.raises(UserError, match="did you mean 'wandb'"):
         trackers.names("wandbb")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'stagecraft\[mlflow\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[mlflow\]'"):
         trackers.names("mlflow")
 
 

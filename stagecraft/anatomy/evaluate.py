@@ -15,7 +15,7 @@ import jax
 from stagecraft import schema, storage
 from stagecraft.anatomy import behaviour, roles
 from stagecraft.anatomy.harness import Answers
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 from stagecraft.metrics import is_number
 
 FILE = "evaluations.json"
@@ -112,8 +112,7 @@ def _quiet():
     """Silences the harness's remarks, and its processes: a fork of JAX may hang."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "eval: lm-evaluation-harness is not installed: pip install "
-            "'stagecraft[eval]'"
+            f"eval: lm-evaluation-harness is not installed: {install('eval')}"
         )
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -23,7 +23,7 @@ from pathlib import Path
 from stagecraft import schema, storage
 from stagecraft.curate import classifier, inputs
 from stagecraft.curate.config import resolve
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 from stagecraft.text import tokenizer
 
 # Work of another version of these steps is not gone on with.
@@ -89,8 +89,8 @@ def _needs_datatrove():
         import datatrove.pipeline.dedup  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"curate: needs the package {error.name or 'datatrove'}; install "
-            "stagecraft[curate]"
+            f"curate: needs the package {error.name or 'datatrove'}: "
+            f"{install('curate')}"
         ) from None
     from loguru import logger
 

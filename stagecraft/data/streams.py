@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 
 COMPRESSED = (".gz", ".zst")
 _CHUNK = 2**20  # bytes
@@ -202,6 +202,5 @@ def optional(name, path):
     except ImportError:
         package = name.split(".")[0]
         raise UserError(
-            f"{path}: needs the package {package}; pip install 'stagecraft[data]', or "
-            f"{package} alone"
+            f"{path}: needs the package {package}: {install('data')}"
         ) from None

@@ -10,7 +10,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 
 # Matplotlib needs real colours: stand-ins that nothing else uses, replaced in the SVG.
 _INK, _MUTED, _RULE, _PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -78,7 +78,7 @@ def _matplotlib(name):
         import matplotlib
     except ImportError as error:
         raise UserError(
-            "the page's charts need Matplotlib: pip install 'stagecraft[report]'"
+            f"the page's charts need Matplotlib: {install('report')}"
         ) from error
     settings = {
         "svg.fonttype": "none",

@@ -15,7 +15,7 @@ import json
 import re
 from pathlib import Path
 
-from stagecraft.errors import UserError
+from stagecraft.errors import UserError, install
 from stagecraft.text.template import Refusal, Template, replaced, texts, unused
 
 MAIN = "tokenizer.json"
@@ -338,8 +338,7 @@ def _open(data, config, where):
         import tokenizers
     except ModuleNotFoundError:
         raise UserError(
-            f"{where}: needs the tokenizers library: pip install "
-            "'stagecraft[huggingface]'"
+            f"{where}: needs the tokenizers library: {install('huggingface')}"
         ) from None
     try:
         content = json.loads(data)

@@ -32,7 +32,7 @@ def test_stages_are_finished_and_write_text(tiny_run):
 
 def test_a_missing_harness_is_one_line(tiny_run, monkeypatch):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'stagecraft\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[eval\]'"):
         evaluate.evaluate(run.open_run(tiny_run), ("sft",), ("qa",))
 
 

@@ -250,7 +250,11 @@ _VERIFIERS = in_file(
         'text if isinstance(prompt, str) else [dict(role="assistant", content=text)]',
         "text",
     ),
-    ("a run of failures goes on", "and not self._scored", "and self._scored"),
+    (
+        "a run of failures goes on",
+        "errors and len(errors) == len(rewards) and not self._scored",
+        "errors and len(errors) == len(rewards) and self._scored",
+    ),
     ("verifiers see the end token", "row[:-1] if end else row", "row"),
 )
 

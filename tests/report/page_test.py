@@ -237,7 +237,7 @@ def test_not_a_run(tmp_path):
 
 def test_matplotlib_missing_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'stagecraft\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[report\]'"):
         page.write(run)
 
 
