@@ -1,11 +1,14 @@
-"""This process: which of a program's processes it is, its memory, its end."""
+"""This process: which of a program's processes it is, its memory, programs and end."""
 
 import ctypes
 import functools
+import hashlib
 import multiprocessing
 import os
+import platform
 import sys
 import threading
+from pathlib import Path
 
 # glibc's mallopt: parameters by number, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -40,6 +43,37 @@ def keep_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_ARENA_MAX, 1)
+
+
+def reuse_programs() -> None:
+    """Keeps compiled programs in one folder for all of a user's runs and commands.
+
+    $JAX_COMPILATION_CACHE_DIR where it is set, else ~/.cache/stagecraft/compiled (or
+    $XDG_CACHE_HOME), apart by processor: a program for a CPU holds the instructions of
+    the machine that compiled it. On a CPU small programs are kept too, which many
+    commands consist of.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "stagecraft" / "compiled" / _processor()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _processor():
+    """Returns a name of this machine's kind of processor."""
+    name = f"{platform.machine()} {platform.processor()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -43,6 +43,7 @@ from stagecraft.text import tokenizer as tokenizers
 
 def open_run(root: str | Path) -> Run:
     """Returns the run of an existing work directory."""
+    process.reuse_programs()
     root = Path(root)
     stored = runs.read_config(root)
     if stored is None:
@@ -83,10 +84,7 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     root = Path(root)
     this = Run(root, config, stages=experiment.order(config))
     _claim(this)
-    if not jax.config.jax_compilation_cache_dir:
-        # Stages that differ in numbers alone share programs, and a resumed run starts
-        # at once.
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    process.reuse_programs()
     names = experiment.order(config, only)
     unfinished = [name for name in names if not this.finished(name)]
     _check_parents(this, names)
