@@ -4,16 +4,14 @@ A UserError is printed as one line and ends the command with status 2; `--debug`
 the traceback. Any other exception is a bug in the library and is shown whole.
 """
 
-import importlib.util
 import logging
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from stagecraft import commands, schema
+from stagecraft import commands, config_files, schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -105,9 +103,7 @@ def _define(flag, config, argv):
 
 
 def _take_config(argv):
-    """Loads --config=FILE[:ARG]; the file runs here and never again.
-
-    It may write the data that it names.
+    """Loads --config=EXPERIMENT[:ARG]; the file runs here and never again.
 
     Returns:
         the config, or None without the flag; and the other arguments.
@@ -121,29 +117,10 @@ def _take_config(argv):
             rest.append(argument)
     if value is None:
         return None, rest
-    path, _, argument = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(
-            f"--config={path}: no such file; experiments lie in experiments/"
-        )
-    # An experiment file may import its neighbours: experiments.common.
-    for folder in (str(Path(path).absolute().parent.parent), os.getcwd()):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    config = _load(path, argument)
+    name, _, argument = value.partition(":")
+    config = config_files.load(config_files.find(name), argument)
     _check_overrides(config, rest)
     return config, rest
-
-
-def _load(path, argument):
-    """Returns what the experiment's get_config returns, before any override."""
-    spec = importlib.util.spec_from_file_location("experiment_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={path}: has no function get_config(arg)")
-    config = module.get_config(argument)
-    return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 
 def _check_overrides(config, argv):

@@ -59,27 +59,62 @@ def takes(*taken, words=False):
 
 
 @takes(
-    Flag("config", None, "an experiment: FILE[:ARG]", CONFIG),
+    Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
     WORKDIR,
     Flag("only", "", "stages to run, as in sft,dpo; all by default"),
 )
 def run_(rest):
     """Run or resume a graph of stages.
 
-    stagecraft run --config=experiments/quickstart.py --workdir=runs/a
+    stagecraft run --config=quickstart --workdir=runs/a
     stagecraft run --config=FILE:tiny,beta=0.5 --workdir=DIR --only=sft,dpo
     stagecraft run --config=FILE --workdir=DIR --config.stages.sft.optimizer.lr=1e-3
 
-    What follows the colon goes to the file's get_config; --config.KEY=VALUE overrides
-    one key. The same command again goes on where it stopped; finished stages are
-    skipped.
+    The experiment is a file, or one of `stagecraft list`. What follows the colon goes
+    to its get_config; --config.KEY=VALUE overrides one key. The same command again goes
+    on where it stopped; finished stages are skipped.
     """
     from stagecraft import run
 
     only = schema.listed(FLAGS.only)
     if FLAGS.config is None:
-        raise UserError("--config is missing, as in --config=experiments/quickstart.py")
+        raise UserError("--config is missing, as in --config=quickstart")
     run.run(FLAGS.config, _workdir(), only=only)
+
+
+@takes()
+def list_(rest):
+    """List the experiments, kinds of stage, objectives and model families.
+
+    stagecraft list
+    """
+    from stagecraft import config_files, losses
+    from stagecraft.models import families
+    from stagecraft.stages import kinds
+
+    width = max(map(len, config_files.shipped()))
+    print("experiments (stagecraft run --config=NAME):")
+    for name, line in config_files.shipped().items():
+        print(f"  {name:<{width}}  {line}")
+    print("kinds of stage:\n  " + ", ".join(kinds.KINDS))
+    print("objectives:")
+    for title, table in losses.TABLES.items():
+        print(f"  {title}: {', '.join(table)}")
+    print("model families:\n  " + ", ".join(families.FAMILIES))
+
+
+@takes(Flag("from", "quickstart", "the experiment to copy"), words=True)
+def new(rest):
+    """Copy an experiment to a file of your own, to edit.
+
+    stagecraft new mine.py --from=objectives
+    """
+    from stagecraft import config_files
+
+    if len(rest) != 1:
+        raise UserError("give one file: stagecraft new mine.py --from=quickstart")
+    path = config_files.copy(FLAGS["from"].value, rest[0])
+    print(f"{path}\nstagecraft run --config={path} --workdir=runs/{path.stem}")
 
 
 @takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"), words=True)
@@ -193,15 +228,15 @@ def eval_(rest):
 
 
 @takes(
-    Flag("config", None, "a curation: FILE[:ARG]", CONFIG),
+    Flag("config", None, "a curation: a file or a name, [:ARG]", CONFIG),
     Flag("executor", "local", "or ray:ADDRESS, or slurm:partition=NAME,time=HH:MM:SS"),
     Flag("workers", os.cpu_count() or 1, "tasks at once"),
 )
 def curate(rest):
     """Curate raw text: filter, deduplicate, score and tokenise it, and report on it.
 
-    stagecraft curate --config=experiments/curate.py:in=raw/*.jsonl.gz,out=clean
-    stagecraft curate --config=experiments/curate.py:in=FILES,out=DIR,tokenizer=FILE
+    stagecraft curate --config=curate:in=raw/*.jsonl.gz,out=clean
+    stagecraft curate --config=curate:in=FILES,out=DIR,tokenizer=FILE
     stagecraft curate --config=FILE:in=FILES,out=DIR --config.minhash.n_grams=8
     stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
 
@@ -220,7 +255,7 @@ def curate(rest):
     from stagecraft.report import curation as page
 
     if FLAGS.config is None:
-        raise UserError("--config is missing, as in --config=experiments/curate.py:...")
+        raise UserError("--config is missing, as in --config=curate:in=FILES,out=DIR")
     how = dict(executor=FLAGS.executor, workers=FLAGS.workers)
     if curation.curate(FLAGS.config, **how) is not None:
         path = Path(FLAGS.config.out) / "report.html"
@@ -327,6 +362,8 @@ def _bytes(flag, text):
 
 COMMANDS = {
     "run": run_,
+    "list": list_,
+    "new": new,
     "prompt": prompt,
     "chat": chat,
     "report": report_,

@@ -49,7 +49,7 @@ def open_run(root: str | Path) -> Run:
     if stored is None:
         raise UserError(
             f"{root}: no run here (no config.json); start one with: "
-            "stagecraft run --config=experiments/quickstart.py "
+            "stagecraft run --config=quickstart "
             f"--workdir={root}"
         )
     folder = root / runs.TOKENIZER

@@ -37,7 +37,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange",),
+    ("exchange", "config_files"),
     ("commands",),
     ("cli",),
     ("__main__",),
