@@ -13,19 +13,12 @@ from stagecraft import losses
 
 START = "<!-- objectives: python -m stagecraft.losses docs/objectives.md -->"
 END = "<!-- end of objectives -->"
-FAMILIES = {
-    "tokens": losses.TOKENS,
-    "rewards": losses.REWARDS,
-    "pairs": losses.PAIRS,
-    "single completions": losses.UNPAIRED,
-    "sampled tokens": losses.POLICY,
-}
 
 
 def table() -> str:
     """Returns the Markdown table: name, what it is, what it takes, its source."""
     lines = ["| objective | what it is | takes | source |", "|---|---|---|---|"]
-    for title, family in FAMILIES.items():
+    for title, family in losses.TABLES.items():
         lines.append(f"| **{title}** | | | |")
         for loss in dict.fromkeys(family.values()):
             names = [f"`{name}`" for name, other in family.items() if other is loss]

@@ -9,7 +9,7 @@ from stagecraft import losses
 from stagecraft.losses import __main__ as page
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
-FAMILIES = page.FAMILIES.values()
+FAMILIES = losses.TABLES.values()
 LOSSES = {function: name for family in FAMILIES for name, function in family.items()}
 
 
