@@ -233,11 +233,9 @@ def make_objective(config):
             model, batch, temperature, entropy_gradient="entropy" in loss_fn.needs
         )
         logps = masked.clear(stats.logps, mask)
-        # One step on a fresh rollout: the policy that sampled is the one being trained.
-        old = batch.get("old_logps", jax.lax.stop_gradient(logps))
         offered = {
             "logps": logps,
-            "old_logps": masked.clear(old, mask),
+            "old_logps": rollout.old_logps(batch, logps),
             "advantages": batch["advantages"],
             "mask": mask,
             "entropy": stats.entropy,

@@ -20,6 +20,7 @@ from stagecraft.stages.preference import (
     make_objective,
     reference_logps,
 )
+from stagecraft.stages.reference import begins_as_reference
 
 
 def make(config, context):
@@ -36,7 +37,7 @@ def make(config, context):
     """
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    loss_objective, needs = make_objective(config)
+    loss_objective, needs = make_objective(config, begins_as_reference(context))
     trained = stage.trained(config, context.parents["start"], mesh)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=2)
