@@ -37,9 +37,9 @@ OFFERS = {
 }
 PLACES = {"policy": "B T"}
 
-# Also logged for the first minibatch alone, where the policy has not moved yet: ratio 1,
-# nothing clipped, and old log-probabilities equal to the update's own but for rounding,
-# or the two sides disagree about what was sampled.
+# Also logged for the first minibatch alone, where the policy has not moved yet: ratio 1
+# and nothing clipped. The gap is that of the old log-probabilities to the update's own:
+# rounding, or the two sides disagree about what was sampled.
 FIRST = (
     "val/ratio",
     "policy/ratio_max",
