@@ -274,8 +274,8 @@ def _check(where, config, experiment, mesh):
     scales = ("group", "batch", "none")
     schema.choice(f"{where}.scale_rewards", config.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", config.aggregation, losses.AGGREGATIONS)
-    # In the reward the penalty is the log-ratio itself, whatever the estimator's name.
-    checks.kl(where, config, {"reward": (), "loss": ("k2", "k3")})
+    # In the reward the penalty is k1, the log-ratio itself; "k3" is the key unset.
+    checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
     if config.kl_bias_correction and config.kl_estimator != "k3":
         raise UserError(
             f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
@@ -286,7 +286,7 @@ def _check(where, config, experiment, mesh):
             f"{where}.overlong_cache={config.overlong_cache}: expected from 0 (off) to "
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     rows = checks.epochs(where, config, config.batch_size * config.group_size)
     # Prompts, before each is sampled from several times.
     prompts = config.batch_size * config.oversample
@@ -295,6 +295,24 @@ def _check(where, config, experiment, mesh):
         where, config, experiment, mesh, KIND, rows=rows, at_once=at_once
     )
     checks.sequence_losses(where, config, loss, config.aggregation)
+    _check_unread(where, config)
+    if not config.kl_coef:
+        checks.reference(where, config, loss)
+
+
+def _check_unread(where, config):
+    """Refuses keys that another key leaves without an effect."""
+    because, keys = f"advantage={config.advantage!r}", []
+    if config.advantage != "group":
+        keys.append("scale_rewards")
+    if config.advantage != "leave_one_out":
+        keys.append("normalize_advantages")
+    if not config.advantage.startswith("returns"):
+        keys.append("discount")
+    reasons = dict.fromkeys(keys, because)
+    if config.kl_placement == "reward":
+        reasons["kl_bias_correction"] = "kl_placement='reward'"
+    checks.unread(where, config, reasons)
 
 
 KIND = Kind(

@@ -127,7 +127,7 @@ def rank_pairs(config, rollouts, samples, rewards):
 
 def _check(where, config, experiment, mesh):
     checks.rewards(where, config)
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     loss = checks.training(where, config, experiment, mesh, KIND)
     check_pairs(where, config, loss)
 

@@ -400,12 +400,12 @@ def _conclude(config, state, batch, metrics):
 
 
 def _check(where, config, experiment, mesh):
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     checks.rewards(where, config)
     rows = checks.epochs(where, config, config.batch_size)
     checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
     schema.choice(f"{where}.score_placement", config.score_placement, ("A", "B"))
-    make_optimizers(config)
+    _check_unread(where, config)
     data = config.data
     if bool(data.ptx) != bool(data.ptx_rows):
         raise UserError(
@@ -420,6 +420,27 @@ def _check(where, config, experiment, mesh):
         )
     loss = checks.training(where, config, experiment, mesh, KIND, rows=rows)
     checks.sequence_losses(where, config, loss)
+
+
+def _check_unread(where, config):
+    """Refuses keys that another key leaves without an effect."""
+    keys = {}
+    if not config.kl_target:
+        keys["kl_horizon"] = "kl_target=0.0"
+    if config.replace_missing_eos:
+        keys["missing_eos_penalty"] = "replace_missing_eos=True"
+    else:
+        keys["missing_eos_score"] = "replace_missing_eos=False"
+    if not config.data.ptx:
+        keys |= dict.fromkeys(("ptx_coef", "data.ptx_length"), "data.ptx=''")
+    name = config.value_optimizer.name
+    if name:
+        checks.optimizer(where, config, "value_optimizer")
+        keys["value_lr_scale"] = f"value_optimizer.name={name!r}"
+    else:
+        own = [f"value_optimizer.{key}" for key in config.value_optimizer]
+        keys |= dict.fromkeys(own, "value_optimizer.name=''")
+    checks.unread(where, config, keys)
 
 
 KIND = Kind(

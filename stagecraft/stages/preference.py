@@ -212,6 +212,13 @@ def check_pairs(where: str, config: ConfigDict, loss: objective.Loss) -> None:
             f"objective={config.objective!r} has no loss of pairs"
         )
     schema.choice(f"{where}.f_divergence", config.f_divergence, losses.DIVERGENCES)
+    if config.f_divergence != "alpha":
+        because = f"f_divergence={config.f_divergence!r}"
+        checks.unread(where, config, {"alpha": because})
+    if "rows" not in loss.places:
+        because = f"objective={config.objective!r}, which has no loss of pairs"
+        checks.unread(where, config, {"ld_alpha": because})
+    checks.reference(where, config, loss)
     if "scores" in loss.needs:
         return
     for key, unset in (("f_divergence", "reverse_kl"), ("reference_free", False)):

@@ -225,6 +225,7 @@ def _check(where, config, experiment, mesh):
     checks.length(where, config, experiment)
     checks.moving_reference(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
+    checks.reference(where, config, loss)
     if "kl" in loss.needs and config.batch_size < 2:
         raise UserError(
             f"{where}.batch_size={config.batch_size}: {config.objective} measures each "
