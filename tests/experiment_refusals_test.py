@@ -365,7 +365,7 @@ STRETCHED = {
 @pytest.mark.parametrize("scaling", STRETCHED)
 @pytest.mark.parametrize("kind", ["policy", "group_policy", "online_preference"])
 def test_a_model_that_scores_otherwise_than_it_samples(kind, scaling, tmp_path):
-    """Its own length moves the wavelengths: refused where a completion may get there."""
+    """Wavelengths move with the length: refused where a completion may get there."""
     model = dict(rope_scaling=scaling, head_dim=32, **STRETCHED[scaling])
 
     def resolve(parent="base", **changes):

@@ -283,7 +283,7 @@ _UNPAIRED = in_file(
     (
         "kto's z of rounding before the first step",
         'own = {"ref_logps": logps, "kl": 0.0, "delta": 0.0}',
-        'own = {"ref_logps": logps} | given',
+        'own = given | {"ref_logps": logps}',
         "tests/stages/unmoved_test.py -k 'prefers_nothing and unpaired'",
     ),
     (
