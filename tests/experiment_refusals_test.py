@@ -206,7 +206,20 @@ SETTINGS = [
         )
         for kind in ("policy", "group_policy")
     ),
-    ("policy", dict(kl_estimator="k2"), "kl_estimator='k2': expected .* 'k1', 'k3'"),
+    (
+        "policy",
+        dict(kl_estimator="k2"),
+        "kl_estimator='k2' with kl_placement='reward': expected 'k1' or 'k3'",
+    ),
+    *(
+        (
+            "group_policy",
+            dict(kl_coef=0.1, kl_placement="reward", kl_estimator=estimator),
+            f"kl_estimator='{estimator}' with kl_placement='reward': expected 'k1'",
+        )
+        for estimator in ("k2", "k3")
+    ),
+    ("policy", dict(kl_estimator="k9"), "kl_estimator='k9': expected .* 'k1', 'k3'"),
     ("policy", dict(kl_placement="lss"), "kl_placement='lss': .* mean 'loss'"),
     ("policy", dict(kl_coef=-0.1), "kl_coef=-0.1: expected 0 or more"),
     (
@@ -317,7 +330,12 @@ WITHOUT_EFFECT = [
     ),
     (
         "group_policy",
-        dict(kl_bias_correction=True, kl_placement="reward", kl_coef=0.1),
+        dict(
+            kl_bias_correction=True,
+            kl_placement="reward",
+            kl_estimator="k1",
+            kl_coef=0.1,
+        ),
         *("kl_bias_correction=True", "kl_placement='reward'"),
     ),
     ("group_policy", dict(kl_bias_correction=True), "kl_bias_corr", "kl_coef=0.0"),
@@ -335,7 +353,7 @@ WITHOUT_EFFECT = [
     ("reward", dict(lora=dict(alpha=8.0)), "lora.alpha=8.0", "lora.rank=0"),
     ("language_model", dict(lora=dict(dropout=0.1)), "lora.dropout", "lora.rank=0"),
     ("reward", dict(optimizer=dict(momentum=0.9)), "optimizer.momentum", "adamw"),
-    ("reward", dict(optimizer=dict(decay_share=0.5)), "decay_share", "'cosine'"),
+    ("reward", dict(optimizer=dict(decay_share=0.5)), "optimizer.decay", "'cosine'"),
 ]
 
 

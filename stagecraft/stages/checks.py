@@ -1,6 +1,6 @@
 """What several kinds of stages refuse in a config, each in one line that says where."""
 
-from stagecraft import defaults, optim, schema, sharding
+from stagecraft import defaults, losses, optim, schema, sharding
 from stagecraft.data import mixture
 from stagecraft.errors import UserError
 from stagecraft.models import locate, lora
@@ -288,4 +288,10 @@ def kl(where, config, estimators):
             "gradient on the policy's own samples is zero, so it would hold nothing "
             "back; use 'k2' or 'k3' in the loss, or 'k1' in the reward"
         )
-    schema.choice(f"{where}.kl_estimator", given, estimators[config.kl_placement])
+    allowed = estimators[config.kl_placement]
+    if given not in allowed and given in losses.ESTIMATORS:
+        raise UserError(
+            f"{where}.kl_estimator={given!r} with kl_placement={config.kl_placement!r}:"
+            f" expected {' or '.join(map(repr, allowed))}"
+        )
+    schema.choice(f"{where}.kl_estimator", given, allowed)

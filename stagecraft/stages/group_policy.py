@@ -136,7 +136,9 @@ def score_groups(
         kl = losses.k1(old.logps, ref.logps)
         metrics["objective/kl"] = of(masked.sum(kl, mask, axis=-1))
         if config.kl_placement == "reward":
-            penalty = config.kl_coef * masked.clear(kl, mask)
+            estimate = losses.ESTIMATORS[config.kl_estimator]
+            by_token = estimate(old.logps, ref.logps)
+            penalty = config.kl_coef * masked.clear(by_token, mask)
     advantages = _advantages(scores, scored, mask, penalty, config)
     metrics["reward_std"] = of(_group_std(scores, scored, config))
     # Rows no source could score, and with the filter those cut off, teach nothing.
@@ -274,8 +276,7 @@ def _check(where, config, experiment, mesh):
     scales = ("group", "batch", "none")
     schema.choice(f"{where}.scale_rewards", config.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", config.aggregation, losses.AGGREGATIONS)
-    # In the reward the penalty is k1, the log-ratio itself; "k3" is the key unset.
-    checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
+    checks.kl(where, config, {"reward": ("k1",), "loss": ("k2", "k3")})
     if config.kl_bias_correction and config.kl_estimator != "k3":
         raise UserError(
             f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
