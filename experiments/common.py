@@ -79,7 +79,8 @@ def tiny(config, steps=2):
         stage.steps = steps
         stage.batch_size = 16  # so that minibatches divide over eight devices
         stage.optimizer.warmup_steps = 0
-        stage.optimizer.decay_share = 1.0
+        if stage.optimizer.schedule == "wsd":
+            stage.optimizer.decay_share = 1.0
         stage.every = dict(log=1, eval=0, save=0, sample=0)
         if "sampling" in stage:
             stage.sampling.max_new_tokens = 8

@@ -72,7 +72,7 @@ PPO = {
     ),
     "ppo_ptx": dict(data=dict(ptx="world:text.jsonl", ptx_rows=16)),
     "ppo_own_critic_optimizer": dict(
-        value_optimizer=dict(name="adamw", lr=3e-4, warmup_steps=0)
+        value_optimizer=dict(name="adamw", lr=3e-4, warmup_steps=0), value_lr_scale=1.0
     ),
 }
 # Arms over prompts without a critic: G samples a prompt are each other's baseline.

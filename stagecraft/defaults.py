@@ -266,7 +266,7 @@ def _group_policy():
     c.minibatches = 1
     c.kl_coef = 0.0
     c.kl_placement = "loss"  # or "reward"
-    c.kl_estimator = "k3"  # or "k2"; of a KL in the loss
+    c.kl_estimator = "k3"  # or "k2"; of a KL in the reward "k1"
     c.kl_bias_correction = False  # k3 times the probability ratio
     c.missing_eos_penalty = 0.0
     c.mask_truncated = False  # DAPO's filter: what was cut off teaches nothing

@@ -71,6 +71,15 @@ DIRECTIONS = {
     "rmsprop": lambda c: optax.scale_by_rms(decay=c.b2, eps=c.eps, eps_in_sqrt=False),
     "sgd": lambda c: optax.identity(),
 }
+# The settings that only some directions read, and which these do.
+_OWN = ("b1", "b2", "eps", "momentum", "update_rms")
+_READ = {
+    "adamw": ("b1", "b2", "eps"),
+    "adam": ("b1", "b2", "eps"),
+    "lion": ("b1", "b2"),
+    "muon": _OWN,
+    "rmsprop": ("b2", "eps"),
+}
 
 # The learning rate after warm-up; each takes (config, steps, steps of decay).
 SCHEDULES = {
@@ -151,6 +160,17 @@ def _validate(config, steps):
             "optimizer.weight_decay must be 0 with adam, which has none, got "
             f"{config.weight_decay!r}; adamw is Adam with decay"
         )
+
+
+def unread(config: ConfigDict) -> dict[str, str]:
+    """Returns {setting: why} of those that change nothing beside the others."""
+    read = _READ.get(config.name, ())
+    keys = {k: f"name={config.name!r}" for k in _OWN if k not in read}
+    if config.schedule == "constant":
+        keys["end_ratio"] = "schedule='constant'"
+    if config.schedule != "wsd":
+        keys["decay_share"] = f"schedule={config.schedule!r}"
+    return keys
 
 
 def _decay_steps(config, steps):

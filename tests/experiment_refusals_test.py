@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from stagecraft import defaults, experiment, run, schema, storage
 from stagecraft.errors import UserError
+from stagecraft.lineage import StageRecord
 
 PARENTS = {
     "language_model": {},
@@ -205,7 +206,20 @@ SETTINGS = [
         )
         for kind in ("policy", "group_policy")
     ),
-    ("policy", dict(kl_estimator="k2"), "kl_estimator='k2': expected .* 'k1', 'k3'"),
+    (
+        "policy",
+        dict(kl_estimator="k2"),
+        "kl_estimator='k2' with kl_placement='reward': expected 'k1' or 'k3'",
+    ),
+    *(
+        (
+            "group_policy",
+            dict(kl_coef=0.1, kl_placement="reward", kl_estimator=estimator),
+            f"kl_estimator='{estimator}' with kl_placement='reward': expected 'k1'",
+        )
+        for estimator in ("k2", "k3")
+    ),
+    ("policy", dict(kl_estimator="k9"), "kl_estimator='k9': expected .* 'k1', 'k3'"),
     ("policy", dict(kl_placement="lss"), "kl_placement='lss': .* mean 'loss'"),
     ("policy", dict(kl_coef=-0.1), "kl_coef=-0.1: expected 0 or more"),
     (
@@ -244,7 +258,163 @@ SETTINGS = [
     ("comparisons", dict(soft_labels=True), "soft_labels=True: needs rater='reward'"),
     ("comparisons", dict(rater="reward"), "rater='reward' and reward_from go together"),
     ("online_preference", dict(sampling=dict(temperature=0.0)), "expected more than 0"),
+    *(
+        (kind, dict(sampling={key: value}), f"sampling.{key}={value}: .* whole distri")
+        for kind in ("policy", "group_policy", "online_preference")
+        for key, value in (("top_k", 5), ("top_p", 0.9))
+    ),
+    *(
+        (
+            kind,
+            dict(lora=dict(rank=2, dropout=0.1)),
+            "lora.dropout=0.1: .* compares log-probabilities .* expected 0",
+        )
+        for kind in (
+            *("policy", "group_policy", "online_preference"),
+            *("preference", "unpaired_preference"),
+        )
+    ),
 ]
+
+# Keys that change nothing beside another: the keys set, the one refused, and why.
+WITHOUT_EFFECT = [
+    ("policy", dict(kl_target=1.0, kl_coef=0.0), "kl_target=1.0", "kl_coef=0.0"),
+    ("policy", dict(kl_placement="loss", kl_coef=0.0), "kl_placement", "kl_coef=0.0"),
+    ("policy", dict(kl_horizon=50.0), "kl_horizon=50.0", "kl_target=0.0"),
+    ("policy", dict(missing_eos_score=-3.0), "missing_eos_score", "replace_missing"),
+    (
+        "policy",
+        dict(missing_eos_penalty=2.0, replace_missing_eos=True),
+        *("missing_eos_penalty=2.0", "replace_missing_eos=True"),
+    ),
+    ("policy", dict(ptx_coef=0.5), "ptx_coef=0.5", "data.ptx=''"),
+    ("policy", dict(data=dict(ptx_length=32)), "data.ptx_length=32", "data.ptx=''"),
+    (
+        "policy",
+        dict(value_lr_scale=3.0, value_optimizer=dict(name="adamw")),
+        *("value_lr_scale=3.0", "value_optimizer.name='adamw'"),
+    ),
+    (
+        "policy",
+        dict(value_optimizer=dict(lr=1e-3)),
+        *("value_optimizer.lr=0.001", "value_optimizer.name=''"),
+    ),
+    (
+        "policy",
+        dict(value_optimizer=dict(name="sgd", b1=0.5)),
+        *("value_optimizer.b1=0.5", "value_optimizer.name='sgd'"),
+    ),
+    *(
+        (
+            "group_policy",
+            dict(scale_rewards="none", advantage=advantage),
+            *("scale_rewards='none'", f"advantage='{advantage}'"),
+        )
+        for advantage in ("leave_one_out", "returns", "returns_baseline")
+    ),
+    *(
+        (
+            "group_policy",
+            dict(normalize_advantages=True, advantage=advantage),
+            *("normalize_advantages=True", f"advantage='{advantage}'"),
+        )
+        for advantage in ("group", "returns", "returns_baseline")
+    ),
+    *(
+        (
+            "group_policy",
+            dict(discount=0.9, advantage=advantage),
+            *("discount=0.9", f"advantage='{advantage}'"),
+        )
+        for advantage in ("group", "leave_one_out")
+    ),
+    (
+        "group_policy",
+        dict(
+            kl_bias_correction=True,
+            kl_placement="reward",
+            kl_estimator="k1",
+            kl_coef=0.1,
+        ),
+        *("kl_bias_correction=True", "kl_placement='reward'"),
+    ),
+    ("group_policy", dict(kl_bias_correction=True), "kl_bias_corr", "kl_coef=0.0"),
+    ("group_policy", dict(kl_estimator="k2"), "kl_estimator='k2'", "kl_coef=0.0"),
+    ("group_policy", dict(reference_from="base"), "reference_from", "no reference"),
+    *(
+        ("preference", dict(objective="simpo") | changes, next(iter(changes)), "simpo")
+        for changes in (dict(reference_from="base"), dict(sync_every=4))
+    ),
+    ("preference", dict(sync_alpha=0.5), "sync_alpha=0.5", "sync_every=0"),
+    ("unpaired_preference", dict(sync_alpha=0.5), "sync_alpha=0.5", "sync_every=0"),
+    ("online_preference", dict(alpha=0.25), "alpha=0.25", "f_divergence='reverse_kl'"),
+    ("preference", dict(objective="sft", ld_alpha=0.5), "ld_alpha=0.5", "no loss of"),
+    ("selection", dict(threshold=1.0), "threshold=1.0", "keep='best'"),
+    ("reward", dict(lora=dict(alpha=8.0)), "lora.alpha=8.0", "lora.rank=0"),
+    ("language_model", dict(lora=dict(dropout=0.1)), "lora.dropout", "lora.rank=0"),
+    ("reward", dict(optimizer=dict(momentum=0.9)), "optimizer.momentum", "adamw"),
+    ("reward", dict(optimizer=dict(decay_share=0.5)), "optimizer.decay", "'cosine'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "key", "because"), WITHOUT_EFFECT)
+def test_a_key_that_changes_nothing_is_refused(kind, changes, key, because):
+    says = f"^stages.it.{key}.*: changes nothing with .*{because}.*; change that, or "
+    with pytest.raises(UserError, match=says) as error:
+        experiment.resolve(graph(kind, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_without_loss_scaling_is_not_trained():
+    c = graph("reward")
+    c.model.dtype = "float16"
+    with pytest.raises(UserError, match="model.dtype='float16': .* use 'bfloat16'"):
+        experiment.resolve(c)
+    c.model.dtype = "bfloat16"
+    experiment.resolve(c)
+
+
+STRETCHED = {
+    "dynamic": dict(rope_arguments=(2.0, 48)),
+    "longrope": dict(rope_arguments=((1.0,) * 16, (2.0,) * 16, 48, 1.0)),
+}
+
+
+@pytest.mark.parametrize("scaling", STRETCHED)
+@pytest.mark.parametrize("kind", ["policy", "group_policy", "online_preference"])
+def test_a_model_that_scores_otherwise_than_it_samples(kind, scaling, tmp_path):
+    """Wavelengths move with the length: refused where a completion may get there."""
+    model = dict(rope_scaling=scaling, head_dim=32, **STRETCHED[scaling])
+
+    def resolve(parent="base", **changes):
+        c = graph(kind, **(dict(start_from=parent) | changes))
+        if parent == "base":
+            c.model.update(model)
+        return experiment.resolve(c)
+
+    says = f"stages.it.start_from: .*rope_scaling='{scaling}'.* beyond 48 tokens"
+    with pytest.raises(UserError, match=says) as error:
+        resolve()
+    assert "\n" not in str(error.value)
+    # Up to that length it is scored as it is sampled.
+    short = dict(data=dict(prompt_length=16), sampling=dict(max_new_tokens=32))
+    resolve(**short)
+    with pytest.raises(UserError, match="up to 49 is not scored as it was sampled"):
+        resolve(data=dict(prompt_length=17), sampling=dict(max_new_tokens=32))
+    # A finished stage of another run says what its model is.
+    folder = finished(tmp_path / "other" / "sft", model)
+    with pytest.raises(UserError, match=says):
+        resolve(parent=folder)
+    resolve(parent=folder, **short)
+
+
+def finished(folder, model):
+    """The record of a finished stage with a model of these fields; its folder."""
+    fields = dict(defaults.model(), vocab_size=64, family="llama") | model
+    StageRecord(
+        "language_model", "", finished=True, module="transformer", model=fields
+    ).write(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize(("kind", "changes", "says"), SETTINGS)

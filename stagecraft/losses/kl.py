@@ -5,7 +5,7 @@ from jax import Array
 
 from stagecraft import masked, schema
 from stagecraft.errors import UserError
-from stagecraft.losses.policy import probability_ratio
+from stagecraft.losses.policy import MAX_LOG_RATIO, probability_ratio
 from stagecraft.losses.types import Result
 
 
@@ -32,8 +32,12 @@ def k2(logps: Array, ref_logps: Array) -> Array:
 
 
 def k3(logps: Array, ref_logps: Array) -> Array:
-    """q/p - 1 - log(q/p): never negative and unbiased. Arguments as in `k1`."""
-    difference = k1(logps, ref_logps)
+    """q/p - 1 - log(q/p): never negative and unbiased. Arguments as in `k1`.
+
+    The ratio q/p ends at e^20, as `policy.probability_ratio` does: where p is lower
+    still, the value stays e^20 - 21 and the gradient is 0.
+    """
+    difference = jnp.maximum(k1(logps, ref_logps), -MAX_LOG_RATIO)
     return jnp.exp(-difference) - 1 + difference
 
 
@@ -63,7 +67,7 @@ def kl_in_loss(
         ref_logps: f32[B, T], the same under the frozen reference, same temperature.
         old_logps: f32[B, T], the same under the policy that sampled; read only for
             `bias_correction`.
-        estimator: "k2" or "k3".
+        estimator: "k2" or "k3", whose ratio is limited, see `k3`.
         bias_correction: multiply "k3" by the probability ratio to `old_logps`.
 
     Returns:
@@ -241,6 +245,7 @@ def adaptive(
 
 
 __all__ = [
+    "ESTIMATORS",
     "adaptive",
     "k1",
     "k2",

@@ -68,7 +68,7 @@ def dft(logps: Array) -> Result:
     >>> [round(float(x), 4) for x in loss[0]]
     [0.3466, 0.0]
     """
-    return -jax.lax.stop_gradient(jnp.exp(logps)) * logps, {}
+    return -jax.lax.stop_gradient(jnp.exp(jnp.minimum(logps, 0.0))) * logps, {}
 
 
 def z_loss(log_z: Array) -> Result:

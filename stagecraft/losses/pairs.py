@@ -19,7 +19,8 @@ from stagecraft.errors import UserError
 from stagecraft.losses.types import Metrics, Result
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-_LARGEST = 80.0  # nats: e^80 is still finite in float32
+_LARGEST = 40.0  # nats: the square of e^40 is still finite in float32
+_STEEPEST = math.exp(20)  # of a score in a square: its gradient has a square too
 
 
 def check_positive(**values: float) -> None:
@@ -93,6 +94,31 @@ def difference(pair: Array) -> Array:
     return pair[:, 0] - pair[:, 1]
 
 
+def bend(x: Array, power: float) -> Array:
+    """Returns (e^(power x) - 1) / power, with x as its limit at power 0.
+
+    Args:
+        x: f32[...], nats.
+        power: 0 for `x` itself.
+
+    Returns:
+        f32[...], e^40 in size at most; beyond that the gradient is 0.
+    """
+    if abs(power) < 1e-6:
+        return x
+    largest = _LARGEST + min(math.log(abs(power)), 0.0)
+    return jnp.expm1(jnp.minimum(power * x, largest)) / power
+
+
+def squared(x: Array) -> Array:
+    """Returns the square of a distance of scores, f32[...].
+
+    Distances end at e^20, where only scores that are exponentials come: beyond it the
+    gradient is 0.
+    """
+    return jnp.square(jnp.clip(x, -_STEEPEST, _STEEPEST))
+
+
 def logistic(margin: Array, label_smoothing: float | Array = 0.0) -> Array:
     """Returns -log sigmoid of a margin, labels flipped with a known probability.
 
@@ -130,7 +156,7 @@ def divergence_scores(
         reference_free: take log q as 0.
 
     Returns:
-        f32[...]. Exponents end at 80, beyond which the gradient is 0.
+        f32[...], limited as `bend` says.
 
     Raises:
         UserError: for another `f_divergence`.
@@ -145,9 +171,7 @@ def divergence_scores(
         return math.log(2.0) + jax.nn.log_sigmoid(log_ratio)
     schema.choice("f_divergence", f_divergence, DIVERGENCES)
     power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": alpha - 1}[f_divergence]
-    if abs(power) < 1e-6:
-        return log_ratio
-    return jnp.expm1(jnp.minimum(power * log_ratio, _LARGEST)) / power
+    return bend(log_ratio, power)
 
 
 def on_logps(loss: Callable[..., Array]) -> Callable[..., Result]:

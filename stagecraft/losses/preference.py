@@ -22,6 +22,7 @@ from stagecraft.losses.pairs import (
     logistic,
     on_logps,
     per_token,
+    squared,
 )
 from stagecraft.losses.types import PlacedResult, Result
 
@@ -114,7 +115,7 @@ def ipo(scores: Array, lengths: Array, *, beta: float = 0.1) -> Array:
     [1.0]
     """
     average = per_token(scores, lengths)
-    return jnp.square(difference(average) - 1 / (2 * beta))
+    return squared(difference(average) - 1 / (2 * beta))
 
 
 @on_logps
@@ -128,7 +129,7 @@ def ipo_sum(scores: Array, *, beta: float = 0.1) -> Array:
     >>> ipo_sum(same, same, beta=0.5)[0].tolist()
     [1.0]
     """
-    return jnp.square(difference(scores) - 1 / (2 * beta))
+    return squared(difference(scores) - 1 / (2 * beta))
 
 
 @on_logps
@@ -252,7 +253,7 @@ def sppo_hard(scores: Array, *, beta: float = 0.1) -> Array:
     [2.0]
     """
     target = 1 / (2 * beta)
-    return jnp.square(scores[:, 0] - target) + jnp.square(scores[:, 1] + target)
+    return squared(scores[:, 0] - target) + squared(scores[:, 1] + target)
 
 
 @on_logps

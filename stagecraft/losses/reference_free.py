@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from stagecraft.losses.pairs import (
+    bend,
     check_pairs,
     check_positive,
     check_range,
@@ -214,6 +215,7 @@ def alphapo(
 
     Args:
         alpha: above 0, unlikely completions cost more than their log-prob; below, less.
+            The bent reward is limited, see `pairs.bend`.
 
     >>> sums, lengths = jnp.array([[-2.0, -6.0]]), jnp.array([[1.0, 3.0]])
     >>> loss, _ = alphapo(sums, lengths, gamma=0.0)
@@ -224,8 +226,7 @@ def alphapo(
     check_pairs(policy_logps=policy_logps, lengths=lengths)
     check_positive(beta=beta)
     averages = per_token(policy_logps, lengths)
-    bent = averages if alpha == 0 else -jnp.expm1(-alpha * averages) / alpha
-    rewards = beta * bent
+    rewards = beta * bend(averages, -alpha)
     loss = logistic(difference(rewards) - gamma, label_smoothing)
     return loss, reward_metrics(averages, rewards)
 

@@ -1,10 +1,11 @@
 """What several kinds of stages refuse in a config, each in one line that says where."""
 
-from stagecraft import optim, schema, sharding
+from stagecraft import defaults, losses, optim, schema, sharding
 from stagecraft.data import mixture
 from stagecraft.errors import UserError
-from stagecraft.models import lora
-from stagecraft.models.config import ModelConfig, check_mesh
+from stagecraft.models import locate, lora
+from stagecraft.models.config import ROPE_SCALING, ModelConfig, check_mesh
+from stagecraft.models.rope import BY_LENGTH
 from stagecraft.signals import verifiers
 from stagecraft.stages import objective
 
@@ -37,7 +38,7 @@ def training(
     """
     for key in ("steps", "micro_batches", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
-    _adapter(where, config)
+    _adapter(where, config, kind)
     if not 0 <= config.ema_decay < 1:
         raise UserError(
             f"{where}.ema_decay={config.ema_decay}: expected from 0 (off) to below 1"
@@ -58,10 +59,39 @@ def training(
             )
     shape = ModelConfig(vocab_size=experiment.tokenizer.vocab_size, **experiment.model)
     shape.validate()
+    if shape.dtype == "float16":
+        raise UserError(
+            f"model.dtype='float16': {where} trains, and small gradients would round "
+            "to 0, since losses are not scaled; use 'bfloat16'"
+        )
     check_mesh(shape, mesh)
-    optim.make(config.optimizer, steps=config.steps)
+    optimizer(where, config, "optimizer")
     files(where, config, check_data)
     return loss(where, config, kind)
+
+
+def optimizer(where, config, name):
+    """Checks the settings of an optimizer, those under the key `name`."""
+    optim.make(config[name], steps=config.steps)
+    reasons = optim.unread(config[name])
+    keys = {f"{name}.{k}": f"{name}.{why}" for k, why in reasons.items()}
+    unread(where, config, keys)
+
+
+def unread(where, config, keys):
+    """Refuses keys that nothing reads, where they are not at their defaults.
+
+    Args:
+        keys: {dotted key: what the config has that makes it so}.
+    """
+    default = dict(schema.flat(defaults.stage(config.kind).to_dict()))
+    values = dict(schema.flat(config.to_dict()))
+    for key, because in keys.items():
+        if values[key] != default[key]:
+            raise UserError(
+                f"{where}.{key}={values[key]!r}: changes nothing with {because}; "
+                f"change that, or leave {key} at {default[key]!r}"
+            )
 
 
 def files(where, config, check_data=mixture.check):
@@ -84,8 +114,16 @@ def length(where, config, experiment):
         )
 
 
-def _adapter(where, config):
+def _adapter(where, config, kind):
     lora.check(f"{where}.lora", config.lora)
+    if not config.lora.rank:
+        unread(where, config, {f"lora.{key}": "lora.rank=0" for key in config.lora})
+    if config.lora.dropout and "reference" in kind.roles:
+        raise UserError(
+            f"{where}.lora.dropout={config.lora.dropout}: a {config.kind} stage "
+            "compares log-probabilities of the same weights, and dropped inputs would "
+            "count as a change of the policy; expected 0"
+        )
     if config.lora.rank and not config.start_from:
         raise UserError(
             f"{where}.lora.rank={config.lora.rank}: an adapter sits on a trained "
@@ -118,6 +156,18 @@ def sequence_losses(where, config, combined, aggregation=""):
         )
 
 
+def reference(where, config, loss):
+    """Refuses the keys of a reference where no loss compares the policy with one.
+
+    Args:
+        loss: the stage's `objective.Loss`.
+    """
+    if loss.needs.isdisjoint(("ref_logps", "scores", "kl", "delta")):
+        keys = ("reference_from", "sync_every", "sync_alpha")
+        because = f"objective={config.objective!r}, which takes no reference"
+        unread(where, config, {key: because for key in keys if key in config})
+
+
 def moving_reference(where, config):
     """Checks the keys of TR-DPO's moving reference."""
     schema.positive(f"{where}.sync_every", config.sync_every, zero=True)
@@ -125,6 +175,8 @@ def moving_reference(where, config):
         raise UserError(
             f"{where}.sync_alpha={config.sync_alpha}: expected above 0, up to 1"
         )
+    if not config.sync_every:
+        unread(where, config, {"sync_alpha": "sync_every=0"})
     if not config.sync_every or not config.lora.rank:
         return
     if config.sync_alpha < 1:
@@ -140,13 +192,52 @@ def moving_reference(where, config):
         )
 
 
-def sampling(where, config):
-    """Refuses sampling that gives a stage the same completion every time."""
-    if config.sampling.temperature <= 0:
+def sampling(where, config, experiment):
+    """Refuses sampling that a stage cannot learn from.
+
+    Greedy completions are all the same, and log-probabilities are those of the whole
+    distribution of a full pass: what is sampled must be that distribution.
+    """
+    chosen = config.sampling
+    if chosen.temperature <= 0:
         raise UserError(
-            f"{where}.sampling.temperature={config.sampling.temperature}: "
+            f"{where}.sampling.temperature={chosen.temperature}: "
             f"{config.kind} needs samples; expected more than 0"
         )
+    for key, unset in (("top_k", 0), ("top_p", 1.0)):
+        if chosen[key] != unset:
+            raise UserError(
+                f"{where}.sampling.{key}={chosen[key]}: {config.kind} learns from its "
+                "samples, and log-probabilities are of the whole distribution, not of "
+                f"the truncated one; expected {unset}"
+            )
+    model = _model(config, experiment) or {}
+    scaling = model.get("rope_scaling", "none")
+    if scaling not in BY_LENGTH:
+        return
+    names = ROPE_SCALING[scaling]
+    original = model["rope_arguments"][names.index("original_length")]
+    length = experiment.model.max_length
+    if config.data.prompt_length:
+        length = min(length, config.data.prompt_length + chosen.max_new_tokens)
+    if length > original:
+        raise UserError(
+            f"{where}.start_from: the model has model.rope_scaling={scaling!r}, whose "
+            f"wavelengths change beyond {original} tokens, so that a completion of up "
+            f"to {length} is not scored as it was sampled; lower data.prompt_length "
+            f"+ sampling.max_new_tokens, or model.max_length, to {original}"
+        )
+
+
+def _model(config, experiment):
+    """Returns the fields of the model that a stage starts from; None in a circle."""
+    for _ in experiment.stages:
+        if not config.start_from:
+            return experiment.model
+        if config.start_from not in experiment.stages:
+            return locate.locate(config.start_from).info()["model"]
+        config = experiment.stages[config.start_from]
+    return None
 
 
 def rewards(where, config):
@@ -181,18 +272,26 @@ def kl(where, config, estimators):
     """Checks the KL penalty.
 
     Args:
-        estimators: {placement: the estimators it may have}; none where the estimator
-            is not read.
+        estimators: {placement: the estimators it may have}.
     """
     schema.positive(f"{where}.kl_coef", config.kl_coef, zero=True)
     schema.choice(f"{where}.kl_placement", config.kl_placement, tuple(estimators))
+    if not config.kl_coef:
+        keys = ("placement", "estimator", "bias_correction", "target", "horizon")
+        keys = [f"kl_{key}" for key in keys]
+        unread(where, config, {k: "kl_coef=0.0" for k in keys if k in config})
+        return
     given = config.kl_estimator
-    if config.kl_placement == "loss" and given == "k1" and config.kl_coef:
+    if config.kl_placement == "loss" and given == "k1":
         raise UserError(
             f"{where}.kl_estimator='k1' with kl_placement='loss': its expected "
             "gradient on the policy's own samples is zero, so it would hold nothing "
             "back; use 'k2' or 'k3' in the loss, or 'k1' in the reward"
         )
     allowed = estimators[config.kl_placement]
-    if config.kl_coef and allowed:
-        schema.choice(f"{where}.kl_estimator", given, allowed)
+    if given not in allowed and given in losses.ESTIMATORS:
+        raise UserError(
+            f"{where}.kl_estimator={given!r} with kl_placement={config.kl_placement!r}:"
+            f" expected {' or '.join(map(repr, allowed))}"
+        )
+    schema.choice(f"{where}.kl_estimator", given, allowed)

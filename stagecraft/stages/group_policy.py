@@ -137,7 +137,9 @@ def score_groups(
         kl = losses.k1(old.logps, ref.logps)
         metrics["objective/kl"] = of(masked.sum(kl, mask, axis=-1))
         if config.kl_placement == "reward":
-            penalty = config.kl_coef * masked.clear(kl, mask)
+            estimate = losses.ESTIMATORS[config.kl_estimator]
+            by_token = estimate(old.logps, ref.logps)
+            penalty = config.kl_coef * masked.clear(by_token, mask)
     advantages = _advantages(scores, scored, mask, penalty, config)
     metrics["reward_std"] = of(_group_std(scores, scored, config))
     # Rows no source could score, and with the filter those cut off, teach nothing.
@@ -234,11 +236,9 @@ def make_objective(config):
             model, batch, temperature, entropy_gradient="entropy" in loss_fn.needs
         )
         logps = masked.clear(stats.logps, mask)
-        # One step on a fresh rollout: the policy that sampled is the one being trained.
-        old = batch.get("old_logps", jax.lax.stop_gradient(logps))
         offered = {
             "logps": logps,
-            "old_logps": masked.clear(old, mask),
+            "old_logps": rollout.old_logps(batch, logps),
             "advantages": batch["advantages"],
             "mask": mask,
             "entropy": stats.entropy,
@@ -277,8 +277,7 @@ def _check(where, config, experiment, mesh):
     scales = ("group", "batch", "none")
     schema.choice(f"{where}.scale_rewards", config.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", config.aggregation, losses.AGGREGATIONS)
-    # In the reward the penalty is the log-ratio itself, whatever the estimator's name.
-    checks.kl(where, config, {"reward": (), "loss": ("k2", "k3")})
+    checks.kl(where, config, {"reward": ("k1",), "loss": ("k2", "k3")})
     if config.kl_bias_correction and config.kl_estimator != "k3":
         raise UserError(
             f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
@@ -289,7 +288,7 @@ def _check(where, config, experiment, mesh):
             f"{where}.overlong_cache={config.overlong_cache}: expected from 0 (off) to "
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     rows = checks.epochs(where, config, config.batch_size * config.group_size)
     # Prompts, before each is sampled from several times.
     prompts = config.batch_size * config.oversample
@@ -298,6 +297,24 @@ def _check(where, config, experiment, mesh):
         where, config, experiment, mesh, KIND, rows=rows, at_once=at_once
     )
     checks.sequence_losses(where, config, loss, config.aggregation)
+    _check_unread(where, config)
+    if not config.kl_coef:
+        checks.reference(where, config, loss)
+
+
+def _check_unread(where, config):
+    """Refuses keys that another key leaves without an effect."""
+    because, keys = f"advantage={config.advantage!r}", []
+    if config.advantage != "group":
+        keys.append("scale_rewards")
+    if config.advantage != "leave_one_out":
+        keys.append("normalize_advantages")
+    if not config.advantage.startswith("returns"):
+        keys.append("discount")
+    reasons = dict.fromkeys(keys, because)
+    if config.kl_placement == "reward":
+        reasons["kl_bias_correction"] = "kl_placement='reward'"
+    checks.unread(where, config, reasons)
 
 
 KIND = Kind(

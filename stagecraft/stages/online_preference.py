@@ -21,6 +21,7 @@ from stagecraft.stages.preference import (
     make_objective,
     reference_logps,
 )
+from stagecraft.stages.reference import begins_as_reference
 
 
 def make(config, context):
@@ -37,7 +38,7 @@ def make(config, context):
     """
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    loss_objective, needs = make_objective(config)
+    loss_objective, needs = make_objective(config, begins_as_reference(context))
     trained = stage.trained(config, context.parents["start"], mesh)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=2)
@@ -127,7 +128,7 @@ def rank_pairs(config, rollouts, samples, rewards):
 
 def _check(where, config, experiment, mesh):
     checks.rewards(where, config)
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     loss = checks.training(where, config, experiment, mesh, KIND)
     check_pairs(where, config, loss)
 

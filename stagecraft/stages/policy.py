@@ -5,8 +5,9 @@ them: rewards, reference, and the critic from before the update. `update` runs
 epochs x minibatches, each a real optimizer step on the policy and its critic.
 
 Log-probabilities are taken at the sampling temperature everywhere, and those of the
-old policy are recomputed by a full forward pass: the first minibatch then has ratio 1
-to rounding, whatever kernels the sampler used.
+old policy are recomputed by a full forward pass, whatever kernels the sampler used. In
+the first minibatch nothing has moved, and the old log-probabilities are the update's
+own: the ratio is exactly 1 there, also where bfloat16 rounds two programs apart.
 
 Source: Schulman et al. 2017 (arxiv.org/abs/1707.06347); per-token KL in the reward as
 Ziegler et al. 2019 (arxiv.org/abs/1909.08593); details as Huang et al. 2024
@@ -38,8 +39,14 @@ OFFERS = {
 PLACES = {"policy": "B T"}
 
 # Also logged for the first minibatch alone, where the policy has not moved yet: ratio 1
-# and nothing clipped, or the two sides disagree about what was sampled.
-FIRST = ("val/ratio", "policy/ratio_max", "policy/clipfrac_avg")
+# and nothing clipped. The gap is that of the old log-probabilities to the update's own:
+# rounding, or the two sides disagree about what was sampled.
+FIRST = (
+    "val/ratio",
+    "policy/ratio_max",
+    "policy/clipfrac_avg",
+    "val/old_logp_gap",
+)
 
 
 def make(config, context):
@@ -229,7 +236,11 @@ def diagnostics(config, samples, scored, logps, targets, final, kl_coef):
     mask, ended = samples["mask"], samples["ended"]
     log_ratio = losses.k1(logps["old_logps"], logps["ref_logps"])
     kl = masked.sum(log_ratio, mask, axis=-1)  # [R]
-    of, penalty = masked.Mean.of, kl_coef * kl * (config.kl_placement == "reward")
+    of, penalty = masked.Mean.of, jnp.zeros_like(kl)
+    if config.kl_placement == "reward":
+        estimate = losses.ESTIMATORS[config.kl_estimator]
+        by_token = estimate(logps["old_logps"], logps["ref_logps"])
+        penalty = kl_coef * masked.sum(by_token, mask, axis=-1)
     explained = losses.explained_variance(
         targets["old_values"], targets["returns"], targets["value_mask"]
     )
@@ -239,7 +250,7 @@ def diagnostics(config, samples, scored, logps, targets, final, kl_coef):
         "objective/kl_per_token": of(log_ratio, mask),
         "objective/entropy": of(masked.sum(-logps["old_logps"], mask, axis=-1)),
         "objective/scores": of(final, scored),
-        "objective/non_score_reward": of(-penalty),
+        "objective/non_score_reward": of(-penalty, scored),
         "objective/rlhf_reward": of(final - penalty, scored),
         "objective/kl_coef": of(kl_coef),
         "objective/response_length": of(mask.sum(-1).astype(jnp.float32)),
@@ -266,6 +277,7 @@ def make_objective(config):
     loss_fn = objective.combine(config, KIND)
     temperature = config.sampling.temperature
     in_loss = config.kl_coef > 0 and config.kl_placement == "loss"
+    adaptive = config.kl_target > 0  # the coefficient is then the state's
 
     def reductions(batch):
         masks = {"policy": batch["mask"], "value": batch["value_mask"]}
@@ -284,9 +296,11 @@ def make_objective(config):
             entropy_gradient="entropy" in loss_fn.needs,
         )
         # Where the mask is false both sides are set alike, so that exp() is 1 there.
-        offered = {k: masked.clear(batch[k], mask) for k in ("old_logps", "ref_logps")}
-        offered |= {
-            "logps": masked.clear(stats.logps, mask),
+        logps = masked.clear(stats.logps, mask)
+        offered = {
+            "logps": logps,
+            "old_logps": rollout.old_logps(batch, logps),
+            "ref_logps": masked.clear(batch["ref_logps"], mask),
             "advantages": batch["advantages"],
             "mask": mask,
             "entropy": stats.entropy,
@@ -302,19 +316,25 @@ def make_objective(config):
                 offered["logps"], offered["ref_logps"], estimator=config.kl_estimator
             )
             metrics = metrics | kl_metrics
+            if adaptive:
+                loss["kl"] *= batch["kl_coef"]
         metrics = objective.measured(metrics, {1: rows, 2: mask})
         metrics |= objective.measured(value_metrics, {2: batch["value_mask"]})
         metrics |= {
             "loss/policy_avg": masked.Mean.of(loss["policy"], mask),
             "loss/value_avg": masked.Mean.of(loss["value"], batch["value_mask"]),
             "policy/entropy_avg": masked.Mean.of(stats.entropy, mask),
+            "val/old_logp_gap": masked.Mean.of(
+                jnp.abs(stats.logps - batch["old_logps"]), mask
+            ),
         }
         if "ptx_ids" in batch:
             loss["ptx"], targets = _ptx(model["policy"], batch)
             metrics["loss/ptx_avg"] = masked.Mean.of(loss["ptx"], targets)
         return loss, metrics
 
-    weights = {"value": config.value_coef, "kl": config.kl_coef, "ptx": config.ptx_coef}
+    kl_weight = 1.0 if adaptive else config.kl_coef
+    weights = {"value": config.value_coef, "kl": kl_weight, "ptx": config.ptx_coef}
     return update.Objective(reductions, terms, weights), loss_fn.needs
 
 
@@ -339,18 +359,22 @@ def _make_update(config, loss_objective, optimizers):
         loss_objective,
         optimizers,
         lr_scale=None if own else {"policy": 1.0, "value": config.value_lr_scale},
-        beside=functools.partial(_pretraining_part, config.minibatches),
+        beside=functools.partial(_beside, config.minibatches),
         conclude=functools.partial(_conclude, config),
     )
 
 
-def _pretraining_part(minibatches, batch, number):
-    """Selects a minibatch's rows of pretraining text, the same in every epoch."""
+def _beside(minibatches, state, batch, number):
+    """Returns the KL coefficient, and a minibatch's rows of pretraining text.
+
+    The rows are the same in every epoch.
+    """
+    part = {"kl_coef": state.extra["kl_coef"]}
     if "ptx" not in batch:
-        return {}
+        return part
     size = batch["ptx"]["ptx_ids"].shape[0] // minibatches
     start = (number % minibatches) * size
-    return {
+    return part | {
         k: jax.lax.dynamic_slice_in_dim(v, start, size) for k, v in batch["ptx"].items()
     }
 
@@ -360,8 +384,10 @@ def _conclude(config, state, batch, metrics):
     first = jax.tree.map(lambda x: x[0], metrics)
     more = {f"{k}_first": first[k] for k in FIRST if k in first}
     if "val/ratio" in metrics:  # how much the ratio differs between minibatches
-        ratios = metrics["val/ratio"].total / metrics["val/ratio"].count
-        more["val/ratio_var"] = masked.Mean.of(jnp.var(ratios))
+        ratios = metrics["val/ratio"]
+        means = ratios.total / jnp.maximum(ratios.count, 1.0)
+        spread = masked.var(means, ratios.count > 0)
+        more["val/ratio_var"] = masked.Mean.of(spread)
     kl_coef = state.extra["kl_coef"]
     if config.kl_target > 0:
         kl_coef = losses.adaptive(
@@ -375,12 +401,12 @@ def _conclude(config, state, batch, metrics):
 
 
 def _check(where, config, experiment, mesh):
-    checks.sampling(where, config)
+    checks.sampling(where, config, experiment)
     checks.rewards(where, config)
     rows = checks.epochs(where, config, config.batch_size)
     checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})
     schema.choice(f"{where}.score_placement", config.score_placement, ("A", "B"))
-    make_optimizers(config)
+    _check_unread(where, config)
     data = config.data
     if bool(data.ptx) != bool(data.ptx_rows):
         raise UserError(
@@ -395,6 +421,27 @@ def _check(where, config, experiment, mesh):
         )
     loss = checks.training(where, config, experiment, mesh, KIND, rows=rows)
     checks.sequence_losses(where, config, loss)
+
+
+def _check_unread(where, config):
+    """Refuses keys that another key leaves without an effect."""
+    keys = {}
+    if not config.kl_target:
+        keys["kl_horizon"] = "kl_target=0.0"
+    if config.replace_missing_eos:
+        keys["missing_eos_penalty"] = "replace_missing_eos=True"
+    else:
+        keys["missing_eos_score"] = "replace_missing_eos=False"
+    if not config.data.ptx:
+        keys |= dict.fromkeys(("ptx_coef", "data.ptx_length"), "data.ptx=''")
+    name = config.value_optimizer.name
+    if name:
+        checks.optimizer(where, config, "value_optimizer")
+        keys["value_lr_scale"] = f"value_optimizer.name={name!r}"
+    else:
+        own = [f"value_optimizer.{key}" for key in config.value_optimizer]
+        keys |= dict.fromkeys(own, "value_optimizer.name=''")
+    checks.unread(where, config, keys)
 
 
 KIND = Kind(

@@ -17,7 +17,7 @@ from stagecraft.models.heads import TokenStats
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import REFERENCE, START, Kind
-from stagecraft.stages.reference import Reference
+from stagecraft.stages.reference import Reference, begins_as_reference
 from stagecraft.stages.reward import flatten_pairs, pair_rows
 
 OFFERS = {
@@ -48,7 +48,7 @@ def make(config, context):
     """
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    loss_objective, needs = make_objective(config)
+    loss_objective, needs = make_objective(config, begins_as_reference(context))
     trained = stage.trained(config, context.parents["start"], mesh)
     needs_reference = "ref_logps" in needs
     moves = config.sync_every > 0 and needs_reference
@@ -107,10 +107,16 @@ def summed(logps: Array, mask: Array, config: ConfigDict) -> Array:
     return losses.sequence_logps(logps, mask)
 
 
-def make_objective(config: ConfigDict) -> tuple[update.Objective, frozenset[str]]:
+def make_objective(
+    config: ConfigDict, begins: bool = False
+) -> tuple[update.Objective, frozenset[str]]:
     """Returns the objective over prepared pairs, and the arrays that its losses take.
 
     Losses that take scores need "ref_logps" too, from which scores are computed.
+
+    Args:
+        config: the stage's resolved config.
+        begins: whether the policy begins as its reference.
     """
     loss_fn = objective.combine(config, KIND)
     weighted = config.weighting == "wpo"
@@ -135,9 +141,13 @@ def make_objective(config: ConfigDict) -> tuple[update.Objective, frozenset[str]
         }
         offered |= {k: batch[k] for k in ("ref_logps", "preference") if k in batch}
         if "ref_logps" in batch:
+            if begins:
+                offered["ref_logps"] = update.unless_unmoved(
+                    batch, offered["policy_logps"], batch["ref_logps"]
+                )
             offered["scores"] = losses.divergence_scores(
                 offered["policy_logps"],
-                batch["ref_logps"],
+                offered["ref_logps"],
                 f_divergence=config.f_divergence,
                 alpha=config.alpha,
                 reference_free=config.reference_free,
@@ -202,6 +212,13 @@ def check_pairs(where: str, config: ConfigDict, loss: objective.Loss) -> None:
             f"objective={config.objective!r} has no loss of pairs"
         )
     schema.choice(f"{where}.f_divergence", config.f_divergence, losses.DIVERGENCES)
+    if config.f_divergence != "alpha":
+        because = f"f_divergence={config.f_divergence!r}"
+        checks.unread(where, config, {"alpha": because})
+    if "rows" not in loss.places:
+        because = f"objective={config.objective!r}, which has no loss of pairs"
+        checks.unread(where, config, {"ld_alpha": because})
+    checks.reference(where, config, loss)
     if "scores" in loss.needs:
         return
     for key, unset in (("f_divergence", "reverse_kl"), ("reference_free", False)):

@@ -10,6 +10,11 @@ from stagecraft.stages import stage
 from stagecraft.stages.stage import Program
 
 
+def begins_as_reference(context):
+    """Returns whether a stage's policy is its reference before the first step."""
+    return context.parents.get("reference") is context.parents["start"]
+
+
 class Reference:
     """Scores batches under the reference, frozen or moving.
 

@@ -18,7 +18,7 @@ from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import stage
 from stagecraft.stages.stage import Program
-from stagecraft.stages.update import assemble
+from stagecraft.stages.update import assemble, unless_unmoved
 
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
@@ -306,3 +306,14 @@ def response_logps(model, batch, temperature, **settings):
     return model.token_logps(
         before, batch["tokens"], temperature=temperature, **settings
     )
+
+
+def old_logps(batch, logps):
+    """Returns the sampling policy's log-probabilities of a minibatch, f32[B, N].
+
+    In the first step on a rollout they are `logps`, the policy's own: the ratio is 1.
+    """
+    if "old_logps" not in batch:  # one step a rollout
+        return jax.lax.stop_gradient(logps)
+    old = masked.clear(batch["old_logps"], batch["mask"])
+    return unless_unmoved(batch, logps, old)

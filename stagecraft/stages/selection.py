@@ -127,6 +127,8 @@ def _check(where, config, experiment, mesh):
     schema.choice(f"{where}.keep", config.keep, ("best", "above"))
     for key in ("prompts", "samples", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
+    if config.keep == "best":
+        checks.unread(where, config, {"threshold": "keep='best'"})
     checks.files(where, config)
 
 

@@ -14,7 +14,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import lora
 from stagecraft.stages import checks, objective, stage, update
 from stagecraft.stages.kind import REFERENCE, START, Kind
-from stagecraft.stages.reference import Reference
+from stagecraft.stages.reference import Reference, begins_as_reference
 from stagecraft.stages.stage import Program
 
 OFFERS = {
@@ -43,7 +43,8 @@ def make(config, context):
     """
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
-    loss_objective, needs = make_objective(config)
+    begins = begins_as_reference(context)
+    loss_objective, needs = make_objective(config, begins)
     if "delta" in needs:  # a mean of log-ratios
         needs |= {"ref_logps"}
     trained = stage.trained(config, context.parents["start"], mesh)
@@ -120,8 +121,13 @@ def _rewards(config, policy_logps, batch):
     return beta * (policy_logps - batch["ref_logps"])
 
 
-def make_objective(config):
-    """Returns the objective over single completions, and the arrays its losses take."""
+def make_objective(config, begins=False):
+    """Returns the objective over single completions, and the arrays its losses take.
+
+    Args:
+        config: the stage's resolved config.
+        begins: whether the policy begins as its reference.
+    """
     loss_fn = objective.combine(config, KIND)
 
     def reductions(batch):
@@ -136,7 +142,11 @@ def make_objective(config):
             "lengths": mask.sum(-1).astype(jnp.float32),
             "rows": rows,
         }
-        offered |= {k: batch[k] for k in ("ref_logps", "kl", "delta") if k in batch}
+        given = {k: batch[k] for k in ("ref_logps", "kl", "delta") if k in batch}
+        if begins:  # nothing is gained yet, on no completion and so not on average
+            own = {"ref_logps": logps, "kl": 0.0, "delta": 0.0}
+            given = {k: update.unless_unmoved(batch, own[k], given[k]) for k in given}
+        offered |= given
         loss, metrics = loss_fn.apply(offered)
         metrics = objective.measured(metrics, {1: rows, 2: mask})
         sides = {"chosen": batch["label"] & rows, "rejected": ~batch["label"] & rows}
@@ -215,6 +225,7 @@ def _check(where, config, experiment, mesh):
     checks.length(where, config, experiment)
     checks.moving_reference(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
+    checks.reference(where, config, loss)
     if "kl" in loss.needs and config.batch_size < 2:
         raise UserError(
             f"{where}.batch_size={config.batch_size}: {config.objective} measures each "

@@ -24,13 +24,25 @@ class Objective(NamedTuple):
             what it is divided by. It depends on the batch alone, so that the
             denominators of a whole accumulation window are known before its first
             micro-batch. It may name terms that a loss does not have.
-        terms: (model, batch) -> ({term: unreduced loss}, {metric: Mean or Max}).
+        terms: (model, batch) -> ({term: unreduced loss}, {metric: Mean or Max}). In an
+            update the batch has "unmoved" bool[]: the model is still the one that the
+            stage began with, or that sampled the rollout.
         weights: {term: float}; 1 for a term that is not named.
     """
 
     reductions: Callable
     terms: Callable
     weights: dict
+
+
+def unless_unmoved(batch, own, other):
+    """Returns `other`; in an update of a model that has not moved yet, `own`.
+
+    What an earlier program computed with the same weights is then the update's own
+    number, bit for bit: two programs may round it apart, in bfloat16 by enough to clip
+    a ratio or to prefer one completion to another. No gradient flows through `own`.
+    """
+    return jnp.where(batch.get("unmoved", False), jax.lax.stop_gradient(own), other)
 
 
 def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
@@ -130,6 +142,7 @@ def make_update(config, objective, optimizer, carry=None):
     def update(state, batch, frozen):
         key = dropout_key(state)
         rows = {k: v for k, v in batch.items() if k != "metrics"}
+        rows["unmoved"] = state.step == 0
         model, opt_state, metrics = step(state, rows, state.step, frozen, key)
         metrics = metrics | batch.get("metrics", {})
         extra = carry(state, model, batch) if carry else {}
@@ -150,8 +163,8 @@ def make_minibatch_update(
         objective: an `Objective`.
         optimizer: an `optim.Optimizer`, or one for each part of the model.
         lr_scale: as in `make_step`.
-        beside: (batch, number) -> {name: array}, what joins the rollout's rows in the
-            minibatch of that number.
+        beside: (state, batch, number) -> {name: array}, what joins the rollout's rows
+            in the minibatch of that number.
         conclude: (state, batch, metrics) -> ({metric: Mean or Max}, {name: value} of
             State.extra to replace); the metrics are stacked over minibatches.
 
@@ -173,7 +186,8 @@ def make_minibatch_update(
         def minibatch(carry, xs):
             (model, opt_state), (number, rows, key) = carry, xs
             part = {k: v[rows] for k, v in batch["rollout"].items()}
-            part |= beside(batch, number) if beside else {}
+            part |= beside(state, batch, number) if beside else {}
+            part["unmoved"] = number == 0
             part = sharding.constrain_rows(part)
             now = state._replace(model=model, opt_state=opt_state)
             # The schedule counts rollouts: one learning rate for a rollout's updates.

@@ -22,8 +22,8 @@ _TOKENS = in_file(
     ),
     (
         "dft without stop-gradient",
-        "-jax.lax.stop_gradient(jnp.exp(logps)) * logps",
-        "-jnp.exp(logps) * logps",
+        "-jax.lax.stop_gradient(jnp.exp(jnp.minimum(logps, 0.0))) * logps",
+        "-jnp.exp(jnp.minimum(logps, 0.0)) * logps",
     ),
     (
         "z-loss not squared",
@@ -95,6 +95,18 @@ _PAIRS = in_file(
         "reference-free keeps the reference",
         "policy_logps if reference_free else policy_logps - ref_logps",
         "policy_logps - ref_logps",
+    ),
+    (
+        "a distance of scores without a limit",
+        "jnp.square(jnp.clip(x, -_STEEPEST, _STEEPEST))",
+        "jnp.square(x)",
+        "tests/losses/extremes_test.py -k ipo",
+    ),
+    (
+        "a bent score without a limit",
+        "jnp.expm1(jnp.minimum(power * x, largest)) / power",
+        "jnp.expm1(power * x) / power",
+        "tests/losses/extremes_test.py -k alphapo",
     ),
     ("forward KL upside down", '"forward_kl": -1.0', '"forward_kl": 1.0'),
     (
@@ -170,13 +182,13 @@ _REFERENCE = in_file(
     ),
     (
         "ipo target 1 / beta",
-        "jnp.square(difference(average) - 1 / (2 * beta))",
-        "jnp.square(difference(average) - 1 / beta)",
+        "squared(difference(average) - 1 / (2 * beta))",
+        "squared(difference(average) - 1 / beta)",
     ),
     (
         "ipo_sum target 1 / beta",
-        "jnp.square(difference(scores) - 1 / (2 * beta))",
-        "jnp.square(difference(scores) - 1 / beta)",
+        "squared(difference(scores) - 1 / (2 * beta))",
+        "squared(difference(scores) - 1 / beta)",
     ),
     (
         "sigmoid_norm of sums",
@@ -276,8 +288,8 @@ _REFERENCE_FREE = in_file(
     ),
     (
         "alphapo bends the other way",
-        "-jnp.expm1(-alpha * averages) / alpha",
-        "jnp.expm1(alpha * averages) / alpha",
+        "bend(averages, -alpha)",
+        "bend(averages, alpha)",
     ),
 )
 

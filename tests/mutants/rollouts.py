@@ -71,11 +71,41 @@ _ROLLOUT = in_file(
         "tests/stages/evaluate_test.py",
         "what is sampled for rows that are no prompts counts in no figure",
     ),
+    (
+        "no gradient where the policy sampled itself",
+        "return jax.lax.stop_gradient(logps)",
+        "return logps",
+        "tests/mutation_gaps_test.py -k gradient",
+    ),
+    (
+        "the first ratio is between two programs",
+        "return unless_unmoved(batch, logps, old)",
+        "return old",
+        "tests/stages/unmoved_test.py -k first_step_alone",
+    ),
 )
 
 _POLICY = in_file(
     "stagecraft/stages/policy.py",
     "tests/stages/policy_test.py",
+    (
+        "an adaptive coefficient that the loss does not read",
+        'loss["kl"] *= batch["kl_coef"]',
+        'loss["kl"] *= config.kl_coef',
+        "tests/stages/policy_options_test.py -k adaptive",
+    ),
+    (
+        "k1 logged whatever was paid",
+        "estimate = losses.ESTIMATORS[config.kl_estimator]",
+        "estimate = losses.k1",
+        "tests/stages/policy_options_test.py -k paid",
+    ),
+    (
+        "a ratio of minibatches without scores",
+        "masked.var(means, ratios.count > 0)",
+        "jnp.var(ratios.total / ratios.count)",
+        "tests/stages/policy_options_test.py -k paid",
+    ),
     (
         "no temperature in the old policy",
         '"old_logps": response_logps(policy, samples, temperature).logps',
@@ -226,12 +256,6 @@ _GROUP = in_file(
         "paid -= penalty",
         "paid += penalty",
         "tests/stages/group_policy_test.py -k baseline",
-    ),
-    (
-        "no gradient where the policy sampled itself",
-        'old = batch.get("old_logps", jax.lax.stop_gradient(logps))',
-        'old = batch.get("old_logps", logps)',
-        "tests/mutation_gaps_test.py -k gradient",
     ),
     (
         "minibatches ignored (group)",

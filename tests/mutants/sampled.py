@@ -12,6 +12,12 @@ _KL = in_file(
         "jnp.exp(difference) - 1 - difference",
     ),
     (
+        "k3 of an unlimited ratio",
+        "jnp.maximum(k1(logps, ref_logps), -MAX_LOG_RATIO)",
+        "k1(logps, ref_logps)",
+        "tests/losses/extremes_test.py -k k3",
+    ),
+    (
         "KL is paid, not charged",
         "return at_end - kl_coef * kl",
         "return at_end + kl_coef * kl",

@@ -12,6 +12,18 @@ _UPDATE = in_file(
         "tests/stages/update_test.py -k random",
     ),
     (
+        "the second minibatch counts as unmoved",
+        'part["unmoved"] = number == 0',
+        'part["unmoved"] = number <= 1',
+        "tests/stages/policy_test.py tests/stages/unmoved_test.py -k ratio",
+    ),
+    (
+        "the reference is the policy at every step",
+        'rows["unmoved"] = state.step == 0',
+        'rows["unmoved"] = state.step >= 0',
+        "tests/stages/unmoved_test.py -k 'prefers_nothing and dpo'",
+    ),
+    (
         "only the last micro-batch's gradient",
         "jax.tree.map(jnp.add, grads0, grads)",
         "jax.tree.map(lambda old, new: new, grads0, grads)",
@@ -269,6 +281,12 @@ _UNPAIRED = in_file(
         "tests/stages/unpaired_preference_test.py -k 'clamp or padding'",
     ),
     (
+        "kto's z of rounding before the first step",
+        'own = {"ref_logps": logps, "kl": 0.0, "delta": 0.0}',
+        'own = given | {"ref_logps": logps}',
+        "tests/stages/unmoved_test.py -k 'prefers_nothing and unpaired'",
+    ),
+    (
         "bco's delta forgets the past",
         "return mean + added / jnp.maximum(total, 1.0), total",
         "return mean + added / jnp.maximum(masked.count(mask), 1.0), total",
@@ -276,7 +294,42 @@ _UNPAIRED = in_file(
     ),
 )
 
+_CHECKS = in_file(
+    "stagecraft/stages/checks.py",
+    "tests/experiment_refusals_test.py",
+    (
+        "keys without an effect are let through",
+        "values[key] != default[key]",
+        "False",
+        "tests/experiment_refusals_test.py -k nothing",
+    ),
+    (
+        "float16 is trained",
+        'shape.dtype == "float16"',
+        "False",
+        "tests/experiment_refusals_test.py -k half",
+    ),
+    (
+        "dropout where log-probabilities are compared",
+        'config.lora.dropout and "reference" in kind.roles',
+        "False",
+        "tests/experiment_refusals_test.py -k settings",
+    ),
+    (
+        "truncated samples are learned from",
+        "chosen[key] != unset",
+        "False",
+        "tests/experiment_refusals_test.py -k settings",
+    ),
+    (
+        "stretched positions of another run are not looked at",
+        'return locate.locate(config.start_from).info()["model"]',
+        "return None",
+        "tests/experiment_refusals_test.py -k samples",
+    ),
+)
+
 MUTANTS = (
     *(_UPDATE + _BEGIN + _KIND + _OBJECTIVE),
-    *(_LANGUAGE + _REWARD + _REFERENCE + _PREFERENCE + _UNPAIRED),
+    *(_LANGUAGE + _REWARD + _REFERENCE + _PREFERENCE + _UNPAIRED + _CHECKS),
 )

@@ -259,6 +259,7 @@ def rloo():
         normalize_advantages=True,
         kl_coef=0.05,
         kl_placement="reward",
+        kl_estimator="k1",
         objective="rloo_policy",
     )
 
@@ -307,6 +308,7 @@ def fresh():
         discount=0.9,
         kl_coef=0.05,
         kl_placement="reward",
+        kl_estimator="k1",
     )
 
 

@@ -272,3 +272,85 @@ def test_what_is_paid_then_is_the_score_alone(run):
     last = drawn["mask"].sum(1) - 1
     returns = np.asarray(judged["rollout"]["returns"])[np.arange(16), last]
     np.testing.assert_allclose(returns[scored], paid[scored], atol=1e-4)
+
+
+def test_an_adaptive_coefficient_in_the_loss_is_the_one_that_is_logged():
+    """Two rollouts: the second is weighed by what the first made of the coefficient."""
+    shared = cases.single()
+    settings = dict(kl_placement="loss", kl_estimator="k2", kl_coef=0.5)
+    adapts = dict(kl_target=1e-3, kl_horizon=20.0)
+
+    def stage(**changes):
+        return cases.stage("policy", shared, **(settings | changes))
+
+    with jax.set_mesh(shared):
+        made, raw, _ = stage(**adapts)
+        state = made.init(jax.random.key(0))
+        state, first = made.update(state, made.prepare(state, raw, jax.random.key(1)))
+        coefficient = 0.5 * (1 + 0.2 * 16 / 20)  # far above the target
+        assert float(first["objective/kl_coef"]) == 0.5
+        assert float(state.extra["kl_coef"]) == pytest.approx(coefficient, rel=1e-6)
+        batch = made.prepare(state, raw, jax.random.key(2))
+        ends = {}
+        for name, other in (
+            ("adapts", made),
+            ("as logged", stage(kl_coef=coefficient)[0]),
+            ("fixed", stage()[0]),
+        ):
+            # An update donates its state.
+            copy = jax.tree.map(jnp.copy, state)
+            after, told = other.update(copy, batch)
+            ends[name] = {k: np.asarray(v) for k, v in tree.named(after.model).items()}
+            if name == "adapts":
+                logged = float(told["objective/kl_coef"])
+                assert logged == pytest.approx(coefficient, rel=1e-6)
+    moved = 0.0
+    for name, value in ends["adapts"].items():
+        np.testing.assert_allclose(value, ends["as logged"][name], atol=1e-6)
+        moved = max(moved, np.abs(value - ends["fixed"][name]).max())
+    assert moved > 1e-4
+
+
+def unscored(prompts, completions):
+    """The first half of the records alone can be scored."""
+    return [
+        float("nan") if int(p.removeprefix("p")) >= 8 else float(len(c) % 3)
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+def test_what_was_paid_is_logged_and_minibatches_without_scores_are_left_out():
+    shared = cases.single()
+    records = [{"prompt": f"p{i}"} for i in range(16)]
+    with jax.set_mesh(shared), cases.watched() as seen:
+        made, raw, config = cases.stage(
+            "policy",
+            shared,
+            verifiers=Verifiers([("unscored", unscored)], records, WORDS),
+            without=("reward",),
+            epochs=1,
+            minibatches=8,
+            kl_estimator="k3",
+            kl_coef=0.1,
+        )
+        raw |= {"index": np.arange(16)}
+        state = made.init(jax.random.key(0))
+        batch = cases.host(made.prepare(state, raw, jax.random.key(2)))
+        _, told = made.update(state, batch)
+    told = cases.told(told)
+    assert np.isfinite([*told.values()]).all(), told
+    rewards = seen["rewards"]
+    scored = np.isfinite(rewards).all(1)
+    assert scored.sum() == 8
+    order = batch["order"]
+    assert (~scored[order].any(1)).any()  # a minibatch without any score
+    # What k3 took from the completions that were scored, by numpy.
+    held, mask = batch["rollout"], seen["drawn"]["mask"]
+    away = (held["old_logps"] - held["ref_logps"]).astype(np.float64)
+    paid = 0.1 * np.where(mask, np.exp(-away) - 1 + away, 0).sum(1)
+    assert told["objective/non_score_reward"] == pytest.approx(
+        -paid[scored].mean(), rel=1e-4
+    )
+    scores = np.where(seen["drawn"]["ended"], rewards[:, 0], rewards[:, 0] - 1.0)
+    total = (scores - paid)[scored].mean()
+    assert told["objective/rlhf_reward"] == pytest.approx(total, rel=1e-4)
