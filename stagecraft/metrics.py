@@ -99,17 +99,33 @@ class Writer:
         folder: the stage's folder; holds metrics.jsonl, samples.jsonl and the events.
         resume_step: lines of later steps are dropped, so that a run that was cut off
             after its last checkpoint leaves each step once.
+        evaluated_again, sampled_again: whether the model of that step will be evaluated
+            or sampled once more: its eval_ metrics or samples are then dropped too.
         watch: a `trackers.Watch` that gets the same scalars and samples, or None.
     """
 
-    def __init__(self, folder, *, resume_step=0, watch=None):
+    def __init__(
+        self,
+        folder,
+        *,
+        resume_step=0,
+        evaluated_again=False,
+        sampled_again=False,
+        watch=None,
+    ):
         self._watch, self._on = watch, process.is_first()
         self.folder = Path(folder)
         if not self._on:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self.folder / name, resume_step)
+
+        def stays(row):
+            evaluation = any(key.startswith("eval_") for key in row)
+            return row["step"] <= resume_step - (evaluated_again and evaluation)
+
+        _truncate(self.folder / "metrics.jsonl", stays)
+        last = resume_step - sampled_again
+        _truncate(self.folder / "samples.jsonl", lambda row: row["step"] <= last)
         self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._samples = (self.folder / "samples.jsonl").open("a", encoding="utf-8")
         self._events = SummaryWriter(
@@ -149,11 +165,11 @@ class Writer:
         self._events.close()
 
 
-def _truncate(path, step):
-    """Drops the rows after `step`, and a half-written last line."""
+def _truncate(path, stays):
+    """Drops the rows that do not stay, and a half-written last line."""
     if not path.exists():
         return
-    rows = [row for row in read(path) if row["step"] <= step]
+    rows = [row for row in read(path) if stays(row)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 

@@ -131,7 +131,9 @@ def make_update(config, objective, optimizer, carry=None):
         key = dropout_key(state)
         rows = {k: v for k, v in batch.items() if k != "metrics"}
         model, opt_state, metrics = step(state, rows, state.step, frozen, key)
-        metrics = metrics | batch.get("metrics", {})
+        metrics = (
+            metrics | {"num_tokens": count_tokens(rows)} | batch.get("metrics", {})
+        )
         extra = carry(state, model, batch) if carry else {}
         state = advance(config, state, model, opt_state, **extra)
         return state, masked.compute(metrics)
@@ -185,7 +187,9 @@ def make_minibatch_update(
             (state.model, state.opt_state),
             (jnp.arange(count), batch["order"], keys),
         )
-        metrics, extra = masked.reduce(stacked) | batch["metrics"], {}
+        metrics, extra = masked.reduce(stacked), {}
+        rows = batch["rollout"] | batch.get("ptx", {})
+        metrics |= {"num_tokens": count_tokens(rows)} | batch["metrics"]
         if conclude:
             more, extra = conclude(state, batch, stacked)
             metrics |= more
@@ -193,6 +197,15 @@ def make_minibatch_update(
         return state, masked.compute(metrics)
 
     return update
+
+
+def count_tokens(rows: dict[str, jax.Array]) -> masked.Mean:
+    """Counts the tokens of a batch that are no padding; `train` adds them up.
+
+    It is TRL's num_tokens: prompts are tokens too, and count in each row they begin.
+    """
+    counts = [(v > 0).sum() for k, v in rows.items() if k.endswith("segments")]
+    return masked.Mean.of(sum(counts))
 
 
 def shuffled_minibatches(config, rows, key):
@@ -286,7 +299,7 @@ def assemble(
         init=beginning.init,
         prepare=prepare,
         update=lambda state, batch: jitted(state, batch, frozen),
-        evaluate=evaluate,
+        evaluate=lambda state, raw, key: evaluate(stage.averaged(state), raw, key),
         work=work,
         programs=programs,
         frozen=frozen,
