@@ -204,15 +204,17 @@ class Progress:
         name: what works: a stage, or a phase of a curation.
         steps: how many there are.
         log: steps between lines where there is no terminal.
+        unit: of what `step` is told the number of, for the rate.
         stream: where to; by default standard error.
     """
 
-    def __init__(self, name, steps, *, log=10, stream=None):
+    def __init__(self, name, steps, *, log=10, unit="tokens", stream=None):
         self.name, self.steps, self.log = name, steps, max(log, 1)
+        self.unit = unit
         self.console = Console(file=stream or sys.stderr, highlight=False)
         self.started = time.perf_counter()
         self.first = None
-        self._tokens = 0
+        self._count = 0
         self._bar = None
         if self.console.is_terminal:
             self._bar = progress.Progress(
@@ -232,19 +234,19 @@ class Progress:
         else:
             self.console.print(f"{self.name:<12} {text}", markup=False)
 
-    def step(self, step, values=None, tokens=0):
+    def step(self, step, values=None, count=0):
         """Shows a finished step.
 
         Args:
             step: steps done so far, of all runs of the stage.
             values: {name: float}; the loss and one or two companions are shown.
-            tokens: tokens the step worked on, for the rate.
+            count: what the step worked on, in units: tokens without padding.
         """
         now = time.perf_counter()
         if self.first is None:  # the first step of a run holds the compilation
-            self.first, self._tokens = (step, now), 0
+            self.first, self._count = (step, now), 0
         else:
-            self._tokens += tokens
+            self._count += count
         if self._bar:
             text = self._text(step, values or {}, now)
             self._bar.update(self._task, completed=step, text=text)
@@ -258,8 +260,8 @@ class Progress:
         last, done = step >= self.steps, step - self.first[0]
         if done:
             seconds = now - self.first[1]
-            if self._tokens:
-                parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            if self._count:
+                parts.append(f"{self._count / seconds:,.0f} {self.unit}/s")
             if not last:
                 parts.append(f"{(self.steps - step) * seconds / done:.0f} s left")
         if last:

@@ -125,6 +125,7 @@ def _check(where, config, experiment, mesh):
     for key in ("prompts", "samples", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
     checks.files(where, config)
+    checks.room(where, config, experiment)
 
 
 KIND = Kind(

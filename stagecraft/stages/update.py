@@ -26,11 +26,15 @@ class Objective(NamedTuple):
             micro-batch. It may name terms that a loss does not have.
         terms: (model, batch) -> ({term: unreduced loss}, {metric: Mean or Max}).
         weights: {term: float}; 1 for a term that is not named.
+        sums: (model, batch) -> {name: array}: sums over rows that `terms` needs of
+            the whole batch, of which no gradient is taken; they join the batch where it
+            is split into micro-batches. None where `terms` needs nothing of the kind.
     """
 
     reductions: Callable
     terms: Callable
     weights: dict
+    sums: Callable | None = None
 
 
 def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
@@ -74,7 +78,13 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
             grads = sharding.constrain_tree(grads)
         else:
             split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, weights))
-            split += (None if key is None else jax.random.split(key, micro_batches),)
+            keys = None if key is None else jax.random.split(key, micro_batches)
+            if objective.sums is not None:
+                whole = _add_up(objective.sums, state.model, frozen, split[0], keys)
+                for name, total in whole.items():
+                    shape = (micro_batches, *total.shape)
+                    split[0][name] = jnp.broadcast_to(total, shape)
+            split += (keys,)
             first = jax.tree.map(lambda x: x[0], split)
             shapes = jax.eval_shape(grad_fn, state.model, *first)
             (_, empty), empty_grads = shapes
@@ -96,6 +106,17 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
         return model, opt_state, metrics
 
     return step
+
+
+def _add_up(sums, model, frozen, micro_batches, keys):
+    """Returns the sums of `Objective.sums` over all micro-batches."""
+
+    def one(xs):
+        micro, key = xs
+        return sums(lora.join(frozen, model, key), micro)
+
+    each = jax.lax.map(one, (micro_batches, keys))
+    return jax.tree.map(lambda x: x.sum(0), each)
 
 
 def _apply(optimizers, grads, state, step, lr_scale):
@@ -262,6 +283,7 @@ def assemble(
     work,
     prepared=None,
     objective=None,
+    prepare_heldout=None,
     evaluate: Any = None,
 ) -> Stage:
     """Builds the stage from its functions.
@@ -273,7 +295,8 @@ def assemble(
         prepare, work: as in `Stage`.
         prepared: (raw) -> ({name: Program} that `prepare` runs, the batch it returns as
             shapes); None where it only puts the raw batch on the mesh.
-        objective: the `Objective` that a held-out batch is evaluated with; or
+        objective: the `Objective` that a held-out batch is evaluated with, once it went
+            through prepare_heldout: like `prepare`, which it is by default; or
         evaluate: as in `Stage`, of a stage that samples its evaluation.
     """
     frozen = beginning.frozen
@@ -294,7 +317,7 @@ def assemble(
         return before | after
 
     if measure is not None:
-        evaluate = _evaluation(jax.jit(measure), prepare, frozen)
+        evaluate = _evaluation(jax.jit(measure), prepare_heldout or prepare, frozen)
     return Stage(
         init=beginning.init,
         prepare=prepare,
