@@ -35,9 +35,10 @@ def short(tmp_path, request):
 def graph(**stages):
     c = defaults.experiment()
     c.mesh = dict(data=1, fsdp=1, tensor=1)
+    c.world.name = "countries"  # a rater of comparisons
     for name, (kind, changes) in stages.items():
-        data = {"data": PAIRS | changes.pop("data", {})}
-        c.stages[name] = defaults.stage(kind, **data, **changes)
+        data = {"data": PAIRS | changes.get("data", {})}
+        c.stages[name] = defaults.stage(kind, **(changes | data))
     return c
 
 

@@ -179,8 +179,7 @@ def shortest_context(stage, experiment) -> tuple[int, str]:
     Returns:
         the tokens; the key that sets them, with its value.
     """
-    own = experiment.model.max_length
-    limits = [(own, f"model.max_length={own}")]
+    limits = []
     for key in stage:
         if not key.endswith("_from") or not stage[key]:
             continue
@@ -190,6 +189,8 @@ def shortest_context(stage, experiment) -> tuple[int, str]:
         if name not in experiment.stages:
             holds = locate(name).info()["model"]["max_length"]
             limits.append((holds, f"the max_length={holds} of {key}={stage[key]!r}"))
+    own = experiment.model.max_length
+    limits.append((own, f"model.max_length={own}"))
     return min(limits, key=lambda limit: limit[0])
 
 

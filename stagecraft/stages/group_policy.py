@@ -61,7 +61,7 @@ def make(config, context):
         prompts, prompt = raw["prompt_ids"].shape
         length = prompt + config.sampling.max_new_tokens
         rows = prompts * config.group_size
-        trained = rows // config.oversample * length
+        trained = config.batch_size * config.group_size // jax.process_count() * length
         return {
             "trained": config.epochs * trained,
             "scored": scoring_passes * trained,

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from stagecraft.data import stage_data
 from stagecraft.data.dataset import hold_out
 from stagecraft.errors import UserError
 
@@ -31,26 +32,30 @@ def pair(n, k):
     return {"prompt": prompt, "chosen": f"It is {k}.", "rejected": f"It is not {k}."}
 
 
-def told_apart(n, k):
-    """Two spellings of one prompt: a text, and messages."""
-    prompt = f"What is {n}?"
-    if k % 2:
-        prompt = [{"role": "user", "content": prompt}]
-    return {"prompt": prompt, "answer": k}
+def asked(n, k):
+    return {"prompt": f"What is {n}?", "answer": k}
 
 
 RECORDS = {
     "preference": pair,
     "reward": pair,
     "unpaired_preference": pair,
-    "policy": told_apart,
-    "group_policy": told_apart,
-    "online_preference": told_apart,
+    "policy": asked,
+    "group_policy": asked,
+    "online_preference": asked,
     "language_model": lambda n, k: {
         "prompt": f"What is {n}?",
         "completion": f"It is {k}.",
     },
 }
+
+
+def test_a_text_and_its_message_are_one_prompt():
+    messages = [{"role": "user", "content": "Is it?"}]
+    weighed = [messages[0] | {"weight": 0}]
+    keys = {stage_data.prompt_key(prompt) for prompt in ("Is it?", messages, weighed)}
+    others = {stage_data.prompt_key(prompt) for prompt in ("Is it", messages * 2)}
+    assert len(keys) == 1 and len(keys | others) == 3
 
 
 @pytest.mark.parametrize("kind", RECORDS)
