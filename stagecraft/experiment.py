@@ -56,28 +56,28 @@ def outside(c):
 def _take_model(c):
     """Fills c.model from the model that stages start from, if none starts from scratch.
 
-    Settings of how to compute stay the experiment's, and so does a max_length that was
-    changed: it is the longest row of this run, not the limit of the model.
+    With several, it is filled from the first, and max_length from the one that holds
+    most. Settings of how to compute stay the experiment's, and so does a max_length
+    that was changed: it is the longest row of this run, beside the limit of each model.
     """
     if not outside(c) or any(not stage.start_from for stage in c.stages.values()):
         return
-    first = outside(c)[0]
-    source = locate.locate(first)
-    if not source.outward and source.record() is None:
+    sources = [locate.locate(name) for name in outside(c)]
+    if any(not one.outward and one.record() is None for one in sources):
         return  # an unknown name, which is refused below
-    model = source.info()["model"]
-    given = c.model.max_length
+    model, given = sources[0].info()["model"], c.model.max_length
     for key in c.model:
         if key in model and key not in THE_RUNS:
             value = model[key]
             c.model[key] = tuple(value) if isinstance(value, list) else value
-    if given != defaults.model().max_length:
-        c.model.max_length = given
-        if model.get("positions") == "learned" and given > model["max_length"]:
-            raise UserError(
-                f"model.max_length={given}: the model of {first} has learned positions "
-                f"for {model['max_length']} tokens and no more"
-            )
+    lengths = [one.info()["model"]["max_length"] for one in sources]
+    changed = given != defaults.model().max_length
+    c.model.max_length = given if changed else max(lengths)
+    if model.get("positions") == "learned" and c.model.max_length > max(lengths):
+        raise UserError(
+            f"model.max_length={given}: the model of {sources[0].name} has learned "
+            f"positions for {max(lengths)} tokens and no more"
+        )
 
 
 def _check(c):
@@ -89,13 +89,13 @@ def _check(c):
         worlds.get(c.world.name)
     for claim in c.measure.claims:
         claims.parse(claim)
+    meshes = {name: Run(Path(), c).mesh(name) for name in c.stages}
     for name, stage in c.stages.items():
-        kind = kinds.of(stage)
-        mesh = Run(Path(), c).mesh(name)
-        for role in kind.roles:
-            _check_role(c, name, role, mesh)
-        kind.check(f"stages.{name}", stage, c, mesh)
+        for role in kinds.of(stage).roles:
+            _check_role(c, name, role, meshes[name])
     order(c)
+    for name, stage in c.stages.items():
+        kinds.of(stage).check(f"stages.{name}", stage, c, meshes[name])
 
 
 def _check_role(c, name, role, mesh):

@@ -99,17 +99,33 @@ class Writer:
         folder: the stage's folder; holds metrics.jsonl, samples.jsonl and the events.
         resume_step: lines of later steps are dropped, so that a run that was cut off
             after its last checkpoint leaves each step once.
+        evaluated_again, sampled_again: whether the model of that step will be evaluated
+            or sampled once more: its eval_ metrics or samples are then dropped too.
         watch: a `trackers.Watch` that gets the same scalars and samples, or None.
     """
 
-    def __init__(self, folder, *, resume_step=0, watch=None):
+    def __init__(
+        self,
+        folder,
+        *,
+        resume_step=0,
+        evaluated_again=False,
+        sampled_again=False,
+        watch=None,
+    ):
         self._watch, self._on = watch, process.is_first()
         self.folder = Path(folder)
         if not self._on:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self.folder / name, resume_step)
+
+        def stays(row):
+            evaluation = any(key.startswith("eval_") for key in row)
+            return row["step"] <= resume_step - (evaluated_again and evaluation)
+
+        _truncate(self.folder / "metrics.jsonl", stays)
+        last = resume_step - sampled_again
+        _truncate(self.folder / "samples.jsonl", lambda row: row["step"] <= last)
         self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._samples = (self.folder / "samples.jsonl").open("a", encoding="utf-8")
         self._events = SummaryWriter(
@@ -149,11 +165,11 @@ class Writer:
         self._events.close()
 
 
-def _truncate(path, step):
-    """Drops the rows after `step`, and a half-written last line."""
+def _truncate(path, stays):
+    """Drops the rows that do not stay, and a half-written last line."""
     if not path.exists():
         return
-    rows = [row for row in read(path) if row["step"] <= step]
+    rows = [row for row in read(path) if stays(row)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
 
@@ -188,15 +204,17 @@ class Progress:
         name: what works: a stage, or a phase of a curation.
         steps: how many there are.
         log: steps between lines where there is no terminal.
+        unit: of what `step` is told the number of, for the rate.
         stream: where to; by default standard error.
     """
 
-    def __init__(self, name, steps, *, log=10, stream=None):
+    def __init__(self, name, steps, *, log=10, unit="tokens", stream=None):
         self.name, self.steps, self.log = name, steps, max(log, 1)
+        self.unit = unit
         self.console = Console(file=stream or sys.stderr, highlight=False)
         self.started = time.perf_counter()
         self.first = None
-        self._tokens = 0
+        self._count = 0
         self._bar = None
         if self.console.is_terminal:
             self._bar = progress.Progress(
@@ -216,19 +234,19 @@ class Progress:
         else:
             self.console.print(f"{self.name:<12} {text}", markup=False)
 
-    def step(self, step, values=None, tokens=0):
+    def step(self, step, values=None, count=0):
         """Shows a finished step.
 
         Args:
             step: steps done so far, of all runs of the stage.
             values: {name: float}; the loss and one or two companions are shown.
-            tokens: tokens the step worked on, for the rate.
+            count: what the step worked on, in units: tokens without padding.
         """
         now = time.perf_counter()
         if self.first is None:  # the first step of a run holds the compilation
-            self.first, self._tokens = (step, now), 0
+            self.first, self._count = (step, now), 0
         else:
-            self._tokens += tokens
+            self._count += count
         if self._bar:
             text = self._text(step, values or {}, now)
             self._bar.update(self._task, completed=step, text=text)
@@ -242,8 +260,8 @@ class Progress:
         last, done = step >= self.steps, step - self.first[0]
         if done:
             seconds = now - self.first[1]
-            if self._tokens:
-                parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
+            if self._count:
+                parts.append(f"{self._count / seconds:,.0f} {self.unit}/s")
             if not last:
                 parts.append(f"{(self.steps - step) * seconds / done:.0f} s left")
         if last:

@@ -35,8 +35,7 @@ from stagecraft.report import page, terminal
 from stagecraft.runs import Run
 from stagecraft.signals import verifiers
 from stagecraft.signals.reward import RewardModel
-from stagecraft.stages import kinds
-from stagecraft.stages.records import Recording
+from stagecraft.stages import kinds, records
 from stagecraft.stages.stage import Context
 from stagecraft.text import tokenizer as tokenizers
 
@@ -302,11 +301,12 @@ def _make(run, stage, mesh, parents, data):
 def _sampler(run, stage, mesh, prompts):
     """Returns (model, step) -> samples of a few prompts."""
     in_turns = kinds.of(stage).format(stage) == "chat"
-    room = run.config.model.max_length // 2
+    longest = run.config.model.max_length
     rows = runs.whole_rows(max(len(prompts), 1), mesh)
 
     def sample(model, step):
         language = Language(model, run.tokenizer, batch_size=rows)
+        room = min(longest, model.config.max_length) // 2
         fit = [
             p for p in prompts if len(language.encode(p, chat_format=in_turns)) < room
         ]
@@ -328,7 +328,7 @@ def _write_records(run, name, parents, data, key):
     if "reward" in parents:
         source = entry.parents["reward_from"]["id"]
         reward = RewardModel(parents["reward"], run.tokenizer, source)
-    recording = Recording(
+    recording = records.Recording(
         folder=folder,
         name=name,
         language=Language(parents["start"], run.tokenizer, batch_size=stage.batch_size),
@@ -339,6 +339,9 @@ def _write_records(run, name, parents, data, key):
         world=run.config.world.name,
     )
     result = kinds.of(stage).write(stage, recording)
+    asked = stage.prompts * stage.sampling.max_new_tokens
+    samples = result["tokens"]["sampled"] // asked
+    result["tokens"] = records.work(stage, recording, samples)
     record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     record = StageRecord.from_json(record | result | {"finished": True})
     record.write(folder)

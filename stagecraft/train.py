@@ -1,6 +1,6 @@
 """The only training loop: every stage of every experiment goes through it.
 
-Chapters: restore, evaluate and sample when due, prepare, update, log, save. The loop
+Chapters: restore, prepare, update, log, save, evaluate and sample when due. The loop
 reads a step's numbers one step late, so that the device never waits for the host.
 """
 
@@ -18,7 +18,7 @@ from stagecraft import checkpoint, masked, metrics, process, tree
 from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 from stagecraft.models import lora
-from stagecraft.stages.stage import Stage, State
+from stagecraft.stages.stage import Stage, State, averaged
 from stagecraft.trackers import Watch
 
 
@@ -62,110 +62,166 @@ def train(
     Returns:
         the final state, and {"steps", "seconds", "tokens", "peak_memory_bytes"}.
     """
-    hooks = hooks or Hooks()
-    folder, every = Path(folder), config.every
+    loop = _Loop(stage, config, Path(folder), name, hooks or Hooks())
     init_key, step_key = jax.random.split(key)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-    clock = metrics.Clock()
-    progress = metrics.Progress(name, config.steps, log=every.log)
-    writer = iterator = None
     try:
-        # -- restore ------------------------------------------------------------------
-        progress.note("starting")
-        with clock("start"):
-            state = stage.init(init_key)
-            step, tokens = 0, {}
-            iterator = data.iterator(
+        loop.restore(data, init_key)
+        while loop.step < config.steps:
+            loop.watch()
+            loop.update(jax.random.fold_in(step_key, loop.step))
+            if loop.due(config.every.save):
+                loop.save()
+        loop.watch()
+    finally:
+        loop.close()
+    return loop.state, loop.result()
+
+
+class _Loop:
+    """A stage being trained: its state, its counters and the files it writes.
+
+    A step is saved before its model is evaluated and sampled, so that nothing that
+    fails there costs any training: a resumed loop looks at that model again.
+    """
+
+    def __init__(self, stage, config, folder, name, hooks):
+        self.stage, self.config, self.hooks = stage, config, hooks
+        self.folder, self.name = folder, name
+        self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+        self.clock = metrics.Clock()
+        self.progress = metrics.Progress(name, config.steps, log=config.every.log)
+        self.writer = self.iterator = None
+        self.step = self.last_saved = 0
+        self.work = {}  # {what was done with tokens, padding too: count}
+        self.num_tokens = 0.0  # seen, without padding
+        self.pending = None  # the newest step's numbers, not yet read
+
+    def restore(self, data, key):
+        """Begins at the newest checkpoint, or at step 0."""
+        self.progress.note("starting")
+        with self.clock("start"):
+            self.state = self.stage.init(key)
+            self.iterator = data.iterator(
                 process_index=jax.process_index(), process_count=jax.process_count()
             )
-            latest = checkpoints.latest()
+            latest = self.checkpoints.latest()
             if latest is not None:
-                progress.note(f"restoring step {latest}")
-                state, saved = _restore(checkpoints, latest, state)
-                step, tokens = latest, saved["tokens"]
-                clock.seconds = saved["seconds"]
-                iterator.set_state(saved["data"])
-        writer = metrics.Writer(folder, resume_step=step, watch=hooks.watch)
-        before = clock.total()
-        last_saved, pending = step, None
-        progress.note("compiling")
+                self.progress.note(f"restoring step {latest}")
+                self.state, saved = _restore(self.checkpoints, latest, self.state)
+                self.step = self.last_saved = latest
+                self.work, self.clock.seconds = saved["tokens"], saved["seconds"]
+                # Checkpoints of older versions have counted padding alone.
+                self.num_tokens = saved.get("num_tokens", 0.0)
+                self.iterator.set_state(saved["data"])
+        self.writer = metrics.Writer(
+            self.folder,
+            resume_step=self.step,
+            evaluated_again=self._evaluates(),
+            sampled_again=self._samples(),
+            watch=self.hooks.watch,
+        )
+        self.before = self.clock.total()
+        self.progress.note("compiling")
 
-        def finish(pending):
-            """Reads a step's numbers, writes them, and stops on what is not finite."""
-            step, batch, values, worked = pending
-            values = {k: float(v) for k, v in jax.device_get(values).items()}
-            values["num_tokens"] = float(
-                sum(v for k, v in tokens.items() if "trained" in k)
-            )
-            if step % max(every.log, 1) == 0 or step in (1, config.steps):
-                writer.write(step, clock.total(), values)
-            _stop_if_not_finite(name, folder, step, batch, values, last_saved)
-            progress.step(step, values, worked)
+    def due(self, every):
+        """Returns whether what is done every so many steps is due, as in the last."""
+        last = self.step == self.config.steps
+        return self.step > 0 and (last or (every > 0 and self.step % every == 0))
 
-        while step < config.steps:
-            # -- prepare and update ---------------------------------------------------
-            with clock("data"):
-                raw = next(iterator)
-            work = stage.work(raw)
-            with clock("prepare"):
-                batch = stage.prepare(state, raw, jax.random.fold_in(step_key, step))
-            with clock("update"):
-                state, values = stage.update(state, batch)
-                step += 1
-                # The step before has long been computed: reading it costs no wait.
-                if pending is not None:
-                    finish(pending)
-            length = work.pop("length")
-            for use, count in work.items():
-                tokens[use] = tokens.get(use, 0) + count
-            tokens["context"] = (length + 1) / 2  # a causal row attends to half of it
-            worked = work.get("trained", 0) + work.get("scalar_trained", 0)
-            pending = (step, batch, values, worked)
+    def update(self, key):
+        """Takes one step; `key` is its own."""
+        with self.clock("data"):
+            raw = next(self.iterator)
+        with self.clock("prepare"):
+            batch = self.stage.prepare(self.state, raw, key)
+        with self.clock("update"):
+            self.state, values = self.stage.update(self.state, batch)
+            self.step += 1
+            # The step before has long been computed: reading it costs no wait.
+            self._read()
+        self.pending = (self.step, batch, values)
+        work = self.stage.work(raw)
+        # A causal row attends to half of it.
+        self.work["context"] = (work.pop("length") + 1) / 2
+        for use, count in work.items():
+            # The raw batch is one process's part.
+            count *= jax.process_count()
+            self.work[use] = self.work.get(use, 0) + count
 
-            # -- evaluate, sample, save -----------------------------------------------
-            last = step == config.steps
-            if last or (every.save and step % every.save == 0):
-                with clock("update"):
-                    finish(pending)
-                    pending = None
-            if last and hooks.finish:
-                state, figures = hooks.finish(state)
-                writer.write(step, clock.total(), figures)
-            if hooks.heldout and (last or (every.eval and step % every.eval == 0)):
-                with clock("eval"):
-                    figures = evaluate(stage, state, hooks.heldout, config.batch_size)
-                writer.write(step, clock.total(), figures)
-            if hooks.sample and (last or (every.sample and step % every.sample == 0)):
-                with clock("watch"):
-                    model = deployable(state, stage.frozen)
-                    writer.write_samples(step, hooks.sample(model, step))
-            if last or (every.save and step % every.save == 0):
-                with clock("save"):
-                    saved = {
-                        # Copies: they are written while the next steps count on.
-                        "tokens": dict(tokens),
-                        "seconds": dict(clock.seconds),
-                        "data": iterator.get_state(),
-                    }
-                    checkpoints.save(step, *_split(state), saved)
-                    last_saved = step
-        with clock("save"):
-            checkpoints.wait()
-    finally:
-        progress.close()
-        if writer is not None:
-            writer.close()
-        if iterator is not None:
-            iterator.close()
-        checkpoints.close()
-    seconds = {k: round(v, 3) for k, v in clock.seconds.items()}
-    return state, {
-        "steps": config.steps,
-        "seconds": seconds | {"total": round(clock.total(), 3)},
-        "seconds_this_time": round(clock.total() - before, 3),
-        "tokens": tokens,
-        "peak_memory_bytes": peak_memory(),
-    }
+    def save(self):
+        """Saves a step whose numbers are finite; the last one once it is concluded."""
+        with self.clock("update"):
+            self._read()
+        last = self.step == self.config.steps
+        if last and self.hooks.finish:
+            self.state, figures = self.hooks.finish(self.state)
+            self.writer.write(self.step, self.clock.total(), figures)
+        with self.clock("save"):
+            counters = {
+                # Copies: they are written while the next steps count on.
+                "tokens": dict(self.work),
+                "num_tokens": self.num_tokens,
+                "seconds": dict(self.clock.seconds),
+                "data": self.iterator.get_state(),
+            }
+            self.checkpoints.save(self.step, *_split(self.state), counters)
+            self.last_saved = self.step
+            if last:
+                self.checkpoints.wait()
+
+    def watch(self):
+        """Evaluates the model and samples from it, where the step is due for it."""
+        if self._evaluates():
+            with self.clock("eval"):
+                figures = evaluate(
+                    self.stage, self.state, self.hooks.heldout, self.config.batch_size
+                )
+            self.writer.write(self.step, self.clock.total(), figures)
+        if self._samples():
+            with self.clock("watch"):
+                model = deployable(self.state, self.stage.frozen)
+                samples = self.hooks.sample(model, self.step)
+                self.writer.write_samples(self.step, samples)
+
+    def close(self):
+        """Closes whatever was opened; a save that was started is completed."""
+        self.progress.close()
+        for opened in (self.writer, self.iterator, self.checkpoints):
+            if opened is not None:
+                opened.close()
+
+    def result(self):
+        """Returns what stage.json says of the training."""
+        seconds = {k: round(v, 3) for k, v in self.clock.seconds.items()}
+        return {
+            "steps": self.config.steps,
+            "seconds": seconds | {"total": round(self.clock.total(), 3)},
+            "seconds_this_time": round(self.clock.total() - self.before, 3),
+            "tokens": self.work,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+    def _evaluates(self):
+        return self.hooks.heldout is not None and self.due(self.config.every.eval)
+
+    def _samples(self):
+        return self.hooks.sample is not None and self.due(self.config.every.sample)
+
+    def _read(self):
+        """Reads and writes the pending numbers; stops where one is not finite."""
+        if self.pending is None:
+            return
+        (step, batch, values), self.pending = self.pending, None
+        values = {k: float(v) for k, v in jax.device_get(values).items()}
+        seen = values.pop("num_tokens")
+        self.num_tokens += seen
+        values["num_tokens"] = self.num_tokens
+        if step % max(self.config.every.log, 1) == 0 or step in (1, self.config.steps):
+            self.writer.write(step, self.clock.total(), values)
+        _stop_if_not_finite(
+            self.name, self.folder, step, batch, values, self.last_saved
+        )
+        self.progress.step(step, values, seen)
 
 
 def evaluate(stage, state, heldout, batch_size):
@@ -198,7 +254,7 @@ def deployable(state, frozen=None):
     adapter, it is the whole model with the stage's `frozen`, and the adapter alone
     without.
     """
-    model = lora.join(frozen, state.extra.get("ema", state.model))
+    model = lora.join(frozen, averaged(state).model)
     return model["policy"] if isinstance(model, dict) else model
 
 

@@ -9,9 +9,13 @@ import time
 import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from stagecraft import defaults, metrics, run, schema, storage
+from stagecraft import defaults, metrics, run, schema, storage, train
+from stagecraft import losses as loss_functions
+from stagecraft.anatomy import summary
 from stagecraft.errors import UserError
 from tests.text import families
 
@@ -269,3 +273,112 @@ def test_a_run_stopped_before_its_tokenizer_is_one_line(tmp_path):
     storage.write_json(tmp_path / "config.json", config)
     with pytest.raises(UserError, match="no tokenizer here.*same command goes on"):
         run.open_run(tmp_path)
+
+
+# What looks at a step
+
+STEPS = 10
+
+
+class Crash(Exception):
+    pass
+
+
+def watched(text):
+    c = config_for(text, STEPS)
+    stage = c.stages.pretrain
+    stage.ema_decay = 0.9
+    stage.data.heldout_share = 0.1
+    stage.every.update(dict(eval=5, sample=5))
+    return c
+
+
+def rows(root, name="metrics.jsonl"):
+    found = metrics.read(root / "pretrain" / name)
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+
+
+@pytest.fixture
+def straight(text, tmp_path):
+    root = tmp_path / "straight"
+    run.run(watched(text), root)
+    return root
+
+
+@pytest.mark.parametrize("part", ["sample", "evaluate"])
+@pytest.mark.parametrize("at", [5, STEPS])
+def test_nothing_that_looks_at_a_step_loses_it(text, tmp_path, straight, part, at):
+    """A rerun evaluates and samples that very step, and trains no step again."""
+    root, seen = tmp_path / "run", []
+
+    def sampler(real):
+        def crash(model, step):
+            if step == at:
+                raise Crash
+            return real(model, step)
+
+        return crash
+
+    def evaluate(stage, state, *arguments):
+        if int(state.step) == at:
+            raise Crash
+        return real_evaluate(stage, state, *arguments)
+
+    real_sampler, real_evaluate = run._sampler, train.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        if part == "sample":
+            patch.setattr(run, "_sampler", lambda *a: sampler(real_sampler(*a)))
+        else:
+            patch.setattr(train, "evaluate", evaluate)
+        with pytest.raises(Crash):
+            run.run(watched(text), root)
+    assert [p.name for p in (root / "pretrain" / "checkpoints").iterdir()] == [str(at)]
+    real_update = train._Loop.update
+
+    def update(self, key):
+        seen.append(self.step)
+        return real_update(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, "update", update)
+        run.run(watched(text), root)
+    assert seen == [*range(at, STEPS)]
+    assert rows(root) == rows(straight)
+    assert rows(root, "samples.jsonl") == rows(straight, "samples.jsonl")
+    ends = [storage.read_json(where / "summary.json") for where in (root, straight)]
+    for one in ends:
+        one.pop("seconds")
+    assert ends[0] == ends[1]
+
+
+def test_figures_are_of_the_model_that_is_saved(text, straight):
+    """The last eval_loss, recomputed by numpy from what lies in the folder."""
+    this = run.open_run(straight)
+    with jax.set_mesh(this.mesh()):
+        model, total, count = this.model("pretrain"), 0.0, 0
+        for batch in run._data_of(this, "pretrain").heldout.epoch(8):
+            targets, mask = loss_functions.shift(
+                *(batch[k] for k in ("ids", "mask", "segments"))
+            )
+            logits = model.logits(*(batch[k] for k in ("ids", "positions", "segments")))
+            logits = np.asarray(logits, np.float64)
+            logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            logps = np.take_along_axis(logps, np.asarray(targets)[..., None], -1)
+            total -= logps[..., 0][np.asarray(mask)].sum()
+            count += int(mask.sum())
+    told = summary._last_evaluation(this, "pretrain")["eval_loss"]
+    assert told == pytest.approx(total / count, rel=1e-5)
+    # The weights that were trained are elsewhere by now.
+    last = [row["loss"] for row in rows(straight) if "loss" in row][-1]
+    assert abs(told - last) > 0.05
+
+
+def test_num_tokens_adds_up_what_is_no_padding(text, straight):
+    this = run.open_run(straight)
+    with jax.set_mesh(this.mesh()):
+        data = run._data_of(this, "pretrain").dataset
+        each = [(data.batch_at(n)["segments"] > 0).sum() for n in range(STEPS)]
+    told = [row["num_tokens"] for row in rows(straight) if "num_tokens" in row]
+    assert told == np.cumsum(each).tolist()
+    work = storage.read_json(straight / "pretrain" / "stage.json")["tokens"]
+    assert work == {"trained": STEPS * 8 * 16, "context": 8.5}

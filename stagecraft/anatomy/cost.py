@@ -111,17 +111,31 @@ def forward_flops(
     return float(tokens * (2 * weights + attention))
 
 
-def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> float:
+def stage_flops(
+    counters: Mapping,
+    model: Mapping,
+    *,
+    scalar: Mapping | None = None,
+    adapter: bool = False,
+) -> float:
     """Counts the FLOPs of a whole stage.
+
+    Padding counts as text, since it costs as much, and completions as if none ended
+    before its limit. What only measures a stage is left out: held-out batches and
+    samples for show.
 
     Args:
         counters: tokens by what was done with them; one left out is 0.
             trained: forward and backward, every epoch counted (three forwards each).
-            scored: forward only: reference log-probs, prompts read before sampling.
-            sampled: generated, one forward each.
+            scored: forward only, every pass counted: log-probs of the reference and
+                of the policy that sampled, the load of experts before micro-batches.
+            sampled: generated, one forward each, and the prompts read before: once
+                where the completions of a prompt share that, once each elsewhere.
             scalar_trained, scalar_scored: the same for reward and value models.
             context: mean number of positions a token attends to.
-        model: a ModelConfig as a mapping.
+        model: a ModelConfig as a mapping; of a stage that trains nothing, that of the
+            model it samples from.
+        scalar: that of its reward model, if it is another.
         adapter: whether a LoRA adapter was trained: backward then costs one
             forward, since the frozen weights need no gradient. The thin matrices
             themselves are not counted.
@@ -138,11 +152,12 @@ def stage_flops(counters: Mapping, model: Mapping, *, adapter: bool = False) -> 
     for name in _COUNTERS:
         if name in counters:
             passes = (2 if adapter else 3) if name.endswith("trained") else 1
+            headless = name.startswith("scalar")
             total += passes * forward_flops(
-                model,
+                (scalar or model) if headless else model,
                 counters[name],
                 counters["context"],
-                scalar=name.startswith("scalar"),
+                scalar=headless,
             )
     return total
 

@@ -10,6 +10,7 @@ import time
 
 from stagecraft import metrics
 from stagecraft.anatomy import cost, roles, weights, world_figures
+from stagecraft.errors import UserError
 
 
 def measure(run, started: float) -> dict[str, dict]:
@@ -59,12 +60,18 @@ def _weights(run):
 def _cost(run):
     """Returns the FLOPs of each stage, and their share of pretraining's."""
     flops = {}
-    for name in _finished(run):
-        record = run.record(name)
-        if record.model:
-            adapter = record.lora is not None
-            flops[name] = cost.stage_flops(record.tokens, record.model, adapter=adapter)
     stages = run.config.stages
+    for name in _finished(run):
+        record, reward = run.record(name), stages[name].get("reward_from")
+        model = record.model or _shape(run, record.start_from)
+        # Older versions did not count what stages of records read.
+        if model and "context" in record.tokens:
+            flops[name] = cost.stage_flops(
+                record.tokens,
+                model,
+                scalar=_shape(run, reward) if reward else None,
+                adapter=record.lora is not None,
+            )
     pretraining = sum(
         count
         for name, count in flops.items()
@@ -75,6 +82,14 @@ def _cost(run):
         | ({"share": cost.share(count, pretraining)} if pretraining else {})
         for name, count in flops.items()
     }
+
+
+def _shape(run, name):
+    """Returns the config of a model a stage was given; None where it is gone."""
+    try:
+        return run.source(name).info()["model"]
+    except UserError:
+        return None
 
 
 def _seconds(run, started):

@@ -4,6 +4,7 @@ Text is tokenised once and read from memory-mapped shards; demonstrations, of wh
 there are fewer, are held in memory. Several sources may be mixed in given shares.
 """
 
+import hashlib
 import logging
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from stagecraft import schema
 from stagecraft.data import cache as token_cache
-from stagecraft.data import mixture, packing, readers
+from stagecraft.data import mixture, packing, readers, stage_data
 from stagecraft.data.dataset import Dataset, hold_out
 from stagecraft.data.documents import InMemory, Stored
 from stagecraft.data.stage_data import StageData, order_seed
@@ -27,8 +28,8 @@ def build(stage, sources) -> StageData:
     """Returns the training and held-out rows, and prompts to watch the model on."""
     data = stage.data
     check(data)
-    documents, prompt, parts = _documents(data, sources)
-    train, heldout = _split(documents, parts, data, sources.seed)
+    documents, prompt, key, parts = _documents(data, sources)
+    train, heldout = _split(documents, key, parts, data, sources.seed)
     weights = None
     if data.weights:
         weights = np.array([*data.weights, 1.0], np.float32)[documents.sources]
@@ -93,10 +94,12 @@ def text_rows(documents, length, *, weights=None, prefix="") -> packing.Rows:
 
 
 def _documents(data, sources):
-    """Returns the documents, (number) -> prompt, and how many sources are learned.
+    """Returns the documents, and how many of their sources are learned.
 
-    Parts of data.files are sources of their own where they are weighed or mixed; the
-    held-out files are one source more.
+    Between the two: (number) -> prompt to watch the model on, and (number) -> what
+    documents that are held out together have in common. Parts of data.files are sources
+    of their own where they are weighed or mixed; the held-out files are one source
+    more.
     """
     parts = schema.listed(sources.specs["files"])
     if not (data.weights or mixture.wanted(data)):
@@ -107,7 +110,10 @@ def _documents(data, sources):
 
 
 def _text(specs, mapping, data, sources):
-    """Returns stored documents, each watched on its first four words."""
+    """Returns stored documents, each watched on its first four words.
+
+    Equal documents are held out together.
+    """
     tokenizer = sources.tokenizer
     documents = stored(specs, mapping, sources)
     without = {tokenizer.bos, tokenizer.eos}
@@ -117,11 +123,18 @@ def _text(specs, mapping, data, sources):
         text = tokenizer.decode([i for i in ids.tolist() if i not in without])
         return " ".join(text.split()[:4])
 
-    return documents, prompt
+    def key(number):
+        ids, _ = documents.piece(number, 0, int(documents.lengths[number]))
+        return hashlib.blake2b(np.asarray(ids).tobytes(), digest_size=16).digest()
+
+    return documents, prompt, key
 
 
 def _demonstrations(specs, mapping, data, sources):
-    """Returns conversations, each watched on its messages before the first answer."""
+    """Returns conversations, each watched on its messages before the first answer.
+
+    Those that are alike before the last answer are held out together.
+    """
     parts = [readers.demonstrations(spec, mapping) for spec in specs]
 
     def ids_and_mask(one):
@@ -135,13 +148,19 @@ def _demonstrations(specs, mapping, data, sources):
         answer = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         return messages[:answer]
 
-    return documents, prompt
+    def key(number):
+        messages = conversations[number]
+        roles = [message["role"] for message in messages]
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        return stage_data.prompt_key(messages[:last])
+
+    return documents, prompt, key
 
 
-def _split(documents, parts, data, seed):
+def _split(documents, key, parts, data, seed):
     """Returns the numbers of the documents to train on and of those held out, i64."""
     learned = np.flatnonzero(documents.sources < parts)
-    train, heldout = hold_out(learned, data.heldout_share, seed)
+    train, heldout = hold_out(learned, data.heldout_share, seed, key)
     others = np.flatnonzero(documents.sources >= parts)
     heldout = np.concatenate([heldout, others]).astype(np.int64)
     return np.array(train, np.int64), heldout

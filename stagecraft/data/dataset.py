@@ -7,6 +7,8 @@ step is the same for any number of processes: each takes its own part of its row
 
 import functools
 import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -258,15 +260,32 @@ def _length(rows):
     return len(next(iter(rows.values()))) if isinstance(rows, dict) else len(rows)
 
 
-def hold_out(rows, share, seed):
-    """Splits a sequence at random: (train, held out), a function of the seed."""
-    count = round(len(rows) * share)
-    if share and (count == 0 or count == len(rows)):
+def hold_out(
+    rows: Sequence, share: float, seed: int, prompt_of: Callable[[Any], Hashable]
+) -> tuple[list, list]:
+    """Splits rows at random by their prompts: (train, held out).
+
+    All rows of one prompt are on one side, so that no held-out prompt is trained on.
+
+    Args:
+        rows: what to split.
+        share: of the prompts, to hold out.
+        seed: the split is a function of it and of the prompts' order.
+        prompt_of: (row) -> what rows of one prompt have in common.
+    """
+    if not share:
+        return list(rows), []
+    places = {}  # of the rows of each prompt
+    for place, row in enumerate(rows):
+        places.setdefault(prompt_of(row), []).append(place)
+    count = round(len(places) * share)
+    if not 0 < count < len(places):
         raise UserError(
-            f"data.heldout_share={share}: of {len(rows)} rows this keeps "
+            f"data.heldout_share={share}: of {len(places)} prompts this keeps "
             f"{count} back; choose a share that leaves some on both sides"
         )
-    order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    heldout = set(order[:count].tolist())
-    train = [row for i, row in enumerate(rows) if i not in heldout]
-    return train, [rows[i] for i in sorted(heldout)]
+    order = np.random.default_rng([seed, 1]).permutation(len(places))
+    by_prompt = list(places.values())
+    heldout = {place for number in order[:count] for place in by_prompt[number]}
+    train = [row for place, row in enumerate(rows) if place not in heldout]
+    return train, [rows[place] for place in sorted(heldout)]

@@ -95,10 +95,10 @@ def _encoded(rows, stage, sources):
         if len(ids[-1]) > limit:
             raise UserError(
                 f"{one.where}: a prompt of {len(ids[-1])} tokens, but there is room "
-                f"for {limit} (model.max_length={sources.max_length}, "
+                f"for {limit} (context of {sources.max_length}, "
                 f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
-                f"data.prompt_length={stage.data.prompt_length}); shorten it or raise "
-                "model.max_length"
+                f"data.prompt_length={stage.data.prompt_length}); shorten it, or raise "
+                "the limit"
             )
     return ids
 
@@ -118,8 +118,8 @@ def _pretraining(stage, sources):
     schema.positive("data.ptx_length", data.ptx_length)
     if data.ptx_length > sources.max_length:
         raise UserError(
-            f"data.ptx_length={data.ptx_length}: longer than the context, "
-            f"model.max_length={sources.max_length}"
+            f"data.ptx_length={data.ptx_length}: longer than the context of "
+            f"{sources.max_length} tokens"
         )
     documents = corpus.stored([sources.specs["ptx"]], {}, sources)
     return [(corpus.text_rows(documents, data.ptx_length, prefix="ptx_"), count)]

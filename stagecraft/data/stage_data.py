@@ -5,6 +5,7 @@ A files spec names a user's files, or "world:NAME" (what the embedded world wrot
 several are separated by commas.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import numpy as np
 from stagecraft import schema
 from stagecraft.data import files, mixture, packing, readers
 from stagecraft.data.dataset import Dataset, hold_out
+from stagecraft.models.locate import shortest_context
+from stagecraft.text import chat
 
 # Keys of a data config that name files.
 SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
@@ -49,7 +52,7 @@ class Sources(NamedTuple):
         specs: {key of the data config: files spec}, of those that are set; with paths.
         tokenizer: a `text.tokenizer.Tokenizer`.
         seed: the experiment's.
-        max_length: the model's context, in tokens.
+        max_length: tokens that each of the stage's models holds.
         cache: folder of tokenised text.
     """
 
@@ -106,14 +109,14 @@ def build(stage, tokenizer, root, config, builder: Callable) -> StageData:
         stage: its resolved config.
         tokenizer: a `Tokenizer`.
         root: the work directory.
-        config: the experiment's config: seed, model.max_length.
+        config: the experiment's config: seed, model.max_length, stages.
         builder: (stage, Sources) -> StageData, of the stage's kind.
     """
     named = {k: stage.data[k] for k in SPECS if stage.data.get(k)}
     specs = {k: locate(spec, root) for k, spec in named.items()}
     digests = {named[k]: files.digest(files.expand(specs[k])) for k in named}
     cache = Path(stage.data.get("cache") or Path(root) / "cache")
-    length = config.model.max_length
+    length, _ = shortest_context(stage, config)
     sources = Sources(specs, tokenizer, config.seed, length, cache)
     return builder(stage, sources)._replace(digests=digests)
 
@@ -147,11 +150,25 @@ def read_rows(read, spec, data) -> list[Row]:
 def split_rows(read, stage, sources) -> tuple[list[Row], list[Row]]:
     """Reads the records to train on, and those held out."""
     rows = read_rows(read, sources.specs["files"], stage.data)
-    train, heldout = hold_out(rows, stage.data.heldout_share, sources.seed)
+    train, heldout = hold_out(rows, stage.data.heldout_share, sources.seed, _prompt_of)
     if "heldout" in sources.specs:
         mapping = readers.fields(stage.data.fields)
         heldout += [Row(one, -1) for one in read(sources.specs["heldout"], mapping)]
     return train, heldout
+
+
+def prompt_key(prompt: str | list[dict]) -> str:
+    """Returns what equal prompts have in common, be they texts or messages."""
+    turns = [
+        {k: v for k, v in message.items() if k != "weight"}
+        for message in chat.as_messages(prompt)
+    ]
+    return json.dumps(turns, sort_keys=True)
+
+
+def _prompt_of(row):
+    several = isinstance(row.record, list)  # the judgements of one pair
+    return prompt_key((row.record[0] if several else row.record).prompt)
 
 
 def mixed_rows(stage, rows, size, seed):

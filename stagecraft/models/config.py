@@ -131,7 +131,8 @@ class ModelConfig:
     experts_renormalize: bool = True  # the chosen experts' weights add up to 1
     sparse: tuple[bool, ...] = ()  # which layers have experts
     # Weight of the load-balancing loss (`experts.Balance`) in stages of kind
-    # language_model; in micro-batches, each one's own balance counts.
+    # language_model; micro-batches cost a forward pass more, which counts the load of
+    # the whole batch first.
     balance_coef: float = 0.0
 
     init_std: float = 0.02  # standard deviation of initial weights

@@ -87,16 +87,28 @@ class Experts(nnx.Module):
         return mixed, Routing(probabilities, chosen)
 
 
-def balance(routing: Routing, real: Array) -> Balance:
-    """Computes the balance of one layer.
+def copies(routing: Routing, real: Array) -> Array:
+    """Counts the copies of real tokens that each expert gets: f32[E].
 
     Args:
         real: bool[B, T], False on padding.
     """
     count = routing.probabilities.shape[-1]
-    copies = jax.nn.one_hot(routing.chosen, count).sum(axis=-2)
-    copies = jnp.where(real[..., None], copies, 0).sum(axis=(0, 1))
-    share = copies / jnp.maximum(real.sum(), 1)
+    each = jax.nn.one_hot(routing.chosen, count).sum(axis=-2)
+    return jnp.where(real[..., None], each, 0).sum(axis=(0, 1))
+
+
+def balance(routing: Routing, real: Array, share: Array | None = None) -> Balance:
+    """Computes the balance of one layer.
+
+    Args:
+        real: bool[B, T], False on padding.
+        share: f32[E], copies that each expert gets per real token, where these rows are
+            a part of the batch; None for those of these rows.
+    """
+    count = routing.probabilities.shape[-1]
+    if share is None:
+        share = copies(routing, real) / jnp.maximum(real.sum(), 1)
     loss = count * (routing.probabilities * share).sum(axis=-1)
     return Balance(loss, share / routing.chosen.shape[-1])
 

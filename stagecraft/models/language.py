@@ -101,7 +101,7 @@ class Language:
         if not rows:
             return []
         self._check_room(rows, settings["max_new_tokens"])
-        length = _rounded(max(map(len, rows)))
+        length = rounded(max(map(len, rows)))
         out = []
         for number, part in enumerate(_batches(rows, self.batch_size)):
             key = jax.random.fold_in(jax.random.key(seed), number)
@@ -181,7 +181,7 @@ class Language:
         if not rows:
             return []
         longest = max(len(a) + len(b) for a, b in rows)
-        length = _rounded(longest)
+        length = rounded(longest)
         out = []
         for part in _batches(rows, self.batch_size):
             shape = (self.batch_size, length)
@@ -200,7 +200,8 @@ class Language:
         return out
 
 
-def _rounded(length):
+def rounded(length: int) -> int:
+    """Returns the length that prompts are padded to."""
     return -(-length // ROUND) * ROUND
 
 

@@ -164,6 +164,36 @@ def locate(
     return Source(text, "stage" if "/" in text or path.exists() else "nowhere", path)
 
 
+def shortest_context(stage, experiment) -> tuple[int, str]:
+    """Returns the most tokens that each model of a stage holds, and what limits them.
+
+    Every model holds its max_length: with learned positions it has no more of them, and
+    with rotary ones nothing samples or scores beyond it. A stage's model has that of
+    the model it started from, through all stages of the run; no row of a run is
+    longer than its model.max_length.
+
+    Args:
+        stage: the stage's resolved config.
+        experiment: the whole config.
+
+    Returns:
+        the tokens; the key that sets them, with its value.
+    """
+    limits = []
+    for key in stage:
+        if not key.endswith("_from") or not stage[key]:
+            continue
+        name = stage[key]
+        while name in experiment.stages and experiment.stages[name].start_from:
+            name = experiment.stages[name].start_from
+        if name not in experiment.stages:
+            holds = locate(name).info()["model"]["max_length"]
+            limits.append((holds, f"the max_length={holds} of {key}={stage[key]!r}"))
+    own = experiment.model.max_length
+    limits.append((own, f"model.max_length={own}"))
+    return min(limits, key=lambda limit: limit[0])
+
+
 def run_of(text: str) -> tuple[Path, str] | None:
     """Returns (work directory, name) of the run that a path leads into.
 

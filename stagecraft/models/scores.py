@@ -1,5 +1,7 @@
 """Scores of whole sequences: a scalar model's output at their last real token."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,14 +45,29 @@ def scores(
 _scores = jax.jit(scores)
 
 
+def padded_tokens(rows: int, longest: int, *, batch_size: int = 128) -> int:
+    """Counts the tokens that `of_rows` runs through the model, padding too."""
+    return -(-rows // batch_size) * batch_size * _rounded(longest)
+
+
+def _rounded(length):
+    return -(-length // ROUND) * ROUND
+
+
 def of_rows(model: ScalarModel, rows: list, *, batch_size: int = 128) -> list[float]:
     """Scores id sequences of any lengths.
 
     Args:
         rows: list of ids, the last one being where the score is read.
         batch_size: rows at once.
+
+    Returns:
+        a score for each row; NaN where it is longer than the model's max_length.
     """
-    length = -(-max(map(len, rows)) // ROUND) * ROUND
+    limit = model.body.config.max_length
+    fits = [len(row) <= limit for row in rows]
+    rows = [row[:limit] for row in rows]
+    length = _rounded(max(map(len, rows)))
     out = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -65,4 +82,4 @@ def of_rows(model: ScalarModel, rows: list, *, batch_size: int = 128) -> list[fl
         )
         values = _scores(model, **sharding.on_mesh(batch))
         out += np.asarray(values)[: len(part)].tolist()
-    return out
+    return [score if fit else math.nan for score, fit in zip(out, fits, strict=True)]

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from stagecraft import sharding
 from stagecraft.models import attention, heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
-from stagecraft.models.experts import Balance, Experts, balance
+from stagecraft.models.experts import Balance, Experts, balance, copies
 
 # Names of the activations that `remat="names"` keeps.
 SAVED = ("query", "key", "value", "attended")
@@ -201,29 +201,67 @@ class Transformer(nnx.Module):
         Returns:
             [B, T, D] in the compute dtype, after the final norm.
         """
-        return self._hidden(ids, positions, segments, balanced=False)[0]
+        return self._hidden(ids, positions, segments)[0]
 
     def hidden_and_balance(
-        self, ids: Array, positions: Array, segments: Array
+        self,
+        ids: Array,
+        positions: Array,
+        segments: Array,
+        shares: Array | None = None,
     ) -> tuple[Array, Balance]:
         """Returns the final hidden states, and how the experts share the work.
 
-        For models with experts; arguments as of `hidden`.
+        For models with experts; arguments as of `hidden`, and
+
+        Args:
+            shares: f32[S, E], the `share` of `experts.balance` in each of the S sparse
+                layers; None for those of these rows.
         """
-        x, total = self._hidden(ids, positions, segments, balanced=True)
+        none = Balance(
+            loss=jnp.zeros(ids.shape, jnp.float32),
+            load=jnp.zeros((self.config.experts,), jnp.float32),
+        )
+
+        def add(carry, routing):
+            total, number = carry
+            share = None if shares is None else shares[number]
+            one = balance(routing, segments > 0, share)
+            return jax.tree.map(jnp.add, total, one), number + 1
+
+        x, (total, _) = self._hidden(
+            ids, positions, segments, add, (none, jnp.int32(0))
+        )
         count = sum(spec.sparse for spec in self.config.layer_specs)
         return x, jax.tree.map(lambda a: a / count, total)
 
-    def _hidden(self, ids, positions, segments, *, balanced):
-        """Returns hidden states, and the sum of the layers' balances if `balanced`."""
+    def expert_copies(self, ids: Array, positions: Array, segments: Array) -> Array:
+        """Counts the copies of tokens that each expert of each sparse layer gets.
+
+        Args:
+            ids, positions, segments: as of `hidden`.
+
+        Returns:
+            f32[S, E].
+        """
+        c = self.config
+        none = jnp.zeros((sum(s.sparse for s in c.layer_specs), c.experts), jnp.float32)
+
+        def add(carry, routing):
+            total, number = carry
+            return total.at[number].set(copies(routing, segments > 0)), number + 1
+
+        return self._hidden(ids, positions, segments, add, (none, jnp.int32(0)))[1][0]
+
+    def _hidden(self, ids, positions, segments, add=None, total=None):
+        """Returns hidden states, and `total` with every sparse layer's part added.
+
+        Args:
+            add: (total, `Routing` of a layer) -> total; None adds nothing.
+            total: any tree of arrays.
+        """
         c = self.config
         angles = self.angles(positions, segments)
-        total = None
-        if balanced:
-            total = Balance(
-                loss=jnp.zeros(ids.shape, jnp.float32),
-                load=jnp.zeros((c.experts,), jnp.float32),
-            )
 
         def step(carry, layer, spec):
             x, total = carry
@@ -232,8 +270,8 @@ class Transformer(nnx.Module):
                 return self.attend(query, key, value, segments, spec), None
 
             x, _, routing = layer(x, angles[spec], attend)
-            if total is not None and spec.sparse:
-                total = jax.tree.map(jnp.add, total, balance(routing, segments > 0))
+            if add is not None and spec.sparse:
+                total = add(total, routing)
             return (x, total), None
 
         carry = (self.lookup(ids, positions), total)

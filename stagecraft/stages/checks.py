@@ -106,11 +106,33 @@ def files(where, config, check_data=mixture.check):
 
 
 def length(where, config, experiment):
-    """Refuses rows longer than the model's context."""
-    if config.data.length > experiment.model.max_length:
+    """Refuses rows longer than one of the stage's models holds."""
+    _fits(
+        where,
+        config,
+        experiment,
+        f"data.length={config.data.length}",
+        config.data.length,
+    )
+
+
+def room(where, config, experiment):
+    """Refuses prompts and completions longer than one of the stage's models holds."""
+    data, new = config.data, config.sampling.max_new_tokens
+    prompt = data.prompt_length
+    what = f"data.prompt_length={prompt} and sampling.max_new_tokens={new}"
+    # Without a limit of their own, prompts have what is left, at least a token.
+    _fits(where, config, experiment, what, (prompt or 1) + new)
+    if data.get("ptx_rows"):
+        what = f"data.ptx_length={data.ptx_length}"
+        _fits(where, config, experiment, what, data.ptx_length)
+
+
+def _fits(where, config, experiment, what, tokens):
+    limit, why = locate.shortest_context(config, experiment)
+    if tokens > limit:
         raise UserError(
-            f"{where}.data.length={config.data.length}: longer than the context, "
-            f"model.max_length={experiment.model.max_length}"
+            f"{where}.{what}: {tokens} tokens are longer than the context, {why}"
         )
 
 

@@ -96,6 +96,7 @@ def _check(where, config, experiment, mesh):
         )
     raters.check(where, config, experiment.world.name)
     checks.files(where, config)
+    checks.room(where, config, experiment)
 
 
 KIND = Kind(

@@ -55,16 +55,20 @@ def make(config, context):
             config, rollouts, policy, reference, samples, rewards, key, needs_reference
         )
 
+    # By the policy that sampled, and by the reference.
+    scoring_passes = needs_reference + (needs_reference or _several_steps(config))
+
     def work(raw):
         prompts, prompt = raw["prompt_ids"].shape
         length = prompt + config.sampling.max_new_tokens
-        sampled = prompts * config.group_size * length
-        trained = config.batch_size * config.group_size * length
+        rows = prompts * config.group_size
+        trained = config.batch_size * config.group_size // jax.process_count() * length
         return {
             "trained": config.epochs * trained,
-            "scored": (needs_reference + _several_steps(config)) * trained,
-            "scalar_scored": ("reward" in context.parents) * sampled,
-            "sampled": sampled,
+            "scored": scoring_passes * trained,
+            "scalar_scored": ("reward" in context.parents) * rows * length,
+            # The completions of a prompt share its prefill.
+            "sampled": prompts * prompt + rows * config.sampling.max_new_tokens,
             "length": length,
         }
 
@@ -115,6 +119,8 @@ def score_groups(
     no_spread = losses.frac_reward_zero_std(
         scores.reshape(groups), scored.reshape(groups)
     )
+    # Also those of the groups that are dropped below.
+    metrics["num_tokens"] = update.count_tokens(samples)
     metrics |= {"reward": of(scores, scored), "frac_reward_zero_std": of(no_spread)}
     if config.oversample > 1:
         chosen = _informative(scores.reshape(groups), scored.reshape(groups), config)
@@ -289,6 +295,7 @@ def _check(where, config, experiment, mesh):
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
     checks.sampling(where, config, experiment)
+    checks.room(where, config, experiment)
     rows = checks.epochs(where, config, config.batch_size * config.group_size)
     # Prompts, before each is sampled from several times.
     prompts = config.batch_size * config.oversample

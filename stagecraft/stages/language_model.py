@@ -53,8 +53,14 @@ def make(config, context):
         config, trained, optimizer, mesh, change=change if unseen else None
     )
 
+    start = context.parents.get("start")
+    shape = context.model_config if start is None else start.config
+    counts_first = shape.balance_coef > 0 and config.micro_batches > 1
+
     def work(raw):
-        return {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
+        tokens = raw["ids"].size
+        work = {"trained": tokens, "length": raw["ids"].shape[-1]}
+        return work | ({"scored": tokens} if counts_first else {})
 
     return update.assemble(
         mesh,
@@ -85,7 +91,10 @@ def make_objective(config):
         arrays = [batch[k] for k in ("ids", "positions", "segments")]
         balance, coef = None, model.config.balance_coef
         if coef:
-            hidden, balance = model.hidden_and_balance(*arrays)
+            shares = None
+            if "copies" in batch:
+                shares = batch["copies"] / jnp.maximum(batch["real"], 1)
+            hidden, balance = model.hidden_and_balance(*arrays, shares)
         else:
             hidden = model.hidden(*arrays)
         stats = model.token_logps(hidden, targets)
@@ -108,7 +117,14 @@ def make_objective(config):
             }
         return loss, metrics
 
-    return update.Objective(reductions, terms, {})
+    def sums(model, batch):
+        if not model.config.balance_coef:
+            return {}
+        arrays = [batch[k] for k in ("ids", "positions", "segments")]
+        real = (batch["segments"] > 0).sum()
+        return {"copies": model.expert_copies(*arrays), "real": real}
+
+    return update.Objective(reductions, terms, {}, sums)
 
 
 def average_rows(model, pieces):

@@ -61,7 +61,8 @@ def make(config, context):
             "trained": tokens,
             "scored": needs_reference * tokens,
             "scalar_scored": ("reward" in context.parents) * tokens,
-            "sampled": tokens,
+            # The two completions of a prompt share its prefill.
+            "sampled": tokens - prompts * prompt,
             "length": length,
         }
 
@@ -129,6 +130,7 @@ def rank_pairs(config, rollouts, samples, rewards):
 def _check(where, config, experiment, mesh):
     checks.rewards(where, config)
     checks.sampling(where, config, experiment)
+    checks.room(where, config, experiment)
     loss = checks.training(where, config, experiment, mesh, KIND)
     check_pairs(where, config, loss)
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from stagecraft import metrics, schema, storage
 from stagecraft.errors import UserError
+from stagecraft.models import scores
+from stagecraft.models.language import rounded
 
 JOURNAL, RECORDS = "journal.jsonl", "records.jsonl"
 VERSION = 1  # of the journal's format
@@ -197,8 +199,7 @@ def collect(
     Returns:
         the batches, and the seconds they took in all processes that worked on them.
     """
-    size = max(config.batch_size // samples, 1)
-    parts = [asked[i : i + size] for i in range(0, len(asked), size)]
+    parts = _parts(config, asked, samples)
     batches, seconds = [], 0.0
 
     def sample_batch(number, prompts):
@@ -212,7 +213,7 @@ def collect(
         entry = {"batch": number, "verdicts": rate(part, answers)}
         return entry | ({"rng": rng.bit_generator.state} if rng is not None else {})
 
-    progress = metrics.Progress(recording.name, len(parts))
+    progress = metrics.Progress(recording.name, len(parts), unit="answers")
     try:
         with Journal(recording.folder / JOURNAL, header) as journal:
             for number, part in enumerate(parts):
@@ -230,6 +231,39 @@ def collect(
     finally:
         progress.close()
     return batches, seconds
+
+
+def work(config, recording, samples) -> dict[str, float]:
+    """Counts the tokens that a stage of records runs through its models.
+
+    Args:
+        config: the stage's config: prompts, batch_size, sampling.
+        recording: a `Recording`.
+        samples: answers to each prompt.
+
+    Returns:
+        {"sampled", "scalar_scored", "context"}, as `anatomy.cost.stage_flops` takes
+        them. Each answer reads its prompt anew.
+    """
+    asked, _, _ = shuffled(recording.asked, config.prompts, recording.key)
+    language, new = recording.language, config.sampling.max_new_tokens
+    sampled, scored, seen = 0, 0, 0.0
+    for part in _parts(config, asked, samples):
+        prompts = [record["prompt"] for record in part]
+        rows = len(prompts) * samples
+        longest = max(len(language.encode(p, chat_format=True)) for p in prompts)
+        length = rounded(longest) + new
+        tokens = length * -(-rows // language.batch_size) * language.batch_size
+        sampled += tokens
+        seen += tokens * (length + 1) / 2
+        if recording.reward is not None:
+            scored += scores.padded_tokens(rows, longest + new)
+    return {"sampled": sampled, "scalar_scored": scored, "context": seen / sampled}
+
+
+def _parts(config, asked, samples):
+    size = max(config.batch_size // samples, 1)
+    return [asked[i : i + size] for i in range(0, len(asked), size)]
 
 
 def write(folder, records):

@@ -102,11 +102,13 @@ def normalize(state, reference, batch_size, frozen=None):
         frozen: the stage's.
 
     Returns:
-        the state, {"reference_reward": their mean before the shift}.
+        the state, {"reference_reward": their mean before the shift, of the weights that
+        are saved}.
     """
-    for model in (state.extra.get("ema"), state.model):
-        if model is None:
-            continue
+    models = [state.model]
+    if "ema" in state.extra:
+        models.append(state.extra["ema"])
+    for model in models:
         model = lora.join(frozen, model)  # its bias is the state's own
         total = masked.Mean.empty()
         for raw in reference.epoch(batch_size):

@@ -130,6 +130,7 @@ def _check(where, config, experiment, mesh):
     if config.keep == "best":
         checks.unread(where, config, {"threshold": "keep='best'"})
     checks.files(where, config)
+    checks.room(where, config, experiment)
 
 
 KIND = Kind(

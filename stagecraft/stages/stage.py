@@ -26,7 +26,8 @@ class Stage(NamedTuple):
         prepare: (state, raw, key) -> batch. Frozen models act here.
         update: (state, batch) -> (state, {metric: number}); jitted, state donated.
         evaluate: (state, raw, key) -> {metric: Mean or Max} of a raw held-out batch,
-            still to be merged with those of other batches.
+            still to be merged with those of other batches; of the weights that are
+            saved, which is their average where the state has one.
         work: (raw) -> tokens one step runs through a model, from the shapes alone
             (padding costs as much as text): "trained" forward and backward, "scored"
             forward only, "sampled", and "scalar_" before those of reward and value
@@ -63,6 +64,14 @@ class State(NamedTuple):
     model: Any
     opt_state: Any
     extra: dict[str, Any]
+
+
+def averaged(state: State) -> State:
+    """Returns the state with its average of the weights, if it has one, as the model.
+
+    That is what is saved, and what all that comes after training looks at.
+    """
+    return state._replace(model=state.extra.get("ema", state.model))
 
 
 class Context(NamedTuple):

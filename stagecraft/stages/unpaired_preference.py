@@ -2,8 +2,11 @@
 
 A record says of one completion whether it is desirable. KTO measures itself against
 the policy's distance to the reference on completions of *other* prompts: the batch
-rotated by one row. BCO measures itself against a running mean of all rewards.
+rotated by one row. BCO measures itself against a running mean of all rewards of
+training, which held-out rows leave as it is.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +62,7 @@ def make(config, context):
     score_jitted = stage.jit(score, by_rows)
     distance_jitted = stage.jit(reference_distance, whole)
 
-    def prepare(state, raw, key):
+    def prepare(state, raw, key, *, trains=True):
         del key
         batch, index = stage.split_index(raw, mesh)
         policy = lora.join(beginning.frozen, state.model)
@@ -67,7 +70,10 @@ def make(config, context):
             batch["ref_logps"] = reference.logps(state, batch, index)
         if "kl" in needs:
             batch["kl"] = distance_jitted(policy, reference.model(state), batch)
-        if "delta" in needs:
+        if "delta" in needs and not trains:
+            # Rewards of held-out rows do not move what they are compared with.
+            batch |= {k: state.extra[k] for k in ("delta", "seen")}
+        elif "delta" in needs:
             rewards = _rewards(config, score_jitted(policy, batch), batch)
             mean, count = state.extra["delta"], state.extra["seen"]
             rows = batch["mask"].any(-1)
@@ -106,6 +112,7 @@ def make(config, context):
         prepare=prepare,
         prepared=prepared,
         objective=loss_objective,
+        prepare_heldout=functools.partial(prepare, trains=False),
         work=work,
     )
 

@@ -28,11 +28,15 @@ class Objective(NamedTuple):
             update the batch has "unmoved" bool[]: the model is still the one that the
             stage began with, or that sampled the rollout.
         weights: {term: float}; 1 for a term that is not named.
+        sums: (model, batch) -> {name: array}: sums over rows that `terms` needs of
+            the whole batch, of which no gradient is taken; they join the batch where it
+            is split into micro-batches. None where `terms` needs nothing of the kind.
     """
 
     reductions: Callable
     terms: Callable
     weights: dict
+    sums: Callable | None = None
 
 
 def unless_unmoved(batch, own, other):
@@ -86,7 +90,13 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
             grads = sharding.constrain_tree(grads)
         else:
             split = jax.tree.map(lambda x: _split(x, micro_batches), (batch, weights))
-            split += (None if key is None else jax.random.split(key, micro_batches),)
+            keys = None if key is None else jax.random.split(key, micro_batches)
+            if objective.sums is not None:
+                whole = _add_up(objective.sums, state.model, frozen, split[0], keys)
+                for name, total in whole.items():
+                    shape = (micro_batches, *total.shape)
+                    split[0][name] = jnp.broadcast_to(total, shape)
+            split += (keys,)
             first = jax.tree.map(lambda x: x[0], split)
             shapes = jax.eval_shape(grad_fn, state.model, *first)
             (_, empty), empty_grads = shapes
@@ -108,6 +118,17 @@ def make_step(objective, optimizers, *, micro_batches=1, lr_scale=None):
         return model, opt_state, metrics
 
     return step
+
+
+def _add_up(sums, model, frozen, micro_batches, keys):
+    """Returns the sums of `Objective.sums` over all micro-batches."""
+
+    def one(xs):
+        micro, key = xs
+        return sums(lora.join(frozen, model, key), micro)
+
+    each = jax.lax.map(one, (micro_batches, keys))
+    return jax.tree.map(lambda x: x.sum(0), each)
 
 
 def _apply(optimizers, grads, state, step, lr_scale):
@@ -144,7 +165,9 @@ def make_update(config, objective, optimizer, carry=None):
         rows = {k: v for k, v in batch.items() if k != "metrics"}
         rows["unmoved"] = state.step == 0
         model, opt_state, metrics = step(state, rows, state.step, frozen, key)
-        metrics = metrics | batch.get("metrics", {})
+        metrics = (
+            metrics | {"num_tokens": count_tokens(rows)} | batch.get("metrics", {})
+        )
         extra = carry(state, model, batch) if carry else {}
         state = advance(config, state, model, opt_state, **extra)
         return state, masked.compute(metrics)
@@ -199,7 +222,9 @@ def make_minibatch_update(
             (state.model, state.opt_state),
             (jnp.arange(count), batch["order"], keys),
         )
-        metrics, extra = masked.reduce(stacked) | batch["metrics"], {}
+        metrics, extra = masked.reduce(stacked), {}
+        rows = batch["rollout"] | batch.get("ptx", {})
+        metrics |= {"num_tokens": count_tokens(rows)} | batch["metrics"]
         if conclude:
             more, extra = conclude(state, batch, stacked)
             metrics |= more
@@ -207,6 +232,15 @@ def make_minibatch_update(
         return state, masked.compute(metrics)
 
     return update
+
+
+def count_tokens(rows: dict[str, jax.Array]) -> masked.Mean:
+    """Counts the tokens of a batch that are no padding; `train` adds them up.
+
+    It is TRL's num_tokens: prompts are tokens too, and count in each row they begin.
+    """
+    counts = [(v > 0).sum() for k, v in rows.items() if k.endswith("segments")]
+    return masked.Mean.of(sum(counts))
 
 
 def shuffled_minibatches(config, rows, key):
@@ -263,6 +297,7 @@ def assemble(
     work,
     prepared=None,
     objective=None,
+    prepare_heldout=None,
     evaluate: Any = None,
 ) -> Stage:
     """Builds the stage from its functions.
@@ -274,7 +309,8 @@ def assemble(
         prepare, work: as in `Stage`.
         prepared: (raw) -> ({name: Program} that `prepare` runs, the batch it returns as
             shapes); None where it only puts the raw batch on the mesh.
-        objective: the `Objective` that a held-out batch is evaluated with; or
+        objective: the `Objective` that a held-out batch is evaluated with, once it went
+            through prepare_heldout: like `prepare`, which it is by default; or
         evaluate: as in `Stage`, of a stage that samples its evaluation.
     """
     frozen = beginning.frozen
@@ -295,12 +331,12 @@ def assemble(
         return before | after
 
     if measure is not None:
-        evaluate = _evaluation(jax.jit(measure), prepare, frozen)
+        evaluate = _evaluation(jax.jit(measure), prepare_heldout or prepare, frozen)
     return Stage(
         init=beginning.init,
         prepare=prepare,
         update=lambda state, batch: jitted(state, batch, frozen),
-        evaluate=evaluate,
+        evaluate=lambda state, raw, key: evaluate(stage.averaged(state), raw, key),
         work=work,
         programs=programs,
         frozen=frozen,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import sharding
+from stagecraft import sharding, tree
 from stagecraft.models.transformer import Transformer
 from stagecraft.stages import language_model
 from stagecraft.stages.stage import Context
@@ -46,3 +46,77 @@ def test_it_is_that_of_the_whole_batch_on_any_mesh():
     for name in ("loss", "aux_loss", "router_load_max"):
         assert split[name] == pytest.approx(alone[name], rel=1e-5)
     np.testing.assert_allclose(other, one, atol=1e-6)
+
+
+def by_numpy(model, raw):
+    """E sum_e f_e P_e by layer, over all real tokens, from the router's own numbers."""
+    real = raw["segments"] > 0
+    arrays = [raw[k] for k in ("ids", "positions", "segments")]
+    seen = []
+
+    def add(total, routing):
+        seen.append(jax.tree.map(np.asarray, routing))
+        return total
+
+    with jax.disable_jit():
+        model._hidden(*arrays, add, jax.numpy.zeros(()))
+    found = []
+    for routing in seen:
+        chosen = routing.chosen[real]
+        share = [(chosen == e).sum() / real.sum() for e in range(CONFIG.experts)]
+        mean = routing.probabilities[real].mean(0)
+        found.append(CONFIG.experts * np.dot(share, mean))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_micro_batches_never_change_the_loss(parts, sizes):
+    """Nor its gradient, which is the change of every parameter under plain SGD."""
+    devices = int(np.prod(sizes))
+    if parts > 16 // (sizes[0] * sizes[1]):
+        pytest.skip("fewer rows than devices")
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:devices])
+    config = dataclasses.replace(CONFIG, layers=2, sparse=(1, 1), balance_coef=0.5)
+
+    def step(mesh, parts):
+        with jax.set_mesh(mesh):
+            _, raw, stage = cases.stage("language_model", mesh, micro_batches=parts)
+            start = sharding.init_sharded(lambda key: Transformer(config, key), mesh)(
+                jax.random.key(3)
+            )
+            made = language_model.make(stage, Context(mesh, config, {"start": start}))
+            state = made.init(jax.random.key(0))
+            before = tree.named(jax.device_get(state.model))
+            state, metrics = made.update(state, made.prepare(state, raw, None))
+            after = tree.named(jax.device_get(state.model))
+        changes = {k: np.asarray(after[k]) - np.asarray(before[k]) for k in after}
+        return cases.told(metrics), changes, made.work(raw), start, raw
+
+    metrics, changes, work, start, raw = step(mesh, parts)
+    whole, expected, _, _, _ = step(cases.single(), 1)
+    for name in ("loss", "aux_loss", "router_load_max"):
+        assert metrics[name] == pytest.approx(whole[name], rel=1e-5), name
+    for name, change in expected.items():
+        largest = np.abs(change).max()
+        np.testing.assert_allclose(changes[name], change, atol=1e-5 * largest + 1e-8)
+    if sizes == (1, 1, 1):
+        assert metrics["aux_loss"] == pytest.approx(by_numpy(start, raw), rel=1e-5)
+    # The load is counted first, by a forward pass of its own.
+    assert work.get("scored", 0) == (raw["ids"].size if parts > 1 else 0)
+
+
+def test_layers_without_experts_between_them():
+    """The load of each sparse layer meets that layer."""
+    config = dataclasses.replace(CONFIG, layers=3, sparse=(1, 0, 1), balance_coef=0.5)
+    mesh, found = cases.single(), []
+    with jax.set_mesh(mesh):
+        for parts in (1, 4):
+            _, raw, stage = cases.stage("language_model", mesh, micro_batches=parts)
+            start = Transformer(config, jax.random.key(3))
+            made = language_model.make(stage, Context(mesh, config, {"start": start}))
+            state = made.init(jax.random.key(0))
+            _, metrics = made.update(state, made.prepare(state, raw, None))
+            found.append(cases.told(metrics))
+    for name in ("loss", "aux_loss", "router_load_max", "grad_norm"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name

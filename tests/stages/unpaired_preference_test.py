@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import losses, masked, tree
+from stagecraft import losses, masked, train, tree
+from stagecraft.data.dataset import Dataset
 from stagecraft.stages import unpaired_preference
 from tests.stages import cases
 
@@ -212,6 +213,36 @@ def test_running_mean_by_parts(seed):
     assert [float(x) for x in nothing] == [float(mean), float(seen)]
     first = unpaired_preference.running_mean(0.0, 0.0, np.ones(4), np.zeros(4, bool))
     assert [float(x) for x in first] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_held_out_loss_of_bco_depends_on_no_batch(seen):
+    """Rewards are compared with the mean of training as it stands (TRL: do_train)."""
+    shared = cases.single()
+    with jax.set_mesh(shared):
+        made, raw, config = cases.stage(
+            "unpaired_preference", shared, objective="bco", ema_decay=0.5
+        )
+        state = made.init(jax.random.key(0))
+        for _ in range(3 * seen):
+            state, _ = made.update(state, made.prepare(state, raw, None))
+        delta = float(state.extra["delta"])
+        rows = cases.judged(rows=13, seed=9)
+        found = [
+            train.evaluate(made, state, Dataset([(rows, size)], seed=0), size)
+            for size in (1, 3, 5, 13)
+        ]
+        policy = cases.token_logps(train.deployable(state), rows)
+        reference = cases.token_logps(cases.models(shared)["reference"], rows)
+        assert float(state.extra["delta"]) == delta
+    target = rows["mask"].copy()
+    target[:, 0] = False
+    rewards = 0.1 * ((policy - reference) * target).sum(1)
+    margins = np.where(rows["label"], 1, -1) * (rewards - delta)
+    expected = np.log1p(np.exp(-margins)).mean()
+    for told in found:
+        assert told["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert (delta != 0) == seen
 
 
 def test_padding_rows_change_nothing(kto):
