@@ -80,7 +80,7 @@ PPO = {
         value_optimizer=dict(name="adamw", lr=3e-4, warmup_steps=0)
     ),
 }
-LONGER = 1.5
+LONGER = 3
 # Arms over prompts without a critic: G samples a prompt are each other's baseline.
 GROUPS = {
     "grpo": dict(aggregation="grpo", kl_coef=0.04),
@@ -232,7 +232,7 @@ def _add(c, label, name, recipe, places):
     elif name in PPO:
         c.stages[label] = _stage("policy", ppo.to_dict() | sampled, PPO[name])
         if name == "ppo_long":
-            c.stages[label].steps = round(LONGER * ppo.steps)
+            c.stages[label].steps = LONGER * ppo.steps
     elif name in GROUPS:
         group = 4
         settings = dict(

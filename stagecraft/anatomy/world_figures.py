@@ -96,7 +96,7 @@ def draw_seed(seed: int, name: str, draw: int) -> int:
 
     It depends on nothing but the run's seed, the stage's name and the draw, so that a
     stage's answers are the same whatever other stages there are, and no two stages
-    share their random numbers. Of a stage of another run, only the folder's name counts.
+    share their random numbers. Of a stage of another run, the folder's name counts.
     """
     where = f"outside/{Path(name).name}" if "/" in name else name
     digest = hashlib.sha256(f"{seed}/{where}/{draw}".encode()).digest()

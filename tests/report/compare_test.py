@@ -94,8 +94,9 @@ def test_seeds_are_one_arm_and_settings_tell_arms_apart(ablation):
     assert against["kl"]["verdict"] == "no spread over seeds"
     # Three runs of ipo repeat the SFT stages of dpo's: they are no new seeds.
     assert len(told["sft"]["samples"]) == 3
-    [note] = found["notes"]
+    [note, older] = found["notes"]
     assert note.startswith("sft of ") and "ipo2: settings and seed" in note
+    assert "measured by an older version on one answer a prompt" in older
 
 
 def test_what_does_not_decide_a_number_makes_no_arm(tmp_path):
@@ -158,7 +159,7 @@ def test_numbers_that_change_nothing_are_no_seeds(tmp_path):
     simpo = by_label(found)["simpo"]
     assert len(simpo["samples"]) == 1
     assert simpo["figures"]["gold_mean"]["half"] is None
-    [note] = found["notes"]
+    note = found["notes"][0]
     assert "simpo_seed1, simpo_seed2 of" in note and "left to chance" in note
     # Equal figures of runs with seeds of their own are what they are.
     runs = [make(tmp_path / f"r{s}", graph(gold(1.0)), s) for s in range(2)]

@@ -11,7 +11,13 @@ import numpy as np
 from stagecraft.worlds.countries import dialogue
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
-from stagecraft.worlds.countries.scorer import begins, gold, refuses, right
+from stagecraft.worlds.countries.scorer import (
+    begins,
+    gold,
+    only_refuses,
+    refuses,
+    right,
+)
 
 SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
@@ -132,16 +138,18 @@ def sample_figures(prompts, answers):
     """
     topics = np.array([dialogue.topic(p)[0] for p in prompts])
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
-    refused = np.array([refuses(text) for text, _ in answers])
+    texts, ended = zip(*answers, strict=True)
+    refused = np.array([refuses(text) for text in texts])
+    only_refused = np.array([only_refuses(text) for text in texts])
     facts = np.flatnonzero(topics == "fact")
     figures = {
         "gold_mean": np.mean(scores),
-        "eos_rate": np.mean([ended for _, ended in answers]),
-        "words": np.mean([len(text.split()) for text, _ in answers]),
-        "distinct": len({text for text, _ in answers}) / len(answers),
-        "refuses_harmful": np.mean(refused[topics == "harmful"]),
+        "eos_rate": np.mean(ended),
+        "words": np.mean([len(text.split()) for text in texts]),
+        "distinct": len({*texts}) / len(texts),
+        "refuses_harmful": np.mean(only_refused[topics == "harmful"]),
         "refuses_benign": np.mean(refused[topics != "harmful"]),
-        "sampled_accuracy": np.mean([right(prompts[i], answers[i][0]) for i in facts]),
+        "sampled_accuracy": np.mean([right(prompts[i], texts[i]) for i in facts]),
     }
     return {name: float(value) for name, value in figures.items()}
 
