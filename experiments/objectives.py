@@ -56,14 +56,14 @@ UNPAIRED = {
     "bco": dict(objective="bco"),
     "apo_zero_unpaired": dict(objective="apo_zero_unpaired"),
 }
-# Arms over prompts with a critic: what differs from the quickstart's PPO. The arms
-# without a KL penalty, at a higher rate and of more steps pull apart what pushing too
+# Arms over prompts with a critic: what differs from the quickstart's PPO. One without a
+# KL penalty, one at a higher rate and one of more steps tell apart what pushing too
 # hard may mean.
 PPO = {
     "ppo": dict(),
     "ppo_no_kl": dict(kl_coef=0.0),
     "ppo_fast": dict(optimizer=dict(lr=4e-4)),
-    "ppo_long": dict(),  # LONGER times the steps
+    "ppo_long": dict(),  # quickstart.HARD times the steps: ppo_hard with a KL penalty
     "ppo_placement_b": dict(score_placement="B"),
     "ppo_adaptive_kl": dict(kl_target=3.0, kl_horizon=2000.0),
     "ppo_k2_in_loss": dict(kl_placement="loss", kl_estimator="k2"),
@@ -80,7 +80,6 @@ PPO = {
         value_optimizer=dict(name="adamw", lr=3e-4, warmup_steps=0)
     ),
 }
-LONGER = 3
 # Arms over prompts without a critic: G samples a prompt are each other's baseline.
 GROUPS = {
     "grpo": dict(aggregation="grpo", kl_coef=0.04),
@@ -232,7 +231,7 @@ def _add(c, label, name, recipe, places):
     elif name in PPO:
         c.stages[label] = _stage("policy", ppo.to_dict() | sampled, PPO[name])
         if name == "ppo_long":
-            c.stages[label].steps = LONGER * ppo.steps
+            c.stages[label].steps = quickstart.HARD * ppo.steps
     elif name in GROUPS:
         group = 4
         settings = dict(

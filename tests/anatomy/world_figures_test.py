@@ -255,13 +255,11 @@ def test_answers_do_not_depend_on_other_stages(measured):
 
 
 def test_sampled_figures_are_means_over_draws(measured):
-    figures = measured(SFT | DPO)["dpo"]
-    draws = [
-        np.mean(
-            [ids[0] for ids, *_ in Numbers((1, 3, 4)).sample_ids([0] * 1000, seed=s)]
-        )
-        for s in (world_figures.draw_seed(7, "dpo", draw) for draw in range(4))
-    ]
+    figures, draws = measured(SFT | DPO)["dpo"], []
+    for draw in range(4):
+        seed = world_figures.draw_seed(7, "dpo", draw)
+        samples = Numbers((1, 3, 4)).sample_ids([0] * 1000, seed=seed)
+        draws.append(np.mean([ids[0] for ids, *_ in samples]))
     assert figures["gold_mean"] == pytest.approx(np.mean(draws))
     error = figures["draws"]["standard_error"]
     assert error["gold_mean"] == pytest.approx(np.std(draws, ddof=1) / 2)
