@@ -224,8 +224,8 @@ def contents(comparison: dict) -> list[str]:
     if any(figure["n"] > 1 for figure in figures_shown):
         lines.append(
             "± over seeds holds the chance of training and of the evaluation draw "
-            "(which answers were sampled; greedy figures have none); it is never less "
-            "than the error of the draw"
+            "(which answers were sampled; greedy figures have none); it is never "
+            "narrower than the draw alone makes it"
         )
     if any(f["n"] == 1 and f["half"] is not None for f in figures_shown):
         lines.append(
@@ -252,7 +252,13 @@ def legend(comparison: dict) -> list[str]:
         )
     if NOISE in verdicts:
         lines.append(f"≈ {NOISE}: the interval of the difference contains 0")
-    lines += [f"† {one}" for one in (ONE, DRAWS) if one in verdicts]
+    if DRAWS in verdicts:
+        lines.append(
+            "† one seed on a side: ± is of the evaluation draw alone (greedy figures have "
+            "none), so there is no verdict"
+        )
+    elif ONE in verdicts:
+        lines.append(f"† {ONE}")
     if FLAT in verdicts:
         lines.append(
             "a difference with neither ± nor †: no seed differs from another on either "

@@ -207,7 +207,10 @@ def test_the_interval_of_one_seed_is_of_the_draw_and_says_so(tmp_path, capsys):
     assert against["verdict"] == compare.DRAWS
     terminal.show_comparison(comparison)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2.500 ±0.159" in shown and "† one seed: the interval is of the" in shown
+    assert (
+        "2.500 ±0.159" in shown
+        and "† one seed on a side: ± is of the evaluation draw" in shown
+    )
     assert "± of one seed is of the evaluation draw alone" in shown
     page = text_of(compare_page.write(comparison, tmp_path / "c.html"))
     assert "± of one seed is of the evaluation draw alone" in page
