@@ -56,9 +56,14 @@ UNPAIRED = {
     "bco": dict(objective="bco"),
     "apo_zero_unpaired": dict(objective="apo_zero_unpaired"),
 }
-# Arms over prompts with a critic: what differs from the quickstart's PPO.
+# Arms over prompts with a critic: what differs from the quickstart's PPO. One without a
+# KL penalty, one at a higher rate and one of more steps tell apart what pushing too
+# hard may mean.
 PPO = {
     "ppo": dict(),
+    "ppo_no_kl": dict(kl_coef=0.0),
+    "ppo_fast": dict(optimizer=dict(lr=4e-4)),
+    "ppo_long": dict(),  # quickstart.HARD times the steps: ppo_hard with a KL penalty
     "ppo_placement_b": dict(score_placement="B"),
     "ppo_adaptive_kl": dict(kl_target=3.0, kl_horizon=2000.0),
     "ppo_k2_in_loss": dict(kl_placement="loss", kl_estimator="k2"),
@@ -116,6 +121,8 @@ GRAPHS = ("best_of_n", "rejection_sampling", "iterative_dpo", "dpo_soft_labels")
 # model: stages that come before the ones above.
 DEMONSTRATIONS = {
     "sft": dict(),
+    # Without pretraining's text mixed in, no row of SFT names a held-out entity.
+    "sft_no_replay": dict(data=dict(replay="", replay_share=0.0)),
     "sft_dft": dict(objective="dft"),
     "sft_z_loss": dict(objective="next_token,z_loss", objective_weights=(1.0, 1e-4)),
     "sft_packed": dict(data=dict(packing="bfd")),
@@ -223,6 +230,8 @@ def _add(c, label, name, recipe, places):
         c.stages[label] = _stage("unpaired_preference", pairs, UNPAIRED[name])
     elif name in PPO:
         c.stages[label] = _stage("policy", ppo.to_dict() | sampled, PPO[name])
+        if name == "ppo_long":
+            c.stages[label].steps = quickstart.HARD * ppo.steps
     elif name in GROUPS:
         group = 4
         settings = dict(

@@ -10,21 +10,26 @@ r"""Every stage on the embedded world, on two cores, in minutes.
 The world (stagecraft/worlds/countries) writes real facts as web-like text, answers
 about half of its countries, prompts about the same half, and a strict scorer that no
 stage trains on. The comparisons are the SFT model's own answers, labelled by rules
-with noise. About six minutes on two cores; figures on three seeds: docs/results.md.
+with noise. ppo_hard is ppo without its KL penalty and with three times its steps. About
+six minutes on two cores; figures on three seeds: docs/results.md.
 """
 
 from experiments import common
 from stagecraft import defaults
 
+HARD = 3  # times PPO's steps: ppo_hard, without the KL penalty
+
 # What the summary is held against, in the table at the end and in the report. Figures
-# are of entities and prompts no stage trained on.
+# are of entities in no demonstration, prompt or comparison; pretraining's text states
+# their facts, and a quarter of SFT's rows are from it (none in `sft_no_replay` of
+# objectives.py).
 CLAIMS = (
     "seconds.total <= 480",
     # Knowledge comes from pretraining, and a base model does not answer questions.
     "pretrain.cloze_accuracy >= 0.95",
     "pretrain.copy_probability >= 0.70",
     "pretrain.answer_rate <= 0.35",
-    # SFT changes the shape of the response, also about what it never saw.
+    # SFT changes the shape of the response, also about entities of no demonstration.
     "sft.heldout_accuracy >= 0.85",
     "sft_scratch.heldout_accuracy <= 0.25",
     "sft.cloze_accuracy >= 0.93",
@@ -39,7 +44,8 @@ CLAIMS = (
     "ppo.heldout_accuracy >= sft.heldout_accuracy - 0.08",
     "dpo.heldout_accuracy >= sft.heldout_accuracy - 0.08",
     "ppo.eos_rate >= 0.97",
-    # Pushed too hard the proxy goes up, the gold goes down, and the facts go.
+    # Pushed too hard (PPO's own rate, three times its steps, no KL penalty) the proxy
+    # goes up, the gold goes down, and the facts go.
     "ppo_hard.reward_mean > ppo.reward_mean",
     "ppo_hard.gold_mean < ppo.gold_mean - 0.3",
     "ppo_hard.heldout_accuracy <= 0.6 * sft.heldout_accuracy",
@@ -135,6 +141,5 @@ def get_config(arg=""):
         every=dict(log=1, save=10),
     )
     c.stages.ppo = defaults.stage("policy", steps=20, kl_coef=0.05, **ppo)
-    c.stages.ppo_hard = defaults.stage("policy", steps=30, kl_coef=0.0, **ppo)
-    c.stages.ppo_hard.optimizer.lr = 4e-4
+    c.stages.ppo_hard = defaults.stage("policy", steps=HARD * 20, kl_coef=0.0, **ppo)
     return common.tiny(c) if arg.tiny else c

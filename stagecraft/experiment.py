@@ -84,6 +84,7 @@ def _check(c):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
     schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
+    schema.positive("measure.draws", c.measure.draws)
     trackers.names(c.trackers)
     if c.world.name:
         worlds.get(c.world.name)

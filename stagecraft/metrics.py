@@ -17,7 +17,7 @@ from rich import progress
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from stagecraft import process
+from stagecraft import process, storage
 
 _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -136,10 +136,8 @@ class Writer:
         """Records {name: float} for a step; `seconds` since the stage began."""
         if not self._on:
             return
-        row = {"step": step, "seconds": round(seconds, 3)}
-        # NaN is not JSON: a number that is not finite is written as null.
-        row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._lines.write(json.dumps(row) + "\n")
+        row = {"step": step, "seconds": round(seconds, 3)} | values
+        self._lines.write(storage.to_json(row) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -152,7 +150,7 @@ class Writer:
             return
         for sample in samples:
             row = {"step": step, **sample}
-            self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._samples.write(storage.to_json(row) + "\n")
         self._samples.flush()
         if self._watch is not None:
             self._watch.texts(step, samples)

@@ -17,6 +17,7 @@ WORKDIR/summary.json, prompt.json, evaluations.json, report.html
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -127,7 +128,26 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def json_text(value: Any) -> str:
     """Returns the text of a JSON file, one key a line."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return to_json(value, indent=1) + "\n"
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns the text of a value; NaN and infinity, which JSON has not, as null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False)
+
+
+def _finite(value):
+    """Returns a value with None for numbers that are not finite, however deep."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def read_json(path: str | Path, default: Any = None) -> Any:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from stagecraft import exchange, experiment, losses, run
+from stagecraft import exchange, experiment, losses, run, schema
 from stagecraft.curate import curation
 from stagecraft.errors import UserError
 from stagecraft.lineage import StageRecord
@@ -132,6 +132,27 @@ def test_every_objective_has_an_arm():
             assert {(f, kind.name) for f in kind.losses.values()} <= used
     sampled = {f for f, kind in used if kinds.KINDS[kind].samples}
     assert {*losses.POLICY.values()} <= sampled
+
+
+def test_what_pushing_too_hard_means_is_told_apart():
+    """ppo_hard differs from ppo in its KL penalty and its steps; each has an arm."""
+    recipe = load_experiment("quickstart").get_config().stages
+    module = load_experiment("objectives")
+    names = ("ppo", "ppo_no_kl", "ppo_fast", "ppo_long")
+    arms = module.get_config(f"base=none,name={'+'.join(names)}").stages
+
+    def differs(one, two=recipe.ppo):
+        one, two = (dict(schema.flat(x.to_dict())) for x in (one, two))
+        return {k: v for k, v in one.items() if v != two[k]}
+
+    assert differs(recipe.ppo_hard) == {"kl_coef": 0.0, "steps": 60}
+    assert differs(arms.ppo) == {}
+    assert differs(arms.ppo_no_kl) == {"kl_coef": 0.0}
+    assert differs(arms.ppo_fast) == {"optimizer.lr": 4e-4}
+    assert differs(arms.ppo_long) == {"steps": 60}
+    sft = module.get_config("base=none,name=sft_no_replay").stages.sft_no_replay
+    want = {"data.replay": "", "data.replay_share": 0.0}
+    assert differs(sft, recipe.sft) == want
 
 
 def test_arms_of_every_kind_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 
 import jax
@@ -21,13 +22,15 @@ def test_a_restart_leaves_each_step_once(tmp_path):
         file.write('{"step": 6, "lo')  # the process died here
     again = metrics.Writer(tmp_path, resume_step=3)
     again.write(4, 4.0, {"loss": 9.0, "bad": float("nan")})
+    again.write_samples(4, [{"prompt": "a", "completion": "b", "score": math.inf}])
     again.close()
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["loss"] == 9.0 and rows[-1]["bad"] is None
-    assert len(metrics.read(tmp_path / "samples.jsonl")) == 3
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: 1 / 0)  # no NaN in JSON
+    assert len(metrics.read(tmp_path / "samples.jsonl")) == 4
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for line in (tmp_path / name).read_text().splitlines():
+            json.loads(line, parse_constant=lambda name: 1 / 0)  # no NaN in JSON
 
 
 def test_the_same_numbers_are_tensorboard_events(tmp_path):

@@ -1,6 +1,7 @@
 """Files of a run are written whole or not at all."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -30,6 +31,20 @@ def test_damaged_json_is_named(tmp_path):
     with pytest.raises(UserError, match=r"lineage\.json: not a JSON file"):
         storage.read_json(path)
     assert storage.read_json(tmp_path / "none.json", {"x": 1}) == {"x": 1}
+
+
+def test_what_json_has_not_is_written_as_null(tmp_path):
+    nan, infinite = float("nan"), float("inf")
+    value = {"a": nan, "b": [1.0, -infinite, {"c": (infinite, "NaN")}], "d": True}
+    storage.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    want = {"a": None, "b": [1.0, None, {"c": [None, "NaN"]}], "d": True}
+    assert json.loads(text, parse_constant=refuse) == want
+    assert storage.to_json({"é": 0.5}) == '{"é": 0.5}'
 
 
 def test_a_digest_does_not_depend_on_order():

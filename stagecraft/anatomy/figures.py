@@ -36,19 +36,19 @@ FIGURES = (
     _share(
         "cloze_accuracy",
         "Cloze accuracy",
-        "“The capital of France is”: whole answer, greedy",
+        "“The capital of France is” of held-out entities: whole answer, greedy",
         better="higher",
     ),
     _share(
         "copy_probability",
         "Copy probability",
-        "probability of naming the entity asked about",
+        "probability of naming the held-out entity asked about",
         better="higher",
     ),
     _share(
         "answer_rate",
         "Bare answers",
-        "bare questions whose greedy continuation begins with a right answer",
+        "bare held-out questions whose greedy continuation begins with a right answer",
     ),
     _share(
         "seen_accuracy",
@@ -78,7 +78,7 @@ FIGURES = (
     Figure(
         "reward_mean",
         "Reward (proxy)",
-        "mean score by the learned reward model",
+        "mean score by the reward model of its training, or else of its base",
         better="higher",
     ),
     Figure(
@@ -91,7 +91,7 @@ FIGURES = (
     _share(
         "gold_win_rate",
         "Gold win rate",
-        "wins by gold against the SFT model's samples, ties half",
+        "wins by gold against independent samples of the SFT model, ties half",
         better="higher",
         column=1,
     ),

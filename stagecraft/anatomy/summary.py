@@ -1,9 +1,9 @@
 """The figures of a run, measured on its finished stages.
 
-Nested dicts of numbers, STAGE.FIGURE. With an embedded world they are measured on
-entities and prompts that no stage trained on; without one they are the last eval_
-metrics of each stage. Beside them: what each stage changed in the weights, what it cost
-and how long it took.
+Nested dicts of numbers, STAGE.FIGURE. With an embedded world they are about entities in
+no demonstration, prompt or comparison (`world_figures`); without one they are the last
+eval_ metrics of each stage. Beside them: what each stage changed in the weights, what
+it cost and how long it took.
 """
 
 import time

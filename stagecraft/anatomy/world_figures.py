@@ -1,14 +1,22 @@
 """The figures of finished stages in an embedded world, where the truth is known.
 
-They are measured on entities and prompts that no stage trained on: what the world's
-probes ask of a model, and how its sampled answers fare by the gold scorer, against the
-SFT model's and under the reward models.
+They are about entities in no demonstration, prompt or comparison (pretraining's text,
+and what SFT replays of it, state their facts): what the world's probes ask of a model,
+and how its sampled answers fare by the gold scorer, against the SFT model's and under a
+reward model.
+
+Sampled answers come `measure.draws` times a prompt, each draw from a seed of its own. A
+figure is the mean over draws; "draws" beside a stage's figures holds their number and
+each figure's standard error.
 """
+
+import hashlib
+from pathlib import Path
 
 import numpy as np
 
 from stagecraft import worlds
-from stagecraft.anatomy import behaviour, roles
+from stagecraft.anatomy import behaviour, roles, statistics
 from stagecraft.models import scores
 
 ROWS = 128  # held-out prompts answered at once
@@ -23,11 +31,7 @@ def measure(run) -> dict[str, dict]:
     config = run.config
     world = worlds.get(config.world.name)
     split = world.split(config.seed, config.world.size)
-    entities = {
-        "heldout": getattr(split, config.measure.split),
-        "train": split.train,
-        "everyone": (*split.train, *split.dev, *split.test),
-    }
+    entities = {"heldout": getattr(split, config.measure.split), "train": split.train}
     prompts = world.probes.heldout_prompts(
         config.seed, entities["heldout"], config.measure.split
     )
@@ -36,16 +40,15 @@ def measure(run) -> dict[str, dict]:
         name: _speaking(run, name, world, entities, answers)
         for name in behaviour.speaking_stages(run)
     }
-    for name in run.stages:
-        if run.finished(name) and roles.of(config.stages[name].kind).model == "scalar":
-            base = _scored_model(config, name)
-            if base in answers.samples:
-                figures[name] = _scoring(run, name, base, world, answers, figures)
+    for name in _reward_stages(run):
+        base = _scored_model(config, name)
+        if base in answers.samples:
+            figures[name] = _reward_model(run, name, base, world, answers)
     return figures
 
 
 class _Answers:
-    """Sampled answers to the held-out prompts, and the models of the baselines.
+    """Sampled answers to the held-out prompts, and the models they are held against.
 
     Args:
         run: a `runs.Run`.
@@ -53,23 +56,25 @@ class _Answers:
         length: most tokens of an answer.
 
     Attributes:
-        samples: {stage: what `sample` returned}; a stage may be another run's.
+        samples: {stage: what `sample` returned, a draw each}; a stage may be another
+            run's.
     """
 
     def __init__(self, run, prompts, length):
         self.run, self.prompts, self.length = run, prompts, length
-        self.samples, self._second, self._bases = {}, {}, {}
+        self.samples, self._bases, self._rewards = {}, {}, {}
 
-    def of(self, name, language=None):
-        if name not in self.samples:
-            self.samples[name] = self._sample(language or self.base(name), seed=1)
-        return self.samples[name]
-
-    def second(self, name):
-        """Returns another answer to each prompt."""
-        if name not in self._second:
-            self._second[name] = self._sample(self.base(name), seed=2)
-        return self._second[name]
+    def of(self, name, language=None, draws=None):
+        """Returns the draws of a stage, `measure.draws` of them by default."""
+        draws = draws or self.run.config.measure.draws
+        samples = self.samples.setdefault(name, [])
+        while len(samples) < draws:
+            language = language or self.base(name)
+            seed = draw_seed(self.run.config.seed, name, len(samples))
+            samples.append(
+                sample(language, self.prompts, seed=seed, max_new_tokens=self.length)
+            )
+        return samples[:draws]
 
     def base(self, name):
         """Returns the model of a stage that others are compared with, loaded once."""
@@ -77,8 +82,25 @@ class _Answers:
             self._bases[name] = self.run.language(name, ROWS)
         return self._bases[name]
 
-    def _sample(self, language, seed):
-        return sample(language, self.prompts, seed=seed, max_new_tokens=self.length)
+    def rewards(self, name, samples):
+        """Returns a reward model's score of each answer of one draw: f32[B]."""
+        if name not in self._rewards:
+            self._rewards[name] = self.run.model(name)
+        asked, answers = samples["prompts"], samples["ids"]
+        rows = [prompt + ids for prompt, ids in zip(asked, answers, strict=True)]
+        return scores.of_rows(self._rewards[name], rows)
+
+
+def draw_seed(seed: int, name: str, draw: int) -> int:
+    """Returns the seed of one draw of a stage's answers, of 31 bits.
+
+    It depends on nothing but the run's seed, the stage's name and the draw, so that a
+    stage's answers are the same whatever other stages there are, and no two stages
+    share their random numbers. Of a stage of another run, the folder's name counts.
+    """
+    where = f"outside/{Path(name).name}" if "/" in name else name
+    digest = hashlib.sha256(f"{seed}/{where}/{draw}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def _speaking(run, name, world, entities, answers):
@@ -91,17 +113,50 @@ def _speaking(run, name, world, entities, answers):
             figures |= value if isinstance(value, dict) else {ask.__name__: value}
     if not in_turns:
         return figures
-    samples = answers.of(name, language)
-    figures |= world.probes.sample_figures(answers.prompts, samples["answers"])
-    figures |= length_and_entropy(samples["ids"], samples["logps"])
-    base = sft_model(run, name)
+    base, reward = sft_model(run, name), reward_stage(run, name)
+    if reward:
+        figures["reward_mean_by"] = reward
+    return figures | _sampled_figures(name, world, answers, language, base, reward)
+
+
+def _sampled_figures(name, world, answers, language, base, reward):
+    """Measures what a stage's sampled answers are worth.
+
+    Args:
+        base, reward: the SFT and the reward model they are held against, or None.
+    """
+    draws, prompts = answers.of(name, language), answers.prompts
+    rows = []
+    for draw in draws:
+        row = world.probes.sample_figures(prompts, draw["answers"])
+        row |= length_and_entropy(draw["ids"], draw["logps"])
+        if base:
+            row["kl"] = _kl(draw, answers.base(base))
+        if reward:
+            row["reward_mean"] = float(np.mean(answers.rewards(reward, draw)))
+        rows.append(row)
+    figures = {
+        key: statistics.over_draws([row[key] for row in rows]) for key in rows[0]
+    }
     if base:
-        others = answers.of(base)["answers"]
-        figures["gold_win_rate"] = world.probes.win_rate(
-            answers.prompts, samples["answers"], others
-        )
-        figures["kl"] = _kl(samples, answers.base(base))
-    return figures
+        others = [other["answers"] for other in answers.of(base)]
+        table = [
+            [world.probes.win_rate(prompts, draw["answers"], one) for one in others]
+            for draw in draws
+        ]
+        figures["gold_win_rate"] = statistics.over_both(np.array(table))
+    return _sampled(figures, len(draws))
+
+
+def _sampled(figures, draws):
+    """Returns {figure: mean}, and beside it the number of draws and the errors.
+
+    Args:
+        figures: {figure: (mean, standard error or None)}.
+    """
+    errors = {key: error for key, (_, error) in figures.items() if error is not None}
+    means = {key: mean for key, (mean, _) in figures.items()}
+    return means | {"draws": {"count": draws, "standard_error": errors}}
 
 
 def sft_model(run, name: str) -> str | None:
@@ -181,6 +236,16 @@ def _kl(samples, reference):
 # -- reward models ---------------------------------------------------------------------
 
 
+def _reward_stages(run):
+    """Returns the finished reward models of a run, in the graph's order."""
+    stages = run.config.stages
+    return [
+        name
+        for name in run.stages
+        if run.finished(name) and roles.of(stages[name].kind).model == "scalar"
+    ]
+
+
 def _scored_model(config, name):
     """Returns the stage whose answers a reward model scores: the nearest above."""
     base = config.stages[name].start_from
@@ -191,29 +256,48 @@ def _scored_model(config, name):
     return base
 
 
-def _scoring(run, name, base, world, answers, figures):
-    """Measures a reward model; adds `reward_mean` to the stages it scores."""
-    model, prompts = run.model(name), answers.prompts
-    one, two = answers.of(base), answers.second(base)
-    difference = np.subtract(_scores(model, one), _scores(model, two))
+def reward_stage(run, name: str) -> str | None:
+    """Returns the reward model whose scores are the `reward_mean` of a stage.
+
+    It is the one the stage was trained on, `reward_from`: a stage of this run, or a
+    folder. For a stage that was trained on none it is the first reward stage of the
+    graph that starts from the same SFT model. None where there is no such model.
+    """
+    config = run.config
+    stage = config.stages[name]
+    if "reward" in roles.of(stage.kind).roles and stage.reward_from:
+        gone = run.source(stage.reward_from).where == "nowhere"
+        return None if gone else stage.reward_from
+    base = sft_model(run, name) or name
+    same = (one for one in _reward_stages(run) if _scored_model(config, one) == base)
+    return next(same, None)
+
+
+def _reward_model(run, name, base, world, answers):
+    """Measures how a reward model and a noisy rater order pairs of draws."""
     rng = np.random.default_rng([run.config.seed, 9])
-    pairs = list(zip(one["answers"], two["answers"], strict=True))
-    labels = [
-        {0: 1, 1: -1, None: 0}[world.rate(prompt, pair, rng)]
-        for prompt, pair in zip(prompts, pairs, strict=True)
-    ]
-    for other in figures.keys() & answers.samples.keys():
-        if (sft_model(run, other) or other) == base:
-            rewards = _scores(model, answers.samples[other])
-            figures[other]["reward_mean"] = float(np.mean(rewards))
-    both = one["answers"], two["answers"]
-    return {
-        "pair_accuracy": world.probes.pair_order(prompts, *both, difference),
-        "label_accuracy": world.probes.pair_order(prompts, *both, labels),
+    draws = answers.of(base, draws=max(run.config.measure.draws, 2))
+    rewards = [answers.rewards(name, draw) for draw in draws]
+    shape = len(draws), len(draws)
+    tables = {
+        "pair_accuracy": np.full(shape, np.nan),
+        "label_accuracy": np.full(shape, np.nan),
     }
-
-
-def _scores(model, samples):
-    """Returns the reward model's score of each sampled answer: f32[B]."""
-    rows = [p + a for p, a in zip(samples["prompts"], samples["ids"], strict=True)]
-    return scores.of_rows(model, rows)
+    for i, j in zip(*np.triu_indices(len(draws), 1), strict=True):
+        both = draws[i]["answers"], draws[j]["answers"]
+        labels = [
+            {0: 1, 1: -1, None: 0}[world.rate(prompt, pair, rng)]
+            for prompt, *pair in zip(answers.prompts, *both, strict=True)
+        ]
+        for key, order in (
+            ("pair_accuracy", np.subtract(rewards[i], rewards[j])),
+            ("label_accuracy", labels),
+        ):
+            share = world.probes.pair_order(answers.prompts, *both, order)
+            tables[key][i, j] = np.nan if share is None else share
+    figures = {
+        key: statistics.over_pairs(table)
+        for key, table in tables.items()
+        if np.isfinite(table).any()
+    }
+    return _sampled(figures, len(draws))

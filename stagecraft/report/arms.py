@@ -26,12 +26,26 @@ _DEFAULT = "default"  # an argument of the objective that the config leaves out
 
 @dataclasses.dataclass
 class Sample:
-    """One finished stage of one run: its name there, its seed, {figure: number}."""
+    """One finished stage of one run.
+
+    Attributes:
+        run, stage: its folder, and its name there.
+        seed: the run's, and the number in NAME_seedN or None.
+        figures: {figure: number}.
+        errors: {figure: (standard error, its degrees of freedom)} of those that are
+            means over draws of sampled answers; see `anatomy.statistics`.
+        draws: sampled answers to each prompt; None in a run measured before there was
+            more than one.
+        ancestors: folders of the stages that it comes from.
+    """
 
     run: Path
     stage: str
-    seed: tuple  # the run's, and the number in NAME_seedN or None
+    seed: tuple
     figures: dict
+    errors: dict
+    draws: int | None
+    ancestors: frozenset
 
 
 @dataclasses.dataclass
@@ -57,6 +71,12 @@ class Arm:
     def values(self, figure):
         """Returns the figure of each sample; None where it was not measured."""
         return [sample.figures.get(figure) for sample in self.samples]
+
+    def errors(self, figure):
+        """Returns the errors of the figure where it was measured; () unless of all."""
+        measured = [one for one in self.samples if figure in one.figures]
+        errors = [sample.errors.get(figure) for sample in measured]
+        return () if None in errors else errors
 
 
 def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]:
@@ -219,7 +239,29 @@ def _add(arms, repeats, run, stage):
         if why:
             repeats.append((why, stage.name, str(run.folder)))
             return
-    arm.samples.append(Sample(run.folder, stage.name, seed, figures))
+    draws = runs.part(run.summary[stage.name], "draws")
+    count, errors = draws.get("count"), runs.part(draws, "standard_error")
+    errors = {k: (v, count - 1) for k, v in errors.items() if is_number(v)}
+    ancestors = frozenset(_ancestors(run, stage.name))
+    arm.samples.append(
+        Sample(run.folder, stage.name, seed, figures, errors, count, ancestors)
+    )
+
+
+def _ancestors(run, name):
+    """Yields the folders of the stages on the way up `start_from`."""
+    config, folder = run.config, run.folder.resolve()
+    parent = config["stages"][name].get("start_from")
+    while parent:
+        elsewhere = None if parent in config["stages"] else locate.run_of(parent)
+        if elsewhere:
+            root, parent = elsewhere
+            config, folder = runs.read_config(root) or {}, Path(root).resolve()
+        if parent not in runs.part(config, "stages"):
+            yield parent if not elsewhere else str(folder / parent)
+            return
+        yield str(folder / parent)
+        parent = config["stages"][parent].get("start_from")
 
 
 def _repeated(seed, figures, other):
@@ -382,12 +424,45 @@ def _warnings(runs, arms):
         notes.append(
             "the runs' data differ: their eval_ figures are of different held-out rows"
         )
-    if any(len({s.seed[0] for s in a.samples}) < len(a.samples) for a in arms):
-        notes.append(
-            "seeds of one run share the stages before them, data included: their "
-            "interval holds the chance of the last stage alone"
+    return [*notes, *_about_draws(arms), *_about_bases(arms)]
+
+
+def _about_draws(arms):
+    """Returns notes on samples whose answers were drawn differently."""
+    sampled = [s for arm in arms for s in arm.samples if "gold_mean" in s.figures]
+    counts = {sample.draws for sample in sampled}
+    if None in counts:
+        old = {str(s.run): None for s in sampled if s.draws is None}
+        return [
+            f"{', '.join(old)}: measured by an older version on one answer a prompt, "
+            "its win rate with the random numbers of its base; delete summary.json and "
+            "give the run command again to measure anew"
+        ]
+    if len(counts) > 1:
+        return [
+            "the runs differ in measure.draws "
+            f"({', '.join(map(str, sorted(counts)))}): fewer draws are more noise"
+        ]
+    return []
+
+
+def _about_bases(arms):
+    """Returns a note on arms whose seeds come from one model, as far as they do."""
+    shared = [
+        arm.label
+        for arm in arms
+        if any(
+            one.seed[0] == two.seed[0] or one.ancestors & two.ancestors
+            for one, two in itertools.combinations(arm.samples, 2)
         )
-    return notes
+    ]
+    if not shared:
+        return []
+    return [
+        f"{', '.join(shared)}: the seeds share one base (the data and the stages "
+        "before), so their interval holds the chance of the last stage alone; the "
+        "base's chance is not in it"
+    ]
 
 
 def _tokenizer(run):

@@ -8,12 +8,19 @@ from pathlib import Path
 
 from stagecraft import schema
 from stagecraft.anatomy import figures, roles
-from stagecraft.anatomy.statistics import CONFIDENCE, difference, interval
+from stagecraft.anatomy.statistics import (
+    CONFIDENCE,
+    difference,
+    error_of_mean,
+    interval,
+)
 from stagecraft.errors import UserError
 from stagecraft.report.arms import read as read_arms
 
 # Verdicts on a difference, beside "higher" and "lower".
-NOISE, ONE, FLAT = "within noise", "one seed: no interval", "no spread over seeds"
+NOISE, FLAT = "within noise", "no spread over seeds"
+ONE = "one seed: no interval"
+DRAWS = "one seed: the interval is of the evaluation draw alone"
 _EVALUATIONS = 6  # eval_ columns, where no world is there to measure in
 
 
@@ -33,9 +40,10 @@ def compare(
 
     Returns:
         a dict of JSON values: "arms", each with "figures" {figure: {values, mean,
-        half, n}} and "against" {figure: {difference, half, verdict}}; "columns", the
-        figures of the table; "baseline", "runs", "notes", "confidence". `half` is half
-        the width of the interval, None with one seed.
+        half, n, error}} and "against" {figure: {difference, half, verdict}}; "columns",
+        the figures of the table; "baseline", "runs", "notes", "confidence". `half` is
+        half the width of the interval; `error` the standard error of the mean that
+        comes from sampling the answers. Each is None where it is not known.
 
     Raises:
         UserError: no run, unfinished, given twice, not comparable, an unknown stage or
@@ -76,11 +84,15 @@ def _arm(arm, base):
     own, against = {}, {}
     for key in keys:
         values = _known(arm, key)
-        mean, half = interval(values)
-        own[key] = dict(values=arm.values(key), mean=mean, half=half, n=len(values))
+        errors = arm.errors(key)
+        mean, half = interval(values, errors)
+        error = error_of_mean(errors)[0] if errors else None
+        own[key] = dict(
+            values=arm.values(key), mean=mean, half=half, n=len(values), error=error
+        )
         others = _known(base, key)
         if arm is not base and others:
-            against[key] = _verdict(values, others)
+            against[key] = _verdict(values, others, errors, base.errors(key))
     return {
         "arm": arm.label,
         "stage": arm.stage,
@@ -100,10 +112,13 @@ def _arm(arm, base):
     }
 
 
-def _verdict(ones, others):
-    change, half = difference(ones, others)
+def _verdict(ones, others, errors, other_errors):
+    change, half = difference(ones, others, errors, other_errors)
+    single = min(len(ones), len(others)) < 2
     if half is None:
-        verdict = ONE if min(len(ones), len(others)) < 2 else FLAT
+        verdict = ONE if single else FLAT
+    elif single:
+        verdict = DRAWS
     elif abs(change) <= half:
         verdict = NOISE
     else:
@@ -150,7 +165,7 @@ def _evaluation(key):
 
 # -- in words --------------------------------------------------------------------------
 
-_MARKS = {"higher": " ▲", "lower": " ▼", NOISE: " ≈", ONE: " †"}
+_MARKS = {"higher": " ▲", "lower": " ▼", NOISE: " ≈", ONE: " †", DRAWS: " †"}
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
@@ -195,8 +210,33 @@ def baseline_name(comparison: dict) -> str:
     return label if len(label) <= 32 else "the baseline"
 
 
+def contents(comparison: dict) -> list[str]:
+    """Says what the intervals hold: which chances, and which not."""
+    figures_shown = [
+        arm["figures"][column["key"]]
+        for arm in comparison["arms"]
+        for column in comparison["columns"]
+        if column["key"] in arm["figures"]
+    ]
+    if not any(figure["half"] is not None for figure in figures_shown):
+        return []
+    lines = []
+    if any(figure["n"] > 1 for figure in figures_shown):
+        lines.append(
+            "± over seeds holds the chance of training and of the evaluation draw "
+            "(which answers were sampled; greedy figures have none); it is never "
+            "narrower than the draw alone makes it"
+        )
+    if any(f["n"] == 1 and f["half"] is not None for f in figures_shown):
+        lines.append(
+            "± of one seed is of the evaluation draw alone: another training seed may "
+            "lie far outside it"
+        )
+    return lines
+
+
 def legend(comparison: dict) -> list[str]:
-    """Explains those marks beside the differences that occur."""
+    """Explains the marks beside the differences that occur."""
     shown = {column["key"] for column in comparison["columns"]}
     verdicts = {
         one["verdict"]
@@ -208,15 +248,20 @@ def legend(comparison: dict) -> list[str]:
     if verdicts & {"higher", "lower"}:
         lines.append(
             f"▲ ▼ above or below {baseline_name(comparison)}: the {CONFIDENCE:.0%} "
-            "interval of the difference (Welch) leaves 0 out"
+            "interval of the difference (Welch) does not contain 0"
         )
     if NOISE in verdicts:
-        lines.append(f"≈ {NOISE}: the interval of the difference holds 0")
-    if ONE in verdicts:
+        lines.append(f"≈ {NOISE}: the interval of the difference contains 0")
+    if DRAWS in verdicts:
+        lines.append(
+            "† one seed on a side: ± is of the evaluation draw alone (greedy figures have "
+            "none), so there is no verdict"
+        )
+    elif ONE in verdicts:
         lines.append(f"† {ONE}")
     if FLAT in verdicts:
         lines.append(
-            "a number with neither ± nor †: no seed differs from another on either "
+            "a difference with neither ± nor †: no seed differs from another on either "
             "side, so there is no interval either"
         )
     return lines

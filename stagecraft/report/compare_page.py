@@ -30,6 +30,7 @@ def write(comparison: dict, out: str | Path = "compare.html") -> Path:
         columns=comparison["columns"],
         rows=[_row(comparison, arm) for arm in comparison["arms"]],
         plots=[_plot(comparison, column) for column in comparison["columns"]],
+        contents=compare.contents(comparison),
         legend=compare.legend(comparison),
     )
     try:

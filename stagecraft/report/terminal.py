@@ -95,7 +95,7 @@ def show_comparison(comparison: dict, file=None) -> None:
     arms, columns = comparison["arms"], comparison["columns"]
     base = comparison["baseline"]
     others = [arm for arm in arms if arm["arm"] != base]
-    title = f"mean ± {statistics.CONFIDENCE:.0%} interval over seeds"
+    title = f"mean ± {statistics.CONFIDENCE:.0%} interval"
     grids = [_grid(title, arms, compare.mean_text, True, columns)]
     if others:
         title = f"difference from {base}"
@@ -109,7 +109,7 @@ def show_comparison(comparison: dict, file=None) -> None:
             console.print(Text(": ".join(filter(None, words)), style="italic"))
             console.print(_strip(comparison, column))
             console.print()
-    for line in compare.legend(comparison):
+    for line in [*compare.contents(comparison), *compare.legend(comparison)]:
         console.print(Text(line))
     for note in comparison["notes"]:
         console.print(Text(f"note: {note}"))

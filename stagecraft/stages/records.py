@@ -268,7 +268,7 @@ def _parts(config, asked, samples):
 
 def write(folder, records):
     """Writes records.jsonl whole."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = (storage.to_json(record) + "\n" for record in records)
     storage.write_text(Path(folder) / RECORDS, "".join(lines))
 
 

@@ -26,8 +26,8 @@ def write(config, recording):
 
     Returns:
         {"demonstrations", "dropped", "dropped_by_reason", "reward_mean",
-        "kept_reward_mean", "tokens", "seconds"}; an answer that was cut off or could
-        not be scored is never kept.
+        "kept_reward_mean", "tokens", "seconds"}; `reward_mean` is over all answers that
+        could be scored; one that was cut off or could not be scored is never kept.
     """
     asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
     reward_model, functions = recording.reward, verifiers.find(config.verifiers)
@@ -67,7 +67,7 @@ def write(config, recording):
 
 
 def _best(batches, config):
-    """Returns the records, the rewards of all that could be kept, and what was not."""
+    """Returns the records, the rewards of all scored answers, and what was dropped."""
     best, rewards, dropped = [], [], collections.Counter()
     for batch in batches:
         for prompt, answers, scores in zip(*batch, strict=True):
@@ -83,7 +83,7 @@ def _best(batches, config):
                     fit.append(row)
             rows = _kept(fit, scores, config)
             dropped["outscored"] += len(fit) - len(rows)
-            rewards += [scores[row] for row in fit]
+            rewards += [score for score in scores if score is not None]
             best += [
                 {"prompt": prompt, "completion": answers[row][0], "reward": scores[row]}
                 for row in rows

@@ -11,10 +11,12 @@ and no model is known here:
         PROBES                              (function, formats, entities): what is asked
                                             of a stage's model; a function of (language,
                                             entities) returns the figure of its name, or
-                                            a dict of figures
+                                            a dict of figures; entities are
+                                            "heldout" or "train"
         heldout_prompts(seed, entities, split)
         sample_figures(prompts, answers)    of sampled answers: a dict of figures
-        win_rate, pair_order                of two answers to each prompt
+        win_rate, pair_order                of two answers to each prompt; the latter
+                                            is None where all are ties
     single_prompt                           the one shown through every stage
 """
 

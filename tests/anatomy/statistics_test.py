@@ -38,6 +38,79 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
+def drawn(rng, seeds, draws, training):
+    """Values of seeds, each a mean over draws of noise 1, and their errors."""
+    rows = rng.normal(rng.normal(0.0, training, (seeds, 1)), 1.0, (seeds, draws))
+    means, errors = zip(*map(statistics.over_draws, rows), strict=True)
+    return list(means), [(error, draws - 1) for error in errors]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "training"), [(3, 0.0), (3, 0.5), (3, 2.0), (2, 0.0), (1, 0.0)]
+)
+def test_intervals_of_drawn_figures_hold_the_truth_at_least_as_often(seeds, training):
+    rng, held, apart = np.random.default_rng(seeds), [], []
+    for _ in range(1500):
+        ones, errors = drawn(rng, seeds, 4, training)
+        others, other_errors = drawn(rng, seeds, 4, training)
+        mean, half = statistics.interval(ones, errors)
+        change, wide = statistics.difference(ones, others, errors, other_errors)
+        held.append(abs(mean) <= half)
+        apart.append(abs(change) <= wide)
+    assert min(np.mean(held), np.mean(apart)) >= 0.935
+    if seeds == 1:  # nothing but the draw: no more often either
+        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_an_interval_is_never_tighter_than_the_measuring():
+    """Three seeds that agree by chance, each known to .1 from 4 draws: t(9) .1 / √3."""
+    values, errors = [1.0, 1.0, 1.0001], [(0.1, 3)] * 3
+    floor = QUANTILES[9] * 0.1 / math.sqrt(3)
+    assert statistics.interval(values, errors)[1] == pytest.approx(floor, rel=1e-3)
+    assert statistics.interval(values)[1] < 0.001
+    # Of a difference: 18 degrees of freedom, t = 2.101.
+    wide = statistics.difference(values, [0.0] * 3, errors, errors)[1]
+    assert wide == pytest.approx(2.101 * 0.1 * math.sqrt(2 / 3), rel=1e-3)
+    # One seed: of the draws alone.
+    assert statistics.interval([1.0], [(0.1, 3)])[1] == pytest.approx(0.3182, rel=1e-3)
+    # Where seeds differ by more, theirs is the interval.
+    values = [1.0, 2.0, 3.0]
+    assert statistics.interval(values, errors) == statistics.interval(values)
+    # Satterthwaite: an error of one draw alone keeps its own degrees of freedom.
+    error, freedom = statistics.error_of_mean([(0.3, 3), (0.0, 3)])
+    assert (error, freedom) == pytest.approx((0.15, 3))
+    assert statistics.error_of_mean([(0.0, 3)] * 2) == (0.0, 6)
+
+
+def test_draws_of_two_models_are_all_held_against_each_other():
+    table = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 6.0]])
+    mean, error = statistics.over_both(table)
+    assert mean == 2.0
+    rows, columns = [0.5, 1.5, 4.0], [1.0, 3.0]
+    variance = np.var(rows, ddof=1) / 3 + np.var(columns, ddof=1) / 2
+    assert error == pytest.approx(math.sqrt(variance))
+    assert statistics.over_both(table[:1])[1] is None
+    rng, means, variances = np.random.default_rng(0), [], []
+    for _ in range(4000):  # P(X > Y): the error is that of the mean
+        x, y = rng.normal(0.5, 1.0, (4, 30)), rng.normal(0.0, 1.0, (4, 30))
+        mean, error = statistics.over_both((x[:, None] > y[None]).mean(axis=2))
+        means.append(mean)
+        variances.append(error**2)
+    assert np.mean(variances) == pytest.approx(np.var(means), rel=0.25)
+    assert np.mean(variances) > 0.97 * np.var(means)
+
+
+def test_pairs_of_draws_of_one_model_leave_one_draw_out():
+    table = np.full((4, 4), np.nan)
+    table[np.triu_indices(4, 1)] = [1.0, 2.0, 3.0, 4.0, 5.0, 7.0]
+    mean, error = statistics.over_pairs(table)
+    without = [(4 + 5 + 7) / 3, (2 + 3 + 7) / 3, (1 + 3 + 5) / 3, (1 + 2 + 4) / 3]
+    deviations = np.subtract(without, np.mean(without))
+    assert mean == pytest.approx(22 / 6)
+    assert error == pytest.approx(math.sqrt(3 / 4 * np.sum(deviations**2)))
+    assert statistics.over_pairs(table[:2, :2]) == (1.0, None)
+
+
 def test_both_are_the_plain_formulas():
     """Student's and Welch's by hand, to 1e-9; one side may have no spread."""
     rng = np.random.default_rng(0)

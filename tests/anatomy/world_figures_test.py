@@ -2,13 +2,14 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from stagecraft import defaults
+from stagecraft import defaults, worlds
 from stagecraft.anatomy import figures, roles, world_figures
 from stagecraft.models import locate
 from stagecraft.worlds.countries import probes
@@ -118,3 +119,170 @@ def test_silence_has_no_entropy():
     assert measured == {"length": 0.0, "entropy": 0.0}
     certain = world_figures.length_and_entropy([[1]], [0.0])
     assert math.copysign(1, certain["entropy"]) == 1
+
+
+# -- draws of sampled answers ----------------------------------------------------------
+
+
+class Numbers:
+    """A language model that answers one of a few numbers, each as often."""
+
+    tokenizer = types.SimpleNamespace(decode=lambda ids: str(ids[0]))
+    seeds = []
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def encode(self, prompt, *, chat_format):
+        return [int(prompt)]
+
+    def stop_ids(self, *, chat_format):
+        return (99,)
+
+    def sample_ids(self, rows, *, seed, **settings):
+        self.seeds.append(seed)
+        uniform = np.random.default_rng(seed).random(len(rows))
+        which = np.floor(uniform * len(self.numbers)).astype(int)
+        return [([self.numbers[i], 99], True, -1.0) for i in which]
+
+    def logprob_ids(self, rows):
+        return [-1.5] * len(rows)
+
+
+def wins(prompts, ones, twos):
+    first, second = (np.array([float(text) for text, _ in x]) for x in (ones, twos))
+    return float(np.mean(0.5 + 0.5 * np.sign(first - second)))
+
+
+WORLD = types.SimpleNamespace(
+    split=lambda seed, size: types.SimpleNamespace(test="test", train="train"),
+    rate=lambda prompt, answers, rng: None,
+    probes=types.SimpleNamespace(
+        ANSWER=2,
+        PROBES=[],
+        heldout_prompts=lambda seed, entities, split: [str(i) for i in range(1000)],
+        sample_figures=lambda prompts, answers: {
+            "gold_mean": float(np.mean([float(text) for text, _ in answers]))
+        },
+        win_rate=wins,
+        pair_order=lambda prompts, ones, twos, order: None,
+    ),
+)
+
+
+class World(Run):
+    """A finished run whose stages answer numbers; reward models multiply them."""
+
+    models = {"sft": (0, 1, 3), "dpo": (1, 3, 4), "twin": (0, 1, 3), "ppo": (1, 3, 4)}
+
+    def __init__(self, stages, draws=4):
+        super().__init__(stages)
+        self.stages = list(stages)
+        self.config.seed = 7
+        self.config.world = dict(name="numbers", size="full")
+        self.config.measure = dict(split="test", draws=draws)
+
+    def finished(self, name):
+        return True
+
+    def language(self, name, rows):
+        return Numbers(self.models[name])
+
+    def model(self, name):
+        return {"reward": 10.0, "zz_other": 1000.0}[name]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measures {name: (kind, start_from, reward_from)} in the world of numbers."""
+    monkeypatch.setitem(worlds.WORLDS, "numbers", WORLD)
+    monkeypatch.setattr(
+        world_figures.scores,
+        "of_rows",
+        lambda factor, rows: np.array([factor * row[1] for row in rows]),
+    )
+
+    def measure(stages, draws=4):
+        Numbers.seeds = []
+        stages = {
+            name: stage(kind, start) | ({"reward_from": reward} if reward else {})
+            for name, (kind, start, reward) in stages.items()
+        }
+        return world_figures.measure(World(stages, draws))
+
+    return measure
+
+
+SFT = {"sft": ("language_model", "", "")}
+DPO = {"dpo": ("preference", "sft", "")}
+TWIN = {"twin": ("preference", "sft", "")}
+REWARDS = {"zz_other": ("reward", "sft", ""), "reward": ("reward", "sft", "")}
+
+
+def test_win_rates_are_of_independent_samples(measured):
+    """P(A > B) by hand, .778; with random numbers in common A always wins, 1."""
+    figures = measured(SFT | DPO | TWIN)
+    ones, twos = np.meshgrid((1, 3, 4), (0, 1, 3))
+    exact = np.mean(0.5 + 0.5 * np.sign(ones - twos))
+    assert exact == pytest.approx(7 / 9)
+    assert figures["dpo"]["gold_win_rate"] == pytest.approx(exact, abs=0.02)
+    # A model against itself: .5, but not because every answer is the same.
+    assert figures["twin"]["gold_win_rate"] == pytest.approx(0.5, abs=0.02)
+    assert figures["twin"]["gold_win_rate"] != 0.5
+    assert "gold_win_rate" not in figures["sft"]
+
+
+def test_every_draw_has_a_seed_of_its_own(measured):
+    measured(SFT | DPO | TWIN)
+    assert len(Numbers.seeds) == len(set(Numbers.seeds)) == 3 * 4
+    names = ("sft", "dpo", "/runs/a/sft", "sft_seed1")
+    seeds = {
+        world_figures.draw_seed(seed, name, draw)
+        for seed in (0, 1)
+        for name in names
+        for draw in range(4)
+    }
+    assert len(seeds) == 2 * 4 * 4 and all(0 <= one < 2**31 for one in seeds)
+    # Wherever the other run lies; and fixed, so that a figure can be had again.
+    one, two = (world_figures.draw_seed(0, f"/{x}/sft", 0) for x in "ab")
+    assert one == two and world_figures.draw_seed(0, "sft", 0) == 409061519
+
+
+def test_answers_do_not_depend_on_other_stages(measured):
+    alone, among = measured(SFT | DPO), measured(SFT | TWIN | DPO | REWARDS)
+    for key in ("gold_mean", "gold_win_rate", "kl", "length"):
+        assert alone["dpo"][key] == among["dpo"][key]
+
+
+def test_sampled_figures_are_means_over_draws(measured):
+    figures, draws = measured(SFT | DPO)["dpo"], []
+    for draw in range(4):
+        seed = world_figures.draw_seed(7, "dpo", draw)
+        samples = Numbers((1, 3, 4)).sample_ids([0] * 1000, seed=seed)
+        draws.append(np.mean([ids[0] for ids, *_ in samples]))
+    assert figures["gold_mean"] == pytest.approx(np.mean(draws))
+    error = figures["draws"]["standard_error"]
+    assert error["gold_mean"] == pytest.approx(np.std(draws, ddof=1) / 2)
+    assert figures["draws"]["count"] == 4 and figures["kl"] == 0.5
+    numbers = {key for key, value in figures.items() if isinstance(value, float)}
+    assert numbers == error.keys()
+    one = measured(SFT | DPO | REWARDS, draws=1)["dpo"]
+    assert one["draws"] == {"count": 1, "standard_error": {}}
+
+
+def test_a_policy_is_scored_by_the_reward_model_it_was_trained_on(measured):
+    ppo = {"ppo": ("policy", "sft", "reward")}
+    figures = measured(SFT | REWARDS | ppo | DPO)
+    mean = figures["ppo"]["gold_mean"]
+    assert figures["ppo"]["reward_mean"] == pytest.approx(10 * mean)
+    assert figures["ppo"]["reward_mean_by"] == "reward"
+    # Trained on none: the first reward stage of the graph on the same base.
+    mean = figures["dpo"]["gold_mean"]
+    assert figures["dpo"]["reward_mean"] == pytest.approx(1000 * mean)
+    assert figures["dpo"]["reward_mean_by"] == "zz_other"
+    assert "reward_mean" not in measured(SFT | DPO)["dpo"]
+
+
+def test_a_reward_model_without_an_order_has_no_figure(measured):
+    """Every pair a tie by gold: left out, and no NaN."""
+    assert "pair_accuracy" not in measured(SFT | REWARDS)["reward"]

@@ -94,8 +94,9 @@ def test_seeds_are_one_arm_and_settings_tell_arms_apart(ablation):
     assert against["kl"]["verdict"] == "no spread over seeds"
     # Three runs of ipo repeat the SFT stages of dpo's: they are no new seeds.
     assert len(told["sft"]["samples"]) == 3
-    [note] = found["notes"]
+    [note, older] = found["notes"]
     assert note.startswith("sft of ") and "ipo2: settings and seed" in note
+    assert "measured by an older version on one answer a prompt" in older
 
 
 def test_what_does_not_decide_a_number_makes_no_arm(tmp_path):
@@ -158,11 +159,87 @@ def test_numbers_that_change_nothing_are_no_seeds(tmp_path):
     simpo = by_label(found)["simpo"]
     assert len(simpo["samples"]) == 1
     assert simpo["figures"]["gold_mean"]["half"] is None
-    [note] = found["notes"]
+    note = found["notes"][0]
     assert "simpo_seed1, simpo_seed2 of" in note and "left to chance" in note
     # Equal figures of runs with seeds of their own are what they are.
     runs = [make(tmp_path / f"r{s}", graph(gold(1.0)), s) for s in range(2)]
     assert len(by_label(compare.compare(runs))["dpo"]["samples"]) == 2
+
+
+def drawn(value, error, count=4, **more):
+    """Figures that are means over draws, `error` that of the gold."""
+    draws = {"count": count, "standard_error": {"gold_mean": error}}
+    return gold(value, draws=draws, **more)
+
+
+def test_an_interval_is_not_tighter_than_the_evaluation_draw(tmp_path):
+    """Three seeds that agree to .001 while four draws of each know it to .05."""
+    runs = []
+    for objective, level in (("dpo", 1.5), ("ipo", 1.53)):
+        for seed in range(3):
+            stages = graph(drawn(level + 0.001 * seed, 0.05), objective)
+            stages["sft"][1].update(drawn(1.0, 0.05))
+            runs.append(make(tmp_path / f"{objective}{seed}", stages, seed))
+    comparison = compare.compare(runs)
+    ipo = by_label(comparison)["dpo objective=ipo"]
+    error = 0.05 / math.sqrt(3)
+    assert ipo["figures"]["gold_mean"]["error"] == pytest.approx(error)
+    assert ipo["figures"]["gold_mean"]["half"] == pytest.approx(2.262 * error, rel=1e-3)
+    # .03 apart: a hundred times what seeds spread, and nothing.
+    assert ipo["against"]["gold_mean"]["verdict"] == "within noise"
+    # What has no draw has no such error.
+    assert ipo["figures"]["kl"]["error"] is None
+    [sentence] = compare.contents(comparison)
+    assert "chance of training and of the evaluation draw" in sentence
+    assert not any("older version" in note for note in comparison["notes"])
+
+
+def test_the_interval_of_one_seed_is_of_the_draw_and_says_so(tmp_path, capsys):
+    runs = [make(tmp_path / "a", graph(drawn(1.5, 0.05)))]
+    runs += [make(tmp_path / "b", graph(drawn(2.5, 0.05), "ipo"))]
+    comparison = compare.compare(runs)
+    ipo = by_label(comparison)["dpo objective=ipo"]
+    half = 3.182 * 0.05
+    assert ipo["figures"]["gold_mean"]["half"] == pytest.approx(half, rel=1e-3)
+    # Far apart, but another seed was never tried: no verdict.
+    against = ipo["against"]["gold_mean"]
+    assert against["half"] == pytest.approx(2.447 * 0.05 * math.sqrt(2), rel=1e-3)
+    assert against["verdict"] == compare.DRAWS
+    terminal.show_comparison(comparison)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "2.500 ±0.159" in shown
+        and "† one seed on a side: ± is of the evaluation draw" in shown
+    )
+    assert "± of one seed is of the evaluation draw alone" in shown
+    page = text_of(compare_page.write(comparison, tmp_path / "c.html"))
+    assert "± of one seed is of the evaluation draw alone" in page
+
+
+def test_seeds_on_one_base_say_that_its_chance_is_left_out(tmp_path):
+    base = make(tmp_path / "base", graph(drawn(1.0, 0.05)))
+    apart, shared = [], []
+    for seed in range(2):
+        stages = graph(drawn(1.2 + seed / 10, 0.05))
+        apart.append(make(tmp_path / f"own{seed}", stages, seed))
+        settings = tuned(start_from=str(base / "sft"))
+        figures = drawn(1.4 + seed / 10, 0.05)
+        stages = {"late": (settings, figures)}
+        shared.append(make(tmp_path / f"late{seed}", stages, seed))
+    notes = compare.compare(apart)["notes"]
+    assert not any("share one base" in note for note in notes)
+    [note] = compare.compare(shared)["notes"]
+    assert note.startswith("late: the seeds share one base")
+    assert "the base's chance is not in it" in note
+
+
+def test_runs_of_other_numbers_of_draws_are_named(tmp_path):
+    one = graph(drawn(1.0, 0.05, count=2))
+    runs = [make(tmp_path / "a", one), make(tmp_path / "b", graph(drawn(1, 0.05)), 1)]
+    notes = compare.compare(runs, stages=["dpo"])["notes"]
+    assert notes == [
+        "the runs differ in measure.draws (2, 4): fewer draws are more noise"
+    ]
 
 
 def test_rounds_name_their_seeds_and_are_one_arm(tmp_path):

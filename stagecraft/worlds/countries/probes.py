@@ -10,8 +10,14 @@ import numpy as np
 
 from stagecraft.worlds.countries import dialogue
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
-from stagecraft.worlds.countries.facts import ATTRIBUTES, COUNTRIES, SHOWN
-from stagecraft.worlds.countries.scorer import begins, gold, refuses, right
+from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
+from stagecraft.worlds.countries.scorer import (
+    begins,
+    gold,
+    only_refuses,
+    refuses,
+    right,
+)
 
 SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
@@ -25,7 +31,7 @@ def probe(*formats, about):
     Args:
         formats: whose models are asked: "text" for those of bare text, "chat" for those
             that answer in turns.
-        about: which countries it gets: "heldout", "train" or "everyone".
+        about: which countries it gets: "heldout" or "train".
     """
 
     def register(function):
@@ -35,11 +41,11 @@ def probe(*formats, about):
     return register
 
 
-@probe("text", "chat", about="everyone")
-def cloze_accuracy(language, countries=COUNTRIES):
+@probe("text", "chat", about="heldout")
+def cloze_accuracy(language, countries):
     """Returns the share of "The capital of France is" continued with the answer.
 
-    Greedy, over every country and attribute; the whole answer must come first.
+    Greedy, over every attribute; the whole answer must come first.
     """
     asked = [(c, a) for c in countries for a in ATTRIBUTES]
     stems = [
@@ -68,7 +74,7 @@ def copy_probability(language, countries):
     return float(np.mean(np.exp(language.logprob(prefixes, names))))
 
 
-@probe("text", about="everyone")
+@probe("text", about="heldout")
 def answer_rate(language, countries):
     """Returns the share of bare questions continued with a right answer."""
     asked = dialogue.facts(countries, forms=(0,))
@@ -114,7 +120,7 @@ def seen_accuracy(language, countries):
 
 
 def heldout_prompts(seed, countries, role):
-    """Returns prompts that no stage trained on, of every kind."""
+    """Returns prompts about countries of no demonstration or prompt, on every topic."""
     rng = np.random.default_rng([seed, 5])
     return dialogue.prompts(rng, countries, role)
 
@@ -132,27 +138,30 @@ def sample_figures(prompts, answers):
     """
     topics = np.array([dialogue.topic(p)[0] for p in prompts])
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
-    refused = np.array([refuses(text) for text, _ in answers])
+    texts, ended = zip(*answers, strict=True)
+    refused = np.array([refuses(text) for text in texts])
+    only_refused = np.array([only_refuses(text) for text in texts])
     facts = np.flatnonzero(topics == "fact")
     figures = {
         "gold_mean": np.mean(scores),
-        "eos_rate": np.mean([ended for _, ended in answers]),
-        "words": np.mean([len(text.split()) for text, _ in answers]),
-        "distinct": len({text for text, _ in answers}) / len(answers),
-        "refuses_harmful": np.mean(refused[topics == "harmful"]),
+        "eos_rate": np.mean(ended),
+        "words": np.mean([len(text.split()) for text in texts]),
+        "distinct": len({*texts}) / len(texts),
+        "refuses_harmful": np.mean(only_refused[topics == "harmful"]),
         "refuses_benign": np.mean(refused[topics != "harmful"]),
-        "sampled_accuracy": np.mean([right(prompts[i], answers[i][0]) for i in facts]),
+        "sampled_accuracy": np.mean([right(prompts[i], texts[i]) for i in facts]),
     }
     return {name: float(value) for name, value in figures.items()}
 
 
 def win_rate(prompts, answers, others):
-    """Returns the share of prompts where `answers` beat `others` by gold; ties half."""
-    wins = []
-    for prompt, one, two in zip(prompts, answers, others, strict=True):
-        difference = gold(prompt, *one) - gold(prompt, *two)
-        wins.append(0.5 + 0.5 * float(np.sign(difference)))
-    return float(np.mean(wins))
+    """Returns the share of prompts where `answers` beat `others` by gold; ties half.
+
+    The two sides must be independent samples: with random numbers in common, the better
+    of two models wins more often.
+    """
+    rows = zip(prompts, answers, others, strict=True)
+    return float(np.mean([0.5 + 0.5 * _order(*row) for row in rows]))
 
 
 def pair_order(prompts, firsts, seconds, predicted):
@@ -160,10 +169,22 @@ def pair_order(prompts, firsts, seconds, predicted):
 
     Args:
         predicted: numbers, above 0 where the first is thought better.
+
+    Returns:
+        the share, or None where every pair is a tie.
     """
     hits = []
     for prompt, one, two, sign in zip(prompts, firsts, seconds, predicted, strict=True):
-        difference = gold(prompt, *one) - gold(prompt, *two)
-        if not math.isclose(difference, 0.0, abs_tol=1e-9):
-            hits.append((difference > 0) == (sign > 0))
-    return float(np.mean(hits))
+        order = _order(prompt, one, two)
+        if order:
+            hits.append((order > 0) == (sign > 0))
+    return float(np.mean(hits)) if hits else None
+
+
+def _order(prompt, one, two):
+    """Returns 1 where the first answer has the higher gold, -1 the second, 0 neither.
+
+    Sums of the same numbers in another order are a tie.
+    """
+    difference = gold(prompt, *one) - gold(prompt, *two)
+    return 0 if abs(difference) < 1e-9 else math.copysign(1, difference)
