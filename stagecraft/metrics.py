@@ -232,19 +232,19 @@ class Progress:
         else:
             self.console.print(f"{self.name:<12} {text}", markup=False)
 
-    def step(self, step, values=None, count=0):
+    def step(self, step, values=None, tokens=0):
         """Shows a finished step.
 
         Args:
             step: steps done so far, of all runs of the stage.
             values: {name: float}; the loss and one or two companions are shown.
-            count: what the step worked on, in units: tokens without padding.
+            tokens: those the step worked on, without padding; or what `unit` says.
         """
         now = time.perf_counter()
         if self.first is None:  # the first step of a run holds the compilation
             self.first, self._count = (step, now), 0
         else:
-            self._count += count
+            self._count += tokens
         if self._bar:
             text = self._text(step, values or {}, now)
             self._bar.update(self._task, completed=step, text=text)

@@ -92,6 +92,8 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
             _write_world(config, root)
             _curate(config, root)
             this.tokenizer = _tokenizer(config, root)
+            if prompt := _single_prompt(config):
+                behaviour.check_prompt(this, prompt)
             early = _early_data(this, unfinished)
             for name in unfinished:
                 _run_stage(this, name, early)
@@ -366,6 +368,12 @@ def _lineage(run, name, data, lineage):
     )
 
 
+def _single_prompt(config):
+    """Returns the prompt that all stages answer at the end, "" for none."""
+    world = config.world.name
+    return config.measure.prompt or (world and worlds.get(world).single_prompt)
+
+
 def _conclude(run, *, changed, started):
     """Measures what is finished, checks the claims, writes the report, shows both.
 
@@ -380,8 +388,7 @@ def _conclude(run, *, changed, started):
     if before and not changed:
         terminal.show_summary(before)
         return before
-    world = run.config.world.name
-    prompt = run.config.measure.prompt or (world and worlds.get(world).single_prompt)
+    prompt = _single_prompt(run.config)
     if prompt and behaviour.speaking_stages(run):
         answers = {"prompt": prompt, "answers": behaviour.through_stages(run, prompt)}
         storage.write_json(run.root / "prompt.json", answers)

@@ -4,6 +4,11 @@ import jax
 
 from stagecraft.anatomy import roles
 from stagecraft.errors import UserError
+from stagecraft.models import locate
+from stagecraft.models.language import Language
+from stagecraft.stages import kinds
+
+NEW_TOKENS = 48  # of an answer to the single prompt
 
 
 def speaking_stages(run):
@@ -15,8 +20,25 @@ def speaking_stages(run):
     ]
 
 
+def check_prompt(run, prompt):
+    """Refuses a prompt that some stage of a run will not have room to answer."""
+    for name in run.stages:
+        kind = kinds.of(run.config.stages[name])
+        if not kind.speaks:
+            continue
+        chat = kind.format(run.config.stages[name]) == "chat"
+        length = len(Language(None, run.tokenizer).encode(prompt, chat_format=chat))
+        limit = locate.context(name, run.config)
+        if length + NEW_TOKENS > limit:
+            raise UserError(
+                f"measure.prompt: its {length} tokens and {NEW_TOKENS} of an answer do "
+                f"not fit into the {limit} that the model of stage {name} holds; "
+                "shorten it"
+            )
+
+
 def through_stages(
-    run, prompt, *, temperature=0.0, samples=1, max_new_tokens=48, seed=0
+    run, prompt, *, temperature=0.0, samples=1, max_new_tokens=NEW_TOKENS, seed=0
 ):
     """Answers one prompt with every finished stage.
 

@@ -167,10 +167,7 @@ def locate(
 def shortest_context(stage, experiment) -> tuple[int, str]:
     """Returns the most tokens that each model of a stage holds, and what limits them.
 
-    Every model holds its max_length: with learned positions it has no more of them, and
-    with rotary ones nothing samples or scores beyond it. A stage's model has that of
-    the model it started from, through all stages of the run; no row of a run is
-    longer than its model.max_length.
+    No row of a run is longer than its model.max_length either.
 
     Args:
         stage: the stage's resolved config.
@@ -181,17 +178,32 @@ def shortest_context(stage, experiment) -> tuple[int, str]:
     """
     limits = []
     for key in stage:
-        if not key.endswith("_from") or not stage[key]:
-            continue
-        name = stage[key]
-        while name in experiment.stages and experiment.stages[name].start_from:
-            name = experiment.stages[name].start_from
-        if name not in experiment.stages:
-            holds = locate(name).info()["model"]["max_length"]
+        if key.endswith("_from") and _root(stage[key], experiment):
+            holds = context(stage[key], experiment)
             limits.append((holds, f"the max_length={holds} of {key}={stage[key]!r}"))
     own = experiment.model.max_length
     limits.append((own, f"model.max_length={own}"))
     return min(limits, key=lambda limit: limit[0])
+
+
+def context(name: str, experiment) -> int:
+    """Returns the tokens that the model of a name holds, which is its max_length.
+
+    With learned positions it has no more of them, and with rotary ones nothing samples
+    or scores beyond it. A stage of this run has that of the model it starts from,
+    through all stages of the run.
+    """
+    root = _root(name, experiment)
+    if not root:
+        return experiment.model.max_length
+    return locate(root).info()["model"]["max_length"]
+
+
+def _root(name, experiment):
+    """Returns the model outside the run that a stage's comes from; "" for none."""
+    while name in experiment.stages:
+        name = experiment.stages[name].start_from
+    return name
 
 
 def run_of(text: str) -> tuple[Path, str] | None:

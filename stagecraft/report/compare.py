@@ -254,8 +254,8 @@ def legend(comparison: dict) -> list[str]:
         lines.append(f"≈ {NOISE}: the interval of the difference contains 0")
     if DRAWS in verdicts:
         lines.append(
-            "† one seed on a side: ± is of the evaluation draw alone (greedy figures have "
-            "none), so there is no verdict"
+            "† one seed on a side: ± is of the evaluation draw alone (greedy figures "
+            "have none), so there is no verdict"
         )
     elif ONE in verdicts:
         lines.append(f"† {ONE}")

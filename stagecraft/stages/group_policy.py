@@ -284,6 +284,7 @@ def _check(where, config, experiment, mesh):
     schema.choice(f"{where}.scale_rewards", config.scale_rewards, scales)
     schema.choice(f"{where}.aggregation", config.aggregation, losses.AGGREGATIONS)
     checks.kl(where, config, {"reward": ("k1",), "loss": ("k2", "k3")})
+    _check_unread(where, config)
     if config.kl_bias_correction and config.kl_estimator != "k3":
         raise UserError(
             f"{where}.kl_bias_correction=True: is for kl_estimator='k3', got "
@@ -304,7 +305,6 @@ def _check(where, config, experiment, mesh):
         where, config, experiment, mesh, KIND, rows=rows, at_once=at_once
     )
     checks.sequence_losses(where, config, loss, config.aggregation)
-    _check_unread(where, config)
     if not config.kl_coef:
         checks.reference(where, config, loss)
 

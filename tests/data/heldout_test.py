@@ -51,11 +51,16 @@ RECORDS = {
 
 
 def test_a_text_and_its_message_are_one_prompt():
-    messages = [{"role": "user", "content": "Is it?"}]
-    weighed = [messages[0] | {"weight": 0}]
-    keys = {stage_data.prompt_key(prompt) for prompt in ("Is it?", messages, weighed)}
-    others = {stage_data.prompt_key(prompt) for prompt in ("Is it", messages * 2)}
-    assert len(keys) == 1 and len(keys | others) == 3
+    message = {"role": "user", "content": "Is it?"}
+    alike = stage_data.prompt_key("Is it?"), stage_data.prompt_key([message])
+    assert alike[0] == alike[1] != stage_data.prompt_key("Is it")
+    # What is learned of an earlier answer is no part of the prompt.
+    answer = {"role": "assistant", "content": "No."}
+    keys = {
+        stage_data.prompt_key([message, answer | weight, message])
+        for weight in ({}, {"weight": 0}, {"weight": 1})
+    }
+    assert len(keys) == 1 and alike[0] not in keys
 
 
 @pytest.mark.parametrize("kind", RECORDS)

@@ -6,6 +6,7 @@ from tests.mutants import (
     data,
     families,
     inputs,
+    measuring,
     objectives,
     rollouts,
     sampled,
@@ -15,7 +16,7 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *curation.MUTANTS,
+    *(curation.MUTANTS + measuring.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -95,8 +95,14 @@ _FAMILIES = (
         ("shares always renormalised", "if self.renormalize:", "if True:"),
         (
             "padding counts in the balance",
-            "jnp.where(real[..., None], copies, 0)",
-            "copies",
+            "jnp.where(real[..., None], each, 0)",
+            "each",
+        ),
+        (
+            "each micro-batch has a load of its own",
+            "if share is None:",
+            "if True:",
+            "tests/stages/balance_test.py",
         ),
         (
             "blocks too few for the worst case",

@@ -393,8 +393,21 @@ _TRAIN = in_file(
     "tests/stages/preference_test.py tests/run_test.py",
     (
         "the average is never deployed",
-        'state.extra.get("ema", state.model)',
-        "state.model",
+        "lora.join(frozen, averaged(state).model)",
+        "lora.join(frozen, state.model)",
+    ),
+    (
+        "the saved step is on its way when it is looked at",
+        "self.checkpoints.wait()",
+        "pass",
+        "tests/run_test.py -k looks_at",
+        "a process that is killed then is not part of the tests",
+    ),
+    (
+        "tokens seen are counted anew after a rest",
+        'self.num_tokens = saved.get("num_tokens", 0.0)',
+        "pass",
+        "tests/run_test.py -k looks_at",
     ),
     (
         "one key for all held-out batches",
@@ -410,9 +423,87 @@ _TRAIN = in_file(
     ),
     (
         "the last step's hook is left out",
-        "if last and hooks.finish:",
+        "if last and self.hooks.finish:",
         "if False:",
         "tests/stages/lora_test.py -k reads_back",
+    ),
+)
+
+_REPORTED = (
+    *in_file(
+        "stagecraft/metrics.py",
+        "tests/run_test.py -k looks_at",
+        (
+            "a resumed step has its evaluation twice",
+            "resume_step - (evaluated_again and evaluation)",
+            "resume_step",
+        ),
+        (
+            "a resumed step has its samples twice",
+            "resume_step - sampled_again",
+            "resume_step",
+        ),
+    ),
+    *in_file(
+        "stagecraft/stages/update.py",
+        "tests/stages/deployed_test.py",
+        (
+            "the raw weights are evaluated",
+            "evaluate(stage.averaged(state), raw, key)",
+            "evaluate(state, raw, key)",
+        ),
+        (
+            "padding counts as tokens seen",
+            "(v > 0).sum()",
+            "v.size",
+            "tests/stages/counts_test.py",
+        ),
+    ),
+    *in_file(
+        "stagecraft/stages/unpaired_preference.py",
+        "tests/stages/unpaired_preference_test.py -k bco",
+        (
+            "held-out rewards move the running mean",
+            "functools.partial(prepare, trains=False)",
+            "prepare",
+        ),
+    ),
+    *in_file(
+        "stagecraft/stages/group_policy.py",
+        "tests/stages/counts_test.py -k groups",
+        (
+            "a shared prefill is counted for each completion",
+            "prompts * prompt + rows * config.sampling.max_new_tokens",
+            "rows * length",
+        ),
+        (
+            "one scoring pass is counted for two",
+            "needs_reference + (needs_reference or _several_steps(config))",
+            "needs_reference + _several_steps(config)",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/locate.py",
+        "tests/lengths_test.py",
+        (
+            "the parent's length alone counts",
+            'key.endswith("_from")',
+            'key == "start_from"',
+        ),
+        (
+            "a stage's parent is not followed",
+            "name = experiment.stages[name].start_from",
+            'name = ""',
+        ),
+    ),
+    *in_file(
+        "stagecraft/data/dataset.py",
+        "tests/data/heldout_test.py",
+        (
+            "rows of one prompt are split",
+            "places.setdefault(prompt_of(row), [])",
+            "places.setdefault(place, [])",
+        ),
     ),
 )
 
@@ -420,5 +511,5 @@ MUTANTS = (
     *(_CHAT + _TOKENIZER + _HUGGING_FACE + _TEMPLATE + _SANDBOX),
     *(_COMPARISONS + _RECORDS + _RATERS + _SELECTION + _VERIFIERS),
     *(_MODEL + _SCORES + _HEADS + _SAMPLING),
-    *(_RUN + _MASKED + _OPTIMIZER + _TRAIN),
+    *(_RUN + _MASKED + _OPTIMIZER + _TRAIN + _REPORTED),
 )

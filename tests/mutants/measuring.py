@@ -1,0 +1,105 @@
+"""Mistakes in what is reported of finished stages: draws, intervals, scores."""
+
+from tests.mutants.mutant import in_file
+
+_FIGURES = in_file(
+    "stagecraft/anatomy/world_figures.py",
+    "tests/anatomy/world_figures_test.py",
+    (
+        "policy and base share their random numbers",
+        'f"{seed}/{where}/{draw}"',
+        'f"{seed}/{draw}"',
+    ),
+    (
+        "every draw is the same",
+        'f"{seed}/{where}/{draw}"',
+        'f"{seed}/{where}"',
+    ),
+    (
+        "a stage of another run has the seed of one's own",
+        'where = f"outside/{Path(name).name}" if "/" in name else name',
+        "where = Path(name).name",
+    ),
+    (
+        "one draw whatever is asked for",
+        "draws = draws or self.run.config.measure.draws",
+        "draws = draws or 1",
+    ),
+    (
+        "a policy is scored by any reward model of its base",
+        'if "reward" in roles.of(stage.kind).roles and stage.reward_from:',
+        'if "reward" not in roles.of(stage.kind).roles and stage.reward_from:',
+    ),
+    (
+        "a reward model without an order is NaN",
+        "np.isfinite(table).any()",
+        "True",
+    ),
+)
+
+_STATISTICS = in_file(
+    "stagecraft/anatomy/statistics.py",
+    "tests/anatomy/statistics_test.py",
+    (
+        "an interval may be tighter than the measuring",
+        "halves = [_half(*error_of_mean(errors))] if errors else []",
+        "halves = []",
+    ),
+    (
+        "the error of a mean is that of a sum",
+        "return total / len(errors), freedom",
+        "return total, freedom",
+    ),
+    (
+        "the base's draws are certain",
+        "float(np.hypot(*parts))",
+        "parts[1]",
+    ),
+    (
+        "the jackknife forgets its factor",
+        "(size - 1) * np.var(without)",
+        "np.var(without)",
+    ),
+)
+
+_SHOWN = in_file(
+    "stagecraft/report/compare.py",
+    "tests/report/compare_test.py",
+    (
+        "a verdict on one seed",
+        "min(len(ones), len(others)) < 2",
+        "False",
+    ),
+)
+
+_WORLD = in_file(
+    "stagecraft/worlds/countries/scorer.py",
+    "tests/worlds/scorer_test.py",
+    (
+        "refusing and then helping is paid",
+        "RIGHT if only_refuses(text) else COMPLY",
+        "RIGHT if refuses(text) else COMPLY",
+    ),
+)
+
+_STORED = in_file(
+    "stagecraft/storage.py",
+    "tests/storage_test.py",
+    (
+        "NaN in JSON",
+        "not math.isfinite(value)",
+        "False",
+    ),
+)
+
+_SELECTION = in_file(
+    "stagecraft/stages/selection.py",
+    "tests/stages/selection_test.py",
+    (
+        "answers that were cut off have no reward",
+        "rewards += [score for score in scores if score is not None]",
+        "rewards += [scores[row] for row in fit]",
+    ),
+)
+
+MUTANTS = _FIGURES + _STATISTICS + _SHOWN + _WORLD + _STORED + _SELECTION
