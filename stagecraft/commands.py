@@ -82,6 +82,18 @@ def run_(rest):
     run.run(FLAGS.config, _workdir(), only=only)
 
 
+@takes(WORKDIR)
+def status(rest):
+    """Say how far each stage of a run has come.
+
+    stagecraft status --workdir=runs/a
+    """
+    from stagecraft import runs
+    from stagecraft.report import terminal
+
+    terminal.show_status(runs.read(_workdir()))
+
+
 @takes()
 def list_(rest):
     """List the experiments, kinds of stage, objectives and model families.
@@ -362,6 +374,7 @@ def _bytes(flag, text):
 
 COMMANDS = {
     "run": run_,
+    "status": status,
     "list": list_,
     "new": new,
     "prompt": prompt,

@@ -2,11 +2,12 @@
 
 import sys
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stagecraft import claims
+from stagecraft import claims, runs
 from stagecraft.anatomy import evaluate, statistics
 from stagecraft.report import compare
 
@@ -49,6 +50,43 @@ def _claims(summary, bounds):
         shown = "–" if value is None else f"{value:.3f}"
         table.add_row(key, shown, must, mark)
     return table
+
+
+def show_status(files: runs.RunFiles, file=None) -> None:
+    """Prints how far each stage of a work directory has come."""
+    table = Table(title=Text(str(files.folder)), title_justify="left", box=box.SIMPLE)
+    for column in ("stage", "starts from", "state"):
+        table.add_column(column, overflow="fold")
+    for column in ("saved", "loss", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in files.stages:
+        table.add_row(*map(Text, _status(files, stage)))
+    Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def _status(files, stage):
+    """Returns the cells of a stage: the last row it logged, or that it has none."""
+    steps = runs.part(runs.part(files.config, "stages"), stage.name).get("steps", 0)
+    logged = [int(row["step"]) for row in stage.rows]
+    folder = files.folder / stage.name
+    if stage.info.get("finished"):
+        state = "finished"
+    elif logged:
+        state = f"at step {logged[-1]:,} of {steps:,}"
+    else:
+        state = "begun" if folder.is_dir() else "not started"
+    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal()]
+    _, losses = stage.series("loss")
+    _, seconds = stage.series("seconds")
+    seconds = runs.part(stage.info, "seconds").get("total", (seconds or [None])[-1])
+    return (
+        stage.name,
+        stage.start_from or "–",
+        state,
+        f"step {max(saved):,}" if saved else "–",
+        f"{losses[-1]:.4g}" if losses else "–",
+        f"{seconds:,.0f}" if seconds is not None else "–",
+    )
 
 
 def show_answers(prompt: str, answers: dict, file=None) -> None:
