@@ -341,8 +341,9 @@ def _write_records(run, name, parents, data, key):
         world=run.config.world.name,
     )
     result = kinds.of(stage).write(stage, recording)
-    asked = stage.prompts * stage.sampling.max_new_tokens
-    samples = result["tokens"]["sampled"] // asked
+    # By itself the stage counts what it wrote; the ledger also counts what it read.
+    limit = stage.sampling.max_new_tokens
+    samples = result["tokens"]["sampled"] // (stage.prompts * limit)
     result["tokens"] = records.work(stage, recording, samples)
     record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     record = StageRecord.from_json(record | result | {"finished": True})

@@ -1,11 +1,15 @@
 """Rows fit into every model a stage is made of, or are refused before anything runs."""
 
 import json
+import math
 
+import jax
 import pytest
 
 from stagecraft import defaults, experiment
 from stagecraft.errors import UserError
+from stagecraft.models import scores
+from stagecraft.models.transformer import ScalarModel, Transformer
 from tests import tiny
 
 PAIRS = dict(files="none.jsonl")
@@ -133,3 +137,16 @@ def test_a_shorter_run_and_a_circle(long):
     c.model.max_length = 32
     refused(c, "stages.dpo.data.length=33", "model.max_length=32")
     refused(graph(a=rows("b", 8), b=rows("a", 8)), "in a circle")
+
+
+def test_an_answer_too_long_for_the_reward_model_has_no_score():
+    """Its positions would be clipped: it counts as one that could not be scored."""
+    config = tiny.config(max_length=20, positions="learned")
+    with jax.set_mesh(tiny.single()):
+        body = Transformer(config, jax.random.key(0))
+        model = ScalarModel(body, jax.random.key(1))
+        rows = [[3] * 20, [3] * 21, [5] * 4]
+        found = scores.of_rows(model, rows, batch_size=2)
+        alone = scores.of_rows(model, [rows[0], rows[2]], batch_size=2)
+    assert math.isnan(found[1])
+    assert [found[0], found[2]] == pytest.approx(alone, rel=1e-5)
