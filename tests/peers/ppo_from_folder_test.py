@@ -107,13 +107,13 @@ def write_adapters(c, folder):
     """The adapters that our run starts from, as PEFT folders."""
     shared, stage = bridge.single(), c.stages.child
     key = jax.random.fold_in(jax.random.key(c.seed), zlib.crc32(b"child"))
-    key = jax.random.split(key)[0]
-    for name in ("policy", "value"):
+    keys = jax.random.split(jax.random.split(key)[0])
+    for name, own_key in zip(("policy", "value"), keys, strict=True):
         with jax.set_mesh(shared):
             base = huggingface.load(folder / name, shared)
             settings = lora.Settings(**stage.lora)
             scalar = name == "value"
-            adapter = lora.init_fn(settings, base, shared, scalar=scalar)(key)
+            adapter = lora.init_fn(settings, base, shared, scalar=scalar)(own_key)
             config = getattr(base, "body", base).config
             target = folder / f"{name}_adapter"
             folders.save(adapter, config, target, shared, base=folder / name)
