@@ -288,11 +288,14 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
     place = sharding.init_sharded(carry, mesh, donate)
 
     def init(key):
-        model = (
-            {part: one.init(key) for part, one in parts.items()}
-            if several
-            else parts.init(key)
-        )
+        if not several:
+            model = parts.init(key)
+        else:
+            # From one key, adapters of the same shape would start alike.
+            count = len(parts)
+            keys = [key] * count if frozen is None else jax.random.split(key, count)
+            own_keys = dict(zip(parts, keys, strict=True))
+            model = {part: one.init(own_keys[part]) for part, one in parts.items()}
         if change is not None:
             change(lora.join(frozen, model))
         return place(model, _reference(model), key)

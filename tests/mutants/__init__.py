@@ -4,6 +4,7 @@ from tests.mutants import (
     adapters,
     curation,
     data,
+    draws,
     families,
     inputs,
     measuring,
@@ -16,7 +17,7 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *(curation.MUTANTS + measuring.MUTANTS),
+    *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -18,7 +18,7 @@ def run(policy, reference, labels, beta):
     """What the trainer computes on batches in order, its running mean carried along.
 
     Args:
-        policy, reference: f32[N, B], summed log-probs, a batch a row.
+        policy, reference: f64[N, B], summed log-probs, a batch a row.
         labels: bool[N, B].
         beta: float.
 

@@ -41,6 +41,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("ignore::FutureWarning"))
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """Both sides compute in float64, where rounding decides nothing.
+
+    An exponential or a difference of a loss magnifies the rounding errors of float32
+    beyond any tolerance that would still see a mistake. Where the peers' code asks for
+    float32 by name, as more than half precision, it gets float64 too.
+    """
+    import jax
+    import torch
+
+    single, double = torch.float32, torch.float64
+    monkeypatch.setattr(torch, "float32", double)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(double)
+    with jax.enable_x64(True):
+        yield
+    torch.set_default_dtype(single)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_peers():
     """The peers' progress bars and advice would drown a failure."""

@@ -18,7 +18,7 @@ from stagecraft.losses.aggregate import AGGREGATIONS, aggregate, overlong_filter
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 
 PROMPTS, G, WIDTH, LIMIT = 6, 4, 7, 9
 ROWS = PROMPTS * G
@@ -55,14 +55,14 @@ def close(got, want, **tolerance):
 
 
 def draw_rewards(rng):
-    """f32[PROMPTS, G]: unscored samples (NaN), a lone scored one, none, all alike."""
-    rewards = rng.normal(size=(PROMPTS, G)).astype(np.float32)
+    """f64[PROMPTS, G]: unscored samples (NaN), a lone scored one, none, all alike."""
+    rewards = rng.normal(size=(PROMPTS, G))
     scored = rng.random((PROMPTS, G)) < 0.8
     rewards[1] = rng.integers(-3, 4)  # whose mean does not round, in TRL either
     scored[:2] = True
     scored[2] = np.arange(G) == rng.integers(G)
     scored[3] = False
-    return np.where(scored, rewards, np.nan).astype(np.float32), scored
+    return np.where(scored, rewards, np.nan), scored
 
 
 def rollout(trainer, accelerator, rewards, lengths, ended, model_logps=None, **given):
@@ -71,8 +71,7 @@ def rollout(trainer, accelerator, rewards, lengths, ended, model_logps=None, **g
     Two reward functions of which the second scores nothing: their sum is `rewards`.
     """
     per_function = torch.tensor(
-        np.stack([rewards.reshape(-1), np.full(rewards.size, np.nan)], axis=1),
-        dtype=torch.float32,
+        np.stack([rewards.reshape(-1), np.full(rewards.size, np.nan)], axis=1)
     )
     completions = [
         [5] * (n - 1) + [EOS if e else 5] for n, e in zip(lengths, ended, strict=True)
@@ -143,7 +142,7 @@ def test_group_advantages(trainers, accelerator, parity_rng, scale):
         judged = scored.sum(axis=1) > 1
         flat = group.frac_reward_zero_std(jnp.asarray(rewards), jnp.asarray(scored))
         want = told["frac_reward_zero_std"][0]
-        np.testing.assert_allclose((np.asarray(flat) * judged).mean(), want)
+        np.testing.assert_allclose((np.float64(flat) * judged).mean(), want)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -152,7 +151,7 @@ def test_leave_one_out(trainers, accelerator, parity_rng, normalize, beta):
     rewards, scored = draw_rewards(parity_rng)
     lengths = parity_rng.integers(1, WIDTH + 1, ROWS)
     lengths[0] = WIDTH
-    own, ref = -parity_rng.random((2, ROWS, WIDTH)).astype(np.float32)
+    own, ref = -parity_rng.random((2, ROWS, WIDTH))
     out, _ = rollout(
         trainers["rloo"],
         accelerator,
@@ -190,14 +189,13 @@ def test_overlong_filter(trainers, accelerator, parity_rng):
 
 
 def draw_batch(rng, spread=0.4):
-    """logps, old, ref f32[B, T], advantages f32[B], mask; one row is empty."""
+    """logps, old, ref f64[B, T], advantages f64[B], mask; one row is empty."""
     logps = -rng.exponential(size=(ROWS, WIDTH))
     old, ref = logps + spread * rng.normal(size=(2, ROWS, WIDTH))
     advantages = rng.normal(size=ROWS)
     mask = np.arange(WIDTH) < rng.integers(1, WIDTH + 1, ROWS)[:, None]
     mask[0], mask[1] = True, False
-    found = [x.astype(np.float32) for x in (logps, old, ref, advantages)]
-    return *found, mask
+    return logps, old, ref, advantages, mask
 
 
 def their_loss(trainer, accelerator, batch, *, tokens=None, windows=1, **given):

@@ -20,7 +20,7 @@ from stagecraft.losses import kl
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 
 BESIDE = Path(sys.prefix) / "trl112"
 SCRIPT = Path(__file__).parent / "ppo_by_trl.py"
@@ -76,11 +76,7 @@ def draw(rng, case):
         "new_logprobs": logprobs + 0.2 * rng.normal(size=logprobs.shape),
         "vpred": values + 0.3 * step,
     }
-    as_float = {
-        k: v.astype(np.float32) if v.dtype == np.float64 else v
-        for k, v in arrays.items()
-    }
-    return as_float | {"stop": STOP, "pad": PAD} | settings(case)
+    return arrays | {"stop": STOP, "pad": PAD} | settings(case)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +91,7 @@ def both(parity_seed, tmp_path_factory):
     mask[:, 0] = True
     given = {case: draw(rng, case) for case in CASES} | {
         "functions": {
-            "x": rng.normal(2, 3, (ROWS, WIDTH)).astype(np.float32),
+            "x": rng.normal(2, 3, (ROWS, WIDTH)),
             "x_mask": mask,
             "raw": draw_responses(rng),
             "stop": STOP,
@@ -285,9 +281,9 @@ def test_unmoved_policy(parity_rng, temperature):
     """Ratio 1, nothing clipped, and torch's gradient of -A log p at one temperature."""
     from trl.trainer.utils import selective_log_softmax
 
-    logits = 2 * parity_rng.normal(size=(3, WIDTH, 11)).astype(np.float32)
+    logits = 2 * parity_rng.normal(size=(3, WIDTH, 11))
     tokens = parity_rng.integers(0, 11, (3, WIDTH))
-    advantages = parity_rng.normal(size=(3, WIDTH)).astype(np.float32)
+    advantages = parity_rng.normal(size=(3, WIDTH))
     mask = np.arange(WIDTH) < np.array([WIDTH, 3, 1])[:, None]
     leaf = torch.tensor(logits, requires_grad=True)
     scaled = leaf / (temperature + 1e-7)

@@ -203,11 +203,14 @@ def main():
     parser.add_argument("seed", type=int)
     parser.add_argument("optimizer", choices=["sgd", "adamw"])
     parser.add_argument("folder", type=Path, help="out.npz lies there in the end")
+    parser.add_argument("--lr", type=float, help="instead of the optimizer's own")
     parser.add_argument("--iterations", type=int, help="start from the folder's models")
     parser.add_argument("--adapter", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     optimizer = bridge.SGD if given.optimizer == "sgd" else bridge.ADAMW
+    if given.lr is not None:
+        optimizer = dict(optimizer, lr=given.lr)
     if given.iterations:
         found = run_from(
             *(given.seed, optimizer, given.folder, given.iterations, given.adapter)

@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl")
 cpo = pytest.importorskip("trl.experimental.cpo")
 orpo = pytest.importorskip("trl.experimental.orpo")
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 
 ROWS = 4
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
@@ -121,7 +121,7 @@ def ours(theirs, terms, *, beta, ld_alpha=None, weighted=False, **divergence):
         **divergence: settings of `divergence_scores`.
     """
     mask = jnp.asarray(theirs.mask)
-    lengths = mask.sum(-1).astype(jnp.float32)
+    lengths = mask.sum(-1).astype(jnp.float64)
 
     def sums(logps):
         if ld_alpha is None:
@@ -287,9 +287,9 @@ def test_wpo_weights(loss_type, parity_rng, parity_seed, tmp_path):
 
 def drawn(rng):
     """Sums, lengths and token log-probs of the chosen completion."""
-    lengths = rng.integers(1, 9, (ROWS, 2)).astype(np.float32)
-    sums = -(lengths * rng.uniform(0.05, 3, (ROWS, 2))).astype(np.float32)
-    tokens = -rng.uniform(0.1, 3, (ROWS, 9)).astype(np.float32)
+    lengths = rng.integers(1, 9, (ROWS, 2)).astype(np.float64)
+    sums = -lengths * rng.uniform(0.05, 3, (ROWS, 2))
+    tokens = -rng.uniform(0.1, 3, (ROWS, 9))
     tokens[rng.random((ROWS, 9)) < 0.3] = 0
     return sums, lengths, tokens
 

@@ -14,7 +14,7 @@ from tests.peers.bridge import torch
 
 trl = pytest.importorskip("trl")
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 
 ROWS = 4
 
@@ -32,8 +32,8 @@ def compare(loss_fn, rewards, expected, leaf):
 @pytest.mark.parametrize("centering", [0.0, 0.01])
 @pytest.mark.parametrize("margins", [False, True], ids=["plain", "margin"])
 def test_bradley_terry_is_torchs_formula(margins, centering, parity_rng):
-    rewards = parity_rng.normal(0, 2, (ROWS, 2)).astype(np.float32)
-    margin = parity_rng.uniform(0, 2, ROWS).astype(np.float32) * margins
+    rewards = parity_rng.normal(0, 2, (ROWS, 2))
+    margin = parity_rng.uniform(0, 2, ROWS) * margins
     leaf = torch.tensor(rewards, requires_grad=True)
     chosen, rejected = leaf.T
     difference = chosen - rejected - torch.tensor(margin)
@@ -44,8 +44,8 @@ def test_bradley_terry_is_torchs_formula(margins, centering, parity_rng):
 
 
 def test_soft_labels_are_torchs_cross_entropy(parity_rng):
-    rewards = parity_rng.normal(0, 2, (ROWS, 2)).astype(np.float32)
-    p = parity_rng.random(ROWS).astype(np.float32)
+    rewards = parity_rng.normal(0, 2, (ROWS, 2))
+    p = parity_rng.random(ROWS)
     leaf = torch.tensor(rewards, requires_grad=True)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         leaf[:, 0] - leaf[:, 1], torch.tensor(p)
@@ -60,7 +60,7 @@ def test_soft_labels_are_torchs_cross_entropy(parity_rng):
 
 
 def test_ranked_is_the_mean_over_each_prompts_pairs(parity_rng):
-    rewards = parity_rng.normal(0, 2, (ROWS, 5)).astype(np.float32)
+    rewards = parity_rng.normal(0, 2, (ROWS, 5))
     present = np.arange(5) < parity_rng.integers(2, 6, (ROWS, 1))
     leaf = torch.tensor(rewards, requires_grad=True)
     prompts = []
@@ -80,8 +80,8 @@ def test_ranked_is_the_mean_over_each_prompts_pairs(parity_rng):
 @pytest.mark.parametrize("margins", [False, True], ids=["plain", "margin"])
 def test_trls_trainer(margins, parity_rng):
     """Its `compute_loss`, on a model that only hands out the rewards."""
-    rewards = parity_rng.normal(0, 2, (ROWS, 2)).astype(np.float32)
-    margin = parity_rng.uniform(0, 2, ROWS).astype(np.float32)
+    rewards = parity_rng.normal(0, 2, (ROWS, 2))
+    margin = parity_rng.uniform(0, 2, ROWS)
     centering = float(parity_rng.uniform(0, 0.1))
     leaf = torch.tensor(rewards, requires_grad=True)
     told = {"eval": {k: [] for k in ("accuracy", "margin", "mean_reward")}}

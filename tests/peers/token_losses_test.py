@@ -20,8 +20,12 @@ SHAPE, VOCAB = (2, 7), 64
 
 
 def drawn(rng):
-    """Logits f32[2, 7, 64] and targets."""
-    logits = rng.normal(0, 3, (*SHAPE, VOCAB)).astype(np.float32)
+    """Logits f32[2, 7, 64] and targets.
+
+    What ours makes of them in float32 is compared with the peer's float64: of two
+    roundings one is left, and it grows with the logits.
+    """
+    logits = rng.normal(0, 2, (*SHAPE, VOCAB)).astype(np.float32)
     return logits, rng.integers(0, VOCAB, SHAPE)
 
 
@@ -37,7 +41,7 @@ def stats(logits, targets, **hyper):
 def test_logps_and_their_gradient(temperature, block_size, parity_rng):
     logits, targets = drawn(parity_rng)
     weights = parity_rng.normal(size=SHAPE).astype(np.float32)
-    leaf = torch.tensor(logits, requires_grad=True)
+    leaf = torch.tensor(logits).double().requires_grad_()
     want = utils.selective_log_softmax(
         leaf, torch.tensor(targets), temperature=temperature
     )
@@ -63,20 +67,21 @@ def test_logps_of_bfloat16_logits(parity_rng):
     assert want.dtype == torch.bfloat16
     ours = stats(jnp.asarray(logits, jnp.bfloat16), targets).logps
     assert ours.dtype == jnp.float32
+    # A number is rounded to bfloat16 by at most 2**-8 of it.
     np.testing.assert_allclose(ours, want.float(), rtol=2**-7)
-    exact = utils.selective_log_softmax(theirs.float(), torch.tensor(targets))
+    exact = utils.selective_log_softmax(theirs.double(), torch.tensor(targets))
     np.testing.assert_allclose(ours, exact, atol=1e-5)
 
 
 def test_entropy(parity_rng):
     logits, targets = drawn(parity_rng)
-    want = utils.entropy_from_logits(torch.tensor(logits))
+    want = utils.entropy_from_logits(torch.tensor(logits).double())
     np.testing.assert_allclose(stats(logits, targets).entropy, want, atol=1e-5)
 
 
 def test_log_z_and_log_p2(parity_rng):
     logits, targets = drawn(parity_rng)
-    found, z = stats(jnp.asarray(logits), targets), torch.tensor(logits)
+    found, z = stats(jnp.asarray(logits), targets), torch.tensor(logits).double()
     log_z = torch.logsumexp(z, -1)
     np.testing.assert_allclose(found.log_z, log_z, atol=1e-5)
     want = torch.logsumexp(2 * z, -1) - 2 * log_z
@@ -85,7 +90,7 @@ def test_log_z_and_log_p2(parity_rng):
 
 def test_z_loss(parity_rng):
     logits, targets = drawn(parity_rng)
-    leaf = torch.tensor(logits, requires_grad=True)
+    leaf = torch.tensor(logits).double().requires_grad_()
     want = torch.logsumexp(leaf, -1).square().mean()
     want.backward()
 
@@ -97,6 +102,7 @@ def test_z_loss(parity_rng):
     np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)
 
 
+@pytest.mark.usefixtures("float64")
 def test_dft(parity_rng, parity_seed, tmp_path):
     """TRL's SFTTrainer with loss_type="dft", on the log-probs it computed itself."""
     data = [

@@ -16,7 +16,7 @@ from tests.peers import bco_peer, bridge
 
 trl = pytest.importorskip("trl")
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("float64")]
 
 ROOT = Path(__file__).parents[2]
 # Where the Makefile puts the last TRL that has BCO.
@@ -138,7 +138,7 @@ def test_kto(labels, negative, parity_rng, parity_seed, tmp_path):
     assert (kl == 0) == negative
 
     def loss_fn(policy, reference, labels):
-        return unpaired.kto(policy, reference, labels, jnp.float32(kl), **hyper)
+        return unpaired.kto(policy, reference, labels, jnp.asarray(kl), **hyper)
 
     check(found, loss_fn, labels, beta)
 
@@ -184,7 +184,7 @@ def test_bco(parity_rng, tmp_path):
             f"TRL {bco_peer.VERSION}, the last with BCO, is not in {BESIDE}: run "
             "`make test-peers`, which puts it there"
         )
-    policy, reference = parity_rng.normal(-20, 3, (2, 5, 6)).astype(np.float32)
+    policy, reference = parity_rng.normal(-20, 3, (2, 5, 6))
     labels = parity_rng.random((5, 6)) < 0.5
     labels[2] = True
     beta = float(parity_rng.uniform(0.05, 1))
@@ -200,7 +200,7 @@ def test_bco(parity_rng, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     found = dict(np.load(out))
     for i in range(5):
-        delta = np.float32((beta * (policy - reference))[: i + 1].mean())
+        delta = (beta * (policy - reference))[: i + 1].mean()
         np.testing.assert_allclose(delta, found["delta"][i], atol=1e-5)
 
         def total(x, i=i, delta=delta):
