@@ -6,12 +6,14 @@ the traceback. Any other exception is a bug in the library and is shown whole.
 
 import logging
 import os
+import signal
 import sys
+import threading
 
 from absl import flags
 from ml_collections import config_flags
 
-from stagecraft import commands, config_files, schema
+from stagecraft import commands, config_files, process, schema
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -23,6 +25,8 @@ def main(argv=None):
     argv = list(sys.argv if argv is None else argv)
     debug = "--debug" in argv
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -30,15 +34,22 @@ def main(argv=None):
             raise
         print(f"stagecraft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        text, number = getattr(stop, "text", ""), getattr(stop, "signal", signal.SIGINT)
+        if not text and argv[1] in ("run", "curate"):
+            text = "the same command goes on from what is saved"
         print(
-            "\nstagecraft: stopped; the same command goes on from the last checkpoint",
+            f"\nstagecraft: {'; '.join(filter(None, ['stopped', text]))}",
             file=sys.stderr,
         )
-        return 130
+        return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _terminate(number, frame):
+    raise process.Stopped("", number)
 
 
 def _dispatch(argv):

@@ -1,11 +1,13 @@
 """This process: which of a program's processes it is, its memory, programs and end."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -76,16 +78,72 @@ def _processor():
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
+class Stopped(KeyboardInterrupt):
+    """The user or the system asked this process to stop, and it has.
+
+    Attributes:
+        text: what was saved and what goes on from it, for the user.
+        signal: the signal's number.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGINT):
+        super().__init__(text)
+        self.text, self.signal = text, number
+
+
+class Stopping:
+    """A request to stop: the number of the signal, or None."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stoppable(note):
+    """Turns the first ctrl-C or SIGTERM into a request; a second one stops at once.
+
+    Outside the main thread, which alone gets signals, nothing is changed.
+
+    Args:
+        note: called with the signal's number when a request arrives.
+
+    Yields:
+        a `Stopping`.
+    """
+    request, before = Stopping(), {}
+
+    def ask(number, frame):
+        if request:
+            raise Stopped("", number)
+        request.signal = number
+        note(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @functools.cache
 def end_with_parent() -> None:
-    """Ends a worker process when its parent is gone, killed or not.
+    """Ends a worker process when its parent is gone, killed or not, and only then.
 
-    Otherwise a worker that waits to hand over a batch would wait forever. Does nothing
-    in a process that is not a worker.
+    Otherwise a worker that waits to hand over a batch would wait forever. A terminal
+    sends ctrl-C to workers too, which the parent may still need. Does nothing in a
+    process that is not a worker.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         parent.join()

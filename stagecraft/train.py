@@ -5,7 +5,9 @@ reads a step's numbers one step late, so that the device never waits for the hos
 """
 
 import resource
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,13 +67,16 @@ def train(
     loop = _Loop(stage, config, Path(folder), name, hooks or Hooks())
     init_key, step_key = jax.random.split(key)
     try:
-        loop.restore(data, init_key)
-        while loop.step < config.steps:
+        with process.stoppable(loop.note_stop) as stopping:
+            loop.restore(data, init_key)
+            while loop.step < config.steps:
+                loop.watch()
+                loop.update(jax.random.fold_in(step_key, loop.step))
+                if loop.due(config.every.save) or loop.late() or stopping:
+                    loop.save()
+                if stopping:
+                    loop.stop(stopping.signal)
             loop.watch()
-            loop.update(jax.random.fold_in(step_key, loop.step))
-            if loop.due(config.every.save):
-                loop.save()
-        loop.watch()
     finally:
         loop.close()
     return loop.state, loop.result()
@@ -95,6 +100,7 @@ class _Loop:
         self.work = {}  # {what was done with tokens, padding too: count}
         self.num_tokens = 0.0  # seen, without padding
         self.pending = None  # the newest step's numbers, not yet read
+        self.saved_at = time.monotonic()
 
     def restore(self, data, key):
         """Begins at the newest checkpoint, or at step 0."""
@@ -127,6 +133,32 @@ class _Loop:
         """Returns whether what is done every so many steps is due, as in the last."""
         last = self.step == self.config.steps
         return self.step > 0 and (last or (every > 0 and self.step % every == 0))
+
+    def late(self):
+        """Returns whether the last save is longer ago than every.save_minutes.
+
+        Several processes save by steps alone: their clocks would not agree.
+        """
+        minutes = self.config.every.save_minutes
+        since = time.monotonic() - self.saved_at
+        return 0 < minutes * 60 <= since and jax.process_count() == 1
+
+    def note_stop(self, number):
+        """Says that a request to stop has come."""
+        self.progress.note(
+            f"{signal.Signals(number).name}: stopping after this step; again to stop "
+            "at once"
+        )
+
+    def stop(self, number):
+        """Ends training once the step is on disk."""
+        with self.clock("save"):
+            self.checkpoints.wait()
+        raise process.Stopped(
+            f"{self.name} is saved at step {self.step} of {self.config.steps}; the "
+            "same command goes on from there",
+            number,
+        )
 
     def update(self, key):
         """Takes one step; `key` is its own."""
@@ -165,7 +197,7 @@ class _Loop:
                 "data": self.iterator.get_state(),
             }
             self.checkpoints.save(self.step, *_split(self.state), counters)
-            self.last_saved = self.step
+            self.last_saved, self.saved_at = self.step, time.monotonic()
             if last:
                 self.checkpoints.wait()
 

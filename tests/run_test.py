@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import defaults, metrics, run, schema, storage, train
+from stagecraft import defaults, metrics, process, run, schema, storage, train
 from stagecraft import losses as loss_functions
 from stagecraft.anatomy import summary
 from stagecraft.errors import UserError
@@ -69,14 +69,14 @@ def losses(root):
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def launch(script, root):
+def launch(script, root, stderr=subprocess.DEVNULL):
     command = [sys.executable, "-m", "stagecraft", "run", f"--config={script}"]
     return subprocess.Popen(
         [*command, f"--workdir={root}"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
 
 
@@ -87,16 +87,16 @@ def test_killed_and_run_again_equals_uninterrupted(text, tmp_path):
     script.write_text(SCRIPT.format(text=text, model=SMALL, steps=200))
     root = tmp_path / "killed"
     for least in (7, 60):
-        process = launch(script, root)
+        command = launch(script, root)
         deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None:
+        while time.time() < deadline and command.poll() is None:
             found = losses(root)
             if found and found[-1][0] >= least:
                 break
             time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert command.poll() is None, "it ended before it could be killed"
+        command.send_signal(signal.SIGKILL)
+        command.wait()
     assert launch(script, root).wait(timeout=200) == 0
     assert losses(root) == losses(straight)
     summaries = [
@@ -349,6 +349,86 @@ def test_nothing_that_looks_at_a_step_loses_it(text, tmp_path, straight, part, a
     for one in ends:
         one.pop("seconds")
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_the_step_and_goes_on(text, tmp_path, straight, number):
+    root, real_update = tmp_path / "run", train._Loop.update
+
+    def update(self, key):
+        if self.step == 7:  # in the middle of the eighth step
+            os.kill(os.getpid(), number)
+        return real_update(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, "update", update)
+        with pytest.raises(process.Stopped) as stop:
+            run.run(watched(text), root)
+    assert stop.value.signal == number
+    assert f"pretrain is saved at step 8 of {STEPS}" in stop.value.text
+    assert [p.name for p in (root / "pretrain" / "checkpoints").iterdir()] == ["8"]
+    assert signal.getsignal(number) is not None  # that of before
+    run.run(watched(text), root)
+    assert rows(root) == rows(straight)
+
+
+def test_asked_twice_it_stops_at_once(text, tmp_path):
+    real_update = train._Loop.update
+
+    def update(self, key):
+        for _ in range(2 if self.step == 7 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_update(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, "update", update)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run.run(watched(text), tmp_path / "run")
+    assert not stop.value.text
+    steps = (tmp_path / "run" / "pretrain" / "checkpoints").iterdir()
+    assert [p.name for p in steps] == ["5"]
+
+
+def test_a_step_is_saved_when_the_last_save_is_old(text, tmp_path, monkeypatch):
+    saved, real_save = [], train._Loop.save
+    clock = types.SimpleNamespace(monotonic=lambda: 60.0 * clock.minutes, minutes=0)
+    real_update = train._Loop.update
+
+    def update(self, key):
+        clock.minutes += 1
+        return real_update(self, key)
+
+    def save(self):
+        saved.append(self.step)
+        return real_save(self)
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train._Loop, "update", update)
+    monkeypatch.setattr(train._Loop, "save", save)
+    c = watched(text)
+    c.stages.pretrain.every.save = 0
+    run.run(c, tmp_path / "run")
+    assert saved == [*range(5, STEPS, 5), STEPS]
+    assert c.stages.pretrain.every.save_minutes == 5
+
+
+def test_a_command_that_is_stopped_says_so(text, tmp_path):
+    """Another process, asked by SIGTERM: one line, and the status launchers know."""
+    script, root = tmp_path / "small.py", tmp_path / "run"
+    script.write_text(SCRIPT.format(text=text, model=SMALL, steps=100_000))
+    command = launch(script, root, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while time.time() < deadline and command.poll() is None and not losses(root):
+        time.sleep(0.05)
+    command.send_signal(signal.SIGTERM)
+    _, errors = command.communicate(timeout=100)
+    assert command.returncode == 128 + signal.SIGTERM
+    last = errors.decode().splitlines()[-1]
+    (step,) = [p.name for p in (root / "pretrain" / "checkpoints").iterdir()]
+    assert last == (
+        f"stagecraft: stopped; pretrain is saved at step {step} of 100000; the same "
+        "command goes on from there"
+    )
 
 
 def test_figures_are_of_the_model_that_is_saved(text, straight):
