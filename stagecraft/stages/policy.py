@@ -365,16 +365,18 @@ def _make_update(config, loss_objective, optimizers):
 
 
 def _beside(minibatches, state, batch, number):
-    """Returns the KL coefficient, and a minibatch's rows of pretraining text.
+    """Returns what joins a minibatch: the KL coefficient, and pretraining text."""
+    part = _pretraining_part(minibatches, batch, number)
+    return part | {"kl_coef": state.extra["kl_coef"]}
 
-    The rows are the same in every epoch.
-    """
-    part = {"kl_coef": state.extra["kl_coef"]}
+
+def _pretraining_part(minibatches, batch, number):
+    """Selects a minibatch's rows of pretraining text, the same in every epoch."""
     if "ptx" not in batch:
-        return part
+        return {}
     size = batch["ptx"]["ptx_ids"].shape[0] // minibatches
     start = (number % minibatches) * size
-    return part | {
+    return {
         k: jax.lax.dynamic_slice_in_dim(v, start, size) for k, v in batch["ptx"].items()
     }
 
