@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 CONFIDENCE = 0.95
 Error = tuple[float, float]  # standard error, degrees of freedom
@@ -46,7 +46,7 @@ def interval(
     mean = float(np.mean(values))
     halves = [_half(*error_of_mean(errors))] if errors else []
     if len(values) > 1:
-        halves.append(_half(float(stats.sem(values)), len(values) - 1))
+        halves.append(_half(over_draws(values)[1], len(values) - 1))
     return mean, max(halves, default=None)
 
 
@@ -110,7 +110,7 @@ def _sum(errors):
 
 
 def _half(error, freedom):
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error)
+    return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2) * error)
 
 
 # -- one model, several draws of its answers -------------------------------------------
@@ -118,8 +118,9 @@ def _half(error, freedom):
 
 def over_draws(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean over draws and its standard error; None for one draw."""
-    error = float(stats.sem(values)) if len(values) > 1 else None
-    return float(np.mean(values)), error
+    mean, size = float(np.mean(values)), len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(size)) if size > 1 else None
+    return mean, error
 
 
 def over_both(table: np.ndarray) -> tuple[float, float | None]:

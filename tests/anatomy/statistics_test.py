@@ -35,7 +35,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     draws = rng.normal(0.0, 1.0, size=(4000, 3))
     held = [abs(m) <= half for m, half in map(statistics.interval, draws)]
-    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
 def drawn(rng, seeds, draws, training):
@@ -50,16 +50,16 @@ def drawn(rng, seeds, draws, training):
 )
 def test_intervals_of_drawn_figures_hold_the_truth_at_least_as_often(seeds, training):
     rng, held, apart = np.random.default_rng(seeds), [], []
-    for _ in range(1500):
+    for _ in range(800):
         ones, errors = drawn(rng, seeds, 4, training)
         others, other_errors = drawn(rng, seeds, 4, training)
         mean, half = statistics.interval(ones, errors)
         change, wide = statistics.difference(ones, others, errors, other_errors)
         held.append(abs(mean) <= half)
         apart.append(abs(change) <= wide)
-    assert min(np.mean(held), np.mean(apart)) >= 0.935
+    assert min(np.mean(held), np.mean(apart)) >= 0.93
     if seeds == 1:  # nothing but the draw: no more often either
-        assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+        assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
 def test_an_interval_is_never_tighter_than_the_measuring():
