@@ -104,7 +104,8 @@ def lora():
 def every():
     """How often, in steps; 0 for never (the last step is always saved)."""
     # Also saved are a run that is asked to stop, and one whose last save is old.
-    return schema.group(log=10, eval=0, save=0, sample=0, save_minutes=5.0)
+    # eval=-1 evaluates about ten times a stage where there are held-out rows.
+    return schema.group(log=10, eval=-1, save=0, sample=0, save_minutes=5.0)
 
 
 def sampling():

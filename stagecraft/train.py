@@ -23,6 +23,11 @@ from stagecraft.models import lora
 from stagecraft.stages.stage import Stage, State, averaged
 from stagecraft.trackers import Watch
 
+EVALUATIONS = 10  # about so many a stage, with every.eval=-1
+# Logged as they are in a step; the other metrics are means over the steps since the
+# last line, as TRL's are.
+OF_THE_STEP = ("learning_rate", "objective/kl_coef")
+
 
 class Hooks(NamedTuple):
     """What a stage does besides training; None for what it does not.
@@ -100,6 +105,7 @@ class _Loop:
         self.work = {}  # {what was done with tokens, padding too: count}
         self.num_tokens = 0.0  # seen, without padding
         self.pending = None  # the newest step's numbers, not yet read
+        self.since = {}  # {metric: [sum, steps]} since the last line was logged
         self.saved_at = time.monotonic()
 
     def restore(self, data, key):
@@ -118,6 +124,7 @@ class _Loop:
                 self.work, self.clock.seconds = saved["tokens"], saved["seconds"]
                 # Checkpoints of older versions have counted padding alone.
                 self.num_tokens = saved.get("num_tokens", 0.0)
+                self.since = saved.get("since", {})
                 self.iterator.set_state(saved["data"])
         self.writer = metrics.Writer(
             self.folder,
@@ -193,6 +200,7 @@ class _Loop:
                 # Copies: they are written while the next steps count on.
                 "tokens": dict(self.work),
                 "num_tokens": self.num_tokens,
+                "since": {name: list(pair) for name, pair in self.since.items()},
                 "seconds": dict(self.clock.seconds),
                 "data": self.iterator.get_state(),
             }
@@ -234,7 +242,9 @@ class _Loop:
         }
 
     def _evaluates(self):
-        return self.hooks.heldout is not None and self.due(self.config.every.eval)
+        every = self.config.every.eval
+        every = max(self.config.steps // EVALUATIONS, 1) if every < 0 else every
+        return self.hooks.heldout is not None and self.due(every)
 
     def _samples(self):
         return self.hooks.sample is not None and self.due(self.config.every.sample)
@@ -247,9 +257,15 @@ class _Loop:
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         seen = values.pop("num_tokens")
         self.num_tokens += seen
-        values["num_tokens"] = self.num_tokens
+        for key, value in values.items():
+            pair = self.since.setdefault(key, [0.0, 0])
+            pair[:] = pair[0] + value, pair[1] + 1
         if step % max(self.config.every.log, 1) == 0 or step in (1, self.config.steps):
-            self.writer.write(step, self.clock.total(), values)
+            means = {key: total / count for key, (total, count) in self.since.items()}
+            means |= {k: v for k, v in values.items() if k.startswith(OF_THE_STEP)}
+            means["num_tokens"] = self.num_tokens
+            self.writer.write(step, self.clock.total(), means)
+            self.since = {}
         _stop_if_not_finite(
             self.name, self.folder, step, batch, values, self.last_saved
         )

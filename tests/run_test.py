@@ -431,6 +431,46 @@ def test_a_command_that_is_stopped_says_so(text, tmp_path):
     )
 
 
+def test_a_line_is_the_mean_over_the_steps_since_the_last(text, tmp_path, straight):
+    """Also across a stop between two lines."""
+    c, root = watched(text), tmp_path / "run"
+    c.stages.pretrain.every.log = 4
+    real_update = train._Loop.update
+
+    def update(self, key):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_update(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Loop, "update", update)
+        with pytest.raises(process.Stopped):
+            run.run(c, root)
+    run.run(c, root)
+    each = {row["step"]: row for row in rows(straight) if "loss" in row}
+    lines = {row["step"]: row for row in rows(root) if "loss" in row}
+    assert list(lines) == [1, *range(4, STEPS, 4), STEPS]
+    start = 0
+    for step, line in lines.items():
+        steps = [each[number] for number in range(start + 1, step + 1)]
+        for key, value in line.items():
+            if key in ("step", "learning_rate", "num_tokens"):
+                assert value == each[step][key]
+            else:
+                mean = np.mean([row[key] for row in steps])
+                assert value == pytest.approx(mean, rel=1e-12), key
+        start = step
+
+
+def test_held_out_rows_are_looked_at_ten_times(text, tmp_path):
+    c = watched(text)
+    c.stages.pretrain.every.eval = defaults.every().eval
+    c.stages.pretrain.steps = 23
+    run.run(c, tmp_path / "run")
+    steps = [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row]
+    assert steps == [*range(2, 23, 2), 23]
+
+
 def test_figures_are_of_the_model_that_is_saved(text, straight):
     """The last eval_loss, recomputed by numpy from what lies in the folder."""
     this = run.open_run(straight)
