@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import defaults, train
+from stagecraft import defaults, run, train
+from stagecraft.anatomy import harness
 from stagecraft.data.dataset import Dataset
 from stagecraft.models import language, lora, sampling
 from stagecraft.stages import comparisons, rollout, selection, update
@@ -214,3 +215,55 @@ def test_each_part_of_the_prompts_is_asked_with_a_seed_of_its_own(kind, tmp_path
     seeds = written(tmp_path / "one", kind)
     assert len(seeds) == len({*seeds}) >= 5
     assert seeds == written(tmp_path / "again", kind)
+
+
+def test_each_batch_of_the_harness_has_a_key_of_its_own(monkeypatch):
+    """Of one length, of another, and of other settings."""
+    keys = []
+
+    def generate(self, rows, length, key, settings, until):
+        keys.append(numbers(key))
+        return [""] * len(rows)
+
+    monkeypatch.setattr(harness.Answers, "_generate", generate)
+    monkeypatch.setattr(harness.Answers, "_context", lambda self, text: [9] * len(text))
+    sampled = dict(do_sample=True, temperature=1.0, until=["."])
+    requests = [
+        types.SimpleNamespace(args=(context, sampled | dict(max_gen_toks=tokens)))
+        for tokens in (4, 5)
+        for context in ["one"] * 5 + ["three" * 5] * 3
+    ]
+    model = types.SimpleNamespace(config=cases.CONFIG)
+    for seed in (0, 1):
+        asked = language.Language(model, None, batch_size=2)
+        harness.Answers(asked, seed=seed).generate_until(requests)
+    assert len(keys) == len({*keys}) >= 2 * 2 * 4
+
+
+# -- a run -----------------------------------------------------------------------------
+
+
+def test_each_stage_has_a_key_of_its_own_by_its_name_and_seeds(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(run, "_data_of", lambda *_: None)
+    monkeypatch.setattr(run, "_lineage", lambda *_: None)
+    monkeypatch.setattr(run, "_write_records", lambda *x: keys.append(numbers(x[-1])))
+    config = defaults.experiment()
+    for name in ("pairs", "more", "others"):
+        config.stages[name] = defaults.stage("comparisons", start_from="hf:x")
+    config.stages.others.seed = 1
+    lineage = types.SimpleNamespace(stages={}, write=lambda root: None)
+    for seed in (0, 1, 0):
+        config.seed = seed
+        current = types.SimpleNamespace(
+            config=config,
+            root=tmp_path,
+            lineage=lambda: lineage,
+            mesh=lambda name: cases.single(),
+            model=lambda path, mesh: None,
+        )
+        for name in config.stages:
+            run._run_stage(current, name, {})
+    config.stages.others.seed = 2
+    run._run_stage(current, "others", {})
+    assert len(keys) == 10 and len({*keys}) == 7 and keys[6:9] == keys[:3]

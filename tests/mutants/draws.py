@@ -83,4 +83,28 @@ _RECORDS = in_file(
         'seed = header["seed"]',
     ),
 )
-MUTANTS = _TRAIN + _STAGE + _ROLLOUT + _UPDATE + _LANGUAGE + _RECORDS
+_HARNESS = in_file(
+    "stagecraft/anatomy/harness.py",
+    f"{_TESTS} -k harness",
+    (
+        "one key for every batch of the harness",
+        "key = jax.random.fold_in(jax.random.key(self.seed), batches)",
+        "key = jax.random.key(self.seed)",
+    ),
+    ("the harness counts no batches", "batches += 1", ""),
+)
+_RUN = in_file(
+    "stagecraft/run.py",
+    f"{_TESTS} -k each_stage",
+    (
+        "one key for every stage",
+        "key = jax.random.fold_in(key, zlib.crc32(name.encode()))",
+        "",
+    ),
+    (
+        "a stage's own seed changes no key",
+        "key = jax.random.fold_in(key, stage.seed)",
+        "key = key",
+    ),
+)
+MUTANTS = _TRAIN + _STAGE + _ROLLOUT + _UPDATE + _LANGUAGE + _RECORDS + _HARNESS + _RUN

@@ -211,8 +211,9 @@ def test_twenty_steps(adapter, parity_seed, parity_rng, tmp_path, monkeypatch):
     # What the policy says of its tokens when it is asked again is what it sampled them
     # by, after each of its updates.
     assert max(row["val/rollout_logp_gap"] for row in rows) < 1e-4
-    kl = [row["objective/kl"] for row in rows]
-    assert abs(kl[0]) < 1e-4 < 1e-2 < abs(kl[-1])  # the reference stays, the policy not
+    # The reference stays, the policy not; sampled, the last one may be 0 by chance.
+    first, *later = [abs(row["objective/kl"]) for row in rows]
+    assert first < 1e-4 < 1e-2 < max(later)
 
     found, moved = tree.named(kept["value"]), 0.0
     start = from_folder_test.opened("reward", folder / "value")
