@@ -213,6 +213,7 @@ def test_the_summary_of_the_graph(tiny_run):
         "weights.sft.relative_change",
         "weights.dpo.by_kind.query.unchanged_bf16",
         "cost.ppo.share",
+        "cost.comparisons.share",
         "seconds.total",
     ):
         node = found
