@@ -276,8 +276,11 @@ _SHOWN = (
     "mean_token_accuracy",
     "accuracy",
     "rewards/accuracies",
+    "rewards/margins",
     "objective/scores",
     "objective/kl",
+    "reward",
+    "kl",
 )
 
 
