@@ -158,9 +158,7 @@ class _Loop:
         )
 
     def stop(self, number):
-        """Ends training once the step is on disk."""
-        with self.clock("save"):
-            self.checkpoints.wait()
+        """Ends training; `close` waits until the step that was saved is on disk."""
         raise process.Stopped(
             f"{self.name} is saved at step {self.step} of {self.config.steps}; the "
             "same command goes on from there",

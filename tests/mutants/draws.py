@@ -9,7 +9,7 @@ _TRAIN = in_file(
     f"{_TESTS} -k each_step",
     (
         "one key for every step",
-        "jax.random.fold_in(step_key, step)",
+        "jax.random.fold_in(step_key, loop.step)",
         "step_key",
     ),
     (

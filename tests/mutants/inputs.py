@@ -397,6 +397,30 @@ _TRAIN = in_file(
         "lora.join(frozen, state.model)",
     ),
     (
+        "a line is of one step alone",
+        "{key: total / count for key, (total, count) in self.since.items()}",
+        "dict(values)",
+        "tests/run_test.py -k line",
+    ),
+    (
+        "a resumed line begins anew",
+        'self.since = saved.get("since", {})',
+        "self.since = {}",
+        "tests/run_test.py -k line",
+    ),
+    (
+        "asked to stop, it goes on",
+        "if stopping:\n    loop.stop(stopping.signal)",
+        "pass",
+        "tests/run_test.py -k asked_to_stop",
+    ),
+    (
+        "asked to stop, it saves nothing",
+        "loop.due(config.every.save) or loop.late() or stopping",
+        "loop.due(config.every.save) or loop.late()",
+        "tests/run_test.py -k asked_to_stop",
+    ),
+    (
         "the saved step is on its way when it is looked at",
         "self.checkpoints.wait()",
         "pass",
