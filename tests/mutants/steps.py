@@ -15,7 +15,7 @@ _UPDATE = in_file(
         "the second minibatch counts as unmoved",
         'part["unmoved"] = number == 0',
         'part["unmoved"] = number <= 1',
-        "tests/stages/policy_test.py tests/stages/unmoved_test.py -k ratio",
+        "tests/stages/unmoved_test.py -k second_minibatch",
     ),
     (
         "the reference is the policy at every step",
@@ -281,10 +281,11 @@ _UNPAIRED = in_file(
         "tests/stages/unpaired_preference_test.py -k 'clamp or padding'",
     ),
     (
-        "kto's z of rounding before the first step",
+        "a mean of rounding before the first step",
         'own = {"ref_logps": logps, "kl": 0.0, "delta": 0.0}',
         'own = given | {"ref_logps": logps}',
-        "tests/stages/unmoved_test.py -k 'prefers_nothing and unpaired'",
+        "tests/stages/unmoved_test.py -k 'adapters and unpaired'",
+        "on a CPU two forward passes of one model agree bit for bit",
     ),
     (
         "bco's delta forgets the past",

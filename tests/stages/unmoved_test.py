@@ -63,6 +63,11 @@ def test_the_first_ratio_of_every_rollout_is_1(dtype, changes):
         assert told["policy/ratio_max"] > 1.01  # later minibatches have moved
 
 
+def test_the_second_minibatch_has_moved():
+    (told,) = updates("policy", "float32", epochs=1, minibatches=2)
+    assert told["val/ratio_first"] == 1 and told["policy/ratio_max"] > 1.001
+
+
 @pytest.mark.parametrize("unmoved", [True, False])
 def test_the_old_policy_is_the_policy_in_the_first_step_alone(unmoved):
     logps, old = np.float32([[-1.5, -2.0]]), np.float32([[-1.25, -2.5]])
@@ -96,7 +101,11 @@ def test_the_first_step_prefers_nothing(kind, objective, dtype):
     assert second["loss"] != first["loss"] and second["rewards/margins"] != 0
 
 
-def test_adapters_begin_as_their_base_too():
-    (told,) = updates("preference", "bfloat16", lora=dict(rank=2), micro_batches=2)
-    assert told["loss"] == pytest.approx(LOG2, rel=1e-6)
-    assert told["rewards/margins"] == told["rewards/accuracies"] == 0
+@pytest.mark.parametrize(("kind", "objective"), FIRST)
+def test_adapters_begin_as_their_base_too(kind, objective):
+    """Base and adapter are two programs in everything that is computed before."""
+    changes = dict(objective=objective, lora=dict(rank=2), micro_batches=2)
+    (told,) = updates(kind, "bfloat16", **changes)
+    assert told["loss"] == pytest.approx(FIRST[kind, objective], rel=1e-6)
+    assert told["rewards/margins"] == told.get("rewards/accuracies", 0) == 0
+    assert told.get("kl", 0) == told.get("delta", 0) == 0
