@@ -187,6 +187,7 @@ def report_(rest):
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
     Flag("baseline", "", "the arm that others are compared with"),
     Flag("out", "compare.html", "the page to write"),
+    Flag("markdown", False, "print the table as Markdown"),
     words=True,
 )
 def compare_(rest):
@@ -195,6 +196,7 @@ def compare_(rest):
     stagecraft compare runs/dpo_seed0 runs/dpo_seed1 runs/ipo_seed0 runs/ipo_seed1
     stagecraft compare runs/a runs/b --stages=dpo,ppo --baseline=dpo --out=ab.html
     stagecraft compare runs/zoo --baseline=dpo
+    stagecraft compare runs/zoo --baseline=dpo --markdown
 
     Runs that differ only in seed are one arm; so are the stages NAME_seed0,
     NAME_seed1, ... of one run. Several arms of one stage are named by the settings
@@ -202,10 +204,13 @@ def compare_(rest):
     compared with a baseline, and a difference whose interval holds 0 is within noise.
     Prints the table, and writes it as a page and as JSON.
     """
-    from stagecraft.report import compare, compare_page, terminal
+    from stagecraft.report import compare, compare_page, markdown, terminal
 
     stages = schema.listed(FLAGS.stages)
     comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
+    if FLAGS.markdown:
+        print(markdown.table(comparison))
+        return
     path = compare_page.write(comparison, FLAGS.out)
     terminal.show_comparison(comparison)
     print(path)

@@ -165,7 +165,7 @@ def _evaluation(key):
 
 # -- in words --------------------------------------------------------------------------
 
-_MARKS = {"higher": " ▲", "lower": " ▼", NOISE: " ≈", ONE: " †", DRAWS: " †"}
+MARKS = {"higher": " ▲", "lower": " ▼", NOISE: " ≈", ONE: " †", DRAWS: " †"}
 
 
 def number(value: float | None, digits: int, sign: bool = False) -> str:
@@ -196,7 +196,7 @@ def change_text(arm: dict, column: dict) -> str:
     if not against:
         return "–"
     text = number(against["difference"], column["digits"], sign=True)
-    return _with_half(text, against, column) + _MARKS.get(against["verdict"], "")
+    return _with_half(text, against, column) + MARKS.get(against["verdict"], "")
 
 
 def _with_half(text, figure, column):

@@ -10,7 +10,14 @@ import pytest
 
 from stagecraft import defaults
 from stagecraft.errors import UserError
-from stagecraft.report import arms, charts, compare, compare_page, terminal
+from stagecraft.report import (
+    arms,
+    charts,
+    compare,
+    compare_page,
+    markdown,
+    terminal,
+)
 
 EVIL = "<script>alert(1)</script>"
 
@@ -356,6 +363,16 @@ def test_the_table_fits_the_terminal(ablation, monkeypatch, width):
     for told in ("2.600 ±0.248", "+1.000 ±0.227 ▲", "0.000 ±0.045 ≈"):
         assert told in text
     assert "within noise" in text
+
+
+def test_the_markdown_table_has_a_cell_for_each_mean(ablation):
+    text = markdown.table(compare.compare(ablation))
+    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rule.count("---") == head.count("|") - 1 == len(head.split(" | "))
+    assert all(row.count("|") == head.count("|") for row in rows) and len(rows) == 3
+    assert [("2.600 ±0.248 ▲" in row) for row in rows] == [False, False, True]
+    assert "| `dpo objective=ipo` | 3 | " in rows[2]
+    assert "▲ ▼ above or below" in text
 
 
 class _Page(html.parser.HTMLParser):
