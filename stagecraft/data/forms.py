@@ -203,8 +203,8 @@ def _message(message):
         message = {"role": message["from"]} | content | rest
     role = message.get("role")
     if role in CALLS:
-        message |= {"role": "assistant", "content": ""}
-        message["tool_calls"] = _calls(role, message.get("value", message["content"]))
+        calls = _calls(role, message.get("content"))
+        message |= {"role": "assistant", "content": "", "tool_calls": calls}
     elif isinstance(role, str) and role in SPEAKERS:
         message["role"] = SPEAKERS[role]
     if isinstance(message.get("content"), list):

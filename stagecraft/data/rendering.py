@@ -4,6 +4,9 @@ from stagecraft.errors import UserError
 from stagecraft.text import chat
 from stagecraft.text.template import texts
 
+# What is said of prompts whose completion changes their last token.
+JOINED = "have a token of both the prompt and the completion, which is not learned"
+
 
 class Rendering:
     """Renders the conversations of a stage.
@@ -40,8 +43,11 @@ class Rendering:
             )
         prompt, answer = messages
         ended = answer.get("ended", True)
-        texts = prompt["content"], answer["content"]
-        return chat.continuation(*texts, self.tokenizer, ended=ended)
+        parts = prompt["content"], answer["content"]
+        *document, joined = chat.continuation(*parts, self.tokenizer, ended=ended)
+        if joined:
+            self.tally.notes[JOINED] += 1
+        return tuple(document)
 
 
 def spelled(tokenizer) -> str:

@@ -155,7 +155,10 @@ class Tally:
         # Of what is dropped the records count: a few long ones hold many tokens.
         if gone <= most * self.read and not (self.cut and self.lost_share > most):
             return
-        lost = f"{self.lost_share:.0%} of the target tokens and " if self.lost else ""
+        lost = f"{gone} of {self.read} {self.what}"
+        if gone <= most * self.read:
+            share = f"{self.lost_share:.0%} of the target tokens"
+            lost = f"{share} of {self.read} {self.what}"
         if self.what == "texts" and gone <= most * self.read:
             return  # the packing that was asked for loses the ends of texts
         longest = ""
@@ -163,9 +166,9 @@ class Tally:
             key = self.limit.partition("=")[0]
             longest = f"{self.limit} but the longest has {self.longest}: raise {key}, "
         raise UserError(
-            f"data.files={self.data.files}: {lost}{gone} of {self.read} {self.what} "
-            f"would be lost: {self._reasons() or f'{self.cut} cut'}; {longest}mend the "
-            f"files, or allow it with data.max_loss=1 (now {most:g})"
+            f"data.files={self.data.files}: {lost} would be lost: "
+            f"{self._reasons() or f'{self.cut} cut'}; {longest}mend the files, or "
+            f"allow it with data.max_loss=1 (now {most:g})"
         )
 
     def lines(self) -> list[str]:

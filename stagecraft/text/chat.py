@@ -35,7 +35,9 @@ def document(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     return ids, [False] * begun + [True] * (len(ids) - begun)
 
 
-def continuation(prompt, completion, tokenizer: Tokenizer, *, ended: bool = True):
+def continuation(
+    prompt: str, completion: str, tokenizer: Tokenizer, *, ended: bool = True
+) -> tuple[list[int], list[bool], bool]:
     """Encodes a text and what follows it, without turns; eos is learned as its end.
 
     As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what has
@@ -47,14 +49,16 @@ def continuation(prompt, completion, tokenizer: Tokenizer, *, ended: bool = True
         ended: whether eos follows.
 
     Returns:
-        ids list[int], mask list[bool].
+        ids list[int], mask list[bool]; whether a token holds the end of the prompt
+        and the beginning of the completion, whose place is not learned then.
     """
     given, _ = _begun(prompt, tokenizer)
     ids, _ = _begun(prompt + completion, tokenizer)
     if ended and ids[-1:] != [tokenizer.eos]:
         ids.append(tokenizer.eos)
     count = min(len(given), len(ids))
-    return ids, [False] * count + [True] * (len(ids) - count)
+    mask = [False] * count + [True] * (len(ids) - count)
+    return ids, mask, ids[:count] != given
 
 
 def _begun(text, tokenizer):
@@ -239,7 +243,7 @@ def check_turns(messages, last=ROLES):
         if message["role"] not in allowed and not greets:
             raise UserError(
                 f"message {number} is of {message['role']!r}, expected "
-                f"{' or '.join(map(repr, allowed))}: a system message may come first, "
+                f"{' or '.join(map(repr, allowed))}; a system message may come first, "
                 "then user and assistant take turns"
             )
         allowed = {
