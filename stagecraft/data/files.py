@@ -104,7 +104,7 @@ def _expand_local(part):
             whole = match.is_dir() and (_saved(match) or shards.is_folder(match))
             if match.name not in METADATA:
                 paths += _folder(match) if whole else [match]
-        return _train_split(part, paths, Path(part.partition("*")[0]).parent)
+        return _train_split(part, paths, _before_magic(part))
     raise UserError(f"{part}: no such file, folder or glob; check the path")
 
 
@@ -131,6 +131,11 @@ def _train_split(part, paths, root):
         f"files; not {files}: name it in data.heldout to evaluate on it"
     )
     return [path for path in paths if path not in sum(map(splits.get, others), [])]
+
+
+def _before_magic(part):
+    """Returns the folder that a glob begins with."""
+    return os.path.dirname(re.split(r"[*?[]", part)[0])
 
 
 def _split(below):
@@ -224,8 +229,8 @@ def _expand_remote(part):
         raise streams.unreadable(part, error) from None
     if not paths:
         raise UserError(f"{part}: no such file, folder or glob; check the address")
-    root = Path(inner.partition("*")[0])
-    paths = _train_split(part, paths, root if system.isdir(inner) else root.parent)
+    root = inner if system.isdir(inner) else _before_magic(inner)
+    paths = _train_split(part, paths, root)
     return [Remote(address(path)) for path in paths]
 
 

@@ -209,7 +209,7 @@ class Tally:
         values |= {"longest": self.longest, "targets_lost": round(self.lost_share, 6)}
         for name in ("dropped", "unread", "notes"):
             values |= {name: dict(getattr(self, name))} if getattr(self, name) else {}
-        return values
+        return values | {"said": self.lines()}
 
     def say(self, stage):
         """Logs what became of the records of a stage."""

@@ -118,7 +118,9 @@ def _pieces(messages, tokenizer, turns, tools):
     if tokenizer.end is None:
         raise UserError(
             "this tokenizer has no chat template and no pieces for turns, so it is for "
-            "plain text; train one with tokenizer.files, or bring one with a template"
+            "plain text; train one with tokenizer.files, name a template with "
+            "tokenizer.template=FILE, or set data.render='text' where prompt and "
+            "completion are texts"
         )
     if tools:
         raise UserError("tools need a tokenizer with a chat template that offers them")
