@@ -25,7 +25,8 @@ def parse_arg(arg, **known):
     for part in filter(None, (p.strip() for p in arg.split(","))):
         name, equals, text = part.partition("=")
         if name not in known:
-            listing = last is not None and isinstance(known[last], str) and not equals
+            listing = last is not None and isinstance(known[last], str)
+            listing = listing and (not equals or "/" in name)  # of a/date=2024-05-01
             if listing and any(sign in part for sign in "./*"):
                 values[last] += f",{part}"  # another file of a list
                 continue

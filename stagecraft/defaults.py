@@ -41,6 +41,7 @@ def experiment():
     c.tokenizer.path = ""
     c.tokenizer.files = ""  # text files to train it on
     c.tokenizer.vocab_size = 1024
+    c.tokenizer.template = ""  # a file with a chat template in place of the folder's
     c.model = model()
     c.stages = ConfigDict()
     c.measure = ConfigDict()
@@ -134,12 +135,32 @@ def _base(kind, objective):
     return c
 
 
+def _reading(too_long, *, turns=True):
+    """How the records of a stage's files are read, and what may be lost of them."""
+    shared = dict(
+        # "prompt=question+completion=answer" renames a file's keys, and
+        # "prompt=instruction+input" joins two.
+        fields="",
+        bad="refuse",  # or "drop" records that are not what they should be
+        # "drop", "cut" or "refuse" what is longer than it may be: an answer loses its
+        # end when it is cut, a prompt its beginning.
+        too_long=too_long,
+        max_loss=0.5,  # refuse to lose more than this share of the records, or targets
+        # Control tokens spelled in a text are letters ("literal"), or "parse" them.
+        control_tokens="literal",
+    )
+    if turns:
+        # "text": prompt and completion as one text that ends, not as "chat" turns.
+        shared["render"] = "chat"
+    return shared
+
+
 def _language_model():
     c = _base("language_model", "next_token")
     c.data = schema.group(
         format="text",  # or "demonstrations"
         files="",
-        fields="",  # "prompt=question+completion=answer" renames a file's keys
+        **_reading("drop"),
         heldout="",  # files for the eval_ metrics
         heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
         replay="",  # text mixed into demonstrations
@@ -173,7 +194,7 @@ def _pairs(kind, objective):
     c = _base(kind, objective)
     c.data = schema.group(
         files="",
-        fields="",
+        **_reading("drop"),
         heldout="",
         heldout_share=0.0,
         length=128,
@@ -220,7 +241,7 @@ def _unpaired_preference():
 def _prompts(**more):
     return schema.group(
         files="",
-        fields="",
+        **_reading("refuse", turns=False),
         prompt_length=0,  # tokens; 0 for all there is room for
         workers=0,
         **more,

@@ -166,6 +166,8 @@ def _tokenizer(config, root):
         except UserError as error:
             raise UserError(f"tokenizer.path: {error}") from None
     elif config.tokenizer.files:
+        if config.tokenizer.template:
+            raise UserError(tokenizers.NO_TEMPLATE)
         texts = stage_data.texts(config.tokenizer.files, root)
         path = folder / tokenizers.FILE
         return tokenizers.SentencePiece.train(texts, config.tokenizer.vocab_size, path)
@@ -175,6 +177,8 @@ def _tokenizer(config, root):
         tokenizer = tokenizers.load(source.tokenizer())
     else:
         raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
+    if config.tokenizer.template:
+        tokenizer = tokenizers.with_template(tokenizer, config.tokenizer.template)
     tokenizers.keep(tokenizer, folder)
     return tokenizer
 
@@ -206,7 +210,7 @@ def _data_of(run, name):
     """Returns a stage's `StageData`, if it is as it was when the stage began."""
     stage = run.config.stages[name]
     builder = kinds.of(stage).data
-    data = stage_data.build(stage, run.tokenizer, run.root, run.config, builder)
+    data = stage_data.build(stage, run.tokenizer, run.root, run.config, builder, name)
     entry = run.lineage().stages.get(name)
     if entry and entry.data != data.digests:
         changed = schema.difference(entry.data, data.digests)
@@ -245,7 +249,7 @@ def _run_stage(run, name, early):
             start_from=stage.start_from,
             format=kinds.of(stage).format(stage),
             tokenizer=run.tokenizer.digest,
-            data=data.dataset.report,
+            data=data.dataset.report | {"reading": data.reading},
         )
         if functions.frozen is not None:
             parent = lineage.stages[name].parents["start_from"]
@@ -346,6 +350,7 @@ def _write_records(run, name, parents, data, key):
     samples = result["tokens"]["sampled"] // (stage.prompts * limit)
     result["tokens"] = records.work(stage, recording, samples)
     record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
+    record["data"] = {"reading": data.reading}
     record = StageRecord.from_json(record | result | {"finished": True})
     record.write(folder)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from stagecraft import storage
 from stagecraft.data import containers, files, readers, shards
+from stagecraft.data.rendering import spelled
+from stagecraft.data.tally import Tally
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -25,7 +27,7 @@ VERSION = 1
 _log = logging.getLogger("stagecraft.data")
 
 
-def tokens(spec, mapping, tokenizer, folder) -> list[shards.Shards]:
+def tokens(spec, mapping, tokenizer, folder, counts=None) -> list[shards.Shards]:
     """Returns the documents of a files spec as shards, tokenised once.
 
     Args:
@@ -33,6 +35,7 @@ def tokens(spec, mapping, tokenizer, folder) -> list[shards.Shards]:
         mapping: {"our key": "the file's key"}.
         tokenizer: has `digest` and `vocab_size`.
         folder: the cache.
+        counts: a `Tally` of the stage's records, or None.
 
     Returns:
         verified ones: those named, then those of the text.
@@ -47,11 +50,14 @@ def tokens(spec, mapping, tokenizer, folder) -> list[shards.Shards]:
         every.append(one)
     text = [path for path in paths if not files.shards_here(path)]
     if text:
-        every.append(_tokenised(text, mapping or {}, tokenizer, Path(folder)))
+        counts = counts or Tally()
+        one = _tokenised(text, mapping or {}, tokenizer, Path(folder), counts)
+        counts.add(one.manifest["settings"].get("reading", {"read": len(one)}))
+        every.append(one)
     return every
 
 
-def _tokenised(paths, mapping, tokenizer, folder):
+def _tokenised(paths, mapping, tokenizer, folder, counts):
     suffixes = [containers.suffix(path) for path in paths]
     settings = {
         "version": VERSION,
@@ -61,6 +67,9 @@ def _tokenised(paths, mapping, tokenizer, folder):
         "key": mapping.get("text", "text"),
         "tokenizer": tokenizer.digest,
     }
+    # Further settings where they make other ids, so that older folders stay of use.
+    settings |= {"control_tokens": "parse"} if getattr(tokenizer, "parses", 0) else {}
+    settings |= {"bad": "drop"} if counts.drops_bad else {}
     target = folder / storage.digest(settings)[:32]
     if (cached := _cached(target)) is not None:
         name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
@@ -77,11 +86,11 @@ def _tokenised(paths, mapping, tokenizer, folder):
         unfinished = folder.glob(f".{target.name}.*") if alone else ()
         for rest in (*[target] * there, *unfinished):
             shutil.rmtree(rest, ignore_errors=True)
-        documents = readers.texts(paths, mapping)
+        here = Tally(counts.data)
         try:
             shards.write(
                 target,
-                (chat.document(text, tokenizer)[0] for text in documents),
+                _ids(readers.texts(paths, mapping, here), tokenizer, here, settings),
                 tokenizer_digest=tokenizer.digest,
                 vocab_size=tokenizer.vocab_size,
                 settings=settings,
@@ -90,6 +99,15 @@ def _tokenised(paths, mapping, tokenizer, folder):
             if alone or not shards.is_folder(target):
                 raise
     return shards.Shards(target)
+
+
+def _ids(documents, tokenizer, counts, settings):
+    """Yields the ids of documents; then what became of them is in the settings."""
+    for text in documents:
+        if tokenizer.spells(text):
+            counts.notes[spelled(tokenizer)] += 1
+        yield chat.document(text, tokenizer)[0]
+    settings["reading"] = counts.kept_beside()
 
 
 def _cached(target):

@@ -3,7 +3,6 @@
 Only the last turn is what was compared or judged; earlier answers are context.
 """
 
-import collections
 import functools
 import itertools
 import math
@@ -11,22 +10,22 @@ import math
 import numpy as np
 
 from stagecraft.data import packing, readers
-from stagecraft.data.corpus import rendered
 from stagecraft.data.dataset import Dataset
-from stagecraft.data.stage_data import Row, StageData, longest, padded, split_rows
+from stagecraft.data.stage_data import StageData, padded, split_rows
+from stagecraft.data.tally import Tally
 from stagecraft.errors import UserError
 
 
 def pairs(stage, sources) -> StageData:
     """Returns pairs of answers, the better one first; a ranking as all its pairs."""
-    train, heldout, identical = _split(readers.comparisons, stage, sources)
-    return _compared(_as_pairs(train), _as_pairs(heldout), identical, stage, sources)
+    train, heldout = _split("pairs", readers.comparisons, stage, sources)
+    return _compared(_as_pairs(train), _as_pairs(heldout), stage, sources)
 
 
 def rankings(stage, sources) -> StageData:
     """Returns answers in their order, and demonstrations to centre the rewards on."""
-    train, heldout, identical = _split(readers.comparisons, stage, sources)
-    data = _compared(train, heldout, identical, stage, sources)
+    train, heldout = _split("pairs", readers.comparisons, stage, sources)
+    data = _compared(train, heldout, stage, sources)
     if "demonstrations" not in sources.specs:
         return data
     return data._replace(reference=_demonstrations(stage, sources))
@@ -35,13 +34,14 @@ def rankings(stage, sources) -> StageData:
 def judgements(stage, sources) -> StageData:
     """Returns answers, each with whether it is desirable."""
     data = stage.data
-    *splits, identical = _split(readers.judgements, stage, sources)
     # The two answers of a pair stay on one side of the split.
     train, heldout = (
-        [Row(one, row.part) for row in rows for one in row.record] for rows in splits
+        [row._replace(record=one) for row in rows for one in row.record]
+        for rows in _split("answers", readers.judgements, stage, sources)
     )
+    identical = sources.tally.dropped["identical"] // 2  # pairs
     fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
-    if not fit:
+    if not fit and data.too_long == "drop":
         raise _too_long(f"files={data.files}: all {len(train)} answers", data.length)
     desirable = sum(row.record.label for row in fit)
     if desirable in (0, len(fit)):
@@ -49,19 +49,18 @@ def judgements(stage, sources) -> StageData:
             f"data.files={data.files}: every label is {bool(desirable)}; expected "
             "desirable and undesirable answers"
         )
-    dropped = len(train) - len(fit) + 2 * identical.total()
+    sources.tally.check()
+    dropped = len(train) - len(fit) + 2 * identical
     report = {"answers": len(fit), "desirable": desirable, "dropped": dropped}
-    report |= identical
+    report |= {"identical": identical} if identical else {}
     return padded(_judged_arrays, fit, fit_heldout, report, stage, sources)
 
 
-def _split(read, stage, sources):
-    """Returns rows to train on, held-out rows, and {"identical": pairs left out}."""
-    identical = collections.Counter()
-    train, heldout = split_rows(
-        functools.partial(read, dropped=identical), stage, sources
-    )
-    return train, heldout, identical
+def _split(what, read, stage, sources):
+    """Returns rows to train on, and held-out rows."""
+    counts = sources.tally
+    counts.what, counts.limit = what, f"data.length={stage.data.length}"
+    return split_rows(read, stage, sources)
 
 
 def _judged_arrays(rows, length, start):
@@ -71,12 +70,13 @@ def _judged_arrays(rows, length, start):
     return arrays
 
 
-def _compared(train, heldout, identical, stage, sources):
-    data = stage.data
+def _compared(train, heldout, stage, sources):
+    data, identical = stage.data, sources.tally.dropped["identical"]
     fit, fit_heldout = (_tokenised(rows, stage, sources) for rows in (train, heldout))
     count, total = _pairs_in(fit), _pairs_in(train)
-    if not fit:
+    if not fit and data.too_long == "drop":
         raise _too_long(f"files={data.files}: all {total} pairs", data.length)
+    sources.tally.check()
     # Training and held-out rows have the same arrays, whichever of them need one.
     every = [row.record for row in fit + fit_heldout]
     optional = {"preference": 1.0, "margin": 0.0}
@@ -89,7 +89,8 @@ def _compared(train, heldout, identical, stage, sources):
             if any(getattr(one, name) is not None for one in every)
         },
     )
-    report = {"pairs": count, "dropped": total - count + identical.total()} | identical
+    report = {"pairs": count, "dropped": total - count + identical}
+    report |= {"identical": identical} if identical else {}
     return padded(arrays, fit, fit_heldout, report, stage, sources)
 
 
@@ -115,29 +116,39 @@ def _compared_arrays(rows, length, start, *, ranked, absent):
 
 
 def _tokenised(rows, stage, sources):
-    """Returns the rows with their sequences, without those longer than data.length."""
-    tokenised = []
+    """Returns the rows with their sequences, as `data.too_long` has those too long."""
+    tokenised, render, counts = [], sources.rendering(), sources.tally
     for row in rows:
         one = row.record
         answers = one.answers if hasattr(one, "answers") else (one.completion,)
-        documents = tuple(
-            rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="last")
-            for a in answers
-        )
-        tokenised.append(row._replace(documents=documents))
-    return [row for row in tokenised if longest([row]) <= stage.data.length]
+        try:
+            documents = tuple(
+                render([*one.prompt, *a], one.tools, turns="last") for a in answers
+            )
+        except UserError as error:
+            counts.unwritten(row.where, error, _pairs_in([row]))
+            continue
+        count = _pairs_in([row])
+        documents = counts.fit(documents, stage.data.length, row.where, count)
+        if documents:
+            tokenised.append(row._replace(documents=documents))
+    return tokenised
 
 
 def _demonstrations(stage, sources):
     """Returns demonstrations as padded rows, their last turn under the mask."""
     spec, length = sources.specs["demonstrations"], stage.data.length
-    documents = [
-        rendered(one.messages, sources.tokenizer, one.tools, turns="last")
-        for one in readers.demonstrations(spec)
-    ]
-    fit = [document for document in documents if len(document[0]) <= length]
+    counts = Tally(stage.data)
+    counts.what, counts.limit = "demonstrations", f"data.length={length}"
+    render = sources._replace(tally=counts).rendering()
+    read = readers.demonstrations(spec, None, counts)
+    documents = [(render(one.messages, one.tools, turns="last"),) for one in read]
+    fit = [counts.fit(one, length) for one in documents]
+    fit = [one[0] for one in fit if one]
     if not fit:
         raise _too_long(f"demonstrations={spec}: all {len(documents)}", length)
+    counts.check()
+    counts.say(f"data.demonstrations={spec}")
     needed = packing.rounded(max(len(ids) for ids, _ in fit))
     return Dataset([(packing.pad(fit, min(needed, length)), stage.batch_size)], seed=0)
 
@@ -157,4 +168,8 @@ def _as_pairs(rows):
 
 
 def _pairs_in(rows):
-    return sum(math.comb(len(row.record.answers), 2) for row in rows)
+    """Returns how many pairs rows of comparisons hold, or answers to judge."""
+    return sum(
+        math.comb(len(row.record.answers), 2) if hasattr(row.record, "answers") else 1
+        for row in rows
+    )

@@ -12,14 +12,19 @@ curation sets each fault aside and reads on (`read`). A container is a function 
 reads it and its line in `CONTAINERS`.
 """
 
+import base64
 import codecs
 import contextlib
+import datetime
+import decimal
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from stagecraft.data import streams
+from stagecraft.data.forms import without_nulls
 from stagecraft.data.streams import Damage, Remote
 from stagecraft.errors import UserError
 
@@ -27,6 +32,11 @@ from stagecraft.errors import UserError
 DOCUMENT = 2000  # characters
 # Rows of a columnar file that are held as Python values at once.
 _ROWS = 1024
+# Names of Arrow's types whose values JSON has.
+_PLAIN = {"string", "large_string", "string_view", "bool", "null"} | {
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("halffloat", "float", "double"),
+}
 # A compressed file has fewer, larger stretches: each repeats the decompression before.
 _COMPRESSED_STRETCHES = 4
 
@@ -145,19 +155,29 @@ def cut(path, size, digest) -> list[Cut]:
         return [Cut(Stretch(0, 0), 0, error.detail)]
 
 
-def records(path) -> Iterator[tuple[str, dict]]:
+def records(path, on_fault=None) -> Iterator[tuple[str, dict]]:
     """Yields (FILE:LINE, record) of every record of a file.
 
-    Raises UserError for the first fault, and for an empty file. Of columns, whose rows
-    all have the same keys, those that are null are left out.
+    A null is what is absent, in every container: rows of columns all have the same
+    keys, and lines of JSON made from them say null.
+
+    Args:
+        path: the file.
+        on_fault: (FILE:LINE, what is wrong) -> None, called for each line that is no
+            record; None raises a UserError for the first. An empty file always does.
     """
     count, columns = 0, of(path).columns
-    for number, record, _ in read(path):
+    for number, record, line in read(path):
         place = where(path, number)
-        if isinstance(record, Fault):
-            raise UserError(f"{place}: {record.message}")
         count += 1
-        yield place, _without_nulls(record) if columns else record
+        if isinstance(record, Fault):
+            if on_fault is None:
+                raise UserError(f"{place}: {record.message}")
+            on_fault(place, record.message)
+            continue
+        # Without the word there is none, which a look at the bytes says sooner.
+        nulls = columns or not line or b"null" in line
+        yield place, without_nulls(record) if nulls else record
     if not count:
         raise UserError(f"{path}: empty; expected one JSON object a line")
 
@@ -360,7 +380,9 @@ def _rows(path, batches, first):
 def _values(batch):
     """Returns the rows of a batch as dicts; a Fault for one that is not UTF-8."""
     try:
-        return batch.to_pylist()
+        # Of a key that a map holds twice, the last value counts, as in JSON.
+        with warnings.catch_warnings(action="ignore"):
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
     except UnicodeDecodeError:
         if len(batch) > 1:
             return [
@@ -368,14 +390,31 @@ def _values(batch):
             ]
         message = "a text of the row is not UTF-8; convert it to UTF-8"
         return [Fault("not UTF-8", "a text of the row", message)]
+    return rows if all(map(_is_plain, batch.schema.types)) else [*map(_as_json, rows)]
 
 
-def _without_nulls(value):
-    """Drops null keys, also those of structs: a message without tool calls has them."""
+def _is_plain(type_):
+    """Whether the values of a column are what JSON has, or columns of such."""
+    nested = [type_.field(i).type for i in range(type_.num_fields)]
+    if nested:
+        return all(map(_is_plain, nested))
+    return str(type_) in _PLAIN
+
+
+def _as_json(value):
+    """Returns a value of a column as JSON writes it: times as ISO 8601 text."""
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+        return {key: _as_json(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
+        return [_as_json(one) for one in value]
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if hasattr(value, "isoformat"):  # a date, a time, or both
+        return value.isoformat()
     return value
 
 

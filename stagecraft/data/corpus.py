@@ -29,13 +29,15 @@ def build(stage, sources) -> StageData:
     data = stage.data
     check(data)
     documents, prompt, key, parts = _documents(data, sources)
-    train, heldout = _split(documents, key, parts, data, sources.seed)
+    learned, heldout = _split(documents, key, parts, data, sources.seed)
+    train, heldout = (_fitting(documents, n, sources) for n in (learned, heldout))
+    sources.tally.check()
     weights = None
     if data.weights:
         weights = np.array([*data.weights, 1.0], np.float32)[documents.sources]
     packed = _packed(documents, train, data, weights, apart=mixture.wanted(data))
     report = _report(documents, train, packed.rows, data, weights)
-    report["dropped"] = packed.dropped
+    report["dropped"] = packed.dropped + len(learned) - len(train)
     replay = _replay(stage, sources, packed.rows.length)
     size = stage.batch_size - sum(count for _, count in replay)
     seed, mixed = order_seed(stage, sources), None
@@ -73,17 +75,19 @@ def check(data):
     mixture.check(data)
 
 
-def rendered(messages, tokenizer, tools, **settings):
-    """Returns ids and mask of a conversation; templates without tools get none."""
-    if tools:
-        settings["tools"] = tools
-    return chat.render(messages, tokenizer, **settings)
+def stored(parts, mapping, sources, counts=None) -> Stored:
+    """Returns text as memory-mapped documents, each spec a source.
 
-
-def stored(parts, mapping, sources) -> Stored:
-    """Returns text as memory-mapped documents, each spec a source."""
+    Args:
+        parts: files specs.
+        mapping: {"our key": "the file's key"}.
+        sources: a `stage_data.Sources`.
+        counts: the `Tally` of these documents, or None.
+    """
     tokenizer, cache = sources.tokenizer, sources.cache
-    shards = [token_cache.tokens(part, mapping, tokenizer, cache) for part in parts]
+    shards = [
+        token_cache.tokens(part, mapping, tokenizer, cache, counts) for part in parts
+    ]
     return Stored(shards, tokenizer.bos)
 
 
@@ -115,7 +119,10 @@ def _text(specs, mapping, data, sources):
     Equal documents are held out together.
     """
     tokenizer = sources.tokenizer
-    documents = stored(specs, mapping, sources)
+    counts = sources.tally
+    documents = stored(specs, mapping, sources, counts)
+    counts.what, counts.limit = "texts", f"in rows of data.length={data.length}"
+    counts.longest = int(documents.lengths.max(initial=0))
     without = {tokenizer.bos, tokenizer.eos}
 
     def prompt(number):
@@ -135,13 +142,20 @@ def _demonstrations(specs, mapping, data, sources):
 
     Those that are alike before the last answer are held out together.
     """
-    parts = [readers.demonstrations(spec, mapping) for spec in specs]
-
-    def ids_and_mask(one):
-        return rendered(one.messages, sources.tokenizer, one.tools, turns=data.turns)
-
-    documents = InMemory([[ids_and_mask(one) for one in part] for part in parts])
-    conversations = [one.messages for part in parts for one in part]
+    render, counts, parts, places = sources.rendering(), sources.tally, [], []
+    counts.what, counts.limit = "demonstrations", f"data.length={data.length}"
+    for spec in specs:
+        part, before = [], len(counts.places)
+        read = readers.demonstrations(spec, mapping, counts)
+        for one, where in zip(read, counts.places[before:], strict=True):
+            try:
+                part.append((one, render(one.messages, one.tools, turns=data.turns)))
+                places.append(where)
+            except UserError as error:
+                counts.unwritten(where, error)
+        parts.append(part)
+    documents = InMemory([[document for _, document in p] for p in parts], places)
+    conversations = [one.messages for part in parts for one, _ in part]
 
     def prompt(number):
         messages = conversations[number]
@@ -164,6 +178,49 @@ def _split(documents, key, parts, data, seed):
     others = np.flatnonzero(documents.sources >= parts)
     heldout = np.concatenate([heldout, others]).astype(np.int64)
     return np.array(train, np.int64), heldout
+
+
+def _fitting(documents, numbers, sources):
+    """Returns the numbers of the documents that `data.too_long` leaves, i64.
+
+    What is cut is cut by the packing. Text goes on in the next row, unless the packing
+    that was asked for loses it; its overflow is said, and dropped is none of it.
+    """
+    data, counts = sources.tally.data, sources.tally
+    length, lengths = data.length, documents.lengths[numbers]
+    whole = documents.learned()[numbers]
+    cuts = _strategy(data) in ("bfd", "none")
+    counts.longest = max(counts.longest, int(lengths.max(initial=0)))
+    counts.targets += int(whole.sum())
+    long = (lengths > length) & cuts
+    if not long.any():
+        return numbers
+    first = documents.places[numbers[long][0]] if documents.places else ""
+    left = documents.learned(length)[numbers]
+    if data.format == "text" or data.too_long == "cut":
+        empty = long & (left == 0) & (whole > 0)
+        counts.cut += int((long & ~empty).sum())
+        counts.lost += int((whole - left)[long].sum())
+        counts.drop("no target left once cut", first, int(empty.sum()))
+        return numbers[~empty]
+    if data.too_long == "refuse":
+        raise UserError(
+            f"{first}: {long.sum()} of {len(long)} demonstrations are "
+            f"longer than data.length={length} (the longest has {lengths.max()}); "
+            "raise it, or say what to do with them by data.too_long='drop' or 'cut'"
+        )
+    counts.drop("too long", first, int(long.sum()))
+    counts.lost += int(whole[long].sum())
+    return numbers[~long]
+
+
+def _strategy(data):
+    """Returns the packing.
+
+    Text goes on in the next row; a conversation's later part would be an answer to
+    nothing, so that its end is lost, if it is not dropped.
+    """
+    return data.packing or ("bfd_split" if data.format == "text" else "bfd")
 
 
 class _Packed(NamedTuple):
@@ -191,9 +248,7 @@ def _packed(documents, numbers, data, weights, *, apart=False) -> _Packed:
         weights: f32 of each document, or None.
         apart: whether each source has rows of its own.
     """
-    # Text goes on in the next row; a conversation's later part would be an answer to
-    # nothing, but its start is worth learning: unless asked otherwise, its end is cut.
-    strategy = data.packing or ("bfd_split" if data.format == "text" else "bfd")
+    strategy = _strategy(data)
     cut = data.format != "text" and strategy in ("bfd", "none")
     learned = documents.learned(data.length if cut else None)
     use = numbers[learned[numbers] > 0]

@@ -23,11 +23,13 @@ class InMemory:
 
     Args:
         parts: for each source, a list of (ids, mask).
+        places: FILE:LINE of each document, in their order; () where they have none.
     """
 
     curations = ()
 
-    def __init__(self, parts):
+    def __init__(self, parts, places=()):
+        self.places = places
         self.documents = [document for part in parts for document in part]
         self.sources = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
@@ -58,12 +60,14 @@ class InMemory:
 class Stored:
     """Documents of shards, one folder or more for each source.
 
-    All of a document is learned but bos.
+    All of a document is learned but bos. None has a place in a file.
 
     Args:
         parts: for each source, a list of `Shards`.
         bos: the tokenizer's id, or None.
     """
+
+    places = ()
 
     def __init__(self, parts, bos):
         self.shards = [one for part in parts for one in part]

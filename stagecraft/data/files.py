@@ -7,7 +7,9 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import os
+import re
 from pathlib import Path
 
 from stagecraft.data import shards, streams
@@ -15,6 +17,11 @@ from stagecraft.data.containers import SUFFIXES
 from stagecraft.data.streams import Remote
 from stagecraft.errors import UserError
 
+# Words in the names of files and folders, and the split that each names.
+SPLITS = dict.fromkeys(("train", "training"), "train")
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_log = logging.getLogger("stagecraft.data")
 # Files that lie beside the data in folders of data sets and hold none.
 METADATA = (
     "dataset_dict.json",
@@ -88,7 +95,7 @@ def digest(paths) -> str:
 def _expand_local(part):
     path = Path(part)
     if path.is_dir():
-        return _folder(path)
+        return _train_split(part, _folder(path), path)
     if path.is_file():
         return [path]
     if glob.has_magic(part) and (matches := sorted(glob.glob(part, recursive=True))):
@@ -97,8 +104,54 @@ def _expand_local(part):
             whole = match.is_dir() and (_saved(match) or shards.is_folder(match))
             if match.name not in METADATA:
                 paths += _folder(match) if whole else [match]
-        return paths
+        return _train_split(part, paths, _before_magic(part))
     raise UserError(f"{part}: no such file, folder or glob; check the path")
+
+
+def _train_split(part, paths, root):
+    """Returns the files without other splits than train, where there is one.
+
+    What lies beside it is to measure by. Splits are told by the names of files and
+    folders below `root`, as the hub's `datasets` does.
+    """
+    splits = {}
+    for path in paths:
+        below = str(path).removeprefix(str(root))
+        splits.setdefault(_split(below), []).append(path)
+    others = [name for name in splits if name not in ("train", "")]
+    if "train" not in splits or not others:
+        return paths
+    files = ", ".join(
+        f"{name} ({len(splits[name])} file{'s' * (len(splits[name]) > 1)}, such as "
+        f"{splits[name][0]})"
+        for name in others
+    )
+    _say(
+        f"{part}: the train split is read, {len(splits['train'])} of {len(paths)} "
+        f"files; not {files}: name it in data.heldout to evaluate on it"
+    )
+    return [path for path in paths if path not in sum(map(splits.get, others), [])]
+
+
+def _before_magic(part):
+    """Returns the folder that a glob begins with."""
+    return os.path.dirname(re.split(r"[*?[]", part)[0])
+
+
+def _split(below):
+    """Returns the split that a path says it is of: the last word of its that is one.
+
+    >>> _split("/data/train-00000-of-00001.parquet"), _split("/latest/test.jsonl")
+    ('train', 'test')
+    """
+    words = re.split(r"[^A-Za-z]+", below.lower())
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
+
+
+@functools.cache
+def _say(line):
+    """Logs a line once: a spec is expanded several times."""
+    _log.info(line)
 
 
 def _folder(path):
@@ -176,6 +229,8 @@ def _expand_remote(part):
         raise streams.unreadable(part, error) from None
     if not paths:
         raise UserError(f"{part}: no such file, folder or glob; check the address")
+    root = inner if system.isdir(inner) else _before_magic(inner)
+    paths = _train_split(part, paths, root)
     return [Remote(address(path)) for path in paths]
 
 

@@ -19,6 +19,7 @@ What users have is recognised by its keys (TRL's names, huggingface.co/docs/trl,
 """
 
 import collections
+import contextlib
 import json
 import re
 from typing import NamedTuple
@@ -41,9 +42,13 @@ JUDGEMENTS = {
 PROMPTS = {"prompt-only": ("prompt",)}
 
 # Roles by the names of other collections.
-SPEAKERS = dict.fromkeys(("human", "Human"), "user") | dict.fromkeys(
+SPEAKERS = dict.fromkeys(("human", "Human"), "user") | {"developer": "system"}
+SPEAKERS |= dict.fromkeys(
     ("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"
 )
+SPEAKERS |= dict.fromkeys(("observation", "tool_response", "function_response"), "tool")
+# Roles whose text is a call of a tool, or several, as JSON.
+CALLS = ("function_call", "tool_call")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 # Keys whose values say how a record of a form is written.
 _PARTS = {
@@ -78,20 +83,26 @@ class Census:
 
     Args:
         accepted: the forms the reader takes, such as `DEMONSTRATIONS`.
-        mapping: {"our key": "the file's key"}.
     """
 
-    def __init__(self, accepted, mapping=None):
-        self.accepted, self.mapping = accepted, mapping or {}
+    def __init__(self, accepted):
+        self.accepted = accepted
         self.counts, self.first = collections.Counter(), {}
         self._by_keys = {}  # of a record: the name of its form, and its texts' keys
 
-    def see(self, where, record) -> Form:
-        """Counts a record and returns its form; refuses one of two forms at once."""
+    def see(self, where, record, mapping=None) -> Form:
+        """Counts a record and returns its form; refuses one of two forms at once.
+
+        Args:
+            where: FILE:LINE.
+            record: a dict.
+            mapping: {"our key": "the file's key"}.
+        """
+        mapping = mapping or {}
         keys = tuple(record)
         if keys not in self._by_keys:
-            name = _form(where, record, self.accepted, self.mapping)
-            parts = [self.mapping.get(part, part) for part in _PARTS[name]]
+            name = _form(where, record, self.accepted, mapping)
+            parts = [mapping.get(part, part) for part in _PARTS[name]]
             self._by_keys[keys] = name, [part for part in parts if part in record]
         name, parts = self._by_keys[keys]
         form = Form(name, _style([record[part] for part in parts]))
@@ -99,6 +110,12 @@ class Census:
         if form not in self.first:
             self.first[form] = where, keys
         return form
+
+    def forget(self, form):
+        """Takes a record back that turned out to be none."""
+        self.counts[form] -= 1
+        if not self.counts[form]:
+            del self.counts[form], self.first[form]
 
     def one(self, path) -> Form:
         """Returns the form of all records; refuses and lists several."""
@@ -161,37 +178,150 @@ def messages(value, role="user"):
     if isinstance(value, str) and role == "user" and is_transcript(value):
         return transcript(value)
     if isinstance(value, list):
-        value = [_role_and_content(message) for message in value]
+        value = [_message(message) for message in value]
     return chat.as_messages(value, role)
 
 
-def _role_and_content(message):
+def conversation(value):
+    """Returns the messages of a whole conversation, which may be JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    return messages(value)
+
+
+def _message(message):
+    """Returns a message by our names: role, content, tool_calls, weight."""
     if not isinstance(message, dict):
         return message
     # Written from columns, a message has null for what only others have.
     wanted = ("role", "content", "from", "value")
     message = {k: v for k, v in message.items() if v is not None or k in wanted}
-    if "from" not in message:
-        return message
-    rest = {k: v for k, v in message.items() if k not in ("from", "value")}
-    speaker = message["from"]
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    content = {"content": message["value"]} if "value" in message else {}
-    return {"role": role} | content | rest
+    if "from" in message:
+        rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+        content = {"content": message["value"]} if "value" in message else {}
+        message = {"role": message["from"]} | content | rest
+    role = message.get("role")
+    if role in CALLS:
+        calls = _calls(role, message.get("content"))
+        message |= {"role": "assistant", "content": "", "tool_calls": calls}
+    elif isinstance(role, str) and role in SPEAKERS:
+        message["role"] = SPEAKERS[role]
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined_parts(message["content"])
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    if "train" in message:
+        learned = message.pop("train")
+        if not isinstance(learned, bool):
+            raise UserError(f"a message's train is {learned!r}, expected true or false")
+        if message["role"] == "assistant":
+            message.setdefault("weight", int(learned))
+    return message
+
+
+def _joined_parts(parts):
+    """Returns the text of content in parts; refuses what is no text by its type."""
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, str):
+            texts.append(part)
+        else:
+            what = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"a message's content has a part of type {what!r}; text alone is "
+                "read: leave such records out"
+            )
+    return "".join(texts)
+
+
+def _calls(role, text):
+    """Returns the tool calls that the text of a message of `CALLS` is."""
+    try:
+        calls = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise UserError(f"what {role!r} says is no JSON of a call ({error})") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UserError(
+            f"what {role!r} says is no call: expected JSON like "
+            '{"name": "...", "arguments": {...}}'
+        )
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _call(call):
+    """Returns a tool call whose arguments are an object, not the JSON text of one."""
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = without_nulls(json.loads(function["arguments"] or "{}"))
+    except ValueError:
+        return call  # the text that a model wrote, JSON or not
+    if not isinstance(arguments, dict):
+        return call
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
+
+
+def without_nulls(value):
+    """Returns a value without the keys that are null, also inside."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(one) for one in value]
+    return value
+
+
+def with_system(record, turns):
+    """Returns the messages with a record's own `system` text as their first turn."""
+    system = record.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return turns
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"] != system:
+        raise UserError(
+            "has a system message, and another one under 'system'; drop one of them"
+        )
+    return turns
+
+
+def greeted(turns):
+    """Returns messages whose first turn, if it is the assistant's, is context.
+
+    There is nothing that it answers. FastChat leaves such a turn out of Vicuna's data;
+    TRL hands it to the template.
+    """
+    first = 1 if turns[0]["role"] == "system" and turns[1:] else 0
+    if turns[first]["role"] != "assistant" or len(turns) == first + 1:
+        return turns
+    return [*turns[:first], turns[first] | {"weight": 0}, *turns[first + 1 :]]
 
 
 def is_transcript(text):
     return text.startswith("\n\nHuman:")
 
 
-def transcript(text):
-    """Returns the turns of a transcript, without an empty last one."""
+def transcript(text, *, whole=False):
+    """Returns the turns of a transcript.
+
+    Args:
+        text: it.
+        whole: whether an empty last turn of the assistant is an answer; else it is
+            where the answer to a prompt begins, and left out.
+    """
     _, *parts = _TURN.split(text)
     turns = [
         {"role": SPEAKERS[who], "content": words.strip()}
         for who, words in zip(parts[::2], parts[1::2], strict=True)
     ]
-    if turns[-1] == {"role": "assistant", "content": ""}:
+    if not whole and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     return turns
 
@@ -215,10 +345,22 @@ def implicit(chosen, rejected):
         size -= 1
     if not size:
         raise UserError(
-            "has no prompt, and chosen and rejected begin differently; expected a "
-            "prompt, or the same opening in both"
+            f"has no prompt, and {_no_opening(chosen, rejected)}; expected a prompt, "
+            "or the same opening in both"
         )
     return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _no_opening(chosen, rejected):
+    """Returns why two texts, or lists of messages, have no prompt in common."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side:
+            return f"{name!r} is empty"
+        if len(side) == 1 and side[0] == (chosen + rejected)[0] == rejected[0]:
+            if isinstance(side, str):
+                return f"{name!r} is {side!r} alone"
+            return f"{name!r} is one message, of {side[0]['role']!r}, without an answer"
+    return "chosen and rejected begin differently"
 
 
 def pair(record_prompt, chosen, rejected):
@@ -229,7 +371,7 @@ def pair(record_prompt, chosen, rejected):
         chosen, rejected: its answers: texts, or messages. Whole conversations, as
             hh-rlhf and UltraFeedback have them, hold the prompt: it must be the same.
     """
-    whole = all(_begins_conversation(side) for side in (chosen, rejected))
+    whole = all(begins_conversation(side) for side in (chosen, rejected))
     if record_prompt is not None and not whole:
         return (
             messages(record_prompt),
@@ -243,7 +385,7 @@ def pair(record_prompt, chosen, rejected):
     if isinstance(chosen, str) and not whole:
         prompt, *answers = implicit(chosen, rejected)
         return messages(prompt), *(messages(a, "assistant") for a in answers)
-    prompt, *answers = implicit(messages(chosen), messages(rejected))
+    prompt, *answers = implicit(_answered(chosen), _answered(rejected))
     if record_prompt is not None and messages(record_prompt) != prompt:
         last = messages(record_prompt)
         if prompt[-len(last) :] != last:
@@ -254,13 +396,20 @@ def pair(record_prompt, chosen, rejected):
     return prompt, *answers
 
 
-def _begins_conversation(value):
+def _answered(side):
+    """Returns the messages of a whole conversation of a pair, an empty answer too."""
+    if isinstance(side, str) and is_transcript(side):
+        return transcript(side, whole=True)
+    return messages(side)
+
+
+def begins_conversation(value):
     if isinstance(value, str):
         return is_transcript(value)
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
-    first = _role_and_content(value[0])
-    return first.get("role") in ("system", "user")
+    role = value[0].get("role", value[0].get("from"))
+    return isinstance(role, str) and SPEAKERS.get(role, role) in ("system", "user")
 
 
 def tools(record):
@@ -279,6 +428,7 @@ def tools(record):
             raise UserError(f"'tools' is no JSON ({error})") from None
     if value is None or value == []:
         return None
+    value = without_nulls(value)
     if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
         raise UserError("'tools' is no list of JSON schemas, nor the JSON text of one")
     return value

@@ -31,21 +31,29 @@ def groups(stage, sources) -> StageData:
 
 def records(stage, sources) -> StageData:
     """Returns prompts for a stage that writes records, without batches."""
-    rows = read_rows(readers.prompts, sources.specs["files"], stage.data)
-    _encoded(rows, stage, sources)
+    rows = read_rows(readers.prompts, sources.specs["files"], sources)
+    rows, _ = _encoded(rows, stage, sources)
     return _prompts(rows)
 
 
 def _prompts(rows):
-    prompts = [row.record.prompt for row in rows]
-    # Under our name for it, whatever theirs is: verifiers look for it there.
-    records = [row.record.record | {"prompt": row.record.prompt} for row in rows]
+    prompts, records = [], []
+    for one in (row.record for row in rows):
+        # Under our names for them, whatever theirs are: verifiers look for them there.
+        record = {key: value for key, value in one.record.items() if key != "tools"}
+        record["prompt"] = one.prompt
+        prompts.append(one.prompt)
+        records.append(record | ({"tools": one.tools} if one.tools else {}))
     return StageData(prompts=prompts, records=records)
 
 
 def _batches(stage, sources, count):
     """Returns the prompts as a dataset, `count` rows a batch, and those held out."""
-    train, heldout = split_rows(readers.prompts, stage, sources)
+    splits = split_rows(readers.prompts, stage, sources)
+    (train, ids), (heldout, heldout_ids) = (
+        _encoded(rows, stage, sources) for rows in splits
+    )
+    sources.tally.check()
     seed = order_seed(stage, sources)
     mixed, shares = mixed_rows(stage, train, count, seed)
     beside = _pretraining(stage, sources)
@@ -53,7 +61,7 @@ def _batches(stage, sources, count):
     if beside:
         report["ptx_rows"] = len(beside[0][0])
     dataset = Dataset(
-        [(_arrays(train, 0, stage, sources), count)],
+        [(_arrays(ids, 0, stage, sources), count)],
         seed=seed,
         mixture=mixed,
         workers=stage.data.workers,
@@ -65,14 +73,15 @@ def _batches(stage, sources, count):
     if not heldout:
         return data
     # Numbered on from the others, so that an index means one record.
-    rows = _arrays(heldout, len(train), stage, sources)
+    rows = _arrays(heldout_ids, len(train), stage, sources)
     heldout = Dataset([(rows, stage.batch_size)], seed=sources.seed)
     return data._replace(heldout=heldout)
 
 
-def _arrays(rows, start, stage, sources):
+def _arrays(ids, start, stage, sources):
     """Returns left-padded prompts, their rows numbered from `start` on."""
-    ids = _encoded(rows, stage, sources)
+    if not ids:
+        raise UserError(f"data.files={stage.data.files}: no prompt is left to sample")
     length = min(packing.rounded(max(map(len, ids))), _limit(stage, sources))
     arrays = packing.pad_prompts(ids, length)
     arrays["index"] = np.arange(start, start + len(ids), dtype=np.int32)
@@ -86,21 +95,39 @@ def _limit(stage, sources):
 
 
 def _encoded(rows, stage, sources):
-    """Returns the ids of each prompt; refuses one that is too long."""
-    limit, ids = _limit(stage, sources), []
-    for one in (row.record for row in rows):
-        tools = {"tools": one.tools} if one.tools else {}
+    """Returns the rows whose prompts are used, and the ids of each."""
+    limit, counts = _limit(stage, sources), sources.tally
+    rendering = sources.rendering()
+    counts.what, counts.limit = "prompts", f"with room for {limit}"
+    used, encoded, refused = [], [], []
+    for row in rows:
+        one = row.record
         messages = chat.as_messages(one.prompt)
-        ids.append(chat.generation_prompt(messages, sources.tokenizer, **tools))
-        if len(ids[-1]) > limit:
-            raise UserError(
-                f"{one.where}: a prompt of {len(ids[-1])} tokens, but there is room "
-                f"for {limit} (context of {sources.max_length}, "
-                f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
-                f"data.prompt_length={stage.data.prompt_length}); shorten it, or raise "
-                "the limit"
-            )
-    return ids
+        rendering.count(messages)
+        tools = {"tools": one.tools} if one.tools else {}
+        ids = chat.generation_prompt(messages, sources.tokenizer, **tools)
+        counts.longest = max(counts.longest, len(ids))
+        if len(ids) > limit and stage.data.too_long == "drop":
+            counts.drop("too long", row.where)
+            continue
+        if len(ids) > limit and stage.data.too_long == "cut":
+            counts.cut += 1
+            ids = ids[-limit:]  # what stands last is what is answered
+        if len(ids) > limit:
+            refused.append((one.where, len(ids)))
+        used.append(row)
+        encoded.append(ids)
+    if refused:
+        where, length = refused[0]
+        raise UserError(
+            f"{where}: a prompt of {length} tokens, but there is room for {limit} "
+            f"(context of {sources.max_length}, "
+            f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
+            f"data.prompt_length={stage.data.prompt_length}), and {len(refused)} of "
+            f"{len(rows)} prompts are too long; raise the limit, or leave them out by "
+            "data.too_long='drop'"
+        )
+    return used, encoded
 
 
 def _pretraining(stage, sources):

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stagecraft import schema
-from stagecraft.data import containers, files, forms
+from stagecraft.data import containers, files, forms, keys
+from stagecraft.data.keys import fields  # noqa: F401  (what callers rename keys with)
+from stagecraft.data.tally import Tally
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
-# Keys of records, which the `fields` of a stage may rename.
-_TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "ranked")
-KEYS = (*_TEXTS, "label", "preference", "margin")
+# Keys that are read, or known to say nothing of a conversation, under any form.
+_ALWAYS = ("tools", "system", "chat_template_kwargs", "reward")
 _log = logging.getLogger("stagecraft.data")
 
 
@@ -85,29 +85,9 @@ class Prompt(NamedTuple):
     tools: list | None = None
 
 
-def fields(text) -> dict[str, str]:
-    """Returns {"our key": "the file's key"} of "prompt=question+completion=answer"."""
-    mapping = {}
-    for part in filter(None, text.split("+")):
-        ours, _, theirs = (word.strip() for word in part.partition("="))
-        if not ours or not theirs:
-            raise UserError(
-                f"fields={text!r}: expected our=theirs pairs joined by +, as in "
-                "prompt=question+completion=answer"
-            )
-        if ours not in KEYS:
-            near = schema.nearest(ours, KEYS)
-            raise UserError(
-                f"fields={text!r}: no key {ours!r} to rename; ours are "
-                f"{', '.join(KEYS)}" + (f" (did you mean {near!r}?)" if near else "")
-            )
-        mapping[ours] = theirs
-    return mapping
-
-
-def texts(spec, mapping=None) -> Iterator[str]:
+def texts(spec, mapping=None, tally=None) -> Iterator[str]:
     """Reads documents, one at a time: of text files, and the "text" of records."""
-    log = _Log()
+    log, tally = _Log(), tally or Tally()
     for path in files.expand(spec):
         files.refuse_shards(path)
         if containers.is_text(path):
@@ -115,45 +95,55 @@ def texts(spec, mapping=None) -> Iterator[str]:
             for text in containers.documents(path):
                 count += 1
                 yield text
+            tally.read += count
             log.file(path, count, "documents of plain text")
             continue
-        census = forms.Census(forms.TEXT, mapping)
-        for where, record in containers.records(path):
-            census.see(where, record)
-            yield _field(where, record, "text", mapping, (str,))
-        log.file(path, census.counts.total(), f"records of {census.one(path)}")
+        census = forms.Census(forms.TEXT)
+        for where, record in containers.records(path, tally.bad):
+            try:
+                record = keys.joined(where, record, mapping or {})
+                text = _field(where, record, "text", mapping, (str,))
+            except UserError as error:
+                tally.bad(where, str(error))
+                continue
+            census.see(where, record, mapping)
+            tally.read += 1
+            yield text
+        if census.counts:
+            log.file(path, census.counts.total(), f"records of {census.one(path)}")
     log.finish()
 
 
-def demonstrations(spec, mapping=None) -> list[Conversation]:
+def demonstrations(spec, mapping=None, tally=None) -> list[Conversation]:
     """Reads conversations to imitate: {"prompt","completion"} or {"messages"}.
 
     An assistant's message may carry "weight" 0 (not to be learned) or 1.
     """
-    conversations = []
-    for where, record, form in _records(
-        spec, "demonstrations", forms.DEMONSTRATIONS, mapping
-    ):
+    tally = tally or Tally()
+
+    def convert(where, record, form, names):
         if form.name == "messages":
-            key = (mapping or {}).get("messages", "messages")
-            key = key if key in record else "conversations"
-            with at(where):
-                messages = forms.messages(record[key])
+            key = names.get("messages", "messages")
+            used = (key if key in record else "conversations",)
+            messages = forms.conversation(record[used[0]])
         else:
             prompt, completion = (
-                _field(where, record, name, mapping, (str, list))
+                _field(where, record, name, names, (str, list))
                 for name in ("prompt", "completion")
             )
-            with at(where):
-                messages = forms.messages(prompt)
-                messages = messages + forms.messages(completion, "assistant")
-        with at(where):
-            chat.conversation({"messages": messages})
-            conversations.append(Conversation(messages, forms.tools(record)))
-    return conversations
+            used = _used(names, "prompt", "completion")
+            messages = forms.messages(prompt)
+            messages = messages + forms.messages(completion, "assistant")
+        messages = _opened(record, messages, tally)
+        chat.conversation({"messages": messages})
+        one = Conversation(messages, forms.tools(record))
+        tally.seen(record, used + _ALWAYS)
+        return one
+
+    return _read(spec, "demonstrations", forms.DEMONSTRATIONS, mapping, tally, convert)
 
 
-def comparisons(spec, mapping=None, dropped=None) -> list[Comparison]:
+def comparisons(spec, mapping=None, tally=None) -> list[Comparison]:
     """Reads compared answers: {"prompt","chosen","rejected"} or {"prompt","ranked"}.
 
     Each answer is a text or messages; "ranked" lists two or more, the best first.
@@ -167,20 +157,30 @@ def comparisons(spec, mapping=None, dropped=None) -> list[Comparison]:
     place of a text that it repeats.
 
     Args:
-        dropped: a Counter to whose "identical" the pairs left out are added, or None.
+        tally: counts pairs, those left out as "identical"; or None.
     """
-    compared, identical = [], 0
-    for where, record, _ in _records(spec, "comparisons", forms.COMPARISONS, mapping):
-        one = _comparison(where, record, mapping)
+    tally = tally or Tally()
+
+    def convert(where, record, form, names):
+        one = _comparison(where, record, names, tally)
         answers = _distinct(one.answers)
-        identical += math.comb(len(one.answers), 2) - math.comb(len(answers), 2)
-        if len(answers) > 1:
-            compared.append(one._replace(answers=answers))
-    _report_identical(spec, identical, compared, dropped)
-    return compared
+        count = math.comb(len(one.answers), 2)
+        identical = count - math.comb(len(answers), 2)
+        used = _used(names, "prompt", "chosen", "rejected", "ranked", *_STRENGTH)
+        ended = ("chosen_ended", "rejected_ended", "ranked_ended")
+        if identical:
+            tally.drop("identical", where, identical)
+        if len(answers) < 2:
+            tally.read += count
+            return None
+        tally.seen(record, used + ended + _ALWAYS, units=count)
+        return one._replace(answers=answers)
+
+    read = _read(spec, "comparisons", forms.COMPARISONS, mapping, tally, convert)
+    return _not_all_identical(spec, tally, read)
 
 
-def judgements(spec, mapping=None, dropped=None) -> list[list[Judgement]]:
+def judgements(spec, mapping=None, tally=None) -> list[list[Judgement]]:
     """Reads answers judged one by one: {"prompt","completion","label": true or false}.
 
     Pairs, which have "chosen", are accepted too: the better answer is desirable, the
@@ -188,65 +188,98 @@ def judgements(spec, mapping=None, dropped=None) -> list[list[Judgement]]:
     one text twice.
 
     Args:
-        dropped: as of `comparisons`; counts pairs.
+        tally: as of `comparisons`; counts answers, two of a pair.
 
     Returns:
         the Judgements of each record: two of a pair, else one.
     """
-    judged, identical = [], 0
-    for where, record, form in _records(spec, "judgements", forms.JUDGEMENTS, mapping):
+    tally = tally or Tally()
+
+    def convert(where, record, form, names):
         if form.name == "ranking":
             raise UserError(
                 f"{where}: 'ranked' does not say which answers are desirable; expected "
                 "'completion' with 'label', or 'chosen' with 'rejected'"
             )
         if form.name == "preference":
-            pair = _comparison(where, record, mapping)
-            if len(_distinct(pair.answers)) < 2:
-                identical += 1
-                continue
-            # Where chosen is less likely the better one, it is the undesirable one.
-            first = pair.preference is None or pair.preference >= 0.5
-            judged.append(
-                [
-                    Judgement(pair.prompt, answer, label, pair.tools)
-                    for answer, label in zip(
-                        pair.answers, (first, not first), strict=True
-                    )
-                ]
-            )
-            continue
-        prompt = _side(where, record, "prompt", mapping, "user")
-        completion = _side(where, record, "completion", mapping, "assistant")
-        _compared(where, prompt, completion)
-        label = _field(where, record, "label", mapping, (bool,))
-        with at(where):
-            tools = forms.tools(record)
-        judged.append([Judgement(prompt, completion, label, tools)])
-    _report_identical(spec, identical, judged, dropped)
-    return judged
+            used = _used(names, "prompt", "chosen", "rejected", *_STRENGTH)
+            judged = _judged_pair(_comparison(where, record, names, tally))
+            if not judged:
+                tally.drop("identical", where, 2)
+                tally.read += 2
+                return None
+        else:
+            used = _used(names, "prompt", "completion", "label")
+            prompt = _side(where, record, "prompt", names, "user")
+            prompt = _opened(record, prompt, tally)
+            completion = _side(where, record, "completion", names, "assistant")
+            _compared(where, prompt, completion)
+            label = _field(where, record, "label", names, (bool,))
+            judged = [Judgement(prompt, completion, label, forms.tools(record))]
+        ended = tuple(f"{name}_ended" for name in ("chosen", "rejected", "completion"))
+        tally.seen(record, used + ended + _ALWAYS, units=len(judged))
+        return judged
+
+    read = _read(spec, "judgements", forms.JUDGEMENTS, mapping, tally, convert)
+    return _not_all_identical(spec, tally, read, 2)
 
 
-def prompts(spec, mapping=None) -> list[Prompt]:
+def prompts(spec, mapping=None, tally=None) -> list[Prompt]:
     """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it."""
-    read = []
-    for where, record, form in _records(spec, "prompts", forms.PROMPTS, mapping):
-        value = _field(where, record, "prompt", mapping, (str, list))
-        with at(where):
-            messages = forms.messages(value)
-            chat.check_turns(messages, ("user",))
-            tools = forms.tools(record)
-        value = value if form.style == "standard" else messages
-        read.append(Prompt(value, where, record, tools))
-    return read
+    tally = tally or Tally()
+
+    def convert(where, record, form, names):
+        value = _field(where, record, "prompt", names, (str, list))
+        messages = forms.messages(value)
+        opened = _opened(record, messages, tally)
+        chat.check_turns(opened, ("user",))
+        plain = form.style == "standard" and opened is messages
+        tools = forms.tools(record)
+        tally.seen(record, _used(names, "prompt") + _ALWAYS, only=keys.CONTENT)
+        joined = [key for key in names.values() if "+" in key]
+        record = {key: value for key, value in record.items() if key not in joined}
+        return Prompt(value if plain else opened, where, record, tools)
+
+    return _read(spec, "prompts", forms.PROMPTS, mapping, tally, convert)
 
 
-def _comparison(where, record, mapping):
+_STRENGTH = ("preference", "margin")
+
+
+def _used(names, *ours):
+    """Returns the file's keys that are read for ours, those that are joined too."""
+    theirs = (names.get(name, name) for name in ours)
+    return tuple(part for key in theirs for part in (key, *key.split("+")))
+
+
+def _opened(record, messages, tally):
+    """Returns messages with the record's system text, and a greeting as context."""
+    turns = forms.with_system(record, messages)
+    opened = forms.greeted(turns)
+    if opened is not turns:
+        tally.notes["begin with the assistant, whose first turn is context"] += 1
+    return opened
+
+
+def _judged_pair(pair):
+    """Returns the two judgements that a pair stands for; [] of one text twice."""
+    if len(_distinct(pair.answers)) < 2:
+        return []
+    # Where chosen is less likely the better one, it is the undesirable one.
+    first = pair.preference is None or pair.preference >= 0.5
+    return [
+        Judgement(pair.prompt, answer, label, pair.tools)
+        for answer, label in zip(pair.answers, (first, not first), strict=True)
+    ]
+
+
+def _comparison(where, record, mapping, tally):
     names = mapping or {}
     with at(where):
         tools = forms.tools(record)
     if names.get("ranked", "ranked") in record:
         prompt = _side(where, record, "prompt", mapping, "user")
+        prompt = _opened(record, prompt, tally)
         answers = _ranked(where, record, mapping, prompt)
         return Comparison(prompt, answers, tools=tools)
     prompt = None
@@ -258,6 +291,7 @@ def _comparison(where, record, mapping):
     ]
     with at(where):
         prompt, *answers = forms.pair(prompt, *sides)
+        prompt = _opened(record, prompt, tally)
     answers = tuple(
         answer if record.get(f"{name}_ended") is not False else _cut_off(answer)
         for name, answer in zip(("chosen", "rejected"), answers, strict=True)
@@ -279,18 +313,15 @@ def _distinct(answers):
     return tuple(a for i, a in enumerate(answers) if texts[i] not in texts[:i])
 
 
-def _report_identical(spec, count, rows, dropped):
-    """Counts and logs identical pairs; refuses files that hold nothing else."""
-    if not count:
-        return
-    if not rows:
+def _not_all_identical(spec, tally, read, share=1):
+    """Refuses files of pairs of one text twice alone; returns what was read."""
+    count = tally.dropped["identical"] // share
+    if count and not read and tally.dropped.total() == tally.dropped["identical"]:
         raise UserError(
             f"{spec}: chosen and rejected are the same text in all {count} pairs; "
             "expected two different answers"
         )
-    _log_once(f"{spec}: {count} pairs dropped: chosen and rejected are the same text")
-    if dropped is not None:
-        dropped["identical"] += count
+    return read
 
 
 def _ranked(where, record, mapping, prompt):
@@ -363,11 +394,12 @@ def _number(where, record, name, mapping, limits, low=-math.inf, high=math.inf):
 
 @contextlib.contextmanager
 def at(where):
-    """Puts FILE:LINE before what is refused inside."""
+    """Puts FILE:LINE before what is refused inside, unless it is there."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        line = str(error).removeprefix(f"{where}: ")
+        raise UserError(f"{where}: {line}") from None
 
 
 _WANTED = {
@@ -395,12 +427,13 @@ def _field(where, record, name, mapping, types):
     return value
 
 
-def _records(spec, what, accepted, mapping):
-    """Yields (FILE:LINE, record, Form) of all files and logs what each file holds.
+def _read(spec, what, accepted, mapping, tally, convert):
+    """Returns what `convert` makes of the records of all files, without None.
 
-    A file of mixed forms is refused at its end, so that all of them are listed.
+    What is bad goes to the tally. A file of mixed forms is refused at its end, so that
+    all of them are listed; where bad records are dropped, its most frequent form stays.
     """
-    log = _Log()
+    log, read = _Log(), []
     for path in files.expand(spec):
         if files.shards_here(path):
             raise UserError(
@@ -409,11 +442,51 @@ def _records(spec, what, accepted, mapping):
             )
         if containers.is_text(path):
             raise UserError(f"{path}: {what} are records; expected .jsonl or .jsonl.gz")
-        census = forms.Census(accepted, mapping)
-        for where, record in containers.records(path):
-            yield where, record, census.see(where, record)
-        log.file(path, census.counts.total(), f"records of {census.one(path)}")
+        census, names, rows = forms.Census(accepted), {}, []
+        for where, record in containers.records(path, tally.bad):
+            form = None
+            try:
+                names = mapping or keys.spelled(record, accepted)
+                record = keys.joined(where, record, names)
+                form = census.see(where, record, names)
+                with at(where):
+                    one = convert(where, record, form, names)
+            except UserError as error:
+                tally.bad(where, str(error))
+                if form:
+                    census.forget(form)
+                continue
+            if one is not None:
+                rows.append((form, where, one))
+        rows = _of_one_form(rows, census, tally)
+        read += [one for _, _, one in rows]
+        tally.places += [where for _, where, _ in rows]
+        if not census.counts:
+            continue
+        said = f"records of {census.one(path)}"
+        if names and not mapping:
+            pairs = ", ".join(f"{ours}={theirs}" for ours, theirs in names.items())
+            said += f", read as {pairs}"
+        log.file(path, census.counts.total(), said)
     log.finish()
+    return read
+
+
+def _of_one_form(rows, census, tally):
+    """Returns the (form, FILE:LINE, record) of a file's most frequent form.
+
+    Only where bad records are dropped: otherwise mixed forms are refused, all listed.
+    """
+    if len(census.counts) < 2 or not tally.drops_bad:
+        return rows
+    [(most, _)] = census.counts.most_common(1)
+    for form, where, one in rows:
+        if form != most:
+            count = len(one) if isinstance(one, list) else 1
+            tally.drop(f"of another form ({form})", where, count)
+    for form in [form for form in census.counts if form != most]:
+        del census.counts[form], census.first[form]
+    return [row for row in rows if row[0] == most]
 
 
 class _Log:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from stagecraft import schema
-from stagecraft.data import files, mixture, packing, readers
+from stagecraft.data import files, mixture, packing, readers, tally
 from stagecraft.data.dataset import Dataset, hold_out
+from stagecraft.data.rendering import Rendering
+from stagecraft.data.tally import Tally
 from stagecraft.models.locate import shortest_context
 from stagecraft.text import chat
 
@@ -34,6 +36,7 @@ class StageData(NamedTuple):
             batch's `index` says which rows it holds.
         reference: demonstrations that a reward model is to give 0 on average, or None.
         digests: {spec: SHA-256 of the files}.
+        reading: what became of the records in the files: see `tally.Tally.report`.
     """
 
     dataset: Dataset | None = None
@@ -43,6 +46,7 @@ class StageData(NamedTuple):
     records: list | tuple = ()
     reference: Dataset | None = None
     digests: dict[str, str] | None = None
+    reading: dict | None = None
 
 
 class Sources(NamedTuple):
@@ -54,6 +58,7 @@ class Sources(NamedTuple):
         seed: the experiment's.
         max_length: tokens that each of the stage's models holds.
         cache: folder of tokenised text.
+        tally: a `Tally` of the records that are read.
     """
 
     specs: dict[str, str]
@@ -61,6 +66,11 @@ class Sources(NamedTuple):
     seed: int
     max_length: int
     cache: Path
+    tally: Tally
+
+    def rendering(self) -> Rendering:
+        """Returns what renders the conversations of the stage."""
+        return Rendering(self.tally.data, self.tokenizer, self.tally)
 
 
 class Row(NamedTuple):
@@ -70,11 +80,13 @@ class Row(NamedTuple):
         record: a Comparison, Judgement or Prompt, or a list of Judgements.
         part: number of the part of data.files that it is from; -1 for held-out files.
         documents: (ids, mask) of each sequence of the row.
+        where: FILE:LINE of the record.
     """
 
     record: tuple | list
     part: int
     documents: tuple = ()
+    where: str = ""
 
 
 def stages_named(data) -> list[str]:
@@ -102,8 +114,10 @@ def texts(spec, root):
     return readers.texts(locate(spec, root))
 
 
-def build(stage, tokenizer, root, config, builder: Callable) -> StageData:
+def build(stage, tokenizer, root, config, builder: Callable, name="") -> StageData:
     """Reads, checks, tokenises and splits the data of a stage.
+
+    One line says what became of its records.
 
     Args:
         stage: its resolved config.
@@ -111,14 +125,22 @@ def build(stage, tokenizer, root, config, builder: Callable) -> StageData:
         root: the work directory.
         config: the experiment's config: seed, model.max_length, stages.
         builder: (stage, Sources) -> StageData, of the stage's kind.
+        name: the stage's, for that line.
     """
+    tally.check(stage.data)
     named = {k: stage.data[k] for k in SPECS if stage.data.get(k)}
     specs = {k: locate(spec, root) for k, spec in named.items()}
     digests = {named[k]: files.digest(files.expand(specs[k])) for k in named}
     cache = Path(stage.data.get("cache") or Path(root) / "cache")
     length, _ = shortest_context(stage, config)
-    sources = Sources(specs, tokenizer, config.seed, length, cache)
-    return builder(stage, sources)._replace(digests=digests)
+    counts = Tally(stage.data)
+    if stage.data.control_tokens == "parse":
+        tokenizer = tokenizer.parsing()
+    sources = Sources(specs, tokenizer, config.seed, length, cache, counts)
+    data = builder(stage, sources)
+    counts.check()
+    counts.say(name)
+    return data._replace(digests=digests, reading=counts.report())
 
 
 # -- what builders share ---------------------------------------------------------------
@@ -129,31 +151,37 @@ def order_seed(stage, sources) -> int:
     return sources.seed + stage.seed
 
 
-def read_rows(read, spec, data) -> list[Row]:
+def read_rows(read, spec, sources, number=None) -> list[Row]:
     """Reads the records of a files spec, each with the part of it that it is from.
 
     Args:
         read: `readers.comparisons` or its like.
         spec: of files.
-        data: the stage's data config. Parts matter where it mixes them.
+        sources: a Sources. Parts matter where the stage's data config mixes them.
+        number: of the one part that all of them are; None counts the parts.
     """
+    data, counts = sources.tally.data, sources.tally
     mixture.check(data)
-    parts = schema.listed(spec) if mixture.wanted(data) else [spec]
-    mapping = readers.fields(data.fields)
-    return [
-        Row(record, number)
-        for number, part in enumerate(parts)
-        for record in read(part, mapping)
-    ]
+    apart = number is None and mixture.wanted(data)
+    parts = schema.listed(spec) if apart else [spec]
+    mapping, rows = readers.fields(data.fields), []
+    for place, part in enumerate(parts):
+        read_before = len(counts.places)
+        records = read(part, mapping, counts)
+        wheres = counts.places[read_before:]
+        rows += [
+            Row(record, place if number is None else number, where=where)
+            for record, where in zip(records, wheres, strict=True)
+        ]
+    return rows
 
 
 def split_rows(read, stage, sources) -> tuple[list[Row], list[Row]]:
     """Reads the records to train on, and those held out."""
-    rows = read_rows(read, sources.specs["files"], stage.data)
+    rows = read_rows(read, sources.specs["files"], sources)
     train, heldout = hold_out(rows, stage.data.heldout_share, sources.seed, _prompt_of)
     if "heldout" in sources.specs:
-        mapping = readers.fields(stage.data.fields)
-        heldout += [Row(one, -1) for one in read(sources.specs["heldout"], mapping)]
+        heldout += read_rows(read, sources.specs["heldout"], sources, -1)
     return train, heldout
 
 

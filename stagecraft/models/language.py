@@ -45,14 +45,18 @@ class Language:
     ):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def encode(self, prompt: str | list[dict], *, chat_format: bool) -> list[int]:
+    def encode(
+        self, prompt: str | list[dict], *, chat_format: bool, tools=None
+    ) -> list[int]:
         """Encodes a prompt: a text or messages as a chat turn, or a bare text."""
         if not chat_format:
             return [*beginning(self.tokenizer), *self.tokenizer.encode(prompt)]
         messages = prompt
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
-        return generation_prompt(messages, self.tokenizer)
+        # Templates without tools get none.
+        offered = {"tools": tools} if tools else {}
+        return generation_prompt(messages, self.tokenizer, **offered)
 
     def stop_ids(self, *, chat_format: bool) -> tuple[int, ...]:
         """Returns the tokens that end a completion: a turn, or a text."""
@@ -62,7 +66,7 @@ class Language:
         return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.stops)))
 
     def complete(
-        self, prompts: list, *, chat: bool = True, seed: int = 0, **settings
+        self, prompts: list, *, chat: bool = True, seed: int = 0, tools=(), **settings
     ) -> list[tuple[str, bool]]:
         """Completes texts.
 
@@ -70,13 +74,18 @@ class Language:
             prompts: list of str, or of message lists when `chat`.
             chat: as a user's turn to be answered; otherwise as text to be continued.
             seed: the same seed gives the same completions.
+            tools: for each prompt JSON schemas of tools, or None; () for none at all.
             **settings: fields of `sampling.SamplingParams`; without any, greedy with at
                 most 32 tokens.
 
         Returns:
             list of (text, ended): whether it stopped by itself.
         """
-        rows = [self.encode(p, chat_format=chat) for p in prompts]
+        tools = tools or [None] * len(prompts)
+        rows = [
+            self.encode(prompt, chat_format=chat, tools=offered)
+            for prompt, offered in zip(prompts, tools, strict=True)
+        ]
         stop_ids = self.stop_ids(chat_format=chat)
         settings = GREEDY | {"stop_ids": stop_ids} | settings
         sampled = self.sample_ids(rows, seed=seed, **settings)

@@ -302,6 +302,8 @@ def _data(run):
             continue
         sources, by = data.pop("sources", []), data.pop("share_by", "")
         facts = {k.replace("_", " "): v for k, v in data.items() if is_number(v)}
+        reading = part(data, "reading")
+        facts |= {"records": "; ".join(reading["said"])} if reading.get("said") else {}
         if data.get("curations"):
             facts["curated"] = ", ".join(one[:12] for one in data["curations"])
         rows.append((stage, facts, {"by": by, "rows": sources} if sources else None))

@@ -31,11 +31,18 @@ class RewardModel:
             tokenizer=self.tokenizer.digest,
         )
 
-    def scores(self, prompts, answers) -> list[float]:
-        """Returns the score of each (text, ended)."""
+    def scores(self, prompts, answers, tools=()) -> list[float]:
+        """Returns the score of each (text, ended).
+
+        Args:
+            prompts: texts or message lists.
+            answers: list of (text, ended).
+            tools: for each the tools it was sampled with, or None; () for none.
+        """
+        tools = tools or [None] * len(prompts)
         rows = [
-            self._ids(prompt, *answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
+            self._ids(prompt, *answer, offered)
+            for prompt, answer, offered in zip(prompts, answers, tools, strict=True)
         ]
         return scores.of_rows(self.model, rows)
 
@@ -51,9 +58,10 @@ class RewardModel:
             for first, second in zip(values[::2], values[1::2], strict=True)
         ]
 
-    def _ids(self, prompt, text, ended):
+    def _ids(self, prompt, text, ended, tools):
         answer = {"role": "assistant", "content": text, "ended": ended}
-        return chat.render([*chat.as_messages(prompt), answer], self.tokenizer)[0]
+        messages = [*chat.as_messages(prompt), answer]
+        return chat.render(messages, self.tokenizer, tools=tools)[0]
 
 
 def _verdict(margin):

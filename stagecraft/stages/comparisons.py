@@ -62,7 +62,7 @@ def _pairs(batches, soft_labels):
     """Returns the records of rated pairs, and how many others there are by reason."""
     pairs, dropped = [], collections.Counter()
     for batch in batches:
-        for prompt, pair, said in zip(*batch, strict=True):
+        for prompt, pair, said, tools in zip(*batch, strict=True):
             verdict = Verdict(*said)
             # The same words twice teach nothing, whatever the rater says of them.
             if protocol.same_text(pair):
@@ -70,7 +70,8 @@ def _pairs(batches, soft_labels):
             elif verdict.probability is None:
                 dropped[verdict.reason] += 1
             else:
-                pairs.append(_record(prompt, pair, verdict.probability, soft_labels))
+                record = _record(prompt, pair, verdict.probability, soft_labels)
+                pairs.append(record | ({"tools": tools} if tools else {}))
     return pairs, dropped
 
 

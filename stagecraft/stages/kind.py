@@ -26,9 +26,8 @@ REWARD = {"reward": Role(("scalar",))}
 
 
 def in_chat_turns(config) -> str:
-    """Returns "chat", the format of a stage that learns chat turns."""
-    del config
-    return "chat"
+    """Returns "chat", or "text" where prompts and completions are read as one text."""
+    return config.data.get("render", "chat")
 
 
 class Kind(NamedTuple):

@@ -149,7 +149,7 @@ def average_rows(model, pieces):
 
 
 def _format(config):
-    return "text" if config.data.format == "text" else "chat"
+    return "text" if config.data.format == "text" else config.data.render
 
 
 def _check(where, config, experiment, mesh):

@@ -58,11 +58,13 @@ class Batch(NamedTuple):
         prompts: texts or message lists.
         answers: for each prompt a list of (text, ended).
         verdicts: for each prompt the verdict on its answers, a JSON value.
+        tools: for each prompt the JSON schemas of tools it was asked with, or None.
     """
 
     prompts: list
     answers: list
     verdicts: list
+    tools: list
 
 
 class Journal:
@@ -202,10 +204,14 @@ def collect(
     parts = _parts(config, asked, samples)
     batches, seconds = [], 0.0
 
-    def sample_batch(number, prompts):
-        each = [p for p in prompts for _ in range(samples)]
+    def sample_batch(number, part):
+        prompts = [record["prompt"] for record in part]
+        each = [record for record in part for _ in range(samples)]
+        settings = dict(config.sampling) | tools_of(each)
         seed = header["seed"] + number
-        answers = recording.language.complete(each, seed=seed, **dict(config.sampling))
+        answers = recording.language.complete(
+            [record["prompt"] for record in each], seed=seed, **settings
+        )
         groups = [answers[i : i + samples] for i in range(0, len(each), samples)]
         return {"batch": number, "prompts": prompts, "answers": groups}
 
@@ -217,14 +223,15 @@ def collect(
     try:
         with Journal(recording.folder / JOURNAL, header) as journal:
             for number, part in enumerate(parts):
-                prompts = [record["prompt"] for record in part]
-                sampled, _ = journal.once(sample_batch, number, prompts)
+                sampled, _ = journal.once(sample_batch, number, part)
                 # As sampling returns them: a rater need not know of the journal.
                 answers = [[tuple(a) for a in group] for group in sampled["answers"]]
                 rated, replayed = journal.once(rate_batch, number, part, answers)
                 if rng is not None:
                     rng.bit_generator.state = rated["rng"]
-                batches.append(Batch(sampled["prompts"], answers, rated["verdicts"]))
+                prompts, verdicts = sampled["prompts"], rated["verdicts"]
+                tools = [record.get("tools") for record in part]
+                batches.append(Batch(prompts, answers, verdicts, tools))
                 seconds += sampled["seconds"] + rated["seconds"]
                 if not replayed:
                     progress.step(number + 1, {}, samples * len(part))
@@ -249,9 +256,12 @@ def work(config, recording, samples) -> dict[str, float]:
     language, new = recording.language, config.sampling.max_new_tokens
     sampled, scored, seen = 0, 0, 0.0
     for part in _parts(config, asked, samples):
-        prompts = [record["prompt"] for record in part]
-        rows = len(prompts) * samples
-        longest = max(len(language.encode(p, chat_format=True)) for p in prompts)
+        rows = len(part) * samples
+        longest = 0
+        for record in part:
+            more = {"tools": record["tools"]} if record.get("tools") else {}
+            ids = language.encode(record["prompt"], chat_format=True, **more)
+            longest = max(longest, len(ids))
         length = rounded(longest) + new
         tokens = length * -(-rows // language.batch_size) * language.batch_size
         sampled += tokens
@@ -259,6 +269,12 @@ def work(config, recording, samples) -> dict[str, float]:
         if recording.reward is not None:
             scored += scores.padded_tokens(rows, longest + new)
     return {"sampled": sampled, "scalar_scored": scored, "context": seen / sampled}
+
+
+def tools_of(records) -> dict[str, list]:
+    """Returns {"tools": those of each record, or None}; {} where no record has any."""
+    tools = [record.get("tools") for record in records]
+    return {"tools": tools} if any(tools) else {}
 
 
 def _parts(config, asked, samples):

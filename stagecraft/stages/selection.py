@@ -70,7 +70,7 @@ def _best(batches, config):
     """Returns the records, the rewards of all scored answers, and what was dropped."""
     best, rewards, dropped = [], [], collections.Counter()
     for batch in batches:
-        for prompt, answers, scores in zip(*batch, strict=True):
+        for prompt, answers, scores, tools in zip(*batch, strict=True):
             fit = []
             for row, ((_, ended), score) in enumerate(
                 zip(answers, scores, strict=True)
@@ -84,8 +84,10 @@ def _best(batches, config):
             rows = _kept(fit, scores, config)
             dropped["outscored"] += len(fit) - len(rows)
             rewards += [score for score in scores if score is not None]
+            offered = {"tools": tools} if tools else {}
             best += [
                 {"prompt": prompt, "completion": answers[row][0], "reward": scores[row]}
+                | offered
                 for row in rows
             ]
     return best, rewards, +dropped
@@ -107,7 +109,8 @@ def _scores(part, groups, reward_model, functions, config):
     columns = []
     if reward_model is not None:
         prompts = [record["prompt"] for record in asked]
-        values = np.asarray(reward_model.scores(prompts, answers), float)
+        scores = reward_model.scores(prompts, answers, **records.tools_of(asked))
+        values = np.asarray(scores, float)
         columns.append(np.where(np.isfinite(values), values, verifiers.FAILED))
     if functions:
         texts, ended = zip(*answers, strict=True)

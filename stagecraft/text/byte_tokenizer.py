@@ -2,11 +2,27 @@
 
 import hashlib
 
+from stagecraft.errors import UserError
+
 BYTES = 256
 # The file in a run's folder that marks its tokenizer as this one.
 FILE = "bytes.txt"
 NOTE = b"ids 0 to 255 are bytes of UTF-8, then pad, bos, eos, system, user, assistant, "
 NOTE += b"end of turn\n"
+
+
+def spells(self, text: str) -> bool:
+    """Returns False: control pieces have ids but no spelling."""
+    del self, text
+    return False
+
+
+def parsing(self):
+    """Refuses: control pieces have no spelling that a text could hold."""
+    raise UserError(
+        "data.control_tokens='parse': the control tokens of this tokenizer have no "
+        "spelling; it is for tokenizers of Hugging Face folders"
+    )
 
 
 class ByteTokenizer:
@@ -28,3 +44,5 @@ class ByteTokenizer:
         """Returns the text of ids; control pieces and half characters have none."""
         data = bytes(int(i) for i in ids if 0 <= int(i) < BYTES)
         return data.decode("utf-8", errors="replace")
+
+    spells, parsing = spells, parsing

@@ -29,10 +29,44 @@ def document(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     Returns:
         ids list[int], mask list[bool]: all but bos are targets.
     """
-    ids = [*beginning(tokenizer), *tokenizer.encode(text), tokenizer.eos]
-    mask = [True] * len(ids)
-    mask[: len(beginning(tokenizer))] = [False] * len(beginning(tokenizer))
-    return ids, mask
+    ids, begun = _begun(text, tokenizer)
+    if ids[-1:] != [tokenizer.eos]:  # text whose control tokens are parsed may end so
+        ids.append(tokenizer.eos)
+    return ids, [False] * begun + [True] * (len(ids) - begun)
+
+
+def continuation(
+    prompt: str, completion: str, tokenizer: Tokenizer, *, ended: bool = True
+) -> tuple[list[int], list[bool], bool]:
+    """Encodes a text and what follows it, without turns; eos is learned as its end.
+
+    As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what has
+    as many tokens as the prompt by itself is given.
+
+    Args:
+        prompt, completion: texts.
+        tokenizer: a `Tokenizer`.
+        ended: whether eos follows.
+
+    Returns:
+        ids list[int], mask list[bool]; whether a token holds the end of the prompt
+        and the beginning of the completion, whose place is not learned then.
+    """
+    given, _ = _begun(prompt, tokenizer)
+    ids, _ = _begun(prompt + completion, tokenizer)
+    if ended and ids[-1:] != [tokenizer.eos]:
+        ids.append(tokenizer.eos)
+    count = min(len(given), len(ids))
+    mask = [False] * count + [True] * (len(ids) - count)
+    return ids, mask, ids[:count] != given
+
+
+def _begun(text, tokenizer):
+    """Returns the ids of a text behind its beginning, and how many are that."""
+    ids, before = tokenizer.encode(text), beginning(tokenizer)
+    if before and ids[:1] != before:  # nor may it be spelled by the text itself
+        ids = [*before, *ids]
+    return list(ids), len(before)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -84,7 +118,9 @@ def _pieces(messages, tokenizer, turns, tools):
     if tokenizer.end is None:
         raise UserError(
             "this tokenizer has no chat template and no pieces for turns, so it is for "
-            "plain text; train one with tokenizer.files, or bring one with a template"
+            "plain text; train one with tokenizer.files, name a template with "
+            "tokenizer.template=FILE, or set data.render='text' where prompt and "
+            "completion are texts"
         )
     if tools:
         raise UserError("tools need a tokenizer with a chat template that offers them")
@@ -197,22 +233,26 @@ def check_turns(messages, last=ROLES):
 
     Args:
         messages: a whole conversation: perhaps a system message, then a user's and an
-            assistant's in turn; tools may answer an assistant, who then goes on.
+            assistant's in turn; tools may answer an assistant, who then goes on, or
+            the user does. An assistant's turn of weight 0 may come before a user's.
         last: roles it may end with.
     """
-    allowed = ("system", "user")
+    allowed, opens = ("system", "user"), True
     for number, message in enumerate(messages, 1):
-        if message["role"] not in allowed:
+        # An assistant may open a conversation by what is context alone.
+        greets = opens and message["role"] == "assistant" and message.get("weight") == 0
+        opens = message["role"] == "system"
+        if message["role"] not in allowed and not greets:
             raise UserError(
                 f"message {number} is of {message['role']!r}, expected "
-                f"{' or '.join(map(repr, allowed))}: a system message may come first, "
+                f"{' or '.join(map(repr, allowed))}; a system message may come first, "
                 "then user and assistant take turns"
             )
         allowed = {
             "system": ("user",),
             "user": ("assistant",),
             "assistant": ("user", "tool"),
-            "tool": ("assistant", "tool"),
+            "tool": ("assistant", "tool", "user"),
         }[message["role"]]
     if messages[-1]["role"] not in last:
         raise UserError(

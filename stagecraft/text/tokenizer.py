@@ -72,6 +72,12 @@ class Tokenizer(Protocol):
     def decode(self, ids) -> str:
         """Returns the text of ids; control ids have none."""
 
+    def spells(self, text: str) -> bool:
+        """Whether a text spells a control token."""
+
+    def parsing(self) -> "Tokenizer":
+        """Returns a tokenizer that reads spelled control tokens as those tokens."""
+
 
 def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.
@@ -98,6 +104,26 @@ def load(path: str | Path) -> Tokenizer:
     if (path / byte_tokenizer.FILE).is_file():
         return byte_tokenizer.ByteTokenizer()
     raise UserError(f"{path}: no tokenizer here ({MAIN} or {FILE})")
+
+
+# Why a tokenizer takes no template.
+NO_TEMPLATE = (
+    "tokenizer.template: a chat template is for the tokenizer of a Hugging Face folder "
+    "(tokenizer.path); others have pieces for turns"
+)
+
+
+def with_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
+    """Returns a Hugging Face tokenizer with the chat template of a file."""
+    path = Path(path)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise UserError(NO_TEMPLATE)
+    if not path.is_file():
+        raise UserError(f"tokenizer.template={path}: no such file")
+    # A folder's templates by other names would be taken for conversations with tools.
+    files = {n: d for n, d in tokenizer.files.items() if not n.endswith(".jinja")}
+    files["chat_template.jinja"] = path.read_bytes()
+    return HuggingFaceTokenizer(files, f"tokenizer.template={path}")
 
 
 def keep(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -180,6 +206,8 @@ class SentencePiece:
     def decode(self, ids) -> str:
         """Returns the text of ids; control pieces have none."""
         return self._processor.decode([int(i) for i in ids])
+
+    spells, parsing = byte_tokenizer.spells, byte_tokenizer.parsing
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePiece":

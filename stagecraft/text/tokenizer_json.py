@@ -9,6 +9,7 @@ spells none gets the very ids that transformers gives it.
 """
 
 import collections
+import copy
 import functools
 import hashlib
 import json
@@ -103,13 +104,26 @@ class HuggingFaceTokenizer:
         self._pattern = re.compile("|".join(map(re.escape, self._spelled)) or r"(?!)")
         self.digest = self._digest()
 
+    # Whether texts may spell control tokens and mean them.
+    parses = False
+
+    def parsing(self):
+        """Returns a tokenizer that reads spelled control tokens as those tokens."""
+        other = copy.copy(self)
+        other.parses = True
+        return other
+
+    def spells(self, text: str) -> bool:
+        """Whether a text spells a control token."""
+        return bool(self._pattern.search(text))
+
     # -- text --------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without bos, eos or any control token."""
-        if not self._pattern.search(text):
+        if self.parses or not self._pattern.search(text):
             ids = self._inner.encode(text, add_special_tokens=False).ids
-            if self._control.isdisjoint(ids):
+            if self.parses or self._control.isdisjoint(ids):
                 return ids
         self._check_aliases(text)
         ids = self._literal.encode(text, add_special_tokens=False).ids
@@ -135,7 +149,7 @@ class HuggingFaceTokenizer:
         """
         spelled = {
             token
-            for text in texts([messages, tools])
+            for text in texts([messages, tools] if not self.parses else [])
             for token in self._pattern.findall(text)
         }
         text, spans = write(messages, tools)

@@ -40,6 +40,9 @@ class Counting:
                 file.write(f"{os.getpid()}\n")
         return self.tokenizer.encode(words)
 
+    def spells(self, words):
+        return self.tokenizer.spells(words)
+
     def decode(self, ids):
         return self.tokenizer.decode(ids)
 

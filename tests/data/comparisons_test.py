@@ -140,7 +140,7 @@ def test_pairs_have_only_the_compared_answer_as_target(build, tokenizer):
         {"prompt": turns[:1], "chosen": long, "rejected": "Yes."},
     ]
     for kind in ("reward", "preference"):
-        made = build(kind, records, length=64, batch_size=1)
+        made = build(kind, records, length=64, batch_size=1, max_loss=1.0)
         # A pair too long on either side goes whole, and is counted.
         assert made.dataset.report == {"pairs": 1, "dropped": 2}
         batch = made.dataset.batch_at(0)

@@ -34,5 +34,6 @@ def _build(tokenizer, root, kind, records, *, max_length=64, **settings):
     if "oversample" in settings:
         stage.oversample = settings.pop("oversample")
     stage.data.update({"files": str(root / "data.jsonl")} | settings)
-    config = ConfigDict({"seed": 0, "model": {"max_length": max_length}})
+    shape = {"max_length": max_length}
+    config = ConfigDict({"seed": 0, "model": shape, "stages": {}})
     return stage_data.build(stage, tokenizer, root, config, kinds.of(stage).data)

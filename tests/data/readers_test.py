@@ -224,6 +224,7 @@ def test_prompts_know_where_they_came_from(tmp_path, prompt):
 
 def test_fields_refuses_what_would_be_ignored():
     assert readers.fields("") == {}
+    assert readers.fields("prompt=a+b") == {"prompt": "a+b"}
     for text in ("prompt", "prompt=", "prompt= ", "=x"):
         with pytest.raises(UserError, match="our=theirs"):
             readers.fields(text)
@@ -246,7 +247,7 @@ PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
         (b'{"prompt": "p", "answer": "c"}', "no key 'completion'.*'prompt', 'answer'"),
         (b"{}", "no key 'prompt'; it has none"),
         (b'{"prompt": "p", "completion": 3}', "'completion' is int"),
-        (b'{"prompt": null, "completion": "c"}', "'prompt' is NoneType"),
+        (b'{"prompt": null, "completion": "c"}', "no key 'prompt'"),
         (b'{"messages": "p"}', "at least one assistant"),
         (b'{"messages": [{"role": "bot", "content": ""}]}', "'bot'"),
         (
@@ -287,7 +288,6 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
         (PAIR | {"preference": "0.5"}, "'preference' is '0.5'"),
         (PAIR | {"preference": True}, "'preference' is True"),
         (PAIR | {"preference": float("nan")}, "'preference' is nan"),
-        (PAIR | {"margin": None}, "'margin' is None, expected a number"),
         (PAIR | {"margin": float("inf")}, "'margin' is inf"),
         (PAIR | {"ranked": ["c", "r"]}, "both 'ranked' and 'chosen'"),
         (PAIR | {"chosen": [ANSWER[0] | {"weight": 0}]}, "weight 0"),

@@ -72,6 +72,8 @@ def test_demonstrations_keep_their_start_and_drop_what_has_no_answer_left(
             "language_model",
             records,
             packing=strategy,
+            too_long="cut",
+            max_loss=1.0,
             **settings,
         )
         assert made.dataset.report["dropped"] == 1

@@ -154,9 +154,10 @@ def test_tools_take_turns_with_the_assistant():
     assert chat.conversation({"messages": messages}) == messages
     calling = [messages[0], {"role": "assistant", "tool_calls": [CALL]}]
     assert chat.as_messages(calling) == calling
-    for wrong in (messages[:1] + messages[2:], messages[:3] + messages[:1]):
-        with pytest.raises(UserError, match="message [24] is of '(tool|user)'"):
-            chat.check_turns(wrong)
+    # A user who speaks up before the assistant has read what a tool says.
+    assert chat.check_turns(messages[:3] + messages[:1])
+    with pytest.raises(UserError, match="message 2 is of 'tool'"):
+        chat.check_turns(messages[:1] + messages[2:])
     with pytest.raises(UserError, match="message 2 is of a tool or calls one"):
         chat.render(messages, Letters())
     with pytest.raises(UserError, match="message 3 is of a tool"):

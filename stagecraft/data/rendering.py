@@ -1,0 +1,60 @@
+"""Conversations as ids and a mask, by the ways that a stage's data config names."""
+
+from stagecraft.errors import UserError
+from stagecraft.text import chat
+from stagecraft.text.template import texts
+
+# What is said of prompts whose completion changes their last token.
+JOINED = "have a token of both the prompt and the completion, which is not learned"
+
+
+class Rendering:
+    """Renders the conversations of a stage.
+
+    Args:
+        data: the stage's data config: render.
+        tokenizer: a `text.tokenizer.Tokenizer`.
+        tally: a `Tally`, which counts texts that spell control tokens.
+    """
+
+    def __init__(self, data, tokenizer, tally):
+        self.data, self.tokenizer, self.tally = data, tokenizer, tally
+
+    def __call__(self, messages, tools=None, *, turns="all"):
+        """Returns ids and mask of a conversation; templates without tools get none."""
+        self.count(messages)
+        if self.data.get("render") == "text":
+            return self._continued(messages, tools)
+        settings = {"tools": tools} if tools else {}
+        return chat.render(messages, self.tokenizer, turns=turns, **settings)
+
+    def count(self, messages):
+        """Counts a conversation that spells control tokens in its messages."""
+        if any(map(self.tokenizer.spells, texts(messages))):
+            self.tally.notes[spelled(self.tokenizer)] += 1
+
+    def _continued(self, messages, tools):
+        roles = [message["role"] for message in messages]
+        if tools or roles != ["user", "assistant"]:
+            what = "tools" if tools else f"turns of {', '.join(roles)}"
+            raise UserError(
+                "data.render='text' is for a prompt and a completion that are texts, "
+                f"but a record has {what}; set data.render='chat'"
+            )
+        prompt, answer = messages
+        ended = answer.get("ended", True)
+        parts = prompt["content"], answer["content"]
+        *document, joined = chat.continuation(*parts, self.tokenizer, ended=ended)
+        if joined:
+            self.tally.notes[JOINED] += 1
+        return tuple(document)
+
+
+def spelled(tokenizer) -> str:
+    """Returns what is said of texts that spell control tokens."""
+    if getattr(tokenizer, "parses", False):
+        return "spell control tokens, read as those tokens"
+    return (
+        "spell control tokens, read as letters (data.control_tokens='parse' makes "
+        "tokens of them)"
+    )
