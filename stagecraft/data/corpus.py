@@ -141,6 +141,8 @@ def _demonstrations(specs, mapping, data, sources):
         return rendered(one.messages, sources.tokenizer, one.tools, turns=data.turns)
 
     documents = InMemory([[ids_and_mask(one) for one in part] for part in parts])
+    where = f"data.files={data.files}"
+    chat.check_ends(documents.documents, sources.tokenizer, where, required=True)
     conversations = [one.messages for part in parts for one in part]
 
     def prompt(number):

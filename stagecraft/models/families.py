@@ -404,7 +404,7 @@ GPT2 = Family(
     "transformer.h.{l}.",
 )
 
-# In the order in which `matching` tries them for a model trained from scratch.
+# In the order that `matching` tries.
 DENSE_FAMILIES = (LLAMA, QWEN3, QWEN2, MISTRAL, OLMO2, SMOLLM3, GEMMA2, GEMMA3)
 OTHERS = (MIXTRAL, QWEN3_MOE, STABLELM, GPT2)
 FAMILIES = {family.name: family for family in DENSE_FAMILIES + OTHERS}
@@ -480,9 +480,8 @@ def matching(config: ModelConfig) -> Family:
     Raises:
         UserError: there is none; names what the nearest one lacks.
     """
-    names = dict.fromkeys([config.family, *FAMILIES])
     lacking = {}
-    for name in names:
+    for name in dict.fromkeys([config.family, *FAMILIES]):
         if name not in FAMILIES:
             continue
         family = FAMILIES[name]
