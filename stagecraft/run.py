@@ -159,7 +159,11 @@ def _tokenizer(config, root):
     """Returns the run's own tokenizer, kept in WORKDIR/tokenizer from then on."""
     folder, path = root / runs.TOKENIZER, config.tokenizer.path
     if folder.exists():
-        return tokenizers.load(folder)
+        tokenizer = tokenizers.load(folder)
+        for name in tokenizer.files:  # a template's moment, in an older run
+            if not (folder / name).exists():
+                storage.write_bytes(folder / name, tokenizer.files[name])
+        return tokenizer
     if path:
         try:
             tokenizer = tokenizers.load(path)

@@ -27,7 +27,9 @@ def folders(tmp_path_factory):
         "model": body,
         "reward": ScalarModel(body, jax.random.key(1)),
     }.items():
-        huggingface.save(model, root / name, ids={"pad_token_id": tokenizer.pad})
+        ends = {"eos_token_id": [tokenizer.end, tokenizer.eos]}
+        ids = {"pad_token_id": tokenizer.pad}
+        huggingface.save(model, root / name, ids=ids, generation=ends)
         for file, data in tokenizer_export.files(tokenizer)[0].items():
             (root / name / file).write_bytes(data)
     pairs = [
@@ -118,6 +120,21 @@ def test_a_stage_starts_from_a_folder(folders, imported, tmp_path, by):
     moved = huggingface.load(out, tiny.single())
     before = huggingface.load(folders / "model", tiny.single())
     assert tree.digest(moved) != tree.digest(before)
+
+
+def test_an_exported_folder_ends_where_training_did(folders, tmp_path):
+    shutil.copytree(folders / "model", tmp_path / "in")
+    settings = {"eos_token_id": 7, "temperature": 0.5}
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps(settings))
+    exchange.import_folder(tmp_path / "in", tmp_path / "run")
+    said = exchange.export(tmp_path / "run", "base", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    ids = byte_tokenizer.ByteTokenizer()
+    assert written == settings | {"eos_token_id": [ids.end, 7, ids.eos]}
+    assert "eos_token_id=[262, 7, 258]" in said[1] and "not 7" in said[1]
+    again = exchange.import_folder(tmp_path / "out", tmp_path / "again")
+    kept = run.open_run(again.parent).tokenizer
+    assert kept.digest == run.open_run(tmp_path / "run").tokenizer.digest
 
 
 def test_reward_models_come_and_go(folders, tmp_path):

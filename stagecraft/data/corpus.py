@@ -155,6 +155,8 @@ def _demonstrations(specs, mapping, data, sources):
                 counts.unwritten(where, error)
         parts.append(part)
     documents = InMemory([[document for _, document in p] for p in parts], places)
+    where = f"data.files={data.files}"
+    chat.check_ends(documents.documents, sources.tokenizer, where, required=True)
     conversations = [one.messages for part in parts for one, _ in part]
 
     def prompt(number):

@@ -231,6 +231,9 @@ def padded(arrays, train, heldout, report, stage, sources) -> StageData:
         stage: its config.
         sources: a Sources.
     """
+    answers = [document for row in train for document in row.documents]
+    where = f"data.files={stage.data.files}"
+    chat.check_ends(answers, sources.tokenizer, where, required=False)
     length = min(packing.rounded(longest(train)), stage.data.length)
     seed = order_seed(stage, sources)
     mixed, shares = mixed_rows(stage, train, stage.batch_size, seed)

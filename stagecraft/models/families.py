@@ -193,6 +193,7 @@ MIXTRAL = Family(
         t.activation(),
         rope(theta=1e6),
         t.window(types=False),
+        t.same(num_local_experts="num_experts"),
         t.renamed(
             experts="num_local_experts",
             experts_per_token="num_experts_per_tok",
@@ -349,6 +350,12 @@ GPT2 = Family(
             norm_eps="layer_norm_epsilon",
             init_std="initializer_range",
         ),
+        t.same(
+            n_embd="hidden_size",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_positions="max_position_embeddings",
+        ),
         t.Pair(
             lambda hf, c: {"ff_width": hf.get("n_inner") or 4 * c["width"]},
             lambda c: {"n_inner": c.ff_width},
@@ -397,11 +404,11 @@ GPT2 = Family(
     "transformer.h.{l}.",
 )
 
-# In the order in which `matching` tries them for a model trained from scratch.
+# In the order that `matching` tries.
 DENSE_FAMILIES = (LLAMA, QWEN3, QWEN2, MISTRAL, OLMO2, SMOLLM3, GEMMA2, GEMMA3)
 OTHERS = (MIXTRAL, QWEN3_MOE, STABLELM, GPT2)
 FAMILIES = {family.name: family for family in DENSE_FAMILIES + OTHERS}
-# A model of images and text: only its text decoder is read.
+# Of images and text, only its text decoder is read.
 TEXT_OF_GEMMA3 = {"model_type": "gemma3_text"}
 # Features of well-known architectures that our decoder lacks, by a key that shows them.
 FEATURES = {
@@ -441,14 +448,21 @@ def text_part(hf: dict) -> dict:
     """Returns the part of a config.json about text: all of it, except in Gemma 3."""
     if hf.get("model_type") != "gemma3" or "text_config" not in hf:
         return hf
-    outer = {k: v for k, v in hf.items() if not k.endswith("_config")}
-    return outer | {"tie_word_embeddings": True} | hf["text_config"] | TEXT_OF_GEMMA3
+    return _outer(hf) | hf["text_config"] | TEXT_OF_GEMMA3
+
+
+def _outer(hf):
+    """Returns the keys outside of the parts; Gemma 3 ties by the key that is here."""
+    tied = {"tie_word_embeddings": True} if hf.get("model_type") == "gemma3" else {}
+    return tied | {k: v for k, v in hf.items() if not k.endswith("_config")}
 
 
 def read_config(hf: dict) -> ModelConfig:
     """Reads a config.json, its family's name among the fields."""
     family = of(hf)
     config = t.read(family.config, family.defaults | text_part(hf))
+    if isinstance(inner := hf.get("text_config"), dict):
+        t.check_parts(family.config, family.defaults | _outer(hf), inner)
     return dataclasses.replace(config, family=family.name)
 
 
@@ -466,9 +480,8 @@ def matching(config: ModelConfig) -> Family:
     Raises:
         UserError: there is none; names what the nearest one lacks.
     """
-    names = dict.fromkeys([config.family, *FAMILIES])
     lacking = {}
-    for name in names:
+    for name in dict.fromkeys([config.family, *FAMILIES]):
         if name not in FAMILIES:
             continue
         family = FAMILIES[name]

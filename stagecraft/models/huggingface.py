@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -27,10 +28,12 @@ from stagecraft.models import families, layouts, saved, tensors
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.transformer import ScalarModel, Transformer
 
+_log = logging.getLogger("stagecraft.models")
 # The dtypes we write: transformers' name and the format's.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_SIZE = 5 * 10**9
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HEAD = "lm_head.weight"
 # Our reward models have a bias, theirs do not: config.json carries it.
 BIAS = "stagecraft_reward_bias"
 # Tensors that are no weights, or not weights of the text decoder.
@@ -74,10 +77,38 @@ def info(folder: str | Path) -> dict:
     )
     if scalar:  # such a folder has no output embedding, whatever its config says
         config = dataclasses.replace(config, tied=True)
+    elif config.tied and _is_torn(Path(folder), config):
+        config = dataclasses.replace(config, tied=False)
     return {
         "module": "scalar" if scalar else "transformer",
         "model": dataclasses.asdict(config),
     }
+
+
+def _is_torn(folder, config):
+    """Tells whether a folder holds two tables where its config.json has one for both.
+
+    transformers then reads both, whatever the config says.
+    """
+    family = families.FAMILIES[config.family]
+    try:
+        present = _plain_names(tensors.read_folder(folder), family)
+    except UserError:
+        return False  # `examine` says what is wrong with the files
+    names = (family.top["embed"][0], HEAD)
+    if not present.keys() >= {*names} or tensors.equal(*map(present.get, names)):
+        return False
+    say(
+        f"{folder}: {HEAD} differs from {names[0]}, though config.json ties them: read "
+        "as two tables, as transformers does (tie_word_embeddings=false would say so)"
+    )
+    return True
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Prints a line about a folder, once."""
+    _log.warning(line)
 
 
 def config(folder: str | Path) -> ModelConfig:
@@ -177,8 +208,13 @@ def _checked_tensors(folder, family, wanted, shapes):
     """Returns {key: Tensor} of the folder: all are present, with the right shapes."""
     present = _plain_names(tensors.read_folder(folder), family)
     wanted = {layout.key: layout for layout in wanted}
-    if "unembed" not in shapes:
-        present.pop("lm_head.weight", None)  # some write tied embeddings twice
+    if others := tensors.unread(folder):
+        file = tensors.files(folder)[0].name
+        say(f"{folder}: reads {file}, as transformers does; {others[0]} is not read")
+    head = None if "unembed" in shapes else present.pop(HEAD, None)
+    if head is not None and "embed" in shapes:
+        # A tied table may be there twice, or under the second name alone.
+        present.setdefault(family.top["embed"][0], head)
     for key in wanted:
         if key not in present:
             raise UserError(

@@ -48,7 +48,17 @@ REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def is_adapter(folder: str | Path) -> bool:
     """Tells whether a folder holds an adapter and not a model by itself."""
     folder = Path(folder)
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+    if not (folder / CONFIG).exists():
+        return False
+    if not (folder / "config.json").exists():
+        return True
+    whole = [p for p in folder.glob("*.safetensors") if p.name != WEIGHTS]
+    if whole and (folder / WEIGHTS).exists():
+        raise UserError(
+            f"{folder}: holds a model ({whole[0].name}) and an adapter ({WEIGHTS}); "
+            "only one can be meant: move the other's files away"
+        )
+    return not whole
 
 
 # Writing

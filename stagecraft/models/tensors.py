@@ -66,9 +66,16 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     tensors = {}
     for path in files(folder):
-        tensors |= read_header(path)
+        header = read_header(path)
+        for name in tensors.keys() & header.keys():
+            other = tensors[name].path.name
+            raise UserError(
+                f"{folder}: {other} and {path.name} both hold {name}; only one can be "
+                "meant: move the other file away"
+            )
+        tensors |= header
     index = folder / INDEX
-    if index.exists():
+    if index.exists() and not (folder / SINGLE).exists():
         for name, file in _weight_map(index).items():
             if name not in tensors:
                 raise UserError(
@@ -120,9 +127,14 @@ def _tensor(path, name, entry, offset, size):
 
 
 def files(folder: Path) -> list[Path]:
-    """Lists the safetensors files of a folder: those of its index, if it has one."""
+    """Lists the safetensors files of a folder, as transformers chooses them.
+
+    A file of all weights comes first, then the files of an index, then any.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
     if (folder / INDEX).exists():
         names = sorted(set(_weight_map(folder / INDEX).values()))
         for name in names:
@@ -132,8 +144,6 @@ def files(folder: Path) -> list[Path]:
                     "fetch the rest"
                 )
         return [folder / name for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
     if paths := sorted(folder.glob("*.safetensors")):
         return paths
     pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
@@ -143,6 +153,22 @@ def files(folder: Path) -> list[Path]:
             "which can run any code when opened; convert them to safetensors first"
         )
     raise UserError(f"{folder}: holds no *.safetensors file")
+
+
+def unread(folder: Path) -> list[str]:
+    """Lists further files of a model's weights, which are not read."""
+    read = files(folder)
+    others = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return sorted(path.name for path in others if path not in read)
+
+
+def equal(one: Tensor, other: Tensor, rows: int = 1 << 14) -> bool:
+    """Tells whether two tensors hold the same numbers, some rows at a time."""
+    if one.shape != other.shape:
+        return False
+    a, b = one.open(), other.open()
+    starts = range(0, len(a), rows)
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in starts)
 
 
 def _weight_map(path):

@@ -7,7 +7,7 @@ written, for older readers.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig, per_layer
@@ -62,13 +62,45 @@ def optional(**names: str) -> Pair:
     )
 
 
+def agreed(values: dict[str, Any]) -> Any:
+    """Returns the one value that several keys of config.json give; None for none.
+
+    Readers, and versions of one reader, differ in which key they take, so that keys
+    that say different things are refused.
+
+    Args:
+        values: {key, as a message names it: value}; empty values say nothing.
+    """
+    given = {key: value for key, value in values.items() if value}
+    first = next(iter(given), None)
+    for key, value in given.items():
+        if value != given[first]:
+            raise UserError(
+                f"config.json: {first}={given[first]!r}, but {key}={value!r}; only one "
+                "can be meant: take the other out"
+            )
+    return given.get(first)
+
+
 def either(ours: str, *names: str) -> Pair:
-    """Translates a key with several names: reads the first present, writes all."""
+    """Translates a key with several names: reads those present, writes all."""
 
     def read(hf, c):
-        return {ours: hf[next((name for name in names if name in hf), names[0])]}
+        value = agreed({name: hf[name] for name in names if name in hf})
+        return {ours: hf[names[0]] if value is None else value}
 
     return Pair(read, lambda c: dict.fromkeys(names, getattr(c, ours)))
+
+
+def same(**names: str) -> Pair:
+    """Refuses a second name of a key that says something else than the first."""
+
+    def read(hf, c):
+        for name, other in names.items():
+            agreed({key: hf[key] for key in (name, other) if key in hf})
+        return {}
+
+    return Pair(read, lambda c: {})
 
 
 def implied(**values) -> Pair:
@@ -211,6 +243,11 @@ def window(
                         f"config.json: layer_types names {name!r}, which is not "
                         f"implemented; known: {', '.join(meanings)}"
                     )
+            if len(named) != c["layers"]:
+                raise UserError(
+                    f"config.json: layer_types names {len(named)} layers, but "
+                    f"num_hidden_layers={c['layers']}; only one can be meant"
+                )
             sliding = [meanings[name] for name in named]
         else:
             sliding = [slides is None or slides(hf, i) for i in range(c["layers"])]
@@ -291,6 +328,25 @@ def write(pairs: Iterable[Pair], config: ModelConfig) -> dict:
     for pair in pairs:
         out |= pair.write(config)
     return out
+
+
+def check_parts(pairs: Iterable[Pair], outer: dict, inner: dict) -> None:
+    """Refuses a config.json whose part about text contradicts the rest of it.
+
+    Args:
+        pairs: of the family.
+        outer, inner: the keys outside and inside of that part.
+    """
+    for key in inner.keys() & outer.keys():
+        if inner[key] == outer[key]:
+            continue
+        with_outer = outer | inner | {key: outer[key]}
+        configs = (read(pairs, hf) for hf in (with_outer, outer | inner))
+        if differences(*map(meaning, configs)):
+            raise UserError(
+                f"config.json: {key}={outer[key]!r}, but text_config.{key}="
+                f"{inner[key]!r}; only one can be meant: take the other out"
+            )
 
 
 def meaning(config: ModelConfig) -> dict:

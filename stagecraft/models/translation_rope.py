@@ -4,7 +4,7 @@ import math
 
 from stagecraft.errors import UserError
 from stagecraft.models.config import ROPE_SCALING
-from stagecraft.models.translation import FULL, SLIDING, Pair
+from stagecraft.models.translation import FULL, SLIDING, Pair, agreed
 
 # The key for the share of channels that rotate.
 SHARE = "partial_rotary_factor"
@@ -33,13 +33,18 @@ def rope(theta: float = 1e4, *, share: float | None = None) -> Pair:
     """
 
     def read(hf, c):
-        given = hf.get("rope_parameters") or {}
-        scaling = hf.get("rope_scaling") or given
-        base = given.get("rope_theta") or hf.get("rope_theta") or theta
-        out = _read_scaling(hf, scaling, SHARE if share else None)
+        given, older = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+        nested = [key for key, value in given.items() if isinstance(value, dict)]
+        if nested:
+            raise UserError(
+                f"config.json: rope_parameters.{nested[0]}: this family has one set of "
+                "wavelengths for all layers; expected rope_parameters.rope_theta"
+            )
+        places = {"": hf, "rope_parameters.": given, "rope_scaling.": older}
+        out = _read_both(hf, older, given, SHARE if share else None)
         if share:
-            out["rope_share"] = float(given.get(SHARE) or hf.get(SHARE) or share)
-        return out | {"rope_theta": float(base)}
+            out["rope_share"] = float(_once(SHARE, places) or share)
+        return out | {"rope_theta": float(_once("rope_theta", places) or theta)}
 
     def write(c):
         scaling = _write_scaling(c) | ({SHARE: c.rope_share} if share else {})
@@ -65,10 +70,24 @@ def rope_by_type(theta: float = 1e6, local: float = 1e4) -> Pair:
                 f"{slides['rope_type']!r}: scaled wavelengths of sliding layers are "
                 "not implemented; expected 'default'"
             )
-        base = full.get("rope_theta") or hf.get("rope_theta") or theta
-        near = slides.get("rope_theta") or hf.get("rope_local_base_freq") or local
-        out = _read_scaling(hf, full | (hf.get("rope_scaling") or {}))
-        return out | {"rope_theta": float(base), "rope_theta_sliding": float(near)}
+        flat = {k: v for k, v in given.items() if k not in (FULL, SLIDING)}
+        if flat.get("rope_theta") or flat.get("rope_type", "default") != "default":
+            raise UserError(
+                f"config.json: rope_parameters={flat!r}: this family has two sets of "
+                f"wavelengths; expected rope_parameters.{FULL} and .{SLIDING}"
+            )
+        older = hf.get("rope_scaling") or {}
+        places = {"": hf, f"rope_parameters.{FULL}.": full, "rope_scaling.": older}
+        near = agreed(
+            {
+                "rope_local_base_freq": hf.get("rope_local_base_freq"),
+                f"rope_parameters.{SLIDING}.rope_theta": slides.get("rope_theta"),
+            }
+        )
+        return _read_both(hf, older, full) | {
+            "rope_theta": float(_once("rope_theta", places) or theta),
+            "rope_theta_sliding": float(near or local),
+        }
 
     def write(c):
         scaling, near = _write_scaling(c), c.rope_theta_sliding or c.rope_theta
@@ -85,6 +104,24 @@ def rope_by_type(theta: float = 1e6, local: float = 1e4) -> Pair:
     return Pair(read, write)
 
 
+def _once(key, places):
+    """Returns the value of a key that may stand in several places, None for none."""
+    return agreed({place + key: keys.get(key) for place, keys in places.items()})
+
+
+def _read_both(hf, older, newer, share_key=None):
+    """Reads the scaling in rope_scaling, the older key, or in rope_parameters."""
+    if not older:
+        return _read_scaling(hf, newer, share_key)
+    out = _read_scaling(hf, older, share_key)
+    if newer.get("rope_type") and _read_scaling(hf, newer, share_key) != out:
+        raise UserError(
+            f"config.json: rope_scaling={older!r}, but rope_parameters={newer!r}; only "
+            "one can be meant: take the other out"
+        )
+    return out
+
+
 def _read_scaling(hf, given, share_key=None):
     """Reads our rope_scaling and rope_arguments.
 
@@ -93,8 +130,10 @@ def _read_scaling(hf, given, share_key=None):
         given: its keys about scaling.
         share_key: the key for the share of rotating channels, where the family has one.
     """
-    scaling = given.get("rope_type") or given.get("type") or "default"
-    scaling = {"default": "none", "su": "longrope"}.get(scaling, scaling)
+    names = {"su": "longrope"}
+    types = {key: given.get(key) or "" for key in ("rope_type", "type")}
+    scaling = agreed({key: names.get(name, name) for key, name in types.items()})
+    scaling = "none" if scaling in (None, "default") else scaling
     if scaling != "none" and scaling not in ROPE_KEYS:
         raise UserError(
             f"config.json: rope_type={scaling!r} is not implemented; known: default, "
@@ -112,9 +151,8 @@ def _read_scaling(hf, given, share_key=None):
     longest = hf["max_position_embeddings"]
     original = longest
     if scaling != "dynamic":
-        original = hf.get("original_max_position_embeddings") or given.get(
-            "original_max_position_embeddings", longest
-        )
+        places = {"": hf, "rope_parameters.": given}
+        original = _once("original_max_position_embeddings", places) or longest
     values = {k: v for k, v in given.items() if v is not None}
     values |= {"original_max_position_embeddings": original}
     values.setdefault("factor", longest / original)

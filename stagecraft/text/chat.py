@@ -9,8 +9,16 @@ tokenised on its own, so that no piece spans the border between prompt and targe
 
 A tokenizer that brings a chat template writes conversations its own way instead. The
 whole text is tokenised at once, as transformers does, and a token is a target where it
-holds a character of an assistant's turn; see `template`.
+holds a character of an assistant's turn; see `template`. Two things are mended: the end
+of a turn that directly follows what is learned is learned too, and where the last
+characters of a prompt and the first of its answer would be one token, they are apart,
+as they are when a model answers.
 """
+
+import bisect
+import functools
+import logging
+from collections.abc import Iterable
 
 from stagecraft.errors import UserError
 from stagecraft.text.tokenizer import Tokenizer
@@ -19,6 +27,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Those that a tokenizer without a template has pieces for.
 PIECES = ("system", "user", "assistant")
 
+_log = logging.getLogger("stagecraft.text")
 # Which assistant turns of a conversation are learned.
 TURNS = ("all", "last")
 
@@ -96,8 +105,12 @@ def render(
     def write(messages, tools):
         return template.conversation(messages, tools, turns=turns)
 
-    ids, offsets, spans = tokenizer.encode_turns(messages, tools, write)
-    return ids, _touched(offsets, spans)
+    encoded = tokenizer.encode_turns(messages, tools, write)
+    starts = [start for start, _ in encoded[2]]
+    if _within(encoded[1], {*starts, *(start + template.lead for start in starts)}):
+        encoded = _apart(encoded, messages, tools, tokenizer, write)
+    ids, offsets, spans = encoded
+    return ids, _with_ends(ids, _touched(offsets, spans), offsets, spans, tokenizer)
 
 
 def generation_prompt(
@@ -166,6 +179,113 @@ def _touched(offsets, spans):
         )
         mask.append(inside)
     return mask
+
+
+def _within(offsets, places):
+    """Tells whether a token spans one of these places in the text.
+
+    >>> _within([(0, 2), (2, 4)], {2}), _within([(0, 2), (2, 4)], {3})
+    (False, True)
+    """
+    return any(start < place < end for start, end in offsets for place in places)
+
+
+def _apart(encoded, messages, tools, tokenizer, write):
+    """Encodes answers apart from the prompts they follow, where they melt together.
+
+    Args:
+        encoded: ids, offsets and spans of the text as a whole.
+        messages, tools: see `render`.
+        tokenizer: one with a template.
+        write: see `encode_turns`.
+    """
+    ids, offsets, _ = encoded
+    text, cuts = write(messages, tools)[0], []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = tokenizer.template.text(messages[:number], tools, prompt=True)
+            prompt = generation_prompt(messages[:number], tokenizer, tools=tools)
+        except UserError:  # a template that takes no such conversation
+            continue
+        melted = ids[: len(prompt)] != prompt and _within(offsets, {len(before)})
+        if melted and text.startswith(before):
+            cuts.append(len(before))
+    if not cuts:
+        return encoded
+    again = tokenizer.encode_turns(messages, tools, write, cuts)
+    if tokenizer.decode(again[0]) != tokenizer.decode(ids):
+        _say(
+            "the first characters of an answer are one token with the last of its "
+            "prompt, and this tokenizer cannot part them: such answers are learned "
+            "from another token than the model is asked with"
+        )
+        return encoded
+    _say(
+        "the first characters of an answer (a newline, a space) would be one token "
+        "with the last of its prompt: they are tokenised apart, as when the model "
+        "answers"
+    )
+    return again
+
+
+def _with_ends(ids, mask, offsets, spans, tokenizer):
+    """Returns the mask with the end of each turn, where it directly follows the turn.
+
+    A template may write it behind its {% generation %} block, or before the next turn.
+    """
+    stops, places = {*tokenizer.stops}, [start for start, _ in offsets]
+    for start, end in spans:
+        first, after = (bisect.bisect_left(places, place) for place in (start, end))
+        if not stops.isdisjoint(ids[first:after]):
+            continue
+        last = after
+        while last < len(ids) and ids[last] not in stops:
+            if tokenizer.decode([ids[last]]).strip():
+                break
+            last += 1
+        if last < len(ids) and ids[last] in stops:
+            mask[after : last + 1] = [True] * (last + 1 - after)
+            _say(
+                "the chat template writes the end of a turn outside of what it marks "
+                "as the assistant's: it is learned with the answer that it directly "
+                "follows"
+            )
+    return mask
+
+
+@functools.cache
+def _say(line):
+    """Prints a line about conversations, once."""
+    _log.warning(line)
+
+
+def check_ends(
+    documents: Iterable, tokenizer: Tokenizer, where: str, *, required: bool
+) -> None:
+    """Says in how many conversations the model learns to end its turn.
+
+    Args:
+        documents: (ids, mask) of each.
+        tokenizer: its `stops` end a turn.
+        where: the key of the data, for the line.
+        required: whether to refuse data in which none does.
+    """
+    stops, total, ends = {*tokenizer.stops}, 0, 0
+    for ids, mask in documents:
+        backwards = zip(reversed(ids), reversed(mask), strict=True)
+        ends += any(learned and token in stops for token, learned in backwards)
+        total += any(mask)
+    if ends >= total:
+        return
+    line = f"{where}: {ends} of {total} conversations hold an end of turn to learn"
+    if required and not ends:
+        raise UserError(
+            f"{line}, so the model would never stop: the chat template writes none "
+            "after an answer, or no token that ends one; use a template that does"
+        )
+    _log.warning("%s; without it the model does not learn to stop", line)
 
 
 def as_messages(value, role="user"):

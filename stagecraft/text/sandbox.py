@@ -44,14 +44,16 @@ class Sandbox:
 
     Args:
         sources: {name: jinja text}.
+        moment: the time that templates read on the clock, in ISO format; "" for now.
 
     Raises:
         Failed: one of them is no template.
     """
 
-    def __init__(self, sources):
-        self._sources, self._child, self._owner = sources, None, None
-        self.has_blocks = self._ask({"sources": sources})["has_blocks"]
+    def __init__(self, sources, moment=""):
+        self._sources, self._moment = sources, moment
+        self._child, self._owner = None, None
+        self.has_blocks = self._send_sources()["has_blocks"]
 
     def render(self, requests):
         """Returns the texts of several renderings, all at one moment in time.
@@ -100,7 +102,10 @@ class Sandbox:
         )
         atexit.register(self.close)
         if "has_blocks" in self.__dict__:
-            self._ask({"sources": self._sources})
+            self._send_sources()
+
+    def _send_sources(self):
+        return self._ask({"sources": self._sources, "moment": self._moment})
 
     def close(self):
         """Ends the child; the next rendering starts another."""
@@ -150,7 +155,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
         )
-        self.now = datetime.datetime.now()
+        self.moment, self.now = "", datetime.datetime.now()
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = lambda form: self.now.strftime(form)
@@ -182,7 +187,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 def _answer(environment, templates, question):
     if "sources" in question:
-        has_blocks = {}
+        environment.moment, has_blocks = question["moment"], {}
         for name, source in question["sources"].items():
             tree = environment.parse(source)
             marks = tree.find_all(jinja2.nodes.EnvironmentAttribute)
@@ -190,6 +195,8 @@ def _answer(environment, templates, question):
             templates[name] = environment.from_string(source)
         return {"has_blocks": has_blocks}
     environment.now = datetime.datetime.now()
+    if environment.moment:
+        environment.now = datetime.datetime.fromisoformat(environment.moment)
     texts = []
     for request in question["requests"]:
         environment.opening = request["opening"]

@@ -7,6 +7,7 @@ where the full text begins with both, the turn lies between them. Where it does 
 assistant's part is unknown and the conversation is refused.
 """
 
+import functools
 import re
 
 from stagecraft.errors import UserError
@@ -29,12 +30,13 @@ class Template:
         sources: {name: jinja text}; "default" is for conversations, "tool_use" for
             those with tools, where it is there.
         variables: {name: text} that templates may use: bos_token and its kin.
+        moment: the time they read on the clock, in ISO format; "" for now.
     """
 
-    def __init__(self, sources, variables):
+    def __init__(self, sources, variables, moment=""):
         self.sources, self.variables = sources, variables
         try:
-            self._sandbox = Sandbox(sources)
+            self._sandbox = Sandbox(sources, moment)
         except Failed as error:
             raise UserError(f"chat template: {error}") from None
 
@@ -68,6 +70,22 @@ class Template:
         if self._sandbox.has_blocks[name]:
             return self._by_blocks(messages, tools, answers, learned, cut, marks)
         return self._by_prefixes(messages, tools, learned, cut, marks)
+
+    @functools.cached_property
+    def lead(self) -> int:
+        """Characters from the start of a span to where the prompt for it ends.
+
+        Of one short conversation, and negative where the prompt ends before; other
+        messages may be written in another way.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self.text(asked, prompt=True)
+            answer = {"role": "assistant", "content": "b"}
+            _, spans = self.conversation([*asked, answer])
+        except UserError:
+            return 0
+        return len(prompt) - spans[-1][0] if spans else 0
 
     def _by_blocks(self, messages, tools, answers, learned, cut, marks):
         """Finds the spans by the template's own {% generation %} blocks."""

@@ -1,7 +1,8 @@
 """Tokenizers as files that transformers opens.
 
-A tokenizer read from a Hugging Face folder is written back unchanged. Ours become a
-tokenizer.json, with a chat template that writes turns as `chat` does.
+A tokenizer read from a Hugging Face folder is written back unchanged, except for the
+ids that generation ends on. Ours become a tokenizer.json, with a chat template that
+writes turns as `chat` does.
 """
 
 import json
@@ -10,6 +11,7 @@ import sentencepiece as spm
 
 from stagecraft.text import byte_tokenizer
 from stagecraft.text.tokenizer import CHAT_PIECES, FILE, SPACE, Tokenizer
+from stagecraft.text.tokenizer_json import MOMENT
 
 TEMPLATE = """\
 {{- bos_token -}}
@@ -23,6 +25,7 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+GENERATION = "generation_config.json"
 CONTROL = ("<pad>", "<s>", "</s>", *CHAT_PIECES)
 
 
@@ -33,7 +36,7 @@ def files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
         {file name: bytes}; lines that say what a reader should know.
     """
     if not {FILE, byte_tokenizer.FILE} & tokenizer.files.keys():
-        return dict(tokenizer.files), []
+        return _unchanged(tokenizer)
     if tokenizer.end is None:
         return dict(tokenizer.files), [
             f"the tokenizer is another's SentencePiece model: {FILE} as it came, which "
@@ -62,6 +65,28 @@ def files(tokenizer: Tokenizer) -> tuple[dict[str, bytes], list[str]]:
         "the tokenizer is written as a tokenizer.json: there a text that spells a "
         f"control piece ({CHAT_PIECES[-1]}) is read as that piece, here it is not"
     ]
+
+
+def _unchanged(tokenizer):
+    """Returns a Hugging Face tokenizer's files; generation ends where training did."""
+    out, notes = dict(tokenizer.files), []
+    if moment := out.pop(MOMENT, None):
+        notes.append(
+            f"the chat template reads the clock: in this run it read {moment.decode()} "
+            "throughout, and reads the time of day again where the folder is opened"
+        )
+    if GENERATION in out:
+        settings = json.loads(out[GENERATION])
+        ends = settings.get("eos_token_id")
+        ends_listed = ends if isinstance(ends, list) else [ends]
+        if {*ends_listed} != {*tokenizer.stops}:
+            settings["eos_token_id"] = list(tokenizer.stops)
+            out[GENERATION] = (json.dumps(settings, indent=2) + "\n").encode()
+            notes.append(
+                f"{GENERATION}: eos_token_id={list(tokenizer.stops)}, where training "
+                f"ended turns, and not {ends} as the folder it started from has it"
+            )
+    return out, notes
 
 
 def _tokenizer_json(inner, ids):

@@ -10,8 +10,10 @@ spells none gets the very ids that transformers gives it.
 
 import collections
 import copy
+import datetime
 import functools
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,6 +22,8 @@ from stagecraft.errors import UserError, install
 from stagecraft.text.template import Refusal, Template, replaced, texts, unused
 
 MAIN = "tokenizer.json"
+# Kept by a run whose chat template reads the clock: what it reads there.
+MOMENT = "chat_moment.txt"
 # Files that may lie beside it. config.json matters where nothing else names the end.
 BESIDE = (
     "tokenizer_config.json",
@@ -31,6 +35,7 @@ BESIDE = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    MOMENT,
 )
 NAMED = "additional_chat_templates"
 # Ends of a text, for a tokenizer.json that comes alone.
@@ -57,7 +62,7 @@ class HuggingFaceTokenizer:
             the one its chat template writes.
         control_ids: the other ids that plain text never holds.
         template: a `Template`, or None.
-        files: as given.
+        files: as given, with the moment that a template reads on the clock.
     """
 
     # A turn is written by a template, if at all.
@@ -82,7 +87,7 @@ class HuggingFaceTokenizer:
         self.template, turn = None, []
         if sources:
             try:
-                self.template = Template(sources, named)
+                self.template = Template(sources, named, self._moment(sources))
                 turn = self._turn_end(added)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
@@ -137,12 +142,13 @@ class HuggingFaceTokenizer:
 
     # -- conversations -----------------------------------------------------------------
 
-    def encode_turns(self, messages, tools, write):
+    def encode_turns(self, messages, tools, write, cuts=()):
         """Returns the ids of a conversation that a template writes.
 
         Args:
             messages, tools: see `chat.render`.
             write: (messages, tools) -> text, spans in characters.
+            cuts: places in the text that no token spans, in order.
 
         Returns:
             ids; their (start, end) in characters; the spans.
@@ -176,9 +182,13 @@ class HuggingFaceTokenizer:
             text = self._pattern.sub(lambda m: self._alias(m[0]), text)
             text = _put_back(text, hidden)
         encoder = self._literal if hidden else self._inner
-        encoding = encoder.encode(text, add_special_tokens=False)
-        self._check_forged(encoding.ids, allowed)
-        return encoding.ids, encoding.offsets, spans
+        ids, offsets = [], []
+        for start, end in itertools.pairwise([0, *cuts, len(text)]):
+            encoding = encoder.encode(text[start:end], add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(start + a, start + b) for a, b in encoding.offsets]
+        self._check_forged(ids, allowed)
+        return ids, offsets, spans
 
     def _hide(self, value, hidden):
         """Returns messages or tools with other characters for control tokens."""
@@ -242,6 +252,21 @@ class HuggingFaceTokenizer:
             )
 
     # -- special tokens ---------------------------------------------------------------
+
+    def _moment(self, sources):
+        """Returns the time that templates read: once read, it stands still; or ""."""
+        if not any("strftime_now" in source for source in sources.values()):
+            return ""
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        self.files = {MOMENT: now.encode()} | self.files
+        moment = self.files[MOMENT].decode().strip()
+        try:
+            datetime.datetime.fromisoformat(moment)
+        except ValueError:
+            raise UserError(
+                f"{MOMENT}: expected a time such as {now}, got {moment!r}"
+            ) from None
+        return moment
 
     def _generation_stops(self):
         """Returns the eos_token_id of generation_config.json or else of config.json."""

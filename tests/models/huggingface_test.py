@@ -94,12 +94,6 @@ def test_names_without_their_root_and_tensors_that_are_no_weights(tmp_path, arra
     assert tree.digest(one) == tree.digest(two)
 
 
-def test_tied_models_may_hold_the_head_twice(tmp_path, arrays):
-    config = CONFIG | {"tie_word_embeddings": True}
-    model = huggingface.load(put(tmp_path / "in", arrays, config), tiny.single())
-    assert model.unembed is None
-
-
 def test_both_spellings_of_rotary_positions(tmp_path, arrays):
     scaling = {
         "factor": 8.0,

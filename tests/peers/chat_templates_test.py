@@ -46,38 +46,52 @@ def check_blocks(name, ids, mask, theirs, places):
     return len(differing)
 
 
+def parted(theirs, text, messages, tools):
+    """Their ids and places, with answers apart from the prompts they would ask with."""
+
+    def encode(text):
+        made = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        return made["input_ids"], made["offset_mapping"]
+
+    def write(messages, tools, *, prompt):
+        settings = {"tools": tools, "add_generation_prompt": prompt}
+        return theirs.apply_chat_template(messages, tokenize=False, **settings)
+
+    prompts = families.prompts(messages, tools, write)
+    return families.parted(encode, theirs.decode, text, prompts)
+
+
 @pytest.mark.parametrize("kind", families.KINDS)
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_ids_and_masks_are_those_of_transformers(name, kind, tmp_path, parity_rng):
     folder = families.folder(tmp_path, name, kind)
     ours = tokenizers.load(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    family, refused = families.FAMILIES[name], 0
+    family, apart = families.FAMILIES[name], 0
     for _ in range(CONVERSATIONS // len(families.KINDS) + 1):
         messages, tools = families.conversation(parity_rng, name)
         text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
-        whole = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = families.speech(name, text)
         ids, mask = chat.render(messages, ours, tools=tools)
         want = theirs.apply_chat_template(messages, tools=tools, return_dict=False)
-        assert ids == want
-        expected = learned(whole["offset_mapping"], spans)
-        assert mask == expected
-        if family.blocks and name != "in_a_macro":
+        expected, places = parted(theirs, text, messages, tools)
+        assert ids == expected
+        assert mask == learned(places, spans)
+        if ids != want:  # theirs learns from another token than it asks with
+            apart += 1
+        elif family.blocks and name != "in_a_macro":
             got = theirs.apply_chat_template(
                 messages,
                 tools=tools,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-            check_blocks(
-                *(name, ids, mask, got["assistant_masks"], whole["offset_mapping"])
-            )
+            check_blocks(name, ids, mask, got["assistant_masks"], places)
         prompt = theirs.apply_chat_template(
             messages[:-1], tools=tools, add_generation_prompt=True, return_dict=False
         )
         assert chat.generation_prompt(messages[:-1], ours, tools=tools) == prompt
-    assert not refused
+    assert apart < CONVERSATIONS // len(families.KINDS) // 2
 
 
 @pytest.mark.parametrize("kind", families.KINDS)
@@ -149,9 +163,10 @@ def test_templates_that_trl_ships(name, tmp_path, parity_rng):
         got = theirs.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
-        whole = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert ids == got["input_ids"]
-        check_blocks(name, ids, mask, got["assistant_masks"], whole["offset_mapping"])
+        expected, places = parted(theirs, text, messages, tools)
+        assert ids == expected
+        if ids == got["input_ids"]:
+            check_blocks(name, ids, mask, got["assistant_masks"], places)
         compared += any(mask)
     if name.endswith("_training") and written:  # one wants lists of parts alone
         assert compared, "no conversation could be compared"

@@ -7,6 +7,7 @@ can judge masks.
 """
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -283,6 +284,39 @@ def words(rng, name, most=6):
     known = [w for w in WORDS_SAID if w not in FAMILIES[name].tokens]
     picked = rng.integers(0, len(known), int(rng.integers(0, most + 1)))
     return "".join(known[int(i)] + " " * int(rng.integers(0, 2)) for i in picked)
+
+
+def prompts(messages, tools, write):
+    """The text before each answer; write: (messages, tools, prompt=) -> text."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return [write(messages[:i], tools, prompt=True) for i in answers]
+
+
+def parted(encode, decode, text, prompts):
+    """(ids, places) of a text whose answers stand apart from the prompts before them.
+
+    They are those of the whole text, unless a token lies over the end of a prompt and
+    the two parts, encoded by themselves, are still the same text.
+
+    Args:
+        encode: (text) -> ids, places.
+        decode: (ids) -> text.
+        text: a conversation.
+        prompts: the text before each answer, as a model is asked with it.
+    """
+    ids, places = whole = encode(text)
+    cuts = [0]
+    for prompt in filter(text.startswith, prompts):
+        asked, border = encode(prompt)[0], len(prompt)
+        over = any(start < border < end for start, end in places)
+        if over and asked != ids[: len(asked)]:
+            cuts.append(border)
+    ids, places = [], []
+    for start, end in itertools.pairwise([*cuts, len(text)]):
+        more, where = encode(text[start:end])
+        ids += more
+        places += [(a + start, b + start) for a, b in where]
+    return (ids, places) if decode(ids) == decode(whole[0]) else whole
 
 
 def conversation(rng, name):

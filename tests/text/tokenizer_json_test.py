@@ -65,15 +65,21 @@ def test_ids_are_the_whole_text_s_and_masks_what_they_look_like(name, folders):
     kind = families.KINDS[NAMES.index(name) % len(families.KINDS)]
     rng, folder = np.random.default_rng(NAMES.index(name)), folders(name, kind)
     ours, inner = load(folder), judge(folder)
+
+    def encode(text):
+        whole = inner.encode(text, add_special_tokens=False)
+        return whole.ids, whole.offsets
+
     for _ in range(8):
         messages, tools = families.conversation(rng, name)
         ids, mask = chat.render(messages, ours, tools=tools)
         text = ours.template.text(messages, tools)
-        whole = inner.encode(text, add_special_tokens=False)
-        assert ids == whole.ids
+        prompts = families.prompts(messages, tools, ours.template.text)
+        expected, places = families.parted(encode, inner.decode, text, prompts)
+        assert ids == expected
         spans = families.speech(name, text)
         assert mask == [
-            any(s < end and e > start for start, end in spans) for s, e in whole.offsets
+            any(s < end and e > start for start, end in spans) for s, e in places
         ]
         prompt = chat.generation_prompt(messages[:-1], ours, tools=tools)
         text = ours.template.text(messages[:-1], tools, prompt=True)
@@ -425,5 +431,5 @@ def test_bad_files_are_one_line(files, told, change):
 def test_the_extra_is_named_where_the_library_is_missing(folders, monkeypatch):
     folder = folders("chatml")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"stagecraft\[huggingface\]"):
+    with pytest.raises(UserError, match=r"\[huggingface\]"):
         load(folder)
