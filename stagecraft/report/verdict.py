@@ -6,7 +6,7 @@ from stagecraft.metrics import is_number
 from stagecraft.report.compare import number
 from stagecraft.runs import part
 
-_TOLD = 2  # figures a sentence names
+_NAMED = 2  # figures, or bounds, that a sentence names
 
 
 def bounds(summary: dict) -> list[dict]:
@@ -54,12 +54,13 @@ def _in_words(word):
     return (figures.words(word) if is_key else word) + comma
 
 
-def sentence(summary: dict, stages: list[str]) -> dict:
+def sentence(summary: dict, stages: list[str], *, named: int = _NAMED) -> dict:
     """Returns what a run shows, in a sentence.
 
     Args:
         summary: of the run.
         stages: its stages, parents first.
+        named: most bounds that do not hold to be named.
 
     Returns:
         {"text", "holds": whether all bounds hold, None where there are none}. Bounds
@@ -71,9 +72,9 @@ def sentence(summary: dict, stages: list[str]) -> dict:
         verb = "does not hold" if len(failed) == 1 else "do not hold"
         what = "; ".join(
             f"{row['title']} is {row['text']}, must be {row['short']}"
-            for row in failed[:_TOLD]
+            for row in failed[:named]
         )
-        more = f"; and {len(failed) - _TOLD} more" if len(failed) > _TOLD else ""
+        more = f"; and {len(failed) - named} more" if len(failed) > named else ""
         return {
             "text": f"{len(failed)} of {len(rows)} bounds {verb}: {what}{more}.",
             "holds": False,
@@ -104,5 +105,5 @@ def _telling(summary, stages):
         best = (max if row.better == "higher" else min)(values, key=values.get)
         title = row.title[0].lower() + row.title[1:]
         parts.append(f"{title} {_value(summary, f'{best}.{name}')} after {best}")
-    parts = parts[:_TOLD]
+    parts = parts[:_NAMED]
     return f": {'; '.join(parts)}" if parts else ""
