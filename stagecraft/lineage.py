@@ -71,6 +71,7 @@ class StageRecord(_Json):
         seconds_this_time: wall seconds since it was last resumed.
         tokens: {what was done with them: count}.
         peak_memory_bytes: the most the process held.
+        made_with: versions, device and command, see `process.made_with`.
     """
 
     kind: str
@@ -88,6 +89,7 @@ class StageRecord(_Json):
     seconds_this_time: float | None = None
     tokens: dict[str, float] | None = None
     peak_memory_bytes: int | None = None
+    made_with: dict[str, str] | None = None
 
     REQUIRED = ("kind", "start_from", "finished")
 

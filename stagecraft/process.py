@@ -7,7 +7,9 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -76,6 +78,47 @@ def _processor():
         lines = []
     name += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def made_with() -> dict[str, str]:
+    """Returns what a stage is made with: versions, device, and the command.
+
+    The commit is there where the package is a git clone, a "+" behind it where files
+    differ from it; the command where `stagecraft` was one.
+    """
+    import jax
+
+    import stagecraft
+
+    devices = jax.devices()
+    made = {"stagecraft": stagecraft.__version__, "commit": _commit()}
+    made |= {"jax": jax.__version__}
+    made |= {"device": f"{len(devices)} × {devices[0].device_kind}"}
+    name = Path(sys.argv[0])
+    if name.stem in ("stagecraft", "__main__"):
+        made["command"] = shlex.join(["stagecraft", *sys.argv[1:]])
+    return {key: value for key, value in made.items() if value}
+
+
+def _commit():
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 class Stopped(KeyboardInterrupt):

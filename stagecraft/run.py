@@ -254,6 +254,7 @@ def _run_stage(run, name, early):
             format=kinds.of(stage).format(stage),
             tokenizer=run.tokenizer.digest,
             data=data.dataset.report | {"reading": data.reading},
+            made_with=process.made_with(),
         )
         if functions.frozen is not None:
             parent = lineage.stages[name].parents["start_from"]
@@ -355,6 +356,7 @@ def _write_records(run, name, parents, data, key):
     result["tokens"] = records.work(stage, recording, samples)
     record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     record["data"] = {"reading": data.reading}
+    record["made_with"] = process.made_with()
     record = StageRecord.from_json(record | result | {"finished": True})
     record.write(folder)
 

@@ -135,7 +135,8 @@ class StageFiles:
         name: the stage's name in the graph.
         index: its place in the order, which decides its colour.
         kind, start_from: from stage.json, else lineage.json, else config.json.
-        parents: {name of a stage it needs: True when it starts from its weights}.
+        parents: {what it needs, a stage's name or an address from outside the run:
+            True when it starts from its weights}.
         info: stage.json, {} when the stage is unfinished.
         lineage: the stage's entry of lineage.json.
         rows, samples: metrics.jsonl and samples.jsonl.
@@ -238,10 +239,14 @@ def _stage(folder, planned, entry, names, missing):
         missing.append(f"{folder.name}: {state}")
     sources = (info, entry, planned)
     start_from = _first(sources, "start_from")
-    needed = [value for key, value in planned.items() if key.endswith("_from")]
-    needed = _mentioned([entry.get("parents"), *needed], names)
+    roles = [value for key, value in planned.items() if key.endswith("_from")]
+    needed = [value for value in roles if isinstance(value, str) and value]
+    needed += _mentioned(entry.get("parents"), names)
+    needed += _records_of(
+        [*part(planned, "data").values(), *part(entry, "data")], names
+    )
     parents: dict[str, bool] = dict.fromkeys(needed, False)
-    if start_from in names:
+    if start_from:
         parents[start_from] = True
     parents.pop(folder.name, None)
     kind = _first(sources, "kind")
@@ -268,6 +273,12 @@ def _mentioned(value, names):
     if isinstance(value, list):
         return [n for v in value for n in _mentioned(v, names)]
     return [value] if isinstance(value, str) and value in names else []
+
+
+def _records_of(specs, names):
+    """Returns the stages whose records some files specs name, as in "stage:NAME"."""
+    parts = [p for spec in specs if isinstance(spec, str) for p in spec.split(",")]
+    return [name for name in names if f"stage:{name}" in map(str.strip, parts)]
 
 
 def _first(sources, key):

@@ -1,8 +1,14 @@
-"""Compiled programs are kept for the next process."""
+"""Compiled programs are kept for the next process; what a stage is made with."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import jax
+
+import stagecraft
+from stagecraft import process
 
 PROGRAM = """
 import jax
@@ -36,3 +42,25 @@ def test_the_next_process_compiles_nothing_again(tmp_path):
 def test_jaxs_own_variable_goes_first(tmp_path):
     folder, _ = run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
     assert folder == str(tmp_path / "own")
+
+
+def test_what_a_stage_is_made_with(monkeypatch):
+    words = ["/usr/bin/stagecraft", "run", "--config=mine.py:a=b c"]
+    monkeypatch.setattr(sys, "argv", words)
+    process.made_with.cache_clear()
+    made = process.made_with()
+    process.made_with.cache_clear()
+    assert made["stagecraft"] == stagecraft.__version__
+    assert made["jax"] == jax.__version__
+    assert made["device"].startswith(f"{jax.device_count()} × ")
+    assert made["command"] == "stagecraft run '--config=mine.py:a=b c'"
+    root = Path(stagecraft.__file__).parent.parent
+    assert ("commit" in made) == (root / ".git").exists()
+
+
+def test_a_program_of_ones_own_is_no_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--secret=1"])
+    process.made_with.cache_clear()
+    made = process.made_with()
+    process.made_with.cache_clear()
+    assert "command" not in made

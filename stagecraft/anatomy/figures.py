@@ -7,6 +7,10 @@ without a row here is shown under its plain name.
 import functools
 from typing import NamedTuple
 
+from stagecraft.anatomy import statistics
+from stagecraft.metrics import is_number
+from stagecraft.runs import part
+
 
 class Figure(NamedTuple):
     """How a figure is shown.
@@ -95,6 +99,13 @@ FIGURES = (
         better="higher",
         column=1,
     ),
+    _share(
+        "reward_win_rate",
+        "Reward win rate",
+        "wins by reward against independent samples of the SFT model, ties half",
+        better="higher",
+        column=9,
+    ),
     Figure(
         "kl",
         "KL",
@@ -119,6 +130,11 @@ FIGURES = (
         column=6,
     ),
     _share("distinct", "Distinct", "share of different texts among the samples"),
+    _share(
+        "distinct_2",
+        "Distinct-2",
+        "different pairs of neighbouring words, as a share of all such pairs",
+    ),
     _share("eos_rate", "Ends", "share of samples that end by themselves"),
     Figure("words", "Words", "mean words of a sample", unit="words", digits=1),
     _share(
@@ -163,12 +179,67 @@ FIGURES = (
 BY_NAME = {figure.name: figure for figure in FIGURES}
 # Of `stagecraft compare`, in its order.
 COLUMNS = tuple(sorted((f for f in FIGURES if f.column), key=lambda f: f.column))
+# Of a run in short: its first screen and the end of a terminal, the most telling first.
+SHORT = (
+    "heldout_accuracy",
+    "gold_win_rate",
+    "reward_win_rate",
+    "pair_accuracy",
+    "gold_mean",
+    "reward_mean",
+    "kl",
+    "length",
+    "cloze_accuracy",
+    "eval_loss",
+    "eval_accuracy",
+    "eos_rate",
+    "distinct_2",
+    "entropy",
+)
+_LOWER = ("loss", "perplexity")  # of evaluations, better where lower
+# Parts of a summary that hold figures by stage, or of none.
+APART = ("weights", "cost", "seconds", "bounds")
 
 
 def figure(name: str) -> Figure:
     """Returns the row of a figure; a plain one where the table has none.
 
-    >>> figure("kl").digits, figure("my_rate").title
-    (2, 'my rate')
+    >>> figure("kl").digits, figure("my_rate").title, figure("eval_loss").better
+    (2, 'my rate', 'lower')
     """
+    if name.startswith("eval_"):
+        bare = name.removeprefix("eval_")
+        title = f"Held-out {bare.replace('_', ' ').replace('/', ' ')}"
+        meaning = "of held-out rows, at the last evaluation"
+        better = "lower" if bare in _LOWER else ""
+        return Figure(name, title, meaning, better=better)
     return BY_NAME.get(name) or Figure(name, name.replace("_", " "))
+
+
+def words(key: str) -> str:
+    """Returns a dotted key of a summary in words.
+
+    >>> words("ppo.gold_mean"), words("weights.sft.relative_change")
+    ('Gold score of ppo', 'Relative change of sft')
+    """
+    first, *rest = key.split(".")
+    if first in APART and len(rest) > 1:
+        first, *rest = rest
+    titles = [figure(name).title for name in rest]
+    if first == "seconds":
+        return " ".join(["Seconds", *titles])
+    return f"{' '.join(titles)} of {first}" if rest else key
+
+
+def half(own: dict, name: str) -> float | None:
+    """Returns half the 95% interval of a stage's figure over draws; None without one.
+
+    Args:
+        own: the stage's part of a summary.
+        name: of the figure.
+    """
+    draws = part(own, "draws")
+    error, count = part(draws, "standard_error").get(name), draws.get("count")
+    if not is_number(error) or not is_number(count) or count < 2:
+        return None
+    return statistics.interval([own[name]], [(error, count - 1)])[1]

@@ -31,7 +31,7 @@ CHARTS = (
         ("rewards/chosen", "chosen"),
         ("rewards/rejected", "rejected"),
     ),
-    ("Score (proxy)", "reward model, a sample", *_both("objective/scores")),
+    ("Reward (proxy)", "reward model, a sample", *_both("objective/scores")),
     ("KL to the reference", "nats a sequence", *_both("objective/kl")),
     ("Entropy", "nats a sequence", ("objective/entropy", "training")),
     ("Clip fraction", "share of tokens clipped", ("policy/clipfrac_avg", "training")),
@@ -122,7 +122,7 @@ def overlays(stages):
     """Proxy and gold while training, all stages that have them in one chart each."""
     shown = []
     for title, unit, wanted in (
-        ("Score (proxy)", "reward model, a sample", lambda k: k == "objective/scores"),
+        ("Reward (proxy)", "reward model, a sample", lambda k: k == "objective/scores"),
         ("Gold score", "rules nobody trains on", lambda k: "gold" in k),
         ("KL to the reference", "nats a sequence", lambda k: k == "objective/kl"),
     ):

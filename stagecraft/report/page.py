@@ -12,7 +12,7 @@ from stagecraft import runs
 from stagecraft.anatomy import cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
-from stagecraft.report import charts, curves, render
+from stagecraft.report import charts, compare, curves, render, verdict
 from stagecraft.report.curves import show
 from stagecraft.runs import part
 from stagecraft.schema import flat
@@ -37,11 +37,13 @@ def write(folder: str | Path) -> Path:
     text = render.render(
         "report.html.jinja",
         run=run,
+        answer=verdict.sentence(run.summary, [stage.name for stage in run.stages]),
         facts=_facts(run),
+        strip=_strip(run),
+        bounds=_bounds(run),
         graph=_graph(run),
         headline=_headline(run),
         other=_other(run),
-        answers=_answers(run),
         stages=[curves.panel(stage) for stage in run.stages],
         hacking=_hacking(run),
         overlays=curves.overlays(run.stages),
@@ -51,6 +53,7 @@ def write(folder: str | Path) -> Path:
         cost=_cost(run),
         time=_time(run),
         data=_data(run),
+        made=_made(run),
         lineage=_lineage(run),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
     )
@@ -70,22 +73,10 @@ def _facts(run):
         facts.append(("Model", f"{model['layers']} layers, width {model['width']}"))
         if set(model) >= cost.NEEDED:
             facts.append(("Parameters", show(cost.parameters(model)["total"])))
-    total = part(run.summary, "seconds").get("total")
-    if total is None:
-        total = sum(_seconds(stage).get("total", 0.0) for stage in run.stages)
-    if total:
-        facts.append(("Wall time", f"{int(total // 60)} min {total % 60:.0f} s"))
-    peaks = [s.info.get("peak_memory_bytes") for s in run.stages]
-    peaks = [peak for peak in peaks if is_number(peak)]
-    if peaks:
-        facts.append(("Peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
-    records = (run.summary, run.lineage, run.config, *(s.info for s in run.stages))
-    machine = next((r["machine"] for r in records if "machine" in r), None)
-    if machine:
-        facts.append(("Machine", machine))
-    if isinstance(run.config.get("mesh"), dict):
-        mesh = ", ".join(f"{k} {v}" for k, v in run.config["mesh"].items())
-        facts.append(("Mesh", mesh))
+    draws = [part(part(run.summary, s.name), "draws").get("count") for s in run.stages]
+    draws = [count for count in draws if is_number(count)]
+    if draws:
+        facts.append(("Draws of each sampled answer", max(draws)))
     # The newest file, not the clock: a page written again stays the same.
     paths = [*run.folder.glob("*.json"), *run.folder.glob("*/*.json*")]
     newest = max(path.stat().st_mtime for path in paths)
@@ -94,17 +85,58 @@ def _facts(run):
     return facts
 
 
+def _strip(run):
+    """Each stage in a line: [{"stage", "figures": [cell], "texts"}]."""
+    answers = part(run.prompt, "answers")
+    rows = []
+    for stage in run.stages:
+        own = _figures(run, stage)
+        order = dict.fromkeys([*figures.SHORT, *figures.BY_NAME, *own])
+        names = [name for name in order if name in own][:4]
+        texts = answers.get(stage.name)
+        texts = texts if isinstance(texts, list) else []
+        texts = [one for one in texts if isinstance(one, dict) and "text" in one]
+        cells = [_cell(run, stage, name) for name in names]
+        rows.append({"stage": stage, "figures": cells, "texts": texts})
+    return rows
+
+
+def _cell(run, stage, name):
+    """A stage's figure as it is shown, with its interval or its number of questions."""
+    own, row = part(run.summary, stage.name), figures.figure(name)
+    if not is_number(own.get(name)):
+        return None
+    return {
+        "title": row.title,
+        "better": row.better,
+        "text": compare.number(own[name], row.digits),
+        "half": figures.half(own, name),
+        "digits": row.digits,
+        "n": part(own, "n").get(name),
+        "bound": _bound(run, f"{stage.name}.{name}"),
+    }
+
+
+def _bounds(run):
+    """{"science": [...], "time": [...]}: every bound of the run, failed ones first."""
+    tables = {"science": [], "time": []}
+    for bound in verdict.bounds(run.summary):
+        tables["time" if bound["time"] else "science"].append(bound)
+    return tables
+
+
 def _graph(run):
     nodes, edges = {}, []
+    names = {stage.name for stage in run.stages}
     for stage in run.stages:
-        outside = stage.start_from and stage.start_from not in stage.parents
-        if outside:
-            label = stage.start_from.rstrip("/").rsplit("/", 1)[-1]
-            nodes.setdefault(label, {"note": "from outside", "colour": None})
-            edges.append((label, stage.name, True))
+        for source, main in stage.parents.items():
+            label = source
+            if source not in names:
+                label = source.rstrip("/").rsplit("/", 1)[-1]
+                nodes.setdefault(label, {"note": "from outside", "colour": None})
+            edges.append((label, stage.name, main))
         note = stage.kind.replace("_", " ") or "stage"
         nodes[stage.name] = {"note": note, "colour": stage.index}
-        edges += [(name, stage.name, main) for name, main in stage.parents.items()]
     return charts.graph(nodes, edges) if nodes else ""
 
 
@@ -123,7 +155,7 @@ def _bound(run, key):
 
 
 def _headline(run):
-    """Figures by stage: {"stages": [...], "rows": [{title, meaning, cells}]}."""
+    """Figures by stage: {"stages": [...], "rows": [{title, better, cells, ...}]}."""
     table = {stage.name: _figures(run, stage) for stage in run.stages}
     stages = [stage for stage in run.stages if table[stage.name]]
     keys = dict.fromkeys(key for own in table.values() for key in own)
@@ -131,33 +163,17 @@ def _headline(run):
     rows = []
     for key in order + [key for key in keys if key not in figures.BY_NAME]:
         row = figures.figure(key)
-        cells = [
-            {
-                "value": table[stage.name].get(key),
-                "bound": _bound(run, f"{stage.name}.{key}"),
-            }
-            for stage in stages
-        ]
-        rows.append({"title": row.title, "meaning": row.meaning, "cells": cells})
+        cells = [_cell(run, stage, key) for stage in stages]
+        rows.append(row._asdict() | {"cells": cells})
     return {"stages": stages, "rows": rows}
 
 
 def _other(run):
     """Figures that belong to no stage, by dotted name: [(name, value, bound)]."""
-    shown = {stage.name for stage in run.stages} | {"weights", "cost", "bounds"}
+    shown = {stage.name for stage in run.stages} | {*figures.APART}
     other = {key: value for key, value in run.summary.items() if key not in shown}
     rows = [row for row in flat(other) if is_number(row[1])]
     return [(key, value, _bound(run, key)) for key, value in rows]
-
-
-def _answers(run):
-    """[{"stage", "texts": [{"temperature", "text"}]}], in the graph's order."""
-    answers = part(run.prompt, "answers")
-    return [
-        {"stage": stage, "texts": [one for one in answers[stage.name] if "text" in one]}
-        for stage in run.stages
-        if isinstance(answers.get(stage.name), list)
-    ]
 
 
 def _bars(run, keys, table=None):
@@ -167,11 +183,11 @@ def _bars(run, keys, table=None):
         rows = [(stage, part(table, stage.name).get(key)) for stage in run.stages]
         rows = [(stage, value) for stage, value in rows if is_number(value)]
         if rows:
-            bars.append(_scaled(key, rows))
+            bars.append(_scaled(key, rows, table))
     return bars
 
 
-def _scaled(key, rows):
+def _scaled(key, rows, table):
     """Bars from zero, in percent of a track that holds them all, negatives too."""
     figure = figures.figure(key)
     low = min(0.0, *(value for _, value in rows))
@@ -183,12 +199,14 @@ def _scaled(key, rows):
         {
             "stage": stage,
             "value": value,
+            "half": figures.half(part(table, stage.name), key),
+            "n": part(part(table, stage.name), "n").get(key),
             "left": 100 * (min(value, 0.0) - low) / span,
             "width": 100 * abs(value) / span,
         }
         for stage, value in rows
     ]
-    about = {"title": figure.title, "meaning": figure.meaning}
+    about = {k: getattr(figure, k) for k in ("title", "meaning", "better")}
     return about | {"bars": bars, "zero": 100 * -low / span}
 
 
@@ -264,7 +282,7 @@ def _cost(run):
     ]
     rows = [(row["stage"], row["cost"].get("share")) for row in counts]
     rows = [(stage, value) for stage, value in rows if is_number(value)]
-    return {"bars": _scaled("share", rows) if rows else None, "counts": counts}
+    return {"bars": _scaled("share", rows, table) if rows else None, "counts": counts}
 
 
 def _seconds(stage):
@@ -289,8 +307,15 @@ def _time(run):
             parts = {name: parts.get(name, 0.0) for name in _PARTS}
             rows.append({"stage": stage, "total": total, "parts": parts})
     longest = max((row["total"] for row in rows), default=1.0)
+    total = part(run.summary, "seconds").get("total")
+    total = total or sum(row["total"] for row in rows)
+    about = f"{int(total // 60)} min {total % 60:.0f} s in total"
+    peaks = [s.info.get("peak_memory_bytes") for s in run.stages]
+    peaks = [peak for peak in peaks if is_number(peak)]
+    if peaks:
+        about += f"; at most {max(peaks) / 2**30:.2f} GiB of memory"
     used = [k for k in _PARTS if any(r["parts"].get(k, 0) > 0.05 for r in rows)]
-    return {"rows": rows, "longest": longest, "activities": used}
+    return {"rows": rows, "longest": longest, "activities": used, "about": about}
 
 
 def _data(run):
@@ -308,6 +333,16 @@ def _data(run):
             facts["curated"] = ", ".join(one[:12] for one in data["curations"])
         rows.append((stage, facts, {"by": by, "rows": sources} if sources else None))
     return rows
+
+
+def _made(run):
+    """With what the stages were made: [(label, value)], all that differ in one."""
+    records = [part(stage.info, "made_with") for stage in run.stages]
+    labels = dict.fromkeys(label for record in records for label in record)
+    return [
+        (label, list(dict.fromkeys(str(r[label]) for r in records if label in r)))
+        for label in labels
+    ]
 
 
 def _lineage(run):

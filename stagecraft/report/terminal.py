@@ -7,48 +7,57 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stagecraft import claims, runs
-from stagecraft.anatomy import evaluate, statistics
-from stagecraft.report import compare
+from stagecraft import runs
+from stagecraft.anatomy import evaluate, figures, statistics
+from stagecraft.metrics import is_number
+from stagecraft.report import compare, verdict
 
-_NO_STAGE = ("bounds", "weights", "cost", "seconds")  # keys of a summary beside stages
-
-
-def show_summary(summary: dict) -> None:
-    """Prints a run's claims and figures, stages down."""
-    console = Console(highlight=False)
-    bounds = summary.get("bounds", {})
-    if bounds:
-        console.print(_claims(summary, bounds))
-    table = Table(title="figures by stage", title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("figures", overflow="fold")
-    for name, figures in summary.items():
-        if name not in _NO_STAGE:
-            texts = [f"{k} {v:.3f}" for k, v in figures.items() if isinstance(v, float)]
-            table.add_row(name, ", ".join(texts))
-    for name, key, form, unit in (
-        ("cost", "share", ".1%", "of pretraining's FLOPs"),
-        ("weights", "relative_change", ".3f", "relative change"),
-    ):
-        stages = summary.get(name, {}).items()
-        texts = [f"{stage} {v[key]:{form}}" for stage, v in stages if key in v]
-        if texts:
-            table.add_row(name, f"{', '.join(texts)} {unit}")
-    table.add_row("seconds", f"{summary['seconds']['total']:.0f} in total")
-    console.print(table)
+WAYS = {"higher": "↑", "lower": "↓", "": ""}  # what is better
+_ROWS = 8  # figures at the end of a run
 
 
-def _claims(summary, bounds):
-    table = Table(title="claims", title_justify="left")
-    for column in ("figure", "is", "must be", ""):
-        table.add_column(column, justify="right" if column == "is" else "left")
-    for key, bound in bounds.items():
-        value = claims.lookup(summary, key)
-        mark = "holds" if bound["holds"] else "[red]DOES NOT HOLD[/red]"
-        must = bound["must"] if value is not None else bound["short"]
-        shown = "–" if value is None else f"{value:.3f}"
-        table.add_row(key, shown, must, mark)
+def show_summary(summary: dict, file=None) -> None:
+    """Prints a run's figures, stages across, and its verdict in a line."""
+    console = Console(file=file, highlight=False)
+    stages = [name for name in summary if name not in figures.APART]
+    own = {name: runs.part(summary, name) for name in stages}
+    measured = [name for name in stages if any(map(is_number, own[name].values()))]
+    others = [name for figures_ in own.values() for name in figures_]
+    keys = dict.fromkeys([*figures.SHORT, *figures.BY_NAME, *others])
+    keys = [k for k in keys if any(is_number(own[s].get(k)) for s in measured)][:_ROWS]
+    for part in _that_fit(console, measured, keys, own) if keys else ():
+        console.print(_summary_table(part, keys, own))
+    answer = verdict.sentence(summary, stages, named=len(summary))
+    text = f"{answer['text']} {runs.part(summary, 'seconds').get('total', 0.0):.0f} s."
+    for bound in verdict.bounds(summary):
+        if bound["time"] and bound["holds"] is False:
+            text += f" {bound['title']} must be {bound['short']}."
+    console.print(Text(text, style="red" if answer["holds"] is False else ""))
+
+
+def _that_fit(console, stages, keys, own):
+    """Returns the stages in groups, each a table no wider than the terminal."""
+    groups = [[]]
+    for name in stages:
+        table = _summary_table([*groups[-1], name], keys, own)
+        wide = Console(width=10_000).measure(table).maximum > console.width
+        if wide and groups[-1]:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
+
+
+def _summary_table(stages, keys, own):
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in stages:
+        # A long name in two lines rather than a table in two parts.
+        table.add_column(Text(name.replace("_", "_\n")), justify="right", no_wrap=True)
+    for key in keys:
+        row = figures.figure(key)
+        cells = [own[name].get(key) for name in stages]
+        cells = [compare.number(v, row.digits) if is_number(v) else "" for v in cells]
+        table.add_row(Text(f"{row.title} {WAYS[row.better]}".rstrip()), *cells)
     return table
 
 

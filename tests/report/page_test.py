@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from stagecraft import runs
@@ -131,6 +132,153 @@ def test_nothing_is_loaded_and_nothing_runs(run):
         for name in ("href", "xlink:href", "src"):
             assert attributes.get(name, "#").startswith("#")
     assert any("default-src 'none'" in a.get("content", "") for _, a in shown.tags)
+
+
+def _words(folder):
+    shown = _Page(page.write(folder).read_text(encoding="utf-8"))
+    return " ".join(" ".join(shown.words).split())
+
+
+def _change(path, **parts):
+    _json(path, json.loads(path.read_text()) | parts)
+
+
+def test_the_first_words_are_the_answer(run):
+    """Failed bounds before all else; a bound on time is none of the method's."""
+    bounds = {
+        "seconds.total": {"must": "≤ 480", "short": "≤ 480", "holds": False},
+        "tuned.heldout_accuracy": {"must": "≥ 0.85", "short": "≥ 0.85", "holds": True},
+        "policy.gold_mean": {
+            "must": "> tuned.gold_mean + 0.4",
+            "short": "> 1.01",
+            "holds": False,
+        },
+        "weights.policy.relative_change": {
+            "must": "< 0.05",
+            "short": "< 0.05",
+            "holds": False,
+        },
+    }
+    _change(run / "summary.json", bounds=bounds)
+    words = _words(run)
+    answer = (
+        "2 of 3 bounds do not hold: Gold score of policy is −0.500, must be > 1.01; "
+        "Relative change of policy is 0.100, must be < 0.05."
+    )
+    assert f"report {run.name} {answer} Asked of every stage:" in words
+    table = words[words.index("must be Gold score of policy") :]
+    assert table.index("Relative change of policy") < table.index("Held-out accuracy")
+    assert "> Gold score of tuned + 0.4 > 1.01" in table
+    assert "Seconds total" not in words.partition("Wall time")[0]
+    assert "Bounds on time" in words and "Seconds total ✗ no" in words
+    for bound in bounds.values():
+        bound["holds"] = True
+    _change(run / "summary.json", bounds=bounds)
+    assert "3 of 3 bounds hold: held-out accuracy 0.900 after tuned; gold" in _words(
+        run
+    )
+    _change(run / "summary.json", bounds={})
+    assert "4 stages, 2 of them measured (base, tuned, judge, policy): h" in _words(run)
+
+
+def test_a_figure_has_its_interval_or_its_count(run):
+    """Four draws of standard error .01: half is t(3) = 3.182 times that."""
+    drawn = {"count": 4, "standard_error": {"gold_mean": 0.01}}
+    policy = {"gold_mean": 1.5, "kl": 2.0, "draws": drawn, "n": {"gold_mean": 216}}
+    tuned = {"heldout_accuracy": 0.9, "n": {"heldout_accuracy": 324}}
+    _change(run / "summary.json", policy=policy, tuned=tuned)
+    words = _words(run)
+    assert "Gold score ↑ 1.500 ±0.032" in words
+    assert "Held-out accuracy ↑ 0.900 n 324" in words
+    assert "KL 2.00" in words  # no way is better
+
+
+def test_all_that_a_stage_is_given_is_an_edge(run):
+    stages = {
+        "base": {},
+        "tuned": {"start_from": "base"},
+        "judge": {"start_from": "tuned", "data": {"files": "stage:pairs, mine.jsonl"}},
+        "pairs": {"start_from": "tuned"},
+        "policy": {
+            "start_from": "tuned",
+            "reward_from": "judge",
+            "reference_from": "hf:models/base-1B",
+            "value_from": "",
+        },
+    }
+    _change(run / "config.json", stages=stages)
+    files = {stage.name: stage for stage in runs.read(run).stages}
+    assert files["judge"].parents == {"tuned": True, "pairs": False}
+    assert list(files).index("pairs") < list(files).index("judge")
+    text = page.write(run).read_text(encoding="utf-8")
+    for edge in ("pairs leads to judge", "judge leads to policy"):
+        assert edge in text
+    assert "base-1B leads to policy" in text
+    _change(run / "config.json", stages={})
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage["stages"]["judge"]["data"] = {"stage:base": "ab" * 32}
+    _json(run / "lineage.json", lineage)
+    files = {stage.name: stage for stage in runs.read(run).stages}
+    assert files["judge"].parents == {"base": False, "tuned": True}
+
+
+def test_with_what_it_was_made_is_shown_and_hashes_are_folded(run):
+    path = run / "tuned" / "stage.json"
+    made = {"stagecraft": "0.1.0", "commit": "91e4399", "command": "stagecraft run"}
+    _change(path, made_with=made)
+    words = _words(run)
+    assert "stagecraft 0.1.0 commit 91e4399 command stagecraft run" in words
+    text = (run / "report.html").read_text()
+    folded = text[text.index("Hashes of what") :]
+    assert folded.index("c0ffee") < folded.index("</details>")
+
+
+# CIE L*a*b* of linear sRGB, D65; deuteranopes by Viénot, Brettel and Mollon (1999).
+_XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)
+_LMS = np.array(
+    [
+        [17.8824, 43.5161, 4.11935],
+        [3.45565, 27.1554, 3.86714],
+        [0.0299566, 0.184309, 1.46709],
+    ]
+)
+_SEEN = {
+    "all": np.eye(3),
+    "deuteranopia": np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]]),
+}
+
+
+def _lab(linear):
+    ratio = linear @ _XYZ.T / (_XYZ @ np.ones(3))
+    root = np.where(
+        ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116
+    )
+    x, y, z = np.moveaxis(root, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+@pytest.mark.parametrize(("sight", "least"), [("all", 25), ("deuteranopia", 20)])
+@pytest.mark.parametrize("theme", [0, 1])
+def test_stages_are_told_apart(run, sight, least, theme):
+    """The smallest CIE76 distance of two stages' colours; 2.3 is just noticeable."""
+    text = page.write(run).read_text(encoding="utf-8")
+    found = re.findall(r"--s(\d): #([0-9a-f]{6})", text)
+    assert len(found) == 2 * charts.COLOURS  # light and dark
+    colours = [code for _, code in found][theme * charts.COLOURS :][: charts.COLOURS]
+    values = [[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in colours]
+    values = np.array(values)
+    bent = ((values + 0.055) / 1.055) ** 2.4
+    linear = np.where(values <= 0.04045, values / 12.92, bent)
+    as_seen = np.linalg.inv(_LMS) @ _SEEN[sight] @ _LMS
+    lab = _lab(np.clip(linear @ as_seen.T, 0, 1))
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    assert distances[np.triu_indices(len(lab), 1)].min() > least
 
 
 def test_what_a_stage_learned_from_is_shown(run):
