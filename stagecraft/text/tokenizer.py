@@ -72,6 +72,9 @@ class Tokenizer(Protocol):
     def decode(self, ids) -> str:
         """Returns the text of ids; control ids have none."""
 
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown: "<|user|>"."""
+
 
 def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.
@@ -180,6 +183,10 @@ class SentencePiece:
     def decode(self, ids) -> str:
         """Returns the text of ids; control pieces have none."""
         return self._processor.decode([int(i) for i in ids])
+
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown."""
+        return self._processor.id_to_piece(int(id_))
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePiece":
