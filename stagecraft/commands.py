@@ -192,22 +192,23 @@ def prompt(rest):
     terminal.show_answers(rest[0], answers)
 
 
-@takes(WORKDIR, *SAMPLING, Flag("stage", "", "whose model to talk to"))
+@takes(WORKDIR, *SAMPLING, Flag("stage", "", "by default the last that chats"))
 def chat(rest):
-    """Talk to one stage's model, turn by turn.
+    r"""Talk to one stage's model, turn by turn.
 
-    An empty line, /quit or ctrl-D ends the conversation, /reset starts a new one;
-    lines may be piped in.
+    stagecraft chat --workdir=runs/a
+    stagecraft chat --workdir=runs/a --stage=sft --temperature=0.7
 
-    stagecraft chat --workdir=runs/a --stage=dpo
+    /quit, an empty line, ctrl-D, or ctrl-C twice ends the conversation; /reset starts a
+    new one; ctrl-C stops an answer. The arrow keys bring back earlier lines. Text of
+    several lines can be pasted where the terminal marks what is pasted, or typed with a
+    backslash at the end of each line but the last. A line that begins with a slash is a
+    command; put a space before it to say it. Lines may be piped in.
     """
     from stagecraft.report import chat as conversation
     from stagecraft.run import open_run
 
-    run = open_run(_workdir())
-    if not FLAGS.stage:
-        raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
-    conversation.chat(run, FLAGS.stage, **_values(SAMPLING))
+    conversation.chat(open_run(_workdir()), FLAGS.stage, **_values(SAMPLING))
 
 
 @takes(WORKDIR)
