@@ -62,6 +62,7 @@ def takes(*taken, words=False):
     Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
     WORKDIR,
     Flag("only", "", "stages to run, as in sft,dpo; all by default"),
+    Flag("dry_run", False, "check all and say what it would take"),
 )
 def run_(rest):
     """Run or resume a graph of stages.
@@ -73,13 +74,53 @@ def run_(rest):
     The experiment is a file, or one of `stagecraft list`. What follows the colon goes
     to its get_config; --config.KEY=VALUE overrides one key. The same command again goes
     on where it stopped; finished stages are skipped.
+
+    With --dry_run the config and the data are checked, and a table shows the
+    parameters, memory, tokens, FLOPs and time of each stage; nothing is written, and
+    --workdir may be left out.
     """
     from stagecraft import run
+    from stagecraft.preview import plan
 
-    only = schema.listed(FLAGS.only)
-    if FLAGS.config is None:
-        raise UserError("--config is missing, as in --config=quickstart")
-    run.run(FLAGS.config, _workdir(), only=only)
+    config, only = _config(), schema.listed(FLAGS.only)
+    if FLAGS.dry_run:
+        plan.show(config, FLAGS.workdir and Path(FLAGS.workdir), only)
+    else:
+        run.run(config, _workdir(), only=only)
+
+
+@takes(
+    Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
+    Flag("workdir", None, "a run whose finished records are read too", str),
+    Flag("stage", "", "stages to look at, as in sft,dpo; all by default"),
+    Flag("rows", 3, "rows to show of each stage", least=0),
+)
+def data(rest):
+    """Show what each stage would learn from: rows, counts, lengths, epochs.
+
+    stagecraft data --config=quickstart --stage=sft
+    stagecraft data --config=FILE --workdir=DIR --stage=dpo --rows=5
+
+    Rows are rendered as the model reads them, control tokens by name. What is learned
+    is bold and underlined on a terminal, and in brackets elsewhere. Data are read,
+    checked and packed as in a run, in a temporary folder: nothing is written.
+    """
+    from stagecraft.preview import data as preview
+
+    root = FLAGS.workdir and Path(FLAGS.workdir)
+    only = schema.listed(FLAGS.stage)
+    preview.show(_config(), root, only, FLAGS.rows)
+
+
+@takes(Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG))
+def graph(rest):
+    """Draw the stages of an experiment, with all that each takes from others.
+
+    stagecraft graph --config=quickstart
+    """
+    from stagecraft.preview import graph as preview
+
+    preview.show(_config())
 
 
 @takes(WORKDIR)
@@ -151,22 +192,23 @@ def prompt(rest):
     terminal.show_answers(rest[0], answers)
 
 
-@takes(WORKDIR, *SAMPLING, Flag("stage", "", "whose model to talk to"))
+@takes(WORKDIR, *SAMPLING, Flag("stage", "", "by default the last that chats"))
 def chat(rest):
-    """Talk to one stage's model, turn by turn.
+    r"""Talk to one stage's model, turn by turn.
 
-    An empty line, /quit or ctrl-D ends the conversation, /reset starts a new one;
-    lines may be piped in.
+    stagecraft chat --workdir=runs/a
+    stagecraft chat --workdir=runs/a --stage=sft --temperature=0.7
 
-    stagecraft chat --workdir=runs/a --stage=dpo
+    /quit, an empty line, ctrl-D, or ctrl-C twice ends the conversation; /reset starts a
+    new one; ctrl-C stops an answer. The arrow keys bring back earlier lines. Text of
+    several lines can be pasted where the terminal marks what is pasted, or typed with a
+    backslash at the end of each line but the last. A line that begins with a slash is a
+    command; put a space before it to say it. Lines may be piped in.
     """
     from stagecraft.report import chat as conversation
     from stagecraft.run import open_run
 
-    run = open_run(_workdir())
-    if not FLAGS.stage:
-        raise UserError(f"--stage is missing; stages: {', '.join(run.config.stages)}")
-    conversation.chat(run, FLAGS.stage, **_values(SAMPLING))
+    conversation.chat(open_run(_workdir()), FLAGS.stage, **_values(SAMPLING))
 
 
 @takes(WORKDIR)
@@ -362,6 +404,12 @@ def _values(flags_):
     return {flag.name: FLAGS[flag.name].value for flag in flags_}
 
 
+def _config():
+    if FLAGS.config is None:
+        raise UserError("--config is missing, as in --config=quickstart")
+    return FLAGS.config
+
+
 def _workdir():
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
@@ -379,6 +427,8 @@ def _bytes(flag, text):
 
 COMMANDS = {
     "run": run_,
+    "data": data,
+    "graph": graph,
     "status": status,
     "list": list_,
     "new": new,

@@ -172,6 +172,17 @@ def order(c, only=()):
     return [name for name in done if not only or name in only]
 
 
+def chosen(c, flag, only):
+    """Returns the names a flag lists, parents first; all where it lists none."""
+    for name in only:
+        if name not in c.stages:
+            raise UserError(
+                f"{flag}={name}: no such stage; {schema.hint(name, c.stages)}"
+                f"stages: {', '.join(c.stages)}"
+            )
+    return order(c, only)
+
+
 def identity(plain):
     """Returns the part of a plain config that decides the numbers."""
     if not isinstance(plain, dict):

@@ -77,23 +77,17 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
     if jax.default_backend() == "cpu":
         process.keep_memory()
     config = experiment.resolve(config)
-    for name in only:
-        if name not in config.stages:
-            raise UserError(schema.unknown("--only", name, config.stages.keys()))
+    names = experiment.chosen(config, "--only", only)
     root = Path(root)
     this = Run(root, config, stages=experiment.order(config))
-    _claim(this)
+    check_same(this)
+    runs.write_config(root, schema.plain(config))
     process.reuse_programs()
-    names = experiment.order(config, only)
     unfinished = [name for name in names if not this.finished(name)]
-    _check_parents(this, names)
+    check_parents(this, names)
     if unfinished:
         with jax.set_mesh(this.mesh()):
-            _write_world(config, root)
-            _curate(config, root)
-            this.tokenizer = _tokenizer(config, root)
-            if prompt := _single_prompt(config):
-                behaviour.check_prompt(this, prompt)
+            read_sources(this)
             early = _early_data(this, unfinished)
             for name in unfinished:
                 _run_stage(this, name, early)
@@ -104,8 +98,8 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
         return _conclude(this, changed=bool(unfinished), started=started)
 
 
-def _claim(run):
-    """Writes WORKDIR/config.json, or checks that it is of the same experiment."""
+def check_same(run: Run) -> None:
+    """Refuses a work directory that holds a run of another config."""
     new, old = schema.plain(run.config), runs.read_config(run.root)
     if old is not None:
         # A key that is newer than the run has its default there.
@@ -116,10 +110,9 @@ def _claim(run):
                 f"{run.root}: holds a run of another config ({changed}); choose "
                 "another --workdir, or give the same config to resume"
             )
-    runs.write_config(run.root, new)
 
 
-def _check_parents(run, names):
+def check_parents(run: Run, names: Sequence[str]) -> None:
     """Refuses --only without a parent that is not finished."""
     for name in names:
         stage = run.config.stages[name]
@@ -132,6 +125,15 @@ def _check_parents(run, names):
                     f"--only: {name} needs {parent}, which is not finished in "
                     f"{run.root}; add it: --only={parent},{name}"
                 )
+
+
+def read_sources(run: Run) -> None:
+    """Writes the world, curates text, and sets the run's tokenizer, each where due."""
+    _write_world(run.config, run.root)
+    _curate(run.config, run.root)
+    run.tokenizer = _tokenizer(run.config, run.root)
+    if prompt := _single_prompt(run.config):
+        behaviour.check_prompt(run, prompt)
 
 
 def _write_world(config, root):
@@ -203,14 +205,18 @@ def _early_data(run, names):
     """Reads and checks the data of the stages whose files are there already."""
     data = {}
     for name in names:
-        files_of = stage_data.stages_named(run.config.stages[name].data)
-        if any(p in run.config.stages and not run.finished(p) for p in files_of):
-            continue
-        data[name] = _data_of(run, name)
+        if not awaited(run, name):
+            data[name] = data_of(run, name)
     return data
 
 
-def _data_of(run, name):
+def awaited(run: Run, name: str) -> list[str]:
+    """Returns the unfinished stages whose records a stage reads."""
+    files_of = stage_data.stages_named(run.config.stages[name].data)
+    return [p for p in files_of if p in run.config.stages and not run.finished(p)]
+
+
+def data_of(run: Run, name: str) -> stage_data.StageData:
     """Returns a stage's `StageData`, if it is as it was when the stage began."""
     stage = run.config.stages[name]
     builder = kinds.of(stage).data
@@ -229,15 +235,11 @@ def _run_stage(run, name, early):
     """Trains a stage, or writes its records, and says in stage.json what it did."""
     config, folder = run.config, run.root / name
     stage = config.stages[name]
-    data = early.pop(name, None) or _data_of(run, name)
+    data = early.pop(name, None) or data_of(run, name)
     lineage = run.lineage()
     lineage.stages[name] = _lineage(run, name, data, lineage)
     lineage.write(run.root)
-    mesh = run.mesh(name)
-    key = jax.random.key(config.seed)
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    if stage.get("seed"):
-        key = jax.random.fold_in(key, stage.seed)
+    mesh, key = run.mesh(name), key_of(config, name)
     with jax.set_mesh(mesh):
         names = experiment.parents(config, name)
         # One model for all the roles it plays.
@@ -281,8 +283,38 @@ def _run_stage(run, name, early):
     record.write(folder)
 
 
+def key_of(config: ConfigDict, name: str) -> jax.Array:
+    """Returns the random key of a stage."""
+    key = jax.random.key(config.seed)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    seed = config.stages[name].get("seed")
+    return jax.random.fold_in(key, seed) if seed else key
+
+
 def _make(run, stage, mesh, parents, data):
     """Builds a stage's functions, and what it does besides training."""
+    kind = kinds.of(stage)
+    # Only bare text leaves the chat pieces unseen.
+    bare = stage.start_from and not run.chat_format(stage.start_from)
+    chat = kind.format(stage) == "chat"
+    unseen = run.tokenizer.control_ids if bare and chat else ()
+    functions = kind.make(stage, context(run, stage, mesh, parents, data, unseen))
+    sample = _sampler(run, stage, mesh, data.samples) if kind.speaks else None
+    finish = kind.finish and kind.finish(stage, data, functions.frozen)
+    return functions, train.Hooks(data.heldout, sample, finish)
+
+
+def context(run, stage, mesh, parents, data, unseen=()) -> Context:
+    """Returns what a stage is built from.
+
+    Args:
+        run: a `Run` with its tokenizer.
+        stage: the stage's config.
+        mesh: its mesh.
+        parents: {role: model}; shapes will do for everything but training.
+        data: its `StageData`.
+        unseen: ids of pieces that its parent never saw.
+    """
     kind, tokenizer = kinds.of(stage), run.tokenizer
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
     if parents:
@@ -291,10 +323,7 @@ def _make(run, stage, mesh, parents, data):
     scorers = None
     if kind.samples and (functions := verifiers.find(stage.verifiers)):
         scorers = verifiers.Verifiers(functions, data.records, tokenizer)
-    # Only bare text leaves the chat pieces unseen.
-    bare = stage.start_from and not run.chat_format(stage.start_from)
-    unseen = tokenizer.control_ids if bare and kind.format(stage) == "chat" else ()
-    context = Context(
+    return Context(
         mesh=mesh,
         model_config=shape,
         parents=parents,
@@ -303,10 +332,6 @@ def _make(run, stage, mesh, parents, data):
         dataset=data.dataset,
         unseen_ids=unseen,
     )
-    functions = kind.make(stage, context)
-    sample = _sampler(run, stage, mesh, data.samples) if kind.speaks else None
-    finish = kind.finish and kind.finish(stage, data, functions.frozen)
-    return functions, train.Hooks(data.heldout, sample, finish)
 
 
 def _sampler(run, stage, mesh, prompts):

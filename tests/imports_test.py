@@ -37,7 +37,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange", "config_files"),
+    ("exchange", "config_files", "preview"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -245,7 +245,7 @@ def test_each_batch_of_the_harness_has_a_key_of_its_own(monkeypatch):
 
 def test_each_stage_has_a_key_of_its_own_by_its_name_and_seeds(tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(run, "_data_of", lambda *_: None)
+    monkeypatch.setattr(run, "data_of", lambda *_: None)
     monkeypatch.setattr(run, "_lineage", lambda *_: None)
     monkeypatch.setattr(run, "_write_records", lambda *x: keys.append(numbers(x[-1])))
     config = defaults.experiment()

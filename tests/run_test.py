@@ -477,7 +477,7 @@ def test_figures_are_of_the_model_that_is_saved(text, straight):
     this = run.open_run(straight)
     with jax.set_mesh(this.mesh()):
         model, total, count = this.model("pretrain"), 0.0, 0
-        for batch in run._data_of(this, "pretrain").heldout.epoch(8):
+        for batch in run.data_of(this, "pretrain").heldout.epoch(8):
             targets, mask = loss_functions.shift(
                 *(batch[k] for k in ("ids", "mask", "segments"))
             )
@@ -497,7 +497,7 @@ def test_figures_are_of_the_model_that_is_saved(text, straight):
 def test_num_tokens_adds_up_what_is_no_padding(text, straight):
     this = run.open_run(straight)
     with jax.set_mesh(this.mesh()):
-        data = run._data_of(this, "pretrain").dataset
+        data = run.data_of(this, "pretrain").dataset
         each = [(data.batch_at(n)["segments"] > 0).sum() for n in range(STEPS)]
     told = [row["num_tokens"] for row in rows(straight) if "num_tokens" in row]
     assert told == np.cumsum(each).tolist()

@@ -36,6 +36,11 @@ class ByteTokenizer:
     files = {FILE: NOTE}
     digest = hashlib.sha256(NOTE).hexdigest()
 
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown."""
+        pieces = ("pad", "bos", "eos", "system", "user", "assistant", "end")
+        return f"<|{pieces[id_ - BYTES]}|>" if id_ >= BYTES else f"<0x{id_:02X}>"
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without bos or eos."""
         return list(text.encode("utf-8", errors="replace"))

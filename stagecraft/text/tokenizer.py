@@ -78,6 +78,9 @@ class Tokenizer(Protocol):
     def parsing(self) -> "Tokenizer":
         """Returns a tokenizer that reads spelled control tokens as those tokens."""
 
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown: "<|user|>"."""
+
 
 def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.
@@ -208,6 +211,10 @@ class SentencePiece:
         return self._processor.decode([int(i) for i in ids])
 
     spells, parsing = byte_tokenizer.spells, byte_tokenizer.parsing
+
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown."""
+        return self._processor.id_to_piece(int(id_))
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePiece":

@@ -140,6 +140,10 @@ class HuggingFaceTokenizer:
         plain = [int(i) for i in ids if int(i) not in self._control]
         return self._inner.decode(plain, skip_special_tokens=False)
 
+    def name(self, id_: int) -> str:
+        """Returns how an id is shown."""
+        return self._inner.id_to_token(int(id_)) or f"<{id_}>"
+
     # -- conversations -----------------------------------------------------------------
 
     def encode_turns(self, messages, tools, write, cuts=()):
