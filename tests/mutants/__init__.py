@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    contact,
     curation,
     data,
     families,
@@ -16,7 +17,7 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *(curation.MUTANTS + measuring.MUTANTS),
+    *(curation.MUTANTS + measuring.MUTANTS + contact.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.
