@@ -29,7 +29,8 @@ lora=16 trains adapters of that rank instead of the weights. Learning rates depe
 which it is: see RATES.
 
 What is not given is left out, with the stages that need it. Keys of other names are
-mapped by demonstrations_fields="prompt=question completion=answer" and so on. A share
+mapped by demonstrations_fields="prompt=question+completion=answer", two keys joined by
+demonstrations_fields="prompt=instruction+input+completion=output", and so on. A share
 of the demonstrations and comparisons (heldout=0.05) is kept for the eval_ metrics.
 """
 

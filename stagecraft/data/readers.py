@@ -10,10 +10,10 @@ import functools
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from stagecraft.data import containers, files, forms, keys
 from stagecraft.data.keys import fields  # noqa: F401  (what callers rename keys with)
+from stagecraft.data.records import Comparison, Conversation, Judgement, Prompt
 from stagecraft.data.tally import Tally
 from stagecraft.errors import UserError
 from stagecraft.text import chat
@@ -21,68 +21,6 @@ from stagecraft.text import chat
 # Keys that are read, or known to say nothing of a conversation, under any form.
 _ALWAYS = ("tools", "system", "chat_template_kwargs", "reward")
 _log = logging.getLogger("stagecraft.data")
-
-
-class Conversation(NamedTuple):
-    """A conversation to imitate.
-
-    Attributes:
-        messages: its turns.
-        tools: JSON schemas of what the assistant may call, or None.
-    """
-
-    messages: list
-    tools: list | None = None
-
-
-class Comparison(NamedTuple):
-    """Answers to one prompt, compared.
-
-    Attributes:
-        prompt: messages.
-        answers: a list of messages for each answer, the best first; two or more.
-        preference: probability that the first is better than the second; None where
-            the record has none.
-        margin: by how much it is better; None likewise.
-        tools: JSON schemas of what the assistant may call, or None.
-    """
-
-    prompt: list
-    answers: tuple
-    preference: float | None = None
-    margin: float | None = None
-    tools: list | None = None
-
-
-class Judgement(NamedTuple):
-    """One answer and whether it is desirable.
-
-    Attributes:
-        prompt, completion: messages.
-        label: True for desirable.
-        tools: as of a `Comparison`.
-    """
-
-    prompt: list
-    completion: list
-    label: bool
-    tools: list | None = None
-
-
-class Prompt(NamedTuple):
-    """A prompt and where it came from.
-
-    Attributes:
-        prompt: a text or messages.
-        where: "FILE:LINE".
-        record: the whole record, its other keys (an answer to verify against) included.
-        tools: as of a `Comparison`.
-    """
-
-    prompt: Any
-    where: str
-    record: dict
-    tools: list | None = None
 
 
 def texts(spec, mapping=None, tally=None) -> Iterator[str]:

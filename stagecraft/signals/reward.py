@@ -46,13 +46,15 @@ class RewardModel:
         ]
         return scores.of_rows(self.model, rows)
 
-    def rate(self, prompts, pairs):
+    def rate(self, prompts, pairs, tools=()):
         """Returns the Bradley-Terry probability that the first of each pair is better.
 
-        `strength` is the absolute difference of the scores.
+        `strength` is the absolute difference of the scores; `tools` is as of `scores`.
         """
         twice = [prompt for prompt in prompts for _ in range(2)]
-        values = self.scores(twice, [answer for pair in pairs for answer in pair])
+        offered = {"tools": [one for one in tools for _ in range(2)]} if tools else {}
+        answers = [answer for pair in pairs for answer in pair]
+        values = self.scores(twice, answers, **offered)
         return [
             _verdict(second - first)
             for first, second in zip(values[::2], values[1::2], strict=True)

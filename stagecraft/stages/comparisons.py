@@ -27,7 +27,9 @@ def write(config, recording):
 
     def rate(part, groups):
         pairs = [tuple(group) for group in groups]
-        verdicts = rater.rate([record["prompt"] for record in part], pairs)
+        # A reward model reads answers as they were sampled; others judge the words.
+        more = records.tools_of(part) if rater is recording.reward else {}
+        verdicts = rater.rate([record["prompt"] for record in part], pairs, **more)
         return protocol.checked(verdicts, len(pairs), schema.plain(config.rater))
 
     batches, seconds = records.collect(

@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    contact,
     curation,
     data,
     draws,
@@ -17,7 +18,7 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
+    *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS + contact.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -49,13 +49,13 @@ _STAGE_DATA = (
         ),
         (
             "earlier turns are compared",
-            'rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="last")',
-            'rendered([*one.prompt, *a], sources.tokenizer, one.tools, turns="all")',
+            'render([*one.prompt, *a], one.tools, turns="last")',
+            'render([*one.prompt, *a], one.tools, turns="all")',
         ),
         (
             "pairs too long are cut",
-            "return [row for row in tokenised if longest([row]) <= stage.data.length]",
-            "return tokenised",
+            "documents = counts.fit(documents, stage.data.length, row.where, count)",
+            "",
         ),
         (
             "labels inverted",
@@ -74,8 +74,8 @@ _STAGE_DATA = (
         ),
         (
             "records of all parts are one source",
-            "Row(record, number)\n",
-            "Row(record, 0)\n",
+            "place if number is None else number",
+            "0",
         ),
         (
             "the mixture of records is left out",
@@ -94,8 +94,8 @@ _STAGE_DATA = (
         ),
         (
             "verifiers find no renamed prompt",
-            'row.record.record | {"prompt": row.record.prompt}',
-            "row.record.record",
+            'record["prompt"] = one.prompt',
+            "pass",
         ),
         (
             "oversampling forgotten",
@@ -156,8 +156,8 @@ _SOURCES = in_file(
     ),
     (
         "identical pairs are pairs",
-        "if len(answers) > 1:\n    compared.append(one._replace(answers=answers))",
-        "compared.append(one)",
+        "if len(answers) < 2:",
+        "if False:",
         "tests/data/comparisons_test.py -k identical",
     ),
     (
@@ -168,7 +168,7 @@ _SOURCES = in_file(
     ),
     (
         "identical pairs are not counted",
-        'dropped["identical"] += count',
+        'tally.drop("identical", where, identical)',
         "pass",
         "tests/data/comparisons_test.py -k identical",
     ),
@@ -332,8 +332,9 @@ _CONTAINERS = in_file(
     "tests/data/containers_test.py tests/data/readers_test.py",
     (
         "absent keys are null",
-        "{k: _without_nulls(v) for k, v in value.items() if v is not None}",
-        "{k: _without_nulls(v) for k, v in value.items()}",
+        "without_nulls(record) if nulls else record",
+        "record",
+        "tests/data/first_contact_test.py -k null_is_absent",
     ),
     (
         "other line ends stay",

@@ -17,8 +17,9 @@ _CHAT = in_file(
     ),
     (
         "documents without an end",
-        "[*beginning(tokenizer), *tokenizer.encode(text), tokenizer.eos]",
-        "[*beginning(tokenizer), *tokenizer.encode(text)]",
+        "if ids[-1:] != [tokenizer.eos]:",
+        "if False:",
+        dict(within="document"),
     ),
     (
         "BOS doubled",

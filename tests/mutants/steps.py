@@ -104,7 +104,7 @@ _BEGIN = in_file(
 _KIND = in_file(
     "stagecraft/stages/kind.py",
     "tests/stages/lora_test.py -k reads_back",
-    ("chat turns are text", 'return "chat"', 'return "text"'),
+    ("chat turns are text", 'config.data.get("render", "chat")', '"text"'),
 )
 
 _OBJECTIVE = in_file(

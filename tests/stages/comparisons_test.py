@@ -10,7 +10,7 @@ from stagecraft import defaults
 from stagecraft.errors import UserError
 from stagecraft.signals.protocol import Verdict
 from stagecraft.signals.reward import RewardModel
-from stagecraft.stages import comparisons, records
+from stagecraft.stages import comparisons, records, selection
 from tests.stages.answers import PROMPTS, Seeded, noisy, recording
 
 KEY = jax.random.key(0)
@@ -139,3 +139,35 @@ def test_the_same_answer_twice_is_no_pair_whatever_a_rater_says(tmp_path):
         write(tmp_path, Same(), rater="tests.stages.comparisons_test:first")
     assert "\n" not in str(error.value)
     assert not (tmp_path / records.RECORDS).exists()
+
+
+@pytest.mark.parametrize("kind", [comparisons, selection])
+def test_answers_are_sampled_rated_and_written_with_the_tools(tmp_path, kind):
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    given = {"q0": tools, "q1": None}
+    asked = [{"prompt": "q0", "tools": tools}, {"prompt": "q1"}]
+    seen = []
+
+    class Language(Counting):
+        batch_size = 4
+
+        def complete(self, prompts, *, tools, **settings):
+            seen.append(dict(zip(prompts, tools, strict=True)))
+            return super().complete(prompts, **settings)
+
+    class Reads(Scorer):
+        def scores(self, prompts, answers, tools):
+            seen.append(dict(zip(prompts, tools, strict=True)))
+            return super().scores(prompts, answers)
+
+    name = kind.__name__.rpartition(".")[2]
+    config = defaults.stage(name, prompts=4, batch_size=8)
+    if kind is comparisons:
+        config.rater = "reward"
+    whole = recording(tmp_path, Language(), "pairs", reward=Reads())
+    kind.write(config, whole._replace(asked=asked))
+    assert len(seen) >= 2 and all(given | one == given for one in seen)
+    lines = (tmp_path / records.RECORDS).read_text().splitlines()
+    written = list(map(json.loads, lines))
+    assert {record["prompt"] for record in written} == {"q0", "q1"}
+    assert all(record.get("tools") == given[record["prompt"]] for record in written)
