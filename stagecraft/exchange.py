@@ -177,7 +177,7 @@ def _export_adapter(run, name, folder, base, overwrite, extra):
             f"--adapter: {name} sits on the stage {under.folder.name}; export that one "
             "first and name its folder, --base=FOLDER"
         )
-    base = base or under.folder
+    base = base or under.name.removeprefix(locate.PREFIX)
     mesh = run.mesh()
     with jax.set_mesh(mesh):
         model, adapter = locate.load_adapter(folder_of_stage, mesh)

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "stagecraft"
 FLOORS = (
     (
         "errors",
+        "hub",
         "process",
         "masked",
         "tree",

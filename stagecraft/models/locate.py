@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import jax
 
-from stagecraft import checkpoint
+from stagecraft import checkpoint, hub
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.models import huggingface, lora, peft, saved
 from stagecraft.models.translation import HOW
 
-# What a name begins with when it stands for a Hugging Face folder.
+# What a name begins with when it stands for a Hugging Face folder, or its hub's id.
 PREFIX = "hf:"
 TOKENIZER = "tokenizer"  # its folder in a work directory
 
@@ -46,6 +46,8 @@ class Source:
 
     @property
     def _reader(self):
+        if hub.is_id(self.folder):
+            raise UserError(hub.absent(self.folder))
         return peft if self.where == "adapter" else huggingface
 
     def record(self) -> StageRecord | None:
@@ -89,9 +91,9 @@ class Source:
             module: "transformer" or "scalar", where only one will do.
         """
         if self.where == "folder":
-            huggingface.examine(self.folder, mesh, module=module)
+            self._reader.examine(self.folder, mesh, module=module)
             return
-        has = peft.info(self.folder)["module"]
+        has = self._reader.info(self.folder)["module"]
         if module not in (None, has):
             raise UserError(
                 f"{self.folder}: makes a {has} model, expected a {module} one"
@@ -132,7 +134,8 @@ class Source:
         moved.
         """
         if self.outward:
-            return f"{PREFIX}{self.folder.absolute()}"
+            path = self.name.removeprefix(PREFIX)
+            return self.name if hub.is_id(path) else f"{PREFIX}{Path(path).absolute()}"
         if self.folder.parent.resolve() == Path(folder).parent.resolve():
             return f"../{self.folder.name}"
         return str(self.folder.absolute())
@@ -144,7 +147,8 @@ def locate(
     """Returns what a name stands for; nothing is read.
 
     Args:
-        name: a stage of this run, the folder WORKDIR/STAGE of another, or "hf:FOLDER".
+        name: a stage of this run, the folder WORKDIR/STAGE of another, "hf:FOLDER", or
+            "hf:ORG/NAME" for a model in the cache of the Hugging Face hub.
         root: this run's work directory.
         stages: names of this run's stages.
 
@@ -155,7 +159,8 @@ def locate(
     """
     text = str(name)
     if text.startswith(PREFIX):
-        folder = Path(text.removeprefix(PREFIX))
+        path = text.removeprefix(PREFIX)
+        folder = hub.find(path) or Path(path)
         where = "adapter" if peft.is_adapter(folder) else "folder"
         return Source(text, where, folder)
     if text in stages:
@@ -242,9 +247,10 @@ def base_of(folder: str | Path, record: StageRecord) -> Source:
     if not base.outward:
         base = dataclasses.replace(base, folder=Path(folder) / base.name)
     if not base.folder.is_dir():
+        lost = hub.absent(base.folder) if hub.is_id(base.folder) else ""
         raise UserError(
             f"{folder}: is an adapter (LoRA) on {base.folder}, which is not there; "
-            "restore that folder"
+            + (lost or "restore that folder")
         )
     if base.id() != record.base["id"]:
         raise UserError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stagecraft import process, sharding, storage
+from stagecraft import hub, process, sharding, storage
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, layouts, lora, tensors
 from stagecraft.models.config import ModelConfig
@@ -224,12 +224,14 @@ def base_of(folder: str | Path) -> Path:
     """Returns the folder of the model that an adapter belongs to."""
     folder = Path(folder)
     name = str(huggingface.read_json(folder, CONFIG).get("base_model_name_or_path"))
-    for path in (Path(name), folder / name):
-        if (path / "config.json").exists():
+    for path in (Path(name), folder / name, hub.find(name)):
+        if path and (path / "config.json").exists():
             return path
+    command = f", or: hf download {name}" if hub.is_id(name) else ""
     raise UserError(
         f"{folder / CONFIG}: base_model_name_or_path={name!r}: no folder of a model is "
-        "there; an adapter needs the model it was trained on: name its folder"
+        "there, nor in the hub's cache; an adapter needs the model it was trained on: "
+        f"name its folder{command}"
     )
 
 

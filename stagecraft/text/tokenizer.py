@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece as spm
 
-from stagecraft import storage
+from stagecraft import hub, storage
 from stagecraft.errors import UserError
 from stagecraft.text import byte_tokenizer
 from stagecraft.text.template import Template
@@ -87,13 +87,16 @@ def load(path: str | Path) -> Tokenizer:
 
     Args:
         path: a SentencePiece .model, a Hugging Face folder or tokenizer.json, the
-            folder of one that was kept, or the word "bytes".
+            folder of one that was kept, the id of a model in the hub's cache, or the
+            word "bytes".
     """
     if str(path) == "bytes":
         return byte_tokenizer.ByteTokenizer()
-    path = Path(path)
+    name = str(path).removeprefix("hf:")
+    path = hub.find(name, files=("tokenizer*",)) or Path(name)
     if not path.exists():
-        raise UserError(f"{path}: no such tokenizer file or folder")
+        more = f"; {hub.absent(name)}" if "/" in name and hub.is_id(name) else ""
+        raise UserError(f"{path}: no such tokenizer file or folder{more}")
     if path.name == MAIN:  # what lies beside it belongs to it
         path = path.parent
     if path.is_file():
