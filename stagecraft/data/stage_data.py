@@ -34,6 +34,7 @@ class StageData(NamedTuple):
             batch's `index` says which rows it holds.
         reference: demonstrations that a reward model is to give 0 on average, or None.
         digests: {spec: SHA-256 of the files}.
+        asked: records of the held-out prompts, each with its "prompt".
     """
 
     dataset: Dataset | None = None
@@ -43,6 +44,7 @@ class StageData(NamedTuple):
     records: list | tuple = ()
     reference: Dataset | None = None
     digests: dict[str, str] | None = None
+    asked: list | tuple = ()
 
 
 class Sources(NamedTuple):
@@ -219,4 +221,7 @@ def padded(arrays, train, heldout, report, stage, sources) -> StageData:
     length = min(packing.rounded(max(length, longest(heldout))), stage.data.length)
     # Numbered on from the others, so that an index means one row.
     rows = arrays(heldout, length, len(train))
-    return StageData(dataset, Dataset([(rows, stage.batch_size)], seed=sources.seed))
+    evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
+    records = [row.record for row in heldout]
+    asked = [{"prompt": one.prompt} for one in records if not one.tools]
+    return StageData(dataset, evaluated, asked=asked)
