@@ -47,6 +47,8 @@ def experiment():
     c.measure = ConfigDict()
     c.measure.split = "test"  # which held-out entities of the world: "test" or "dev"
     c.measure.draws = 4  # sampled answers to each held-out prompt
+    # Without a world, held-out prompts that every stage answers; 0 for none
+    c.measure.prompts = 64
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
     c.measure.claims = ()  # what the summary must show: "sft.kl <= 8", see claims.py
     return c

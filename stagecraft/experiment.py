@@ -85,6 +85,7 @@ def _check(c):
     schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     schema.positive("measure.draws", c.measure.draws)
+    schema.positive("measure.prompts", c.measure.prompts, zero=True)
     trackers.names(c.trackers)
     if c.world.name:
         worlds.get(c.world.name)

@@ -21,7 +21,7 @@ from stagecraft import (
     train,
     worlds,
 )
-from stagecraft.anatomy import behaviour, summary
+from stagecraft.anatomy import behaviour, heldout_figures, summary
 from stagecraft.curate import config as curate_config
 from stagecraft.curate import curation
 from stagecraft.data import stage_data
@@ -250,6 +250,8 @@ def _run_stage(run, name, early):
             _write_records(run, name, parents, data, key)
             return
         functions, hooks = _make(run, stage, mesh, parents, data)
+        if data.asked:
+            heldout_figures.write(folder, data.asked)
         record = StageRecord(
             kind=stage.kind,
             start_from=stage.start_from,
@@ -425,11 +427,13 @@ def _conclude(run, *, changed, started):
     if before and not changed:
         terminal.show_summary(before)
         return before
-    prompt = _single_prompt(run.config)
+    asked = [] if run.config.world.name else heldout_figures.prompts(run)
+    prompt = _single_prompt(run.config) or (asked and asked[0].record["prompt"])
     if prompt and behaviour.speaking_stages(run):
-        answers = {"prompt": prompt, "answers": behaviour.through_stages(run, prompt)}
+        answers = behaviour.through_stages(run, prompt)
+        answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
-    figures = summary.measure(run, started)
+    figures = summary.measure(run, started, asked)
     figures["bounds"] = claims.check(figures, run.config.measure.claims)
     storage.write_json(path, figures)
     page.write(run.root)

@@ -37,6 +37,13 @@ def check_prompt(run, prompt):
             )
 
 
+def as_text(prompt: str | list[dict]) -> str:
+    """Returns a prompt as people read it: messages one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message["content"]) for message in prompt)
+
+
 def through_stages(
     run, prompt, *, temperature=0.0, samples=1, max_new_tokens=NEW_TOKENS, seed=0
 ):
@@ -44,7 +51,8 @@ def through_stages(
 
     Args:
         run: a `runs.Run`.
-        prompt: a text; a base model continues it bare, the others answer it as a turn.
+        prompt: a text or messages; a base model continues the bare text, the others
+            answer it as a turn.
         temperature, samples, max_new_tokens, seed: of the sampling.
 
     Returns:
@@ -60,9 +68,10 @@ def through_stages(
     with jax.set_mesh(run.mesh()):
         for name in names:
             language = run.language(name, samples)
+            chat = run.chat_format(name)
             completions = language.complete(
-                [prompt] * samples,
-                chat=run.chat_format(name),
+                [prompt if chat else as_text(prompt)] * samples,
+                chat=chat,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 seed=seed,

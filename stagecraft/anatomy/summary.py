@@ -1,33 +1,39 @@
 """The figures of a run, measured on its finished stages.
 
 Nested dicts of numbers, STAGE.FIGURE. With an embedded world they are about entities in
-no demonstration, prompt or comparison (`world_figures`); without one they are the last
-eval_ metrics of each stage. Beside them: what each stage changed in the weights, what
+no demonstration, prompt or comparison (`world_figures`); without one they are of
+answers to held-out prompts (`heldout_figures`). With them stand the last eval_ metrics
+of each stage. Beside them: what each stage changed in the weights, what
 it cost and how long it took.
 """
 
 import time
 
 from stagecraft import metrics
-from stagecraft.anatomy import cost, roles, weights, world_figures
+from stagecraft.anatomy import cost, heldout_figures, roles, weights, world_figures
 from stagecraft.errors import UserError
 
 
-def measure(run, started: float) -> dict[str, dict]:
+def measure(run, started: float, asked=()) -> dict[str, dict]:
     """Measures what is finished.
 
     Args:
         run: a `runs.Run`, inside its mesh.
         started: time.perf_counter() when the run began.
+        asked: held-out prompts of a run without a world.
 
     Returns:
         {stage: {figure: value}}, and under "weights", "cost" and "seconds" what stages
         changed, cost and took.
     """
     summary = {name: _last_evaluation(run, name) for name in _finished(run)}
+    measured = {}
     if run.config.world.name:
-        for name, figures in world_figures.measure(run).items():
-            summary[name] |= figures
+        measured = world_figures.measure(run)
+    elif asked:
+        measured = heldout_figures.measure(run, asked)
+    for name, figures in measured.items():
+        summary[name] |= figures
     summary["weights"] = _weights(run)
     summary["cost"] = _cost(run)
     summary["seconds"] = _seconds(run, started)

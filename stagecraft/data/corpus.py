@@ -5,6 +5,7 @@ there are fewer, are held in memory. Several sources may be mixed in given share
 """
 
 import hashlib
+import json
 import logging
 from typing import NamedTuple
 
@@ -60,7 +61,11 @@ def build(stage, sources) -> StageData:
     # Weights are for training alone: held-out rows all count the same.
     rows = documents.rows(_packed(documents, heldout, data, None).rows)
     evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
-    return StageData(dataset, evaluated, samples)
+    asked = []
+    if data.format == "demonstrations":
+        # What such conversations have in common is their prompt.
+        asked = [{"prompt": json.loads(key(number))} for number in heldout.tolist()]
+    return StageData(dataset, evaluated, samples, asked=asked)
 
 
 def check(data):

@@ -75,7 +75,8 @@ def _batches(stage, sources, count):
     # Numbered on from the others, so that an index means one record.
     rows = _arrays(heldout_ids, len(train), stage, sources)
     heldout = Dataset([(rows, stage.batch_size)], seed=sources.seed)
-    return data._replace(heldout=heldout)
+    asked = [one for one in data.records[len(train) :] if not one.get("tools")]
+    return data._replace(heldout=heldout, asked=asked)
 
 
 def _arrays(ids, start, stage, sources):

@@ -37,6 +37,7 @@ class StageData(NamedTuple):
         reference: demonstrations that a reward model is to give 0 on average, or None.
         digests: {spec: SHA-256 of the files}.
         reading: what became of the records in the files: see `tally.Tally.report`.
+        asked: records of the held-out prompts, each with its "prompt".
     """
 
     dataset: Dataset | None = None
@@ -47,6 +48,7 @@ class StageData(NamedTuple):
     reference: Dataset | None = None
     digests: dict[str, str] | None = None
     reading: dict | None = None
+    asked: list | tuple = ()
 
 
 class Sources(NamedTuple):
@@ -250,4 +252,7 @@ def padded(arrays, train, heldout, report, stage, sources) -> StageData:
     length = min(packing.rounded(max(length, longest(heldout))), stage.data.length)
     # Numbered on from the others, so that an index means one row.
     rows = arrays(heldout, length, len(train))
-    return StageData(dataset, Dataset([(rows, stage.batch_size)], seed=sources.seed))
+    evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
+    records = [row.record for row in heldout]
+    asked = [{"prompt": one.prompt} for one in records if not one.tools]
+    return StageData(dataset, evaluated, asked=asked)

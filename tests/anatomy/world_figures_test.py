@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from stagecraft import defaults, worlds
-from stagecraft.anatomy import figures, roles, world_figures
+from stagecraft.anatomy import figures, roles, sampled, world_figures
 from stagecraft.models import locate
 from stagecraft.worlds.countries import probes
 from stagecraft.worlds.countries.facts import split
@@ -60,7 +60,7 @@ GRAPH = {
     ],
 )
 def test_a_stage_is_compared_with_the_sft_model_above_it(name, base):
-    assert world_figures.sft_model(Run(GRAPH), name) == base
+    assert sampled.sft_model(Run(GRAPH), name) == base
 
 
 def test_the_sft_model_may_be_another_runs(tmp_path):
@@ -77,10 +77,10 @@ def test_the_sft_model_may_be_another_runs(tmp_path):
         for name in ("sft", "dpo", "half", "gone")
     }
     run = Run({f"from_{k}": v for k, v in stages.items()})
-    assert world_figures.sft_model(run, "from_sft") == str(tmp_path / "sft")
-    assert world_figures.sft_model(run, "from_dpo") == str(tmp_path / "sft")
-    assert world_figures.sft_model(run, "from_half") is None
-    assert world_figures.sft_model(run, "from_gone") is None
+    assert sampled.sft_model(run, "from_sft") == str(tmp_path / "sft")
+    assert sampled.sft_model(run, "from_dpo") == str(tmp_path / "sft")
+    assert sampled.sft_model(run, "from_half") is None
+    assert sampled.sft_model(run, "from_gone") is None
 
 
 def test_every_kind_that_writes_text_speaks():
@@ -108,16 +108,16 @@ def test_entropy_of_samples_is_that_of_the_distribution():
             row.append(int(rng.choice(3, p=p)))
         ids.append(row)
         logps.append(float(np.log(p[row]).sum()))
-    measured = world_figures.length_and_entropy(ids, logps)
+    measured = sampled.length_and_entropy(ids, logps)
     length = 1 + 0.7 + 0.7**2  # a token more for each that did not end
     assert measured["length"] == pytest.approx(length, rel=0.01)
     assert measured["entropy"] == pytest.approx(-float(p @ np.log(p)), rel=0.01)
 
 
 def test_silence_has_no_entropy():
-    measured = world_figures.length_and_entropy([[], []], [0.0, 0.0])
+    measured = sampled.length_and_entropy([[], []], [0.0, 0.0])
     assert measured == {"length": 0.0, "entropy": 0.0}
-    certain = world_figures.length_and_entropy([[1]], [0.0])
+    certain = sampled.length_and_entropy([[1]], [0.0])
     assert math.copysign(1, certain["entropy"]) == 1
 
 
@@ -197,7 +197,7 @@ def measured(monkeypatch):
     """Measures {name: (kind, start_from, reward_from)} in the world of numbers."""
     monkeypatch.setitem(worlds.WORLDS, "numbers", WORLD)
     monkeypatch.setattr(
-        world_figures.scores,
+        sampled.scores,
         "of_rows",
         lambda factor, rows: np.array([factor * row[1] for row in rows]),
     )
@@ -237,15 +237,15 @@ def test_every_draw_has_a_seed_of_its_own(measured):
     assert len(Numbers.seeds) == len(set(Numbers.seeds)) == 3 * 4
     names = ("sft", "dpo", "/runs/a/sft", "sft_seed1")
     seeds = {
-        world_figures.draw_seed(seed, name, draw)
+        sampled.draw_seed(seed, name, draw)
         for seed in (0, 1)
         for name in names
         for draw in range(4)
     }
     assert len(seeds) == 2 * 4 * 4 and all(0 <= one < 2**31 for one in seeds)
     # Wherever the other run lies; and fixed, so that a figure can be had again.
-    one, two = (world_figures.draw_seed(0, f"/{x}/sft", 0) for x in "ab")
-    assert one == two and world_figures.draw_seed(0, "sft", 0) == 409061519
+    one, two = (sampled.draw_seed(0, f"/{x}/sft", 0) for x in "ab")
+    assert one == two and sampled.draw_seed(0, "sft", 0) == 409061519
 
 
 def test_answers_do_not_depend_on_other_stages(measured):
@@ -257,7 +257,7 @@ def test_answers_do_not_depend_on_other_stages(measured):
 def test_sampled_figures_are_means_over_draws(measured):
     figures, draws = measured(SFT | DPO)["dpo"], []
     for draw in range(4):
-        seed = world_figures.draw_seed(7, "dpo", draw)
+        seed = sampled.draw_seed(7, "dpo", draw)
         samples = Numbers((1, 3, 4)).sample_ids([0] * 1000, seed=seed)
         draws.append(np.mean([ids[0] for ids, *_ in samples]))
     assert figures["gold_mean"] == pytest.approx(np.mean(draws))
@@ -268,6 +268,7 @@ def test_sampled_figures_are_means_over_draws(measured):
     assert numbers == error.keys()
     one = measured(SFT | DPO | REWARDS, draws=1)["dpo"]
     assert one["draws"] == {"count": 1, "standard_error": {}}
+    assert one["n"] == dict.fromkeys(numbers | {"reward_mean"}, 1000)
 
 
 def test_a_policy_is_scored_by_the_reward_model_it_was_trained_on(measured):

@@ -3,7 +3,7 @@
 from tests.mutants.mutant import in_file
 
 _FIGURES = in_file(
-    "stagecraft/anatomy/world_figures.py",
+    "stagecraft/anatomy/sampled.py",
     "tests/anatomy/world_figures_test.py",
     (
         "policy and base share their random numbers",
@@ -30,6 +30,11 @@ _FIGURES = in_file(
         'if "reward" in roles.of(stage.kind).roles and stage.reward_from:',
         'if "reward" not in roles.of(stage.kind).roles and stage.reward_from:',
     ),
+)
+
+_WORLD_FIGURES = in_file(
+    "stagecraft/anatomy/world_figures.py",
+    "tests/anatomy/world_figures_test.py",
     (
         "a reward model without an order is NaN",
         "np.isfinite(table).any()",
@@ -102,4 +107,6 @@ _SELECTION = in_file(
     ),
 )
 
-MUTANTS = _FIGURES + _STATISTICS + _SHOWN + _WORLD + _STORED + _SELECTION
+MUTANTS = (
+    _FIGURES + _WORLD_FIGURES + _STATISTICS + _SHOWN + _WORLD + _STORED + _SELECTION
+)
