@@ -26,7 +26,7 @@ comparisons=FILES,lora=16,length=1024 --workdir=runs/mine
     stagecraft export --workdir=runs/mine --stage=dpo --to=models/mine
 
 lora=16 trains adapters of that rank instead of the weights. Learning rates depend on
-which it is: see RATES.
+which it is: see RATES in experiments/common.py.
 
 What is not given is left out, with the stages that need it. Keys of other names are
 mapped by demonstrations_fields="prompt=question completion=answer" and so on. A share
@@ -42,17 +42,6 @@ SIZES = {
     "medium": dict(width=256, layers=6, heads=8, kv_heads=4, ff_width=688),
     "large": dict(width=512, layers=8, heads=8, kv_heads=4, ff_width=1376),
 }
-# Learning rates: of a small model from scratch, of a whole ready one, of adapters.
-RATES = {
-    "scratch": dict(pretrain=2e-3, sft=5e-4, reward=1e-4, dpo=5e-5, ppo=5e-5),
-    "whole": dict(pretrain=2e-5, sft=1e-5, reward=1e-5, dpo=1e-6, ppo=1e-6),
-    "adapter": dict(pretrain=2e-4, sft=2e-4, reward=1e-4, dpo=5e-6, ppo=5e-6),
-}
-
-
-def gentle(lr, steps):
-    """A learning rate that warms up, in a short stage too."""
-    return dict(lr=lr, warmup_steps=min(20, steps // 4))
 
 
 def get_config(arg=""):
@@ -102,7 +91,7 @@ def get_config(arg=""):
         c.model.update(common.tiny_model())
         c.model.max_length = arg.length
 
-    rates = RATES["adapter" if arg.lora else "whole" if arg.model else "scratch"]
+    rates = common.RATES["adapter" if arg.lora else "whole" if arg.model else "scratch"]
     shared = dict(lora=dict(rank=arg.lora))
     base = f"hf:{arg.model}" if arg.model else ""
     if arg.text:
@@ -117,7 +106,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps,
             batch_size=16,
-            optimizer=gentle(rates["pretrain"], arg.steps),
+            optimizer=common.gentle(rates["pretrain"], arg.steps),
             every=dict(save=100),
             **shared,
         )
@@ -135,7 +124,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps // 2,
             batch_size=16,
-            optimizer=gentle(rates["sft"], arg.steps // 2),
+            optimizer=common.gentle(rates["sft"], arg.steps // 2),
             every=dict(save=100),
             **shared,
         )
@@ -153,7 +142,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=gentle(rates["reward"], arg.steps // 4),
+            optimizer=common.gentle(rates["reward"], arg.steps // 4),
             **shared,
         )
         c.stages.dpo = defaults.stage(
@@ -163,7 +152,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=gentle(rates["dpo"], arg.steps // 4),
+            optimizer=common.gentle(rates["dpo"], arg.steps // 4),
             **shared,
         )
     if arg.comparisons and arg.prompts:
