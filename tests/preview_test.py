@@ -124,6 +124,12 @@ def test_counts_lengths_limits_and_epochs(config):
     assert "records of asked, which has not run yet" in section(text, "dpo")
 
 
+def test_the_first_token_of_a_piece_is_not_learned(config):
+    config.stages.pretrain.batch_size = 6  # all rows, of seven pieces
+    text = shown(data.show, config, only=["pretrain"], rows=0)
+    assert "a step: 6 rows, 188 tokens (181 learned) and 4 of padding" in text
+
+
 def test_a_mixture_shows_its_shares(config, tmp_path):
     files = config.stages.pretrain.data.files
     more = write(tmp_path / "u.jsonl", [{"text": "y" * 20}] * 9)
