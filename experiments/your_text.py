@@ -1,9 +1,9 @@
 r"""Your own files through the same graph of stages.
 
-    stagecraft run --config=experiments/your_text.py:text=FILES,demonstrations=FILES,\
+    stagecraft run --config=your_text:text=FILES,demonstrations=FILES,\
 comparisons=FILES,prompts=FILES --workdir=runs/mine
 
-FILES is a file, a directory or a glob, here or at gs://, s3:// and the like. It may be
+For one stage alone see experiments/recipes/. FILES is a file, a directory or a glob, here or at gs://, s3:// and the like. It may be
 .txt, .jsonl or .json (each also .gz or .zst), .parquet, what `datasets` saved to disk,
 .array_record with a JSON object a record or, for text, a folder of tokenised shards:
 
