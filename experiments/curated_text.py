@@ -1,7 +1,7 @@
 r"""Does curation pay? The same pretraining, steps and tokens, on raw and curated text.
 
-    stagecraft run --config=experiments/curated_text.py --workdir=runs/curated_text
-    stagecraft run --config=experiments/curated_text.py:junk=0.2 --workdir=runs/little
+    stagecraft run --config=curated_text --workdir=runs/curated_text
+    stagecraft run --config=curated_text:junk=0.2 --workdir=runs/little
 
 The embedded world's text is planted with faults: exact and near duplicates,
 boilerplate, noise (stagecraft/worlds/junk.py), as many together as there are clean

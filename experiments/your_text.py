@@ -3,9 +3,10 @@ r"""Your own files through the same graph of stages.
     stagecraft run --config=your_text:text=FILES,demonstrations=FILES,\
 comparisons=FILES,prompts=FILES --workdir=runs/mine
 
-For one stage alone see experiments/recipes/. FILES is a file, a directory or a glob, here or at gs://, s3:// and the like. It may be
-.txt, .jsonl or .json (each also .gz or .zst), .parquet, what `datasets` saved to disk,
-.array_record with a JSON object a record or, for text, a folder of tokenised shards:
+For one stage alone see experiments/recipes/. FILES is a file, a directory or a glob,
+here or at gs://, s3:// and the like. It may be .txt, .jsonl or .json (each also .gz or
+.zst), .parquet, what `datasets` saved to disk, .array_record with JSON objects, or,
+for text, a folder of tokenised shards:
 
     text            plain text, or {"text"}                     -> pretrain
     demonstrations  {"prompt","completion"} or {"messages"}     -> sft
@@ -21,7 +22,7 @@ need the tokenizer that wrote them: tokenizer=FILE.
 With model=FOLDER, a Hugging Face folder with its tokenizer and chat template, the
 stages start from that model; text is then learned on top of it, or left out:
 
-    stagecraft run --config=experiments/your_text.py:model=FOLDER,demonstrations=FILES,\
+    stagecraft run --config=your_text:model=FOLDER,demonstrations=FILES,\
 comparisons=FILES,lora=16,length=1024 --workdir=runs/mine
     stagecraft export --workdir=runs/mine --stage=dpo --to=models/mine
 
@@ -68,9 +69,9 @@ def get_config(arg=""):
     )
     if not arg.text and not (arg.model and (arg.demonstrations or arg.comparisons)):
         raise UserError(
-            "experiments/your_text.py needs text=FILES to pretrain on, or model=FOLDER "
-            "and demonstrations or comparisons, as in --config=experiments/"
-            "your_text.py:text=corpus.txt,demonstrations=qa.jsonl"
+            "your_text needs text=FILES to pretrain on, or model=FOLDER and "
+            "demonstrations or comparisons, as in "
+            "--config=your_text:text=corpus.txt,demonstrations=qa.jsonl"
         )
     if arg.size not in SIZES:
         raise UserError(f"size={arg.size}: expected one of {', '.join(SIZES)}")
