@@ -27,7 +27,6 @@ def test_all_are_covered():
 def test_recipes_run_by_themselves(name, tmp_path):
     """`tiny` alone puts the embedded world in the place of model and data."""
     config = load_experiment(f"recipes/{name}").get_config("tiny")
-    config.measure.split = "dev"
     run.run(single_device(config), tmp_path / "run")
     last = list(config.stages)[-1]
     assert StageRecord.read_finished(tmp_path / "run" / last).steps == 2
