@@ -1,8 +1,9 @@
-"""What experiment files share: reading the argument after the colon, and two sizes."""
+"""What experiment files share: the argument after the colon, sizes, learning rates."""
 
 import types
+from pathlib import Path
 
-from stagecraft import schema
+from stagecraft import defaults, schema
 from stagecraft.errors import UserError
 from stagecraft.stages import kinds
 
@@ -53,6 +54,76 @@ def _read(name, text, default, given):
             f"--config=FILE:...{name}={text}: expected {kind.__name__}, as in "
             f"{name}={default}"
         ) from error
+
+
+# Learning rates: of a small model from scratch, of a whole ready one, of adapters.
+RATES = {
+    "scratch": dict(pretrain=2e-3, sft=5e-4, reward=1e-4, dpo=5e-5, ppo=5e-5),
+    "whole": dict(pretrain=2e-5, sft=1e-5, reward=1e-5, dpo=1e-6, ppo=1e-6),
+    "adapter": dict(pretrain=2e-4, sft=2e-4, reward=1e-4, dpo=5e-6, ppo=5e-6),
+}
+
+
+def gentle(lr, steps):
+    """A learning rate that warms up, in a short stage too."""
+    return dict(lr=lr, warmup_steps=min(20, steps // 4))
+
+
+def tuned(arg, stage, steps):
+    """What recipes set of every stage that trains a ready model.
+
+    Args:
+        arg: of the recipe: lora, lr (0 for that of `RATES`).
+        stage: a key of the learning rates.
+        steps: of the stage.
+    """
+    rate = arg.lr or RATES["adapter" if arg.lora else "whole"][stage]
+    return dict(steps=steps, optimizer=gentle(rate, steps), lora=dict(rank=arg.lora))
+
+
+def begin(arg):
+    """An experiment, and what its stages start from by the argument model=.
+
+    model is a Hugging Face folder or a finished stage, WORKDIR/STAGE. `tiny` without it
+    puts a small model in its place, pretrained on the embedded world.
+
+    Returns:
+        the config; the name for start_from.
+    """
+    c = defaults.experiment()
+    if arg.model:
+        ours = (Path(arg.model) / "stage.json").exists()
+        return c, arg.model if ours else f"hf:{arg.model}"
+    if not arg.tiny:
+        raise UserError(
+            "model= is missing: a Hugging Face folder, or a finished stage, as in "
+            "model=models/Qwen3-0.6B or model=runs/sft/sft"
+        )
+    c.world.name, c.world.size = "countries", "tiny"
+    c.tokenizer.files, c.tokenizer.vocab_size = "world:text.jsonl", 512
+    c.model.update(tiny_model())
+    data = dict(files="world:text.jsonl", length=64)
+    c.stages.pretrain = defaults.stage("language_model", data=data)
+    if "length" in vars(arg):
+        arg.length = 64
+    return c, "pretrain"
+
+
+def files(arg, name, instead):
+    """The files that an argument names; of `tiny` alone what the world has instead."""
+    if value := getattr(arg, name):
+        return value
+    if arg.tiny and not arg.model:
+        return instead
+    raise UserError(f"{name}=FILES is missing, as in {name}=data/{name}.jsonl")
+
+
+def world_pairs(c, start):
+    """Adds a stage that compares answers by the world's rules; returns its records."""
+    c.stages.pairs = defaults.stage(
+        "comparisons", start_from=start, data=dict(files="world:prompts.jsonl")
+    )
+    return "stage:pairs"
 
 
 def tiny_model():

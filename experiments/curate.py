@@ -1,7 +1,7 @@
 r"""Raw files to text worth training on.
 
-    stagecraft curate --config=experiments/curate.py:in=raw/*.jsonl.gz,out=clean
-    stagecraft curate --config=experiments/curate.py:in=FILES,out=DIR,good=FILES,\
+    stagecraft curate --config=curate:in=raw/*.jsonl.gz,out=clean
+    stagecraft curate --config=curate:in=FILES,out=DIR,good=FILES,\
 bad=FILES,evaluation=FILES,tokenizer=FILE
 
 FILES is a file, a folder or a glob, several separated by commas.

@@ -1,7 +1,7 @@
 r"""Does curation pay? The same pretraining, steps and tokens, on raw and curated text.
 
-    stagecraft run --config=experiments/curated_text.py --workdir=runs/curated_text
-    stagecraft run --config=experiments/curated_text.py:junk=0.2 --workdir=runs/little
+    stagecraft run --config=curated_text --workdir=runs/curated_text
+    stagecraft run --config=curated_text:junk=0.2 --workdir=runs/little
 
 The embedded world's text is planted with faults: exact and near duplicates,
 boilerplate, noise (stagecraft/worlds/junk.py), as many together as there are clean
@@ -11,9 +11,9 @@ planted, which no curation could know: what is left to gain. Held-out loss is on
 text that none of them saw; the tokenizer is trained on the raw text for all. What is
 planted lies in WORKDIR/world, what is left and why in WORKDIR/curation.
 
-Measured (seed 0, 250 steps, 0.5M tokens an arm, four minutes of CPU on two cores):
+Measured (seed 0, 250 steps, 0.5M tokens each, four minutes of CPU on two cores):
 
-    arm      held-out loss   cloze accuracy   documents (of them planted)
+    text     held-out loss   cloze accuracy   documents (of them planted)
     raw          1.548            0.141       22,800 (11,400)
     curated      1.080            0.468       10,905 (1,963, nearly all the one copy
                                               of a document that was kept)

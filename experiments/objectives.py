@@ -1,10 +1,10 @@
 r"""Any objective from the quickstart's SFT model, on the same pairs or prompts.
 
     make quickstart                                      # the SFT and reward models
-    stagecraft run --config=experiments/objectives.py:name=simpo,seeds=3 \
+    stagecraft run --config=objectives:name=simpo,seeds=3 \
         --workdir=runs/simpo
-    stagecraft run --config=experiments/objectives.py:name=dpo+ipo+kto --workdir=runs/a
-    stagecraft run --config=experiments/objectives.py:name=all --workdir=runs/zoo
+    stagecraft run --config=objectives:name=dpo+ipo+kto --workdir=runs/a
+    stagecraft run --config=objectives:name=all --workdir=runs/zoo
     stagecraft compare runs/zoo
 
 base=DIR names another finished run of the quickstart; base=none trains its SFT and

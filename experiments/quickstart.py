@@ -4,8 +4,8 @@ r"""Every stage on the embedded world, on two cores, in minutes.
                  |          |------> dpo
     sft_scratch: the same demonstrations, without pretraining
 
-    stagecraft run --config=experiments/quickstart.py --workdir=runs/a
-    stagecraft run --config=experiments/quickstart.py:tiny --workdir=runs/t   # seconds
+    stagecraft run --config=quickstart --workdir=runs/a
+    stagecraft run --config=quickstart:tiny --workdir=runs/t   # seconds
 
 The world (stagecraft/worlds/countries) writes real facts as web-like text, answers
 about half of its countries, prompts about the same half, and a strict scorer that no

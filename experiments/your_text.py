@@ -1,11 +1,12 @@
 r"""Your own files through the same graph of stages.
 
-    stagecraft run --config=experiments/your_text.py:text=FILES,demonstrations=FILES,\
+    stagecraft run --config=your_text:text=FILES,demonstrations=FILES,\
 comparisons=FILES,prompts=FILES --workdir=runs/mine
 
-FILES is a file, a directory or a glob, here or at gs://, s3:// and the like. It may be
-.txt, .jsonl or .json (each also .gz or .zst), .parquet, what `datasets` saved to disk,
-.array_record with a JSON object a record or, for text, a folder of tokenised shards:
+For one stage alone see experiments/recipes/. FILES is a file, a directory or a glob,
+here or at gs://, s3:// and the like. It may be .txt, .jsonl or .json (each also .gz or
+.zst), .parquet, what `datasets` saved to disk, .array_record with JSON objects, or,
+for text, a folder of tokenised shards:
 
     text            plain text, or {"text"}                     -> pretrain
     demonstrations  {"prompt","completion"} or {"messages"}     -> sft
@@ -21,12 +22,12 @@ need the tokenizer that wrote them: tokenizer=FILE.
 With model=FOLDER, a Hugging Face folder with its tokenizer and chat template, the
 stages start from that model; text is then learned on top of it, or left out:
 
-    stagecraft run --config=experiments/your_text.py:model=FOLDER,demonstrations=FILES,\
+    stagecraft run --config=your_text:model=FOLDER,demonstrations=FILES,\
 comparisons=FILES,lora=16,length=1024 --workdir=runs/mine
     stagecraft export --workdir=runs/mine --stage=dpo --to=models/mine
 
 lora=16 trains adapters of that rank instead of the weights. Learning rates depend on
-which it is: see RATES.
+which it is: see RATES in experiments/common.py.
 
 What is not given is left out, with the stages that need it. Keys of other names are
 mapped by demonstrations_fields="prompt=question+completion=answer", two keys joined by
@@ -43,17 +44,6 @@ SIZES = {
     "medium": dict(width=256, layers=6, heads=8, kv_heads=4, ff_width=688),
     "large": dict(width=512, layers=8, heads=8, kv_heads=4, ff_width=1376),
 }
-# Learning rates: of a small model from scratch, of a whole ready one, of adapters.
-RATES = {
-    "scratch": dict(pretrain=2e-3, sft=5e-4, reward=1e-4, dpo=5e-5, ppo=5e-5),
-    "whole": dict(pretrain=2e-5, sft=1e-5, reward=1e-5, dpo=1e-6, ppo=1e-6),
-    "adapter": dict(pretrain=2e-4, sft=2e-4, reward=1e-4, dpo=5e-6, ppo=5e-6),
-}
-
-
-def gentle(lr, steps):
-    """A learning rate that warms up, in a short stage too."""
-    return dict(lr=lr, warmup_steps=min(20, steps // 4))
 
 
 def get_config(arg=""):
@@ -80,9 +70,9 @@ def get_config(arg=""):
     )
     if not arg.text and not (arg.model and (arg.demonstrations or arg.comparisons)):
         raise UserError(
-            "experiments/your_text.py needs text=FILES to pretrain on, or model=FOLDER "
-            "and demonstrations or comparisons, as in --config=experiments/"
-            "your_text.py:text=corpus.txt,demonstrations=qa.jsonl"
+            "your_text needs text=FILES to pretrain on, or model=FOLDER and "
+            "demonstrations or comparisons, as in "
+            "--config=your_text:text=corpus.txt,demonstrations=qa.jsonl"
         )
     if arg.size not in SIZES:
         raise UserError(f"size={arg.size}: expected one of {', '.join(SIZES)}")
@@ -103,7 +93,7 @@ def get_config(arg=""):
         c.model.update(common.tiny_model())
         c.model.max_length = arg.length
 
-    rates = RATES["adapter" if arg.lora else "whole" if arg.model else "scratch"]
+    rates = common.RATES["adapter" if arg.lora else "whole" if arg.model else "scratch"]
     shared = dict(lora=dict(rank=arg.lora))
     base = f"hf:{arg.model}" if arg.model else ""
     if arg.text:
@@ -118,7 +108,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps,
             batch_size=16,
-            optimizer=gentle(rates["pretrain"], arg.steps),
+            optimizer=common.gentle(rates["pretrain"], arg.steps),
             every=dict(save=100),
             **shared,
         )
@@ -136,7 +126,7 @@ def get_config(arg=""):
             ),
             steps=arg.steps // 2,
             batch_size=16,
-            optimizer=gentle(rates["sft"], arg.steps // 2),
+            optimizer=common.gentle(rates["sft"], arg.steps // 2),
             every=dict(save=100),
             **shared,
         )
@@ -154,7 +144,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=gentle(rates["reward"], arg.steps // 4),
+            optimizer=common.gentle(rates["reward"], arg.steps // 4),
             **shared,
         )
         c.stages.dpo = defaults.stage(
@@ -164,7 +154,7 @@ def get_config(arg=""):
             data=pairs,
             steps=arg.steps // 4,
             batch_size=8,
-            optimizer=gentle(rates["dpo"], arg.steps // 4),
+            optimizer=common.gentle(rates["dpo"], arg.steps // 4),
             **shared,
         )
     if arg.comparisons and arg.prompts:

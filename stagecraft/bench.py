@@ -1,7 +1,7 @@
 """Times the stages on this machine: real steps on synthetic batches of one shape.
 
-One line of JSON a figure, with the machine, the time of a step and what it amounts to
-in tokens and FLOPs a second, beside the rate at which this machine multiplies matrices.
+Each result is one line of JSON with the machine, the time of a step, and tokens and
+FLOPs a second, beside the rate at which this machine multiplies matrices.
 A step is all that training does per step: sampling, scoring and reference passes
 included; `programs` says what the compiler counts in each program of the stage. Compare
 figures of one run on an idle machine.
@@ -29,7 +29,7 @@ from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.stages.kinds import KINDS
 from stagecraft.stages.stage import Context
 
-# The model, unless a flag says otherwise: 5.5M parameters, as a laptop bears them.
+# The model, unless a flag says otherwise: 5.5M parameters, small enough for a laptop.
 MODEL = dict(
     vocab_size=4096,
     width=256,

@@ -175,7 +175,7 @@ def _quiet():
 
 def _overview():
     lines = [
-        "stagecraft: train a language model through all its stages, and measure what "
+        "stagecraft: train a language model through all its stages and measure what "
         "each one changed.",
         "",
         "commands:",

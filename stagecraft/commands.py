@@ -31,11 +31,11 @@ class Flag(NamedTuple):
 
 
 CONFIG = "config"  # the kind of a flag that is read as an experiment file
-WORKDIR = Flag("workdir", None, "the run's folder", str)
+WORKDIR = Flag("workdir", None, "the folder of the run", str)
 SAMPLING = (
     Flag("temperature", 0.0, "0 for the likeliest answer"),
     Flag("max_new_tokens", 48, "longest answer, in tokens"),
-    Flag("seed", 0, "seed of the sampling"),
+    Flag("seed", 0, "random seed of the sampling"),
 )
 # How tasks are asked.
 ASKING = (
@@ -62,7 +62,7 @@ def takes(*taken, words=False):
     Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
     WORKDIR,
     Flag("only", "", "stages to run, as in sft,dpo; all by default"),
-    Flag("dry_run", False, "check all and say what it would take"),
+    Flag("dry_run", False, "check everything and estimate what it takes"),
 )
 def run_(rest):
     """Run or resume a graph of stages.
@@ -71,13 +71,13 @@ def run_(rest):
     stagecraft run --config=FILE:tiny,beta=0.5 --workdir=DIR --only=sft,dpo
     stagecraft run --config=FILE --workdir=DIR --config.stages.sft.optimizer.lr=1e-3
 
-    The experiment is a file, or one of `stagecraft list`. What follows the colon goes
-    to its get_config; --config.KEY=VALUE overrides one key. The same command again goes
-    on where it stopped; finished stages are skipped.
+    The experiment is a file, or a name that `stagecraft list` shows. What follows the
+    colon is passed to its get_config, and --config.KEY=VALUE overrides one key. Given
+    again, the same command skips finished stages and resumes where it stopped.
 
-    With --dry_run the config and the data are checked, and a table shows the
-    parameters, memory, tokens, FLOPs and time of each stage; nothing is written, and
-    --workdir may be left out.
+    With --dry_run the config and the data are checked, and a table shows parameters,
+    memory, tokens, FLOPs and time of each stage. Nothing is written, and --workdir may
+    be left out.
     """
     from stagecraft import run
     from stagecraft.preview import plan
@@ -114,7 +114,7 @@ def data(rest):
 
 @takes(Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG))
 def graph(rest):
-    """Draw the stages of an experiment, with all that each takes from others.
+    """Draw the stages of an experiment and what each takes from others.
 
     stagecraft graph --config=quickstart
     """
@@ -125,7 +125,7 @@ def graph(rest):
 
 @takes(WORKDIR)
 def status(rest):
-    """Say how far each stage of a run has come.
+    """Show how far each stage of a run has come.
 
     stagecraft status --workdir=runs/a
     """
@@ -146,7 +146,7 @@ def list_(rest):
     from stagecraft.stages import kinds
 
     width = max(map(len, config_files.shipped()))
-    print("experiments (stagecraft run --config=NAME):")
+    print("experiments (stagecraft run --config=NAME; curate: stagecraft curate):")
     for name, line in config_files.shipped().items():
         print(f"  {name:<{width}}  {line}")
     print("kinds of stage:\n  " + ", ".join(kinds.KINDS))
@@ -170,9 +170,9 @@ def new(rest):
     print(f"{path}\nstagecraft run --config={path} --workdir=runs/{path.stem}")
 
 
-@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers a stage"), words=True)
+@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers of each stage"), words=True)
 def prompt(rest):
-    """Show one prompt through every finished stage, side by side.
+    """Show what every finished stage answers to one prompt.
 
     stagecraft prompt --workdir=runs/a "What is the capital of France?"
     """
@@ -213,7 +213,7 @@ def chat(rest):
 
 @takes(WORKDIR)
 def report_(rest):
-    """Write WORKDIR/report.html: curves, weights, cost, tax, the single prompt.
+    """Write the page WORKDIR/report.html: curves, figures, weights, cost.
 
     stagecraft report --workdir=runs/a
     """
@@ -227,24 +227,24 @@ def report_(rest):
 
 @takes(
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
-    Flag("baseline", "", "the arm that others are compared with"),
+    Flag("baseline", "", "the arm to compare the others with"),
     Flag("out", "compare.html", "the page to write"),
     Flag("markdown", False, "print the table as Markdown"),
     words=True,
 )
 def compare_(rest):
-    """Compare runs: figures by arm, intervals over seeds, what is noise.
+    """Compare runs: means and intervals over seeds, and which differences are noise.
 
     stagecraft compare runs/dpo_seed0 runs/dpo_seed1 runs/ipo_seed0 runs/ipo_seed1
     stagecraft compare runs/a runs/b --stages=dpo,ppo --baseline=dpo --out=ab.html
     stagecraft compare runs/zoo --baseline=dpo
     stagecraft compare runs/zoo --baseline=dpo --markdown
 
-    Runs that differ only in seed are one arm; so are the stages NAME_seed0,
-    NAME_seed1, ... of one run. Several arms of one stage are named by the settings
-    that differ. Each figure is a mean over seeds with its 95% interval; each arm is
-    compared with a baseline, and a difference whose interval holds 0 is within noise.
-    Prints the table, and writes it as a page and as JSON.
+    Runs that differ only in their seed are one variant, called an arm; so are the
+    stages NAME_seed0, NAME_seed1, ... of one run. Arms are named by the settings that
+    differ. Each figure is a mean over seeds with its 95% interval. Each arm is compared
+    with a baseline: a difference whose interval contains 0 may be noise. The table is
+    printed, and written as a page and as JSON.
     """
     from stagecraft.report import compare, compare_page, markdown, terminal
 
@@ -265,14 +265,14 @@ def compare_(rest):
     *ASKING,
 )
 def eval_(rest):
-    """Evaluate finished stages on tasks of lm-evaluation-harness, side by side.
+    """Evaluate finished stages on tasks of lm-evaluation-harness.
 
     stagecraft eval --workdir=runs/a --stage=all --tasks=my_tasks/
     stagecraft eval --workdir=runs/a --stage=sft,dpo --tasks=hellaswag,qa.yaml
 
-    Tasks are names the harness knows, YAML files, or folders of them. Results are
-    added to WORKDIR/evaluations.json and shown in the report. Bare-text stages get no
-    chat template.
+    Tasks are names that the harness knows, YAML files, or folders of them. Results are
+    added to WORKDIR/evaluations.json and shown in the report. Stages that were trained
+    on bare text alone are asked without a chat template.
     """
     from stagecraft.anatomy import evaluate
     from stagecraft.report import terminal
@@ -292,7 +292,7 @@ def eval_(rest):
     Flag("workers", os.cpu_count() or 1, "tasks at once"),
 )
 def curate(rest):
-    """Curate raw text: filter, deduplicate, score and tokenise it, and report on it.
+    """Curate raw text: filter, deduplicate, score and tokenise it.
 
     stagecraft curate --config=curate:in=raw/*.jsonl.gz,out=clean
     stagecraft curate --config=curate:in=FILES,out=DIR,tokenizer=FILE
@@ -305,10 +305,10 @@ def curate(rest):
     share=0.5, evaluation=FILES, tokenizer=FILE.
 
     DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
-    says what each step removed and why. Every key with its default and meaning is in
-    stagecraft/curate/config.py. The same command goes on where it was stopped.
-    Ray and Slurm need DIR on storage that all their machines share; for a
-    run by Slurm the same command, given again, writes the page.
+    shows what each step removed and why. Every key with its default and meaning is in
+    stagecraft/curate/config.py. Given again, the same command resumes where it stopped.
+    Ray and Slurm need DIR on storage that all their machines share. With Slurm, give
+    the same command again when the jobs have ended: it writes the page.
     """
     from stagecraft.curate import curation
     from stagecraft.report import curation as page
@@ -322,17 +322,17 @@ def curate(rest):
 
 
 @takes(
-    Flag("what", "", "figures to measure; all by default"),
-    Flag("steps", 8, "timed steps of each figure"),
+    Flag("what", "", "what to time, as in sft,dpo; everything by default"),
+    Flag("steps", 8, "timed steps of each"),
     Flag("dtype", "float32", "dtype of the computation; or bfloat16"),
 )
 def bench_(rest):
-    """Time the stages on this machine: one JSON line a figure.
+    """Time the stages on this machine; each result is one line of JSON.
 
     stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
 
     Real steps of a small Llama (5.5M parameters) on synthetic batches of fixed shapes.
-    Compare figures of one run on an idle machine only.
+    Compare times only with others of the same command, on an idle machine.
     """
     from stagecraft import bench
 
@@ -340,14 +340,14 @@ def bench_(rest):
     bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
 
 
-@takes(WORKDIR, Flag("name", "base", "of the stage"), words=True)
+@takes(WORKDIR, Flag("name", "base", "name of the stage"), words=True)
 def import_(rest):
     """Import a Hugging Face folder as a work directory with one finished stage.
 
     stagecraft import models/Qwen3-0.6B --workdir=runs/qwen
     stagecraft import models/reward --workdir=runs/reward --name=reward
 
-    prompt, chat and export work on it, and other experiments start from it:
+    prompt, chat and export work on it, and other experiments may start from it with
     start_from="runs/qwen/base". (start_from="hf:FOLDER" reads a folder directly.)
     """
     from stagecraft import exchange
@@ -362,7 +362,7 @@ def import_(rest):
 
 @takes(
     WORKDIR,
-    Flag("stage", "", "stage whose model to write"),
+    Flag("stage", "", "the stage whose model to write"),
     Flag("to", "", "the folder to write"),
     Flag("dtype", "float32", "dtype of the weights; or bfloat16, float16"),
     Flag("shard_size", "5GB", "largest size of a file: 500MB, 5GB"),
@@ -371,13 +371,13 @@ def import_(rest):
     Flag("base", "", "the base model of --adapter, a folder"),
 )
 def export(rest):
-    """Write a stage's model as a folder that transformers, vLLM and others open.
+    """Write a stage's model as a Hugging Face folder.
 
     stagecraft export --workdir=runs/a --stage=dpo --to=models/mine --dtype=bfloat16
 
-    Weights in shards, config.json, generation_config.json, the tokenizer and its chat
-    template unchanged. The folder appears whole or not at all. A reward model is
-    written as a ...ForSequenceClassification with one label.
+    The folder holds the weights, config.json, generation_config.json, and the tokenizer
+    with its chat template, as transformers and PEFT open them. It appears whole or not
+    at all. A reward model is written as a ...ForSequenceClassification with one label.
 
     An adapter (LoRA) is merged into its base; with --adapter it is written as a PEFT
     folder, for the Hugging Face folder it was trained on or for --base=FOLDER.

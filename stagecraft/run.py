@@ -289,8 +289,10 @@ def key_of(config: ConfigDict, name: str) -> jax.Array:
     """Returns the random key of a stage."""
     key = jax.random.key(config.seed)
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    seed = config.stages[name].get("seed")
-    return jax.random.fold_in(key, seed) if seed else key
+    stage = config.stages[name]
+    if stage.get("seed"):
+        key = jax.random.fold_in(key, stage.seed)
+    return key
 
 
 def _make(run, stage, mesh, parents, data):

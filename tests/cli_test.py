@@ -143,7 +143,7 @@ def test_configs_that_are_wrong(folder):
 
 
 def test_a_config_file_runs_once(folder):
-    """It may write data, as experiments/curated_text.py does; overrides reach it."""
+    """It may write the data it names; overrides reach it."""
     script = folder / "small.py"
     line = f"    open({str(folder / 'count')!r}, 'a').write('.')\n    return c\n"
     script.write_text(script.read_text().replace("    return c\n", line))

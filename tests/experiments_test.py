@@ -15,11 +15,104 @@ from tests.conftest import ROOT, load_experiment, single_device
 NAMES = sorted(
     p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "common"
 )
+RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py"))
 
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
     assert NAMES == ["curate", "curated_text", "objectives", "quickstart", "your_text"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run_by_themselves(name, tmp_path):
+    """`tiny` alone puts the embedded world in the place of model and data."""
+    config = load_experiment(f"recipes/{name}").get_config("tiny")
+    run.run(single_device(config), tmp_path / "run")
+    last = list(config.stages)[-1]
+    assert StageRecord.read_finished(tmp_path / "run" / last).steps == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run, tmp_path_factory):
+    """A Hugging Face folder."""
+    to = tmp_path_factory.mktemp("folder") / "model"
+    exchange.export(tiny_run, "sft", to)
+    return to
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(name, root, *arguments):
+    """Runs a recipe from a folder on files; its work directory."""
+    config = load_experiment(f"recipes/{name}").get_config(",".join(arguments))
+    run.run(single_device(config), root)
+    return root
+
+
+def test_recipes_follow_on_from_each_other(folder, tmp_path):
+    """A folder, then SFT, DPO and GRPO, each from the last one's stage, then export."""
+    chats = [
+        {"prompt": f"How is {i}?", "completion": f"It was {i}."} for i in range(60)
+    ]
+    pairs = [
+        {"prompt": f"How is {i}?", "chosen": f"It was {i}.", "rejected": "No."}
+        for i in range(60)
+    ]
+    asked = [
+        {"prompt": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)
+    ]
+    short = ("tiny", "length=64", "heldout=0.1")
+    sft = recipe(
+        "sft_from_hf",
+        tmp_path / "sft",
+        f"model={folder},data={write(tmp_path / 'a.jsonl', chats)},lora=2",
+        *short,
+    )
+    dpo = recipe(
+        "dpo_from_hf",
+        tmp_path / "dpo",
+        f"model={sft}/sft,data={write(tmp_path / 'p.jsonl', pairs)},objective=ipo",
+        *short,
+    )
+    grpo = recipe(
+        "grpo_verifier",
+        tmp_path / "grpo",
+        f"model={dpo}/dpo,data={write(tmp_path / 'q.jsonl', asked)},tiny,group=2",
+    )
+    rows = (grpo / "grpo" / "metrics.jsonl").read_text().splitlines()
+    assert "rewards/correct/mean" in json.loads(rows[-1])
+    exchange.export(grpo, "grpo", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_recipes_say_what_is_missing():
+    for name in RECIPES:
+        module = load_experiment(f"recipes/{name}")
+        missing = "data=FILES" if name == "pretrain_own_text" else "model= is missing"
+        with pytest.raises(UserError, match=missing):
+            module.get_config("")
+    module = load_experiment("recipes/dpo_from_hf")
+    with pytest.raises(UserError, match="data=FILES is missing"):
+        module.get_config("model=here")
+
+
+@pytest.mark.parametrize(
+    "text, answer, want",
+    [
+        ("It is 72.", "so 70 + 2\n#### 72", 1.0),
+        ("It is 72, not 71.", "#### 72", 0.0),
+        ("1,234.50", "1234.5", 1.0),
+        ("no number", "#### 72", 0.0),
+        ("no number", "none", 0.0),
+        ([{"role": "assistant", "content": "so -3"}], "-3", 1.0),
+    ],
+)
+def test_the_verifier_of_the_recipe(text, answer, want):
+    module = load_experiment("recipes/grpo_verifier")
+    assert module.correct([text], answer=[answer], prompts=[""]) == [want]
 
 
 def test_the_quickstart_resolves_as_it_is():

@@ -110,18 +110,25 @@ def test_counts_lengths_limits_and_epochs(config):
     text = shown(data.show, config, rows=0)
     pretrain = section(text, "pretrain")
     # bos and eos come to each text: 12, 32, 52 and 92 tokens in rows of 32.
+    assert "4 documents read: 4 kept, 0 dropped" in pretrain
     assert "documents 4, tokens 188" in pretrain
     assert "min 12," in pretrain and "median 42," in pretrain and "max 92" in pretrain
     assert "50.0% are longer than data.length=32: split over rows" in pretrain
     assert "6 steps: 4.00 epochs, about 752 tokens" in pretrain  # of 6 rows
     reward = section(text, "reward")
-    assert "pairs 2, dropped 2" in reward
+    assert "4 pairs read: 2 kept, 2 dropped" in reward
     assert "50.0% are longer than data.length=48: dropped" in reward
     # bos, user, p, assistant, the answer, end.
     assert "min 6," in reward and "max 13" in reward
     assert "2 steps: 2.00 epochs" in reward
     assert "asks 4 prompts: 0.50 epochs" in section(text, "asked")
     assert "records of asked, which has not run yet" in section(text, "dpo")
+
+
+def test_the_first_token_of_a_piece_is_not_learned(config):
+    config.stages.pretrain.batch_size = 6  # all rows, of seven pieces
+    text = shown(data.show, config, only=["pretrain"], rows=0)
+    assert "a step: 6 rows, 188 tokens (181 learned) and 4 of padding" in text
 
 
 def test_a_mixture_shows_its_shares(config, tmp_path):

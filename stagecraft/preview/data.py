@@ -65,6 +65,7 @@ def described(stage: ConfigDict, data: stage_data.StageData, this: runs.Run):
         return
     dataset, report = data.dataset, dict(data.dataset.report)
     sources = report.pop("sources", [])
+    yield _counted(report)
     counts = [f"{k.replace('_', ' ')} {_shown(v)}" for k, v in report.items()]
     counts.append(f"rows {dataset.rows:,}")
     if data.heldout:
@@ -90,6 +91,15 @@ def described(stage: ConfigDict, data: stage_data.StageData, this: runs.Run):
         epochs = stage.steps * extra / len(rows)
         yield f"beside each batch: {extra} rows of text, {epochs:.2f} epochs"
     yield from _steps(stage, dataset, count)
+
+
+def _counted(report):
+    """Returns how many records to train on were read, kept and dropped."""
+    what = next(k for k in ("documents", "pairs", "answers", "prompts") if k in report)
+    dropped = report.get("dropped", 0)
+    # Of text and demonstrations all are counted, of pairs and answers those kept.
+    read = report[what] + (0 if what == "documents" else dropped)
+    return f"{read:,} {what} read: {read - dropped:,} kept, {dropped:,} dropped"
 
 
 def _steps(stage, dataset, count):

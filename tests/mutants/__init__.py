@@ -10,6 +10,7 @@ from tests.mutants import (
     inputs,
     measuring,
     objectives,
+    previews,
     rollouts,
     sampled,
     steps,
@@ -18,7 +19,8 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS + contact.MUTANTS),
+    *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
+    *(contact.MUTANTS + previews.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -1,0 +1,44 @@
+r"""Direct preference optimisation (DPO) of a Hugging Face model on pairs of answers.
+
+    stagecraft run --config=recipes/dpo_from_hf:model=FOLDER,data=pairs.jsonl,lora=16 \
+        --workdir=runs/dpo
+    stagecraft export --workdir=runs/dpo --stage=dpo --to=models/dpo
+
+data holds {"prompt","chosen","rejected"}, texts or messages. model is usually one that
+recipes/sft_from_hf has trained on answers of the same kind (model=runs/sft/sft), which
+is also the frozen reference. objective=ipo, simpo, orpo, ... is any pair loss of
+docs/objectives.md. No result has been measured with it yet; that of the same stage on
+the embedded world is in docs/results.md.
+"""
+
+from experiments import common
+from stagecraft import defaults
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(
+        arg,
+        tiny=False,
+        model="",
+        data="",
+        objective="dpo",
+        lora=0,
+        length=1024,
+        steps=100,
+        batch=16,
+        micro_batches=1,
+        lr=0.0,
+        heldout=0.02,
+    )
+    c, start = common.begin(arg)
+    pairs = common.files(arg, "data", "") or common.world_pairs(c, start)
+    c.stages.dpo = defaults.stage(
+        "preference",
+        start_from=start,
+        objective=arg.objective,
+        data=dict(files=pairs, length=arg.length, heldout_share=arg.heldout),
+        batch_size=arg.batch,
+        micro_batches=arg.micro_batches,
+        **common.tuned(arg, "dpo", arg.steps),
+    )
+    return common.tiny(c) if arg.tiny else c
