@@ -298,14 +298,15 @@ def test_a_stage_that_would_lose_most_of_its_records_is_refused(data, kind):
 
 def test_pairs_that_are_cut_lose_their_ends(data, chatml):
     long = {"prompt": "q", "chosen": "word " * 90, "rejected": "text " * 90}
-    alike = {"prompt": "word " * 90, "chosen": "a", "rejected": "b"}
-    made, said = data(
-        "preference", [PAIR, long, alike], too_long="cut", length=64, max_loss=1.0
-    )
-    assert made.dataset.report == {"pairs": 2, "dropped": 1}
+    empty = {"prompt": "word " * 90, "chosen": "a", "rejected": "b"}
+    alike = {"prompt": "q", "chosen": "word " * 90 + "a", "rejected": "word " * 90}
+    records = [PAIR, long, empty, alike]
+    keys = dict(too_long="cut", length=64, max_loss=1.0)
+    made, said = data("preference", records, **keys)
+    assert made.dataset.report == {"pairs": 2, "dropped": 2}
     assert made.dataset.batch_at(0)["ids"].shape[-1] == 64
     assert made.reading["cut"] == 1
-    assert made.reading["dropped"] == {"alike once cut": 1}
+    assert made.reading["dropped"] == {"alike once cut": 2}
 
 
 def test_prompts_too_long_are_refused_together_dropped_or_cut(data, chatml):
