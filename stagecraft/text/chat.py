@@ -12,6 +12,8 @@ whole text is tokenised at once, as transformers does, and a token is a target w
 holds a character of an assistant's turn; see `template`.
 """
 
+import os
+
 from stagecraft.errors import UserError
 from stagecraft.text.tokenizer import Tokenizer
 
@@ -40,8 +42,8 @@ def continuation(
 ) -> tuple[list[int], list[bool], bool]:
     """Encodes a text and what follows it, without turns; eos is learned as its end.
 
-    As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what has
-    as many tokens as the prompt by itself is given.
+    As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what it
+    begins with of the prompt's own tokens is given.
 
     Args:
         prompt, completion: texts.
@@ -50,15 +52,15 @@ def continuation(
 
     Returns:
         ids list[int], mask list[bool]; whether a token holds the end of the prompt
-        and the beginning of the completion, whose place is not learned then.
+        and the beginning of the completion, which is learned whole then.
     """
     given, _ = _begun(prompt, tokenizer)
     ids, _ = _begun(prompt + completion, tokenizer)
     if ended and ids[-1:] != [tokenizer.eos]:
         ids.append(tokenizer.eos)
-    count = min(len(given), len(ids))
+    count = len(os.path.commonprefix([given, ids]))
     mask = [False] * count + [True] * (len(ids) - count)
-    return ids, mask, ids[:count] != given
+    return ids, mask, count < len(given)
 
 
 def _begun(text, tokenizer):

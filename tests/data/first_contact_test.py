@@ -489,16 +489,16 @@ def test_a_tokenizer_without_spelled_tokens_refuses_to_parse(data, tokenizer):
 
 def test_texts_are_continued_where_there_are_no_turns(data, tmp_path):
     bare = load(families.folder(tmp_path / "bare", "chatml", chat_template=None))
-    records = [{"prompt": "Say it: ", "completion": "Paris."}]
+    records = [{"prompt": "Say it:", "completion": " Paris."}]
     with pytest.raises(UserError, match="data.render='text'"):
         data("language_model", records, tokenizer=bare)
     made, _ = data("language_model", records, tokenizer=bare, render="text")
     batch = made.dataset.batch_at(0)
     ids, mask = batch["ids"][0], batch["mask"][0]
-    whole, given = bare.encode("Say it: Paris."), bare.encode("Say it: ")
+    whole, given = bare.encode("Say it: Paris."), bare.encode("Say it:")
     assert ids[batch["segments"][0] > 0].tolist() == [*whole, bare.eos]
     assert ids[mask].tolist() == [*whole[len(given) :], bare.eos]
-    pair = {"prompt": "Say it: ", "chosen": "Paris.", "rejected": "No."}
+    pair = {"prompt": "Say it:", "chosen": " Paris.", "rejected": "No."}
     made, _ = data("preference", [pair], tokenizer=bare, render="text")
     batch = made.dataset.batch_at(0)
     learned = batch["ids"][0, 0][batch["mask"][0, 0]].tolist()
