@@ -546,3 +546,58 @@ def test_of_a_folder_with_splits_train_alone_is_read(tmp_path, caplog, names, re
     # What is named by itself is read.
     both = ",".join(str(root / name) for name in names)
     assert len(files.expand(both)) == len(names)
+
+
+def test_what_is_both_held_out_and_trained_on_is_warned_about(data, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"set-{name}.jsonl").write_text(json.dumps(PAIR) + "\n")
+    keys = dict(files=f"{tmp_path}/set*", heldout=f"{tmp_path}/set*")
+    _, said = data("preference", [], **keys)
+    assert any(
+        "set-train.jsonl is in data.files too, and trained on" in s for s in said
+    )
+    keys["heldout"] = f"{tmp_path}/set-test.jsonl"
+    made, said = data("preference", [], **keys)
+    assert made.heldout.rows == 1 == made.dataset.rows
+    assert not any("trained on" in line for line in said)
+
+
+# -- more of the same ------------------------------------------------------------------
+
+
+def test_two_keys_are_joined_by_fields(data, chatml):
+    record = {"task": "Count.", "given": "banana", "gold": "3"}
+    fields = "prompt=task+given+completion=gold"
+    made, said = data(
+        "language_model", [record, record | {"given": " "}], fields=fields
+    )
+    whole, alone = shown(chatml, made)
+    assert "Count.\n\nbanana<|im_end|>" in whole and "user\nCount.<|im_end|>" in alone
+    assert not any("not read" in line for line in said)
+    made, _ = data("policy", [record], fields="prompt=task+given")
+    assert made.records == [record | {"prompt": "Count.\n\nbanana"}]
+    with pytest.raises(UserError, match="expected a text under each key to join"):
+        data("language_model", [record | {"given": 3}], fields=fields)
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired_preference", "policy"])
+def test_a_system_text_is_the_first_turn_everywhere(data, chatml, kind):
+    record = {"system": "Be brief.", "question": "q", "chosen": "a", "rejected": "b"}
+    if kind == "policy":
+        record = {"system": "Be brief.", "question": "q", "answer": "a"}
+    made, said = data(kind, [record])
+    batch = made.dataset.batch_at(0)
+    ids = batch.get("ids", batch.get("prompt_ids")).reshape(-1)
+    text = chatml._inner.decode(ids.tolist(), skip_special_tokens=False)
+    head = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>"
+    assert head in text
+    assert not any("not read" in line for line in said)
+
+
+def test_a_record_keeps_its_prompt_whole(data):
+    with pytest.raises(UserError, match="data.too_long='cut': a record keeps its prom"):
+        data("comparisons", [{"prompt": "q"}], too_long="cut")
+    made, _ = data(
+        "comparisons", [{"prompt": "q"}, {"prompt": "w " * 300}], too_long="drop"
+    )
+    assert made.prompts == ["q"] and made.reading["dropped"] == {"too long": 1}
