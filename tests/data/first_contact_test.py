@@ -188,6 +188,11 @@ def test_calls_and_observations_of_sharegpt():
     assert calling["role"] == "assistant" and calling["content"] == ""
     assert calling["tool_calls"] == [{"type": "function", "function": json.loads(call)}]
     assert answer == {"role": "tool", "content": "12:00"}
+    older = {"role": "assistant", "content": None, "function_call": json.loads(call)}
+    [read] = forms.messages([older])
+    assert read["tool_calls"] == calling["tool_calls"] and "function_call" not in read
+    [read] = forms.messages([{"role": "function", "name": "clock", "content": "12:00"}])
+    assert read == {"role": "tool", "name": "clock", "content": "12:00"}
     with pytest.raises(UserError, match="what 'function_call' says is no JSON"):
         forms.messages([said[0], {"from": "function_call", "value": "clock()"}])
 
