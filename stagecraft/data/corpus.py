@@ -194,6 +194,8 @@ def _fitting(documents, numbers, sources):
     that was asked for loses it; its overflow is said, and dropped is none of it.
     """
     data, counts = sources.tally.data, sources.tally
+    if data.format != "text":
+        numbers = _with_targets(documents, numbers, counts)
     length, lengths = data.length, documents.lengths[numbers]
     whole = documents.learned()[numbers]
     cuts = _strategy(data) in ("bfd", "none")
@@ -219,6 +221,15 @@ def _fitting(documents, numbers, sources):
     counts.drop("too long", first, int(long.sum()))
     counts.lost += int(whole[long].sum())
     return numbers[~long]
+
+
+def _with_targets(documents, numbers, counts):
+    """Returns the numbers of the documents of which anything is learned, i64."""
+    empty = documents.learned()[numbers] == 0
+    if empty.any():
+        first = documents.places[numbers[empty][0]]
+        counts.drop("without a turn to learn", first, int(empty.sum()))
+    return numbers[~empty]
 
 
 def _strategy(data):

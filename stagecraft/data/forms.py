@@ -46,7 +46,9 @@ SPEAKERS = dict.fromkeys(("human", "Human"), "user") | {"developer": "system"}
 SPEAKERS |= dict.fromkeys(
     ("gpt", "chatgpt", "bing", "bard", "model", "Assistant"), "assistant"
 )
-SPEAKERS |= dict.fromkeys(("observation", "tool_response", "function_response"), "tool")
+SPEAKERS |= dict.fromkeys(
+    ("observation", "function", "function_response", "tool_response"), "tool"
+)
 # Roles whose text is a call of a tool, or several, as JSON.
 CALLS = ("function_call", "tool_call")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -207,6 +209,9 @@ def _message(message):
         message |= {"role": "assistant", "content": "", "tool_calls": calls}
     elif isinstance(role, str) and role in SPEAKERS:
         message["role"] = SPEAKERS[role]
+    if isinstance(message.get("function_call"), dict):  # OpenAI's older name
+        call = {"type": "function", "function": message.pop("function_call")}
+        message.setdefault("tool_calls", [call])
     if isinstance(message.get("content"), list):
         message["content"] = _joined_parts(message["content"])
     if isinstance(message.get("tool_calls"), list):

@@ -31,6 +31,11 @@ def groups(stage, sources) -> StageData:
 
 def records(stage, sources) -> StageData:
     """Returns prompts for a stage that writes records, without batches."""
+    if stage.data.too_long == "cut":
+        raise UserError(
+            "data.too_long='cut': a record keeps its prompt whole, and is not sampled "
+            "from a part of it; expected 'refuse' or 'drop'"
+        )
     rows = read_rows(readers.prompts, sources.specs["files"], sources)
     rows, _ = _encoded(rows, stage, sources)
     return _prompts(rows)
@@ -106,7 +111,11 @@ def _encoded(rows, stage, sources):
         messages = chat.as_messages(one.prompt)
         rendering.count(messages)
         tools = {"tools": one.tools} if one.tools else {}
-        ids = chat.generation_prompt(messages, sources.tokenizer, **tools)
+        try:
+            ids = chat.generation_prompt(messages, sources.tokenizer, **tools)
+        except UserError as error:
+            counts.unwritten(row.where, error)
+            continue
         counts.longest = max(counts.longest, len(ids))
         if len(ids) > limit and stage.data.too_long == "drop":
             counts.drop("too long", row.where)

@@ -5,7 +5,7 @@ from stagecraft.text import chat
 from stagecraft.text.template import texts
 
 # What is said of prompts whose completion changes their last token.
-JOINED = "have a token of both the prompt and the completion, which is not learned"
+JOINED = "have a token of both the prompt and the completion, which is learned whole"
 
 
 class Rendering:

@@ -6,6 +6,7 @@ several are separated by commas.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from stagecraft.data.tally import Tally
 from stagecraft.models.locate import shortest_context
 from stagecraft.text import chat
 
+_log = logging.getLogger("stagecraft.data")
 # Keys of a data config that name files.
 SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
 
@@ -132,7 +134,16 @@ def build(stage, tokenizer, root, config, builder: Callable, name="") -> StageDa
     tally.check(stage.data)
     named = {k: stage.data[k] for k in SPECS if stage.data.get(k)}
     specs = {k: locate(spec, root) for k, spec in named.items()}
-    digests = {named[k]: files.digest(files.expand(specs[k])) for k in named}
+    paths = {k: files.expand(spec) for k, spec in specs.items()}
+    digests = {named[k]: files.digest(paths[k]) for k in named}
+    trained, held = (set(map(str, paths.get(k, ()))) for k in ("files", "heldout"))
+    if both := trained & held:
+        _log.warning(
+            "data.heldout=%s: %s is in data.files too, and trained on; name a file of "
+            "its test split",
+            stage.data.heldout,
+            min(both),
+        )
     cache = Path(stage.data.get("cache") or Path(root) / "cache")
     length, _ = shortest_context(stage, config)
     counts = Tally(stage.data)

@@ -18,6 +18,7 @@ as they are when a model answers.
 import bisect
 import functools
 import logging
+import os
 from collections.abc import Iterable
 
 from stagecraft.errors import UserError
@@ -49,8 +50,8 @@ def continuation(
 ) -> tuple[list[int], list[bool], bool]:
     """Encodes a text and what follows it, without turns; eos is learned as its end.
 
-    As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what has
-    as many tokens as the prompt by itself is given.
+    As TRL's SFTTrainer does with texts: the two are tokenised as one text, and what it
+    begins with of the prompt's own tokens is given.
 
     Args:
         prompt, completion: texts.
@@ -59,15 +60,15 @@ def continuation(
 
     Returns:
         ids list[int], mask list[bool]; whether a token holds the end of the prompt
-        and the beginning of the completion, whose place is not learned then.
+        and the beginning of the completion, which is learned whole then.
     """
     given, _ = _begun(prompt, tokenizer)
     ids, _ = _begun(prompt + completion, tokenizer)
     if ended and ids[-1:] != [tokenizer.eos]:
         ids.append(tokenizer.eos)
-    count = min(len(given), len(ids))
+    count = len(os.path.commonprefix([given, ids]))
     mask = [False] * count + [True] * (len(ids) - count)
-    return ids, mask, ids[:count] != given
+    return ids, mask, count < len(given)
 
 
 def _begun(text, tokenizer):

@@ -188,6 +188,11 @@ def test_calls_and_observations_of_sharegpt():
     assert calling["role"] == "assistant" and calling["content"] == ""
     assert calling["tool_calls"] == [{"type": "function", "function": json.loads(call)}]
     assert answer == {"role": "tool", "content": "12:00"}
+    older = {"role": "assistant", "content": None, "function_call": json.loads(call)}
+    [read] = forms.messages([older])
+    assert read["tool_calls"] == calling["tool_calls"] and "function_call" not in read
+    [read] = forms.messages([{"role": "function", "name": "clock", "content": "12:00"}])
+    assert read == {"role": "tool", "name": "clock", "content": "12:00"}
     with pytest.raises(UserError, match="what 'function_call' says is no JSON"):
         forms.messages([said[0], {"from": "function_call", "value": "clock()"}])
 
@@ -298,14 +303,15 @@ def test_a_stage_that_would_lose_most_of_its_records_is_refused(data, kind):
 
 def test_pairs_that_are_cut_lose_their_ends(data, chatml):
     long = {"prompt": "q", "chosen": "word " * 90, "rejected": "text " * 90}
-    alike = {"prompt": "word " * 90, "chosen": "a", "rejected": "b"}
-    made, said = data(
-        "preference", [PAIR, long, alike], too_long="cut", length=64, max_loss=1.0
-    )
-    assert made.dataset.report == {"pairs": 2, "dropped": 1}
+    empty = {"prompt": "word " * 90, "chosen": "a", "rejected": "b"}
+    alike = {"prompt": "q", "chosen": "word " * 90 + "a", "rejected": "word " * 90}
+    records = [PAIR, long, empty, alike]
+    keys = dict(too_long="cut", length=64, max_loss=1.0)
+    made, said = data("preference", records, **keys)
+    assert made.dataset.report == {"pairs": 2, "dropped": 2}
     assert made.dataset.batch_at(0)["ids"].shape[-1] == 64
     assert made.reading["cut"] == 1
-    assert made.reading["dropped"] == {"alike once cut": 1}
+    assert made.reading["dropped"] == {"alike once cut": 2}
 
 
 def test_prompts_too_long_are_refused_together_dropped_or_cut(data, chatml):
@@ -488,16 +494,16 @@ def test_a_tokenizer_without_spelled_tokens_refuses_to_parse(data, tokenizer):
 
 def test_texts_are_continued_where_there_are_no_turns(data, tmp_path):
     bare = load(families.folder(tmp_path / "bare", "chatml", chat_template=None))
-    records = [{"prompt": "Say it: ", "completion": "Paris."}]
+    records = [{"prompt": "Say it:", "completion": " Paris."}]
     with pytest.raises(UserError, match="data.render='text'"):
         data("language_model", records, tokenizer=bare)
     made, _ = data("language_model", records, tokenizer=bare, render="text")
     batch = made.dataset.batch_at(0)
     ids, mask = batch["ids"][0], batch["mask"][0]
-    whole, given = bare.encode("Say it: Paris."), bare.encode("Say it: ")
+    whole, given = bare.encode("Say it: Paris."), bare.encode("Say it:")
     assert ids[batch["segments"][0] > 0].tolist() == [*whole, bare.eos]
     assert ids[mask].tolist() == [*whole[len(given) :], bare.eos]
-    pair = {"prompt": "Say it: ", "chosen": "Paris.", "rejected": "No."}
+    pair = {"prompt": "Say it:", "chosen": " Paris.", "rejected": "No."}
     made, _ = data("preference", [pair], tokenizer=bare, render="text")
     batch = made.dataset.batch_at(0)
     learned = batch["ids"][0, 0][batch["mask"][0, 0]].tolist()
@@ -545,3 +551,58 @@ def test_of_a_folder_with_splits_train_alone_is_read(tmp_path, caplog, names, re
     # What is named by itself is read.
     both = ",".join(str(root / name) for name in names)
     assert len(files.expand(both)) == len(names)
+
+
+def test_what_is_both_held_out_and_trained_on_is_warned_about(data, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"set-{name}.jsonl").write_text(json.dumps(PAIR) + "\n")
+    keys = dict(files=f"{tmp_path}/set*", heldout=f"{tmp_path}/set*")
+    _, said = data("preference", [], **keys)
+    assert any(
+        "set-train.jsonl is in data.files too, and trained on" in s for s in said
+    )
+    keys["heldout"] = f"{tmp_path}/set-test.jsonl"
+    made, said = data("preference", [], **keys)
+    assert made.heldout.rows == 1 == made.dataset.rows
+    assert not any("trained on" in line for line in said)
+
+
+# -- more of the same ------------------------------------------------------------------
+
+
+def test_two_keys_are_joined_by_fields(data, chatml):
+    record = {"task": "Count.", "given": "banana", "gold": "3"}
+    fields = "prompt=task+given+completion=gold"
+    made, said = data(
+        "language_model", [record, record | {"given": " "}], fields=fields
+    )
+    whole, alone = shown(chatml, made)
+    assert "Count.\n\nbanana<|im_end|>" in whole and "user\nCount.<|im_end|>" in alone
+    assert not any("not read" in line for line in said)
+    made, _ = data("policy", [record], fields="prompt=task+given")
+    assert made.records == [record | {"prompt": "Count.\n\nbanana"}]
+    with pytest.raises(UserError, match="expected a text under each key to join"):
+        data("language_model", [record | {"given": 3}], fields=fields)
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired_preference", "policy"])
+def test_a_system_text_is_the_first_turn_everywhere(data, chatml, kind):
+    record = {"system": "Be brief.", "question": "q", "chosen": "a", "rejected": "b"}
+    if kind == "policy":
+        record = {"system": "Be brief.", "question": "q", "answer": "a"}
+    made, said = data(kind, [record])
+    batch = made.dataset.batch_at(0)
+    ids = batch.get("ids", batch.get("prompt_ids")).reshape(-1)
+    text = chatml._inner.decode(ids.tolist(), skip_special_tokens=False)
+    head = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>"
+    assert head in text
+    assert not any("not read" in line for line in said)
+
+
+def test_a_record_keeps_its_prompt_whole(data):
+    with pytest.raises(UserError, match="data.too_long='cut': a record keeps its prom"):
+        data("comparisons", [{"prompt": "q"}], too_long="cut")
+    made, _ = data(
+        "comparisons", [{"prompt": "q"}, {"prompt": "w " * 300}], too_long="drop"
+    )
+    assert made.prompts == ["q"] and made.reading["dropped"] == {"too long": 1}

@@ -6,7 +6,10 @@ import json
 import pytest
 
 from stagecraft.data import forms, readers
+from stagecraft.text import chat
+from stagecraft.text.tokenizer import load
 from tests.peers import bridge  # noqa: F401  (torch and the rest, or the test is left out)
+from tests.text import families
 
 trl = pytest.importorskip("trl")
 utils = pytest.importorskip("trl.data_utils")
@@ -169,3 +172,33 @@ def test_what_datasets_saved_is_read_without_it(parity_rng, tmp_path, split):
     for name in ("saved", "set.parquet", "set.jsonl"):
         found = readers.demonstrations(tmp_path / name)
         assert [one.messages for one in found] == want
+
+
+def test_texts_are_continued_as_by_the_sft_trainer(parity_rng, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = families.folder(tmp_path / "bare", "chatml", chat_template=None)
+    records = [
+        {"prompt": text(parity_rng), "completion": text(parity_rng)} for _ in range(40)
+    ]
+    # One whose completion begins in the middle of a token.
+    records.append({"prompt": "The capital of F", "completion": "rance."})
+    shape = transformers.LlamaConfig(
+        vocab_size=2000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    trainer = trl.SFTTrainer(
+        model=transformers.LlamaForCausalLM(shape),
+        args=trl.SFTConfig(
+            str(tmp_path / "out"), max_length=None, use_cpu=True, report_to="none"
+        ),
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+    )
+    ours = load(folder)
+    for record, row in zip(records, trainer.train_dataset, strict=True):
+        ids, mask, _ = chat.continuation(*record.values(), ours)
+        assert ids == row["input_ids"]
+        assert mask == [label != -100 for label in row["labels"]]

@@ -16,7 +16,9 @@ from stagecraft.text.tokenizer import (
     SentencePiece,
     keep,
     load,
+    with_template,
 )
+from tests.text import families
 
 TEXT = [
     "The capital of France is Paris.\n\tThe  euro is its currency.\n\nIn 1999.",
@@ -291,3 +293,24 @@ def test_load_refuses_what_is_no_model(tmp_path):
     (tmp_path / "x.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="x.model"):
         SentencePiece.load(tmp_path / "x.model")
+
+
+def test_a_template_of_a_file_replaces_the_folder_s(tmp_path):
+    bare = load(families.folder(tmp_path / "bare", "chatml", chat_template=None))
+    assert bare.template is None
+    path = tmp_path / "mine.jinja"
+    path.write_text(families.source("chatml"), encoding="utf-8")
+    other = with_template(bare, path)
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert other.template.text(said) == load(
+        families.folder(tmp_path / "whole", "chatml")
+    ).template.text(said)
+    # It is kept with the tokenizer.
+    keep(other, tmp_path / "kept")
+    assert load(tmp_path / "kept").template.text(said) == other.template.text(said)
+    with pytest.raises(
+        UserError, match="tokenizer.template=.*none.jinja: no such file"
+    ):
+        with_template(bare, tmp_path / "none.jinja")
+    with pytest.raises(UserError, match="for the tokenizer of a Hugging Face folder"):
+        with_template(load("bytes"), path)
