@@ -5,6 +5,7 @@ from tests.mutants import (
     curation,
     data,
     families,
+    folders,
     inputs,
     measuring,
     objectives,
@@ -16,7 +17,7 @@ from tests.mutants import (
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
-    *(curation.MUTANTS + measuring.MUTANTS),
+    *(curation.MUTANTS + measuring.MUTANTS + folders.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.
