@@ -7,6 +7,7 @@ into a temporary folder and renames it, so that a checkpoint exists whole or not
 whenever the process is killed.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,13 @@ class Checkpoints:
         Returns:
             model, train, data.
         """
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(model)),
-                train=ocp.args.StandardRestore(_abstract(train)),
-                data=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            model=ocp.args.StandardRestore(_abstract(model)),
+            train=ocp.args.StandardRestore(_abstract(train)),
+            data=ocp.args.JsonRestore(),
         )
+        with _whole(self.folder):
+            items = self._manager.restore(step, args=args)
         return _refill(model, items.model), _refill(train, items.train), items.data
 
     def wait(self) -> None:
@@ -92,14 +92,35 @@ def load_model(folder: str | Path, abstract: Any) -> tuple[Any, int]:
     """
     path = Path(folder).absolute() / "checkpoints"
     if not path.is_dir():
-        raise UserError(f"{folder}: no checkpoints here; run that stage first")
-    with ocp.CheckpointManager(path) as manager:
+        raise UserError(
+            f"{folder}: no checkpoints here; copy the whole folder, or remove its "
+            "stage.json to run that stage again"
+        )
+    with _whole(path), ocp.CheckpointManager(path) as manager:
         step = manager.latest_step()
         if step is None:
-            raise UserError(f"{path}: no complete checkpoint; run that stage first")
+            raise UserError(
+                f"{path}: no complete checkpoint; copy the whole folder, or remove the "
+                "stage's stage.json to run it again"
+            )
         args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
         items = manager.restore(step, args=args)
     return _refill(abstract, items.model), step
+
+
+@contextlib.contextmanager
+def _whole(folder):
+    """Turns what Orbax raises of a checkpoint with files missing into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of whatever type the missing file leads to
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder}: cannot be read ({reason}); it is damaged, or only a part of it "
+            "was copied: copy the whole folder, or remove it and the stage's stage.json"
+        ) from error
 
 
 def _nest(pytree):

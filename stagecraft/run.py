@@ -26,7 +26,7 @@ from stagecraft.curate import config as curate_config
 from stagecraft.curate import curation
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
-from stagecraft.lineage import LineageEntry, StageRecord
+from stagecraft.lineage import Lineage, LineageEntry, StageRecord
 from stagecraft.models import locate, saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
@@ -59,7 +59,7 @@ def open_run(root: str | Path) -> Run:
         )
     config = experiment.resolve(stored, check=False)
     stages = experiment.order(config)
-    return Run(root, config, tokenizers.load(folder), stages)
+    return Run(root, config, _own_tokenizer(root), stages)
 
 
 def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
@@ -93,7 +93,7 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
                 _run_stage(this, name, early)
                 this.ran.append(name)
     else:
-        this.tokenizer = tokenizers.load(root / runs.TOKENIZER)
+        this.tokenizer = _own_tokenizer(root)
     with jax.set_mesh(this.mesh()):
         return _conclude(this, changed=bool(unfinished), started=started)
 
@@ -161,7 +161,7 @@ def _tokenizer(config, root):
     """Returns the run's own tokenizer, kept in WORKDIR/tokenizer from then on."""
     folder, path = root / runs.TOKENIZER, config.tokenizer.path
     if folder.exists():
-        tokenizer = tokenizers.load(folder)
+        tokenizer = _own_tokenizer(root)
         for name in tokenizer.files:  # a template's moment, in an older run
             if not (folder / name).exists():
                 storage.write_bytes(folder / name, tokenizer.files[name])
@@ -186,6 +186,19 @@ def _tokenizer(config, root):
     if config.tokenizer.template:
         tokenizer = tokenizers.with_template(tokenizer, config.tokenizer.template)
     tokenizers.keep(tokenizer, folder)
+    return tokenizer
+
+
+def _own_tokenizer(root):
+    """Reads WORKDIR/tokenizer, if it is still the one its stages were trained with."""
+    folder = root / runs.TOKENIZER
+    tokenizer = tokenizers.load(folder)
+    for name, entry in Lineage.read(root).stages.items():
+        if entry.tokenizer not in (None, tokenizer.digest):
+            raise UserError(
+                f"{folder}: is not the tokenizer that {name} was trained with (a file "
+                "is missing, or was changed); copy the whole folder"
+            )
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TAKEN_FOR = re.compile(r": (txt|jsonl), \d+ (records|documents) of ")
+TAKEN_FOR = re.compile(r": (txt|jsonl), \d+ (records|documents) of |\d+ \w+ read, ")
 
 EXPERIMENT = """
 from stagecraft import defaults
@@ -219,7 +219,7 @@ def test_compare_prints_a_table_and_writes_a_page(tiny_run, tmp_path):
     )
     assert status == 0, error
     assert out.strip().endswith("sides.html")
-    for told in ("dpo", "ppo", "Gold win rate", "Entropy", "one seed: no interval"):
+    for told in ("dpo", "ppo", "Gold win rate", "Entropy", "one seed on a side"):
         assert told in out
     found = json.loads((tmp_path / "sides.json").read_text())
     assert [arm["arm"] for arm in found["arms"]] == ["sft", "dpo", "ppo"]

@@ -5,6 +5,7 @@ and its axes are in `families.py`. A module of theirs that is n weights of ours 
 c_attn) becomes one adapter of n times the rank, whose B is zero between the parts.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from stagecraft import hub, process, sharding, storage
 from stagecraft.errors import UserError
 from stagecraft.models import families, huggingface, layouts, lora, tensors
-from stagecraft.models.config import ModelConfig
+from stagecraft.models.config import ModelConfig, check_mesh
 from stagecraft.models.transformer import ScalarModel, Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -236,11 +238,57 @@ def base_of(folder: str | Path) -> Path:
 
 
 def info(folder: str | Path) -> dict:
-    """Reads module and model of an adapted model, as `huggingface.info` does."""
+    """Reads module and model of an adapted model, as `huggingface.info` does.
+
+    An adapter that holds the tables of another vocabulary was trained after a resize of
+    its base's embedding: the adapted model has that vocabulary.
+    """
     model_info = huggingface.info(base_of(folder))
     if huggingface.read_json(folder, CONFIG).get("task_type") == "SEQ_CLS":
         model_info["module"] = "scalar"
+    model = model_info["model"]
+    rows = _rows(folder, ModelConfig(**model))
+    if rows != model["vocab_size"]:
+        huggingface.say(
+            f"{folder}: holds tables of {rows} ids, its base {model['vocab_size']}: it "
+            "was trained after a resize, and the model has its tables"
+        )
+    model["vocab_size"] = rows
     return model_info
+
+
+def _rows(folder, config):
+    """Returns how many ids the adapted model has; refuses tables that do not agree."""
+    path = Path(folder) / WEIGHTS
+    stored = tensors.read_header(path) if path.exists() else {}
+    embed = families.FAMILIES[config.family].top["embed"][0]
+    names = [embed, huggingface.HEAD]
+    rows = [stored[n].shape[0] for x in names if (n := ROOT + x) in stored]
+    if not any(count != config.vocab_size for count in rows):
+        return config.vocab_size
+    scalar = f"{ROOT}score.weight" in stored
+    both = config.tied or scalar or len(rows) == 2
+    if len(set(rows)) > 1 or ROOT + embed not in stored or not both:
+        raise UserError(
+            f"{path}: holds tables of {' and '.join(map(str, rows))} ids, and its base "
+            f"has {config.vocab_size}; expected {embed} and {huggingface.HEAD} of one "
+            "size: save the adapter with save_embedding_layers=True, or merge it with "
+            "PEFT (merge_and_unload) and start from that folder"
+        )
+    return rows[0]
+
+
+def _resized(base, rows, mesh):
+    """Returns a base with tables of another size, which an adapter replaces."""
+    body = getattr(base, "body", base)
+    body.config = dataclasses.replace(body.config, vocab_size=rows)
+    check_mesh(body.config, mesh)
+    for table in (body.embed, body.unembed):
+        if table is not None:
+            value = table[...]
+            kept = value[:rows]
+            table.set_value(jnp.pad(kept, ((0, rows - len(kept)), (0, 0))))
+    return base
 
 
 def digest(folder: str | Path) -> str:
@@ -287,6 +335,8 @@ def read(
         names = [f"{module}.lora_{side}.weight" for side in "AB"]
         part = blank[layout.ours]
         if not isinstance(part, lora.LoraPair) and layout.key in stored:
+            sizes = dict(zip(layout.axes.ours, part.shape, strict=True))
+            _check_shape(stored[layout.key], layout.key, layout.axes.shape(sizes))
             arrays[layout.ours] = _finite(stored[layout.key]).reshape(part.shape)
             used.add(layout.key)
         elif isinstance(part, lora.LoraPair) and names[0] in stored:
@@ -355,6 +405,14 @@ def _finite(tensor):
     return array
 
 
+def _check_shape(tensor, name, shape):
+    if tensor.shape != tuple(shape):
+        raise UserError(
+            f"{tensor.path}: {ROOT}{name} has shape {list(tensor.shape)}; on its base "
+            f"it must be {list(shape)}"
+        )
+
+
 def _fill_pair(arrays, layout, shapes, stored, names, scale):
     """Writes A and B of one module of theirs into our stacked arrays."""
     sides = _sides(layout, shapes)
@@ -364,12 +422,8 @@ def _fill_pair(arrays, layout, shapes, stored, names, scale):
     a, b = (_finite(stored[name]) for name in names)
     rank = a.shape[0]
     expected = ((rank, sides.size[0]), (sides.size[1], rank))
-    for name, array, shape in zip(names, (a, b), expected, strict=True):
-        if array.shape != shape:
-            raise UserError(
-                f"{stored[name].path}: {ROOT}{name} has shape {list(array.shape)}; on "
-                f"its base it must be {list(shape)}"
-            )
+    for name, shape in zip(names, expected, strict=True):
+        _check_shape(stored[name], name, shape)
     arrays[0][layout.index][..., :rank] = a.T.reshape(*sides.read, rank)
     scaled = scale * b[sides.region].T
     arrays[1][layout.index][:rank] = scaled.reshape(rank, *sides.written)
@@ -400,4 +454,7 @@ def _filled(part, value):
 def load(folder: str | Path, mesh: Mesh, **how) -> Transformer | ScalarModel:
     """Reads an adapter merged into its base; arguments as of `huggingface.load`."""
     base = huggingface.load(base_of(folder), mesh, **how)
+    rows = info(folder)["model"]["vocab_size"]
+    if rows != getattr(base, "body", base).config.vocab_size:
+        base = _resized(base, rows, mesh)
     return lora.merge(base, read(folder, base, mesh))

@@ -210,3 +210,59 @@ def test_pickles_and_torn_tables_are_refused(shared, tmp_path):
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="pickles are not opened"):
         locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)
+
+
+# After a resize of the embedding
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tables(rows, *names):
+    rng = np.random.default_rng(rows)
+    return {n: rng.normal(size=(rows, D)).astype(np.float32) for n in names}
+
+
+@pytest.mark.parametrize("rows", [V + 5, V - 3])
+def test_an_adapter_saved_after_a_resize(base, shared, tmp_path, caplog, rows):
+    rng = np.random.default_rng(0)
+    query = pair(rng, "model.layers.1.self_attn.q_proj", D, HEADS * C)
+    new = tables(rows, EMBED, HEAD)
+    write(tmp_path / "adapter", query | new)
+    source = locate.locate(f"hf:{tmp_path / 'adapter'}")
+    assert source.info()["model"]["vocab_size"] == rows
+    assert f"holds tables of {rows} ids, its base {V}" in caplog.text
+    source.examine(shared)
+    model = source.load(shared)
+    assert model.config.vocab_size == rows
+    np.testing.assert_array_equal(model.embed[...], new[EMBED])
+    np.testing.assert_array_equal(model.unembed[...], new[HEAD])
+    write(tmp_path / "same", query)
+    same = locate.locate(f"hf:{tmp_path / 'same'}").load(shared)
+    for name, value in tree.named(same).items():
+        if "embed" not in name:
+            np.testing.assert_array_equal(tree.named(model)[name], value)
+    huggingface.save(model, tmp_path / "out")
+    assert huggingface.config(tmp_path / "out").vocab_size == rows
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        tables(V + 5, EMBED),
+        tables(V + 5, HEAD),
+        tables(V + 5, EMBED) | tables(V + 6, HEAD),
+        tables(V, EMBED) | tables(V + 6, HEAD),
+    ],
+)
+def test_tables_of_a_resize_that_do_not_agree(base, shared, tmp_path, stored):
+    write(tmp_path / "adapter", stored)
+    with pytest.raises(UserError, match="holds tables of.*save_embedding_layers") as e:
+        locate.locate(f"hf:{tmp_path / 'adapter'}").info()
+    assert "\n" not in str(e.value)
+
+
+def test_a_table_of_another_width(base, shared, tmp_path):
+    wide = {k: v[:, :-1].copy() for k, v in tables(V, EMBED, HEAD).items()}
+    write(tmp_path / "adapter", wide)
+    with pytest.raises(UserError, match=rf"has shape \[{V}, 7\]; on its base it must"):
+        locate.locate(f"hf:{tmp_path / 'adapter'}").load(shared)

@@ -7,6 +7,7 @@ from tests.mutants import (
     data,
     draws,
     families,
+    folders,
     inputs,
     measuring,
     objectives,
@@ -20,7 +21,7 @@ MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
-    *(contact.MUTANTS + previews.MUTANTS),
+    *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

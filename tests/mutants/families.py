@@ -118,7 +118,7 @@ _SPELLING = (
         "tests/models/huggingface_test.py tests/models/folder_refusals_test.py",
         (
             "the share of rotating channels is always the family's own",
-            "float(given.get(SHARE) or hf.get(SHARE) or share)",
+            "float(_once(SHARE, places) or share)",
             "float(share)",
         ),
         (
