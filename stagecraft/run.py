@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from stagecraft import (
-    claims,
+    bounds,
     experiment,
     process,
     runs,
@@ -380,7 +380,7 @@ def _single_prompt(config):
 
 
 def _conclude(run, *, changed, started):
-    """Measures what is finished, checks the claims, writes the report, shows both.
+    """Measures what is finished, checks the bounds, writes the report, shows both.
 
     Args:
         run: a `Run`, inside its mesh.
@@ -400,7 +400,7 @@ def _conclude(run, *, changed, started):
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
     figures = summary.measure(run, started, asked)
-    figures["bounds"] = claims.check(figures, run.config.measure.claims)
+    figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
     page.write(run.root)
     terminal.show_summary(figures)

@@ -20,7 +20,7 @@ FLOORS = (
         "storage",
         "lineage",
         "schema",
-        "claims",
+        "bounds",
     ),
     ("checkpoint", "metrics", "trackers"),
     ("losses", "optim"),

@@ -120,7 +120,7 @@ def _cell(run, stage, name):
 def _bounds(run):
     """{"science": [...], "time": [...]}: every bound of the run, failed ones first."""
     tables = {"science": [], "time": []}
-    for bound in verdict.bounds(run.summary):
+    for bound in verdict.rows_of(run.summary):
         tables["time" if bound["time"] else "science"].append(bound)
     return tables
 

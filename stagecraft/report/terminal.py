@@ -29,7 +29,7 @@ def show_summary(summary: dict, file=None) -> None:
         console.print(_summary_table(part, keys, own))
     answer = verdict.sentence(summary, stages, named=len(summary))
     text = f"{answer['text']} {runs.part(summary, 'seconds').get('total', 0.0):.0f} s."
-    for bound in verdict.bounds(summary):
+    for bound in verdict.rows_of(summary):
         if bound["time"] and bound["holds"] is False:
             text += f" {bound['title']} must be {bound['short']}."
     console.print(Text(text, style="red" if answer["holds"] is False else ""))
