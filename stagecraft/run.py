@@ -247,7 +247,8 @@ def _run_stage(run, name, early):
             start_from=stage.start_from,
             format=kinds.of(stage).format(stage),
             tokenizer=run.tokenizer.digest,
-            data=data.dataset.report,
+            data=data.dataset.report
+            | ({"heldout": data.heldout.rows} if data.heldout else {}),
             made_with=process.made_with(),
         )
         if functions.frozen is not None:
@@ -399,6 +400,8 @@ def _conclude(run, *, changed, started):
         answers = behaviour.through_stages(run, prompt)
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
+    if asked:
+        print(f"{len(asked)} held-out prompts, answered by every stage of chat turns")
     figures = summary.measure(run, started, asked)
     figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
