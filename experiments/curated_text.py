@@ -26,7 +26,7 @@ from experiments import common
 from stagecraft import defaults
 from stagecraft.curate import config
 
-CLAIMS = (
+BOUNDS = (
     "curated.eval_loss < raw.eval_loss",
     "curated.cloze_accuracy > raw.cloze_accuracy",
 )
@@ -43,7 +43,7 @@ def get_config(arg=""):
     c.tokenizer.files = "world:raw.jsonl"
     c.tokenizer.vocab_size = 512 if arg.tiny else 2048
     c.model.max_length = 128
-    c.measure.claims = () if arg.tiny else CLAIMS
+    c.measure.bounds = () if arg.tiny else BOUNDS
     if arg.tiny:
         c.model.update(common.tiny_model())
     for name, files in (

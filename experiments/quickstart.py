@@ -23,7 +23,7 @@ HARD = 3  # times PPO's steps: ppo_hard, without the KL penalty
 # are of entities in no demonstration, prompt or comparison; pretraining's text states
 # their facts, and a quarter of SFT's rows are from it (none in `sft_no_replay` of
 # objectives.py).
-CLAIMS = (
+BOUNDS = (
     "seconds.total <= 480",
     # Knowledge comes from pretraining, and a base model does not answer questions.
     "pretrain.cloze_accuracy >= 0.95",
@@ -63,7 +63,7 @@ def get_config(arg=""):
     c.tokenizer.files = "world:text.jsonl"
     c.tokenizer.vocab_size = 512 if arg.tiny else 2048
     c.model.max_length = 128
-    c.measure.claims = () if arg.tiny else CLAIMS
+    c.measure.bounds = () if arg.tiny else BOUNDS
     if arg.tiny:
         c.model.update(common.tiny_model())
 

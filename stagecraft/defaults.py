@@ -50,7 +50,7 @@ def experiment():
     # Without a world, held-out prompts that every stage answers; 0 for none
     c.measure.prompts = 64
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
-    c.measure.claims = ()  # what the summary must show: "sft.kl <= 8", see claims.py
+    c.measure.bounds = ()  # what the summary must show: "sft.kl <= 8", see bounds.py
     return c
 
 

@@ -5,7 +5,7 @@ All that can be refused is refused here, before anything is compiled or written.
 
 from pathlib import Path
 
-from stagecraft import claims, defaults, schema, trackers, worlds
+from stagecraft import bounds, defaults, schema, trackers, worlds
 from stagecraft.curate import config as curation
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
@@ -89,8 +89,8 @@ def _check(c):
     trackers.names(c.trackers)
     if c.world.name:
         worlds.get(c.world.name)
-    for claim in c.measure.claims:
-        claims.parse(claim)
+    for text in c.measure.bounds:
+        bounds.parse(text)
     meshes = {name: Run(Path(), c).mesh(name) for name in c.stages}
     for name, stage in c.stages.items():
         for role in kinds.of(stage).roles:

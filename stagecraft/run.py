@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from stagecraft import (
-    claims,
+    bounds,
     experiment,
     process,
     runs,
@@ -270,7 +270,9 @@ def _run_stage(run, name, early):
             start_from=stage.start_from,
             format=kinds.of(stage).format(stage),
             tokenizer=run.tokenizer.digest,
-            data=data.dataset.report | {"reading": data.reading},
+            data=data.dataset.report
+            | {"reading": data.reading}
+            | ({"heldout": data.heldout.rows} if data.heldout else {}),
             made_with=process.made_with(),
         )
         if functions.frozen is not None:
@@ -429,7 +431,7 @@ def _single_prompt(config):
 
 
 def _conclude(run, *, changed, started):
-    """Measures what is finished, checks the claims, writes the report, shows both.
+    """Measures what is finished, checks the bounds, writes the report, shows both.
 
     Args:
         run: a `Run`, inside its mesh.
@@ -448,8 +450,10 @@ def _conclude(run, *, changed, started):
         answers = behaviour.through_stages(run, prompt)
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
+    if asked:
+        print(f"{len(asked)} held-out prompts, answered by every stage of chat turns")
     figures = summary.measure(run, started, asked)
-    figures["bounds"] = claims.check(figures, run.config.measure.claims)
+    figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
     page.write(run.root)
     terminal.show_summary(figures)

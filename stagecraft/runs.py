@@ -116,7 +116,11 @@ def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:
 
 def read_config(root: str | Path) -> dict[str, Any] | None:
     """Reads WORKDIR/config.json; None where there is no run."""
-    return storage.read_json(Path(root) / "config.json")
+    config = storage.read_json(Path(root) / "config.json")
+    measure = part(config, "measure")
+    if "claims" in measure:  # as older versions call them
+        measure["bounds"] = measure.pop("claims")
+    return config
 
 
 def write_config(root: str | Path, config: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ WORKDIR/tokenizer/           its files, unchanged
 WORKDIR/world/, curation/    what the embedded world wrote, what was curated
 WORKDIR/cache/               tokenised text
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
-                             TensorBoard events; journal.jsonl and records.jsonl of a
-                             stage that writes records
+                             heldout.jsonl, TensorBoard events; journal.jsonl and
+                             records.jsonl of a stage that writes records
 WORKDIR/summary.json, prompt.json, evaluations.json, report.html
 """
 

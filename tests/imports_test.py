@@ -21,7 +21,7 @@ FLOORS = (
         "storage",
         "lineage",
         "schema",
-        "claims",
+        "bounds",
     ),
     ("checkpoint", "metrics", "trackers"),
     ("losses", "optim"),

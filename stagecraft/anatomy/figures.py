@@ -150,6 +150,24 @@ FIGURES = (
         better="lower",
     ),
     _share(
+        "eval_mean_token_accuracy",
+        "Held-out token accuracy",
+        "tokens of held-out rows predicted rightly, at the last evaluation",
+        better="higher",
+    ),
+    _share(
+        "eval_accuracy",
+        "Held-out pair accuracy",
+        "held-out pairs in their labelled order, at the last evaluation",
+        better="higher",
+    ),
+    _share(
+        "eval_rewards/accuracies",
+        "Held-out pair accuracy, implicit",
+        "the same by the policy's log-ratio to its reference",
+        better="higher",
+    ),
+    _share(
         "sampled_accuracy",
         "Accuracy, sampled",
         "held-out questions answered rightly at temperature 1",
@@ -192,6 +210,7 @@ SHORT = (
     "cloze_accuracy",
     "eval_loss",
     "eval_accuracy",
+    "eval_rewards/accuracies",
     "eos_rate",
     "distinct_2",
     "entropy",
@@ -207,13 +226,15 @@ def figure(name: str) -> Figure:
     >>> figure("kl").digits, figure("my_rate").title, figure("eval_loss").better
     (2, 'my rate', 'lower')
     """
+    if name in BY_NAME:
+        return BY_NAME[name]
     if name.startswith("eval_"):
         bare = name.removeprefix("eval_")
         title = f"Held-out {bare.replace('_', ' ').replace('/', ' ')}"
         meaning = "of held-out rows, at the last evaluation"
         better = "lower" if bare in _LOWER else ""
         return Figure(name, title, meaning, better=better)
-    return BY_NAME.get(name) or Figure(name, name.replace("_", " "))
+    return Figure(name, name.replace("_", " "))
 
 
 def words(key: str) -> str:

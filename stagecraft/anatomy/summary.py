@@ -33,7 +33,8 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
     elif asked:
         measured = heldout_figures.measure(run, asked)
     for name, figures in measured.items():
-        summary[name] |= figures
+        counts = summary[name].get("n", {}) | figures.get("n", {})
+        summary[name] |= figures | ({"n": counts} if counts else {})
     summary["weights"] = _weights(run)
     summary["cost"] = _cost(run)
     summary["seconds"] = _seconds(run, started)
@@ -45,10 +46,12 @@ def _finished(run):
 
 
 def _last_evaluation(run, name):
-    """Returns the stage's last eval_ metrics."""
+    """Returns the stage's last eval_ metrics, and "n", the rows that they are of."""
     rows = metrics.read(run.root / name / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows]
-    return next((row for row in reversed(rows) if row), {})
+    last = next((row for row in reversed(rows) if row), {})
+    count = (run.record(name).data or {}).get("heldout")
+    return last | ({"n": dict.fromkeys(last, count)} if last and count else {})
 
 
 def _weights(run):

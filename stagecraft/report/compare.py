@@ -152,10 +152,8 @@ def _columns(arms):
         evaluations = [key for key in measured if key.startswith("eval_")]
         evaluations.sort(key=lambda key: key != "eval_loss")
         rows = [*map(figures.figure, evaluations[:_EVALUATIONS]), *rows]
-    return [
-        dict(key=row.name, title=row.title, meaning=row.meaning, digits=row.digits)
-        for row in rows
-    ]
+    shown = ("title", "meaning", "digits", "better")
+    return [{"key": r.name} | {k: getattr(r, k) for k in shown} for r in rows]
 
 
 # -- in words --------------------------------------------------------------------------

@@ -73,10 +73,12 @@ def _facts(run):
         facts.append(("Model", f"{model['layers']} layers, width {model['width']}"))
         if set(model) >= cost.NEEDED:
             facts.append(("Parameters", show(cost.parameters(model)["total"])))
-    draws = [part(part(run.summary, s.name), "draws").get("count") for s in run.stages]
-    draws = [count for count in draws if is_number(count)]
-    if draws:
-        facts.append(("Draws of each sampled answer", max(draws)))
+    own = [part(run.summary, stage.name) for stage in run.stages]
+    asked = [(part(o, "draws").get("count"), part(o, "n").get("length")) for o in own]
+    asked = [(draws, n) for draws, n in asked if is_number(draws) and is_number(n)]
+    if asked:
+        draws, n = max(asked)
+        facts.append(("Sampled answers", f"{draws} to each of {n:,} prompts"))
     # The newest file, not the clock: a page written again stays the same.
     paths = [*run.folder.glob("*.json"), *run.folder.glob("*/*.json*")]
     newest = max(path.stat().st_mtime for path in paths)
@@ -120,7 +122,7 @@ def _cell(run, stage, name):
 def _bounds(run):
     """{"science": [...], "time": [...]}: every bound of the run, failed ones first."""
     tables = {"science": [], "time": []}
-    for bound in verdict.bounds(run.summary):
+    for bound in verdict.rows_of(run.summary):
         tables["time" if bound["time"] else "science"].append(bound)
     return tables
 

@@ -29,7 +29,7 @@ def show_summary(summary: dict, file=None) -> None:
         console.print(_summary_table(part, keys, own))
     answer = verdict.sentence(summary, stages, named=len(summary))
     text = f"{answer['text']} {runs.part(summary, 'seconds').get('total', 0.0):.0f} s."
-    for bound in verdict.bounds(summary):
+    for bound in verdict.rows_of(summary):
         if bound["time"] and bound["holds"] is False:
             text += f" {bound['title']} must be {bound['short']}."
     console.print(Text(text, style="red" if answer["holds"] is False else ""))
@@ -152,7 +152,8 @@ def show_comparison(comparison: dict, file=None) -> None:
             console.print(grid)
     else:
         for column in columns:
-            words = column["title"], column["meaning"]
+            title = f"{column['title']} {WAYS[column['better']]}".rstrip()
+            words = title, column["meaning"]
             console.print(Text(": ".join(filter(None, words)), style="italic"))
             console.print(_strip(comparison, column))
             console.print()
@@ -174,7 +175,8 @@ def _grid(title, arms, cell, seeds, columns):
     if seeds:
         table.add_column("seeds", justify="right")
     for column in columns:
-        table.add_column(Text(column["title"]), justify="right")
+        title = f"{column['title']} {WAYS[column['better']]}".rstrip()
+        table.add_column(Text(title), justify="right")
     for arm in arms:
         count = [str(len(arm["samples"]))] if seeds else []
         cells = [cell(arm, column) for column in columns]

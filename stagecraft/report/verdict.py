@@ -1,6 +1,6 @@
 """The answer of a run in a sentence, and its bounds, failed ones first."""
 
-from stagecraft import claims
+from stagecraft import bounds
 from stagecraft.anatomy import figures
 from stagecraft.metrics import is_number
 from stagecraft.report.compare import number
@@ -9,7 +9,7 @@ from stagecraft.runs import part
 _NAMED = 2  # figures, or bounds, that a sentence names
 
 
-def bounds(summary: dict) -> list[dict]:
+def rows_of(summary: dict) -> list[dict]:
     """Returns the bounds of a run as they are shown, failed ones first.
 
     Returns:
@@ -40,7 +40,7 @@ def bounds(summary: dict) -> list[dict]:
 
 def _value(summary, key):
     """Returns the figure of a bound with half its interval, where it has one."""
-    value, (stage, _, name) = claims.lookup(summary, key), key.rpartition(".")
+    value, (stage, _, name) = bounds.lookup(summary, key), key.rpartition(".")
     if not is_number(value):
         return "–"
     digits = figures.figure(name).digits
@@ -66,7 +66,7 @@ def sentence(summary: dict, stages: list[str], *, named: int = _NAMED) -> dict:
         {"text", "holds": whether all bounds hold, None where there are none}. Bounds
         about time do not count.
     """
-    rows = [row for row in bounds(summary) if not row["time"]]
+    rows = [row for row in rows_of(summary) if not row["time"]]
     failed = [row for row in rows if row["holds"] is False]
     if failed:
         verb = "does not hold" if len(failed) == 1 else "do not hold"

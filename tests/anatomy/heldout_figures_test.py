@@ -216,7 +216,8 @@ def test_a_run_on_own_data_is_measured_on_its_held_out_prompts(finished):
     }
     assert expected <= summary["sft"].keys()
     assert expected | {"kl", "reward_win_rate"} <= summary["dpo"].keys()
-    assert summary["dpo"]["n"]["kl"] == 3 and summary["dpo"]["draws"]["count"] == 2
+    assert summary["dpo"]["n"]["kl"] == 3 and summary["dpo"]["n"]["eval_loss"] == 4
+    assert summary["dpo"]["draws"]["count"] == 2
     lines = (root / "dpo" / "heldout.jsonl").read_text().splitlines()
     assert len(lines) == 4
     shown = json.loads((root / "prompt.json").read_text())

@@ -97,6 +97,13 @@ def test_every_figure_of_the_probes_has_a_row():
     assert len(figures.BY_NAME) == len(figures.FIGURES)
 
 
+def test_no_two_figures_have_one_name():
+    evaluations = ("eval_loss", "eval_entropy", "eval_accuracy", "eval_reward")
+    names = dict.fromkeys([*figures.BY_NAME, *figures.SHORT, *evaluations])
+    titles = [figures.figure(name).title for name in names]
+    assert sorted(set(titles)) == sorted(titles)
+
+
 def test_entropy_of_samples_is_that_of_the_distribution():
     """Answers of up to three tokens from a fixed distribution, the last ends them."""
     p = np.array([0.5, 0.2, 0.3])

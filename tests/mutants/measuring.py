@@ -107,6 +107,57 @@ _SELECTION = in_file(
     ),
 )
 
+_HELDOUT_FIGURES = in_file(
+    "stagecraft/anatomy/heldout_figures.py",
+    "tests/anatomy/heldout_figures_test.py",
+    (
+        "a verifier that abstains gives 0",
+        "np.where(np.isfinite(column), column, np.nan)",
+        "np.nan_to_num(column)",
+    ),
+    (
+        "ties are lost",
+        "0.5 + 0.5 * np.sign(ones[both] - others[both])",
+        "ones[both] > others[both]",
+    ),
+    (
+        "more prompts than asked for",
+        "len(found) < limit",
+        "True",
+    ),
+    (
+        "prompts without room for an answer",
+        "len(ids) <= room",
+        "True",
+    ),
+)
+
+_VERDICT = in_file(
+    "stagecraft/report/verdict.py",
+    "tests/report/page_test.py",
+    (
+        "time counts as a result",
+        'not row["time"]',
+        "True",
+    ),
+    (
+        "failed bounds are not the first",
+        '(row["holds"] is not False, row["time"])',
+        'row["time"]',
+    ),
+)
+
+_EDGES = in_file(
+    "stagecraft/runs.py",
+    "tests/report/page_test.py",
+    (
+        "records are no edge",
+        'f"stage:{name}" in map(str.strip, parts)',
+        "False",
+    ),
+)
+
 MUTANTS = (
-    _FIGURES + _WORLD_FIGURES + _STATISTICS + _SHOWN + _WORLD + _STORED + _SELECTION
+    *(_FIGURES + _WORLD_FIGURES + _HELDOUT_FIGURES + _STATISTICS + _SHOWN),
+    *(_WORLD + _STORED + _SELECTION + _VERDICT + _EDGES),
 )

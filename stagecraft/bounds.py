@@ -1,6 +1,6 @@
-"""Claims about the figures of a run, such as "ppo.gold_mean > sft.gold_mean + 0.4".
+"""Bounds on the figures of one run, such as "ppo.gold_mean > sft.gold_mean + 0.4".
 
-A claim is "KEY SIGN VALUE": a dotted key of the summary, one of <= >= < >, and a
+A bound is "KEY SIGN VALUE": a dotted key of the summary, one of <= >= < >, and a
 number, a key, KEY + NUMBER, KEY - NUMBER or NUMBER * KEY.
 """
 
@@ -12,47 +12,47 @@ from stagecraft.errors import UserError
 
 _SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _SHOWN = {"<=": "≤", ">=": "≥"}
-_CLAIM = re.compile(r"\S+ (<=|>=|<|>) \S+( [-+*] \S+)?")
+_BOUND = re.compile(r"\S+ (<=|>=|<|>) \S+( [-+*] \S+)?")
 
 
-def parse(claim: str) -> tuple[str, str, list[str]]:
-    """Parses a claim: key, sign, words of the value; UserError for anything else.
+def parse(bound: str) -> tuple[str, str, list[str]]:
+    """Parses a bound: key, sign, words of the value; UserError for anything else.
 
     >>> parse("ppo.gold_mean > sft.gold_mean + 0.4")
     ('ppo.gold_mean', '>', ['sft.gold_mean', '+', '0.4'])
     """
-    if not _CLAIM.fullmatch(claim):
+    if not _BOUND.fullmatch(bound):
         raise UserError(
-            f"measure.claims: {claim!r}: expected 'KEY SIGN VALUE' as in "
+            f"measure.bounds: {bound!r}: expected 'KEY SIGN VALUE' as in "
             "'sft.cloze_accuracy >= 0.93' or 'ppo.gold_mean > sft.gold_mean + 0.4'"
         )
-    key, sign, *value = claim.split()
+    key, sign, *value = bound.split()
     return key, sign, value
 
 
-def check(summary: dict, claims: tuple[str, ...]) -> dict[str, dict]:
-    """Checks claims against the figures of a run.
+def check(summary: dict, texts: tuple[str, ...]) -> dict[str, dict]:
+    """Checks bounds against the figures of a run.
 
     Args:
         summary: nested dicts of numbers, as in summary.json.
-        claims: texts that `parse` reads.
+        texts: bounds that `parse` reads.
 
     Returns:
         {key: {"must", "short", "holds"}}, `short` with numbers in place of keys. A
-        claim about a stage that was not run is left out; one about a figure that its
+        bound on a stage that was not run is left out; one about a figure that its
         stage does not have fails, and `short` names that figure.
 
     >>> check({"a": {"x": 2.0}, "b": {"x": 1.0}}, ["a.x > b.x + 0.5"])
     {'a.x': {'must': '> b.x + 0.5', 'short': '> 1.5', 'holds': True}}
     """
     bounds = {}
-    for claim in claims:
-        key, sign, words = parse(claim)
+    for text in texts:
+        key, sign, words = parse(text)
         left, right = lookup(summary, key), _value(summary, words)
         if left is None or right is None:
             missing = _missing(summary, [key, *words])
             if missing:
-                bounds[key] = {"must": claim, "short": missing, "holds": False}
+                bounds[key] = {"must": text, "short": missing, "holds": False}
             continue
         must = f"{_SHOWN.get(sign, sign)} {' '.join(words)}"
         short = f"{_SHOWN.get(sign, sign)} {right:.3g}"
