@@ -117,7 +117,10 @@ def test_the_last_stage_that_answers_in_turns_by_default(monkeypatch):
         chat._stage(run, "")
 
 
+# Its terminal is the one whose ctrl-C reaches it.
 PROGRAM = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from stagecraft.report import chat
 for text in chat.lines():
     print("got", repr(text), flush=True)
@@ -138,7 +141,6 @@ def terminal():
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
         start_new_session=True,
-        preexec_fn=_control,
     )
     os.close(child)
     shown = ""
@@ -161,14 +163,6 @@ def terminal():
     process.kill()
     process.wait()
     os.close(parent)
-
-
-def _control():
-    """Makes the terminal the one whose ctrl-C reaches the process."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_keys_of_a_terminal(terminal):
