@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,20 @@ def test_the_last_stage_that_answers_in_turns_by_default(monkeypatch):
     names.clear()
     with pytest.raises(UserError, match="none is finished"):
         chat._stage(run, "")
+
+
+def test_the_banner_has_two_lines(monkeypatch):
+    config = types.SimpleNamespace(max_length=128)
+    model = types.SimpleNamespace(model=types.SimpleNamespace(config=config))
+    monkeypatch.setattr(chat.behaviour, "speaking_stages", lambda run: ["sft", "dpo"])
+    monkeypatch.setattr(chat.tree, "count", lambda model: 1234)
+    first, second = chat._banner(Run(None), "dpo", model, {"temperature": 0.7}).split(
+        "\n"
+    )
+    want = (
+        "dpo of runs/a (--stage= also sft): 1,234 parameters, 128 tokens, temperature"
+    )
+    assert first == f"{want} 0.7" and second == chat.HELP
 
 
 # Its terminal is the one whose ctrl-C reaches it.
