@@ -8,11 +8,11 @@ r"""Any objective from the quickstart's SFT model, on the same pairs or prompts.
     stagecraft compare runs/zoo
 
 base=DIR names another finished run of the quickstart; base=none trains its SFT and
-reward models within this run, as `tiny` does. Every arm takes the steps, batch and
-learning rate of the quickstart's DPO or PPO, so that arms differ in their objective
-alone; settings of the objective itself are those of its paper where this world bears
-them. seeds=N trains each arm N times, on other samples or in another order; share=0.5
-takes half the steps.
+reward models within this run, as `tiny` does. Every arm (a variant that is compared
+with others) takes the steps, batch and learning rate of the quickstart's DPO or PPO, so
+that arms differ in their objective alone; settings of the objective itself are those of
+its paper where this world bears them. seeds=N trains each arm N times, on other samples
+or in another order; share=0.5 takes half the steps.
 
 The measured tables are in docs/results.md.
 """

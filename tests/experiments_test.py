@@ -9,6 +9,7 @@ from stagecraft import exchange, experiment, losses, run, schema
 from stagecraft.curate import curation
 from stagecraft.errors import UserError
 from stagecraft.lineage import StageRecord
+from stagecraft.preview import plan
 from stagecraft.stages import kinds
 from tests.conftest import ROOT, load_experiment, single_device
 
@@ -65,12 +66,16 @@ def test_recipes_follow_on_from_each_other(folder, tmp_path):
         {"prompt": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)
     ]
     short = ("tiny", "length=64", "heldout=0.1")
-    sft = recipe(
-        "sft_from_hf",
-        tmp_path / "sft",
+    arguments = (
         f"model={folder},data={write(tmp_path / 'a.jsonl', chats)},lora=2",
         *short,
     )
+    sft = recipe("sft_from_hf", tmp_path / "sft", *arguments)
+    config = load_experiment("recipes/sft_from_hf").get_config(",".join(arguments))
+    [line] = plan.show(single_device(config))
+    assert line["frozen_bytes"] == 4 * (line["parameters"] - line["trained"])
+    figures = json.loads((sft / "summary.json").read_text())
+    assert line["flops"] == figures["cost"]["sft"]["flops"]
     dpo = recipe(
         "dpo_from_hf",
         tmp_path / "dpo",

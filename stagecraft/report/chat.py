@@ -15,8 +15,8 @@ from stagecraft.models.language import ROUND
 
 COMMANDS = ("/quit", "/reset")
 HELP = (
-    "/quit, ctrl-D or an empty line ends, /reset forgets; ctrl-C stops an answer; a \\ "
-    "at the end goes on in the next line"
+    "/quit or an empty line ends, /reset forgets, ctrl-C stops an answer; a line that "
+    "ends in \\ goes on"
 )
 AGAIN = "ctrl-C again, or /quit, ends"
 
@@ -86,10 +86,13 @@ def _stage(run, name):
 def _banner(run, name, language, settings):
     """Returns two lines: with whom one talks, and how."""
     heat = settings["temperature"]
+    others = [stage for stage in behaviour.speaking_stages(run) if stage != name]
+    others = f" (--stage= also {', '.join(others)})" if others else ""
+    count, limit = tree.count(language.model), language.model.config.max_length
     how = f"temperature {heat:g}" if heat else "the likeliest answers"
     return (
-        f"{name} of {run.root}: {tree.count(language.model):,} parameters, context of "
-        f"{language.model.config.max_length} tokens, {how}\n{HELP}"
+        f"{name} of {run.root}{others}: {count:,} parameters, {limit} tokens, {how}\n"
+        f"{HELP}"
     )
 
 

@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,24 @@ def test_the_last_stage_that_answers_in_turns_by_default(monkeypatch):
         chat._stage(run, "")
 
 
+def test_the_banner_has_two_lines(monkeypatch):
+    config = types.SimpleNamespace(max_length=128)
+    model = types.SimpleNamespace(model=types.SimpleNamespace(config=config))
+    monkeypatch.setattr(chat.behaviour, "speaking_stages", lambda run: ["sft", "dpo"])
+    monkeypatch.setattr(chat.tree, "count", lambda model: 1234)
+    first, second = chat._banner(Run(None), "dpo", model, {"temperature": 0.7}).split(
+        "\n"
+    )
+    want = (
+        "dpo of runs/a (--stage= also sft): 1,234 parameters, 128 tokens, temperature"
+    )
+    assert first == f"{want} 0.7" and second == chat.HELP
+
+
+# Its terminal is the one whose ctrl-C reaches it.
 PROGRAM = """
+import fcntl, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from stagecraft.report import chat
 for text in chat.lines():
     print("got", repr(text), flush=True)
@@ -138,7 +156,6 @@ def terminal():
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
         start_new_session=True,
-        preexec_fn=_control,
     )
     os.close(child)
     shown = ""
@@ -161,14 +178,6 @@ def terminal():
     process.kill()
     process.wait()
     os.close(parent)
-
-
-def _control():
-    """Makes the terminal the one whose ctrl-C reaches the process."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_keys_of_a_terminal(terminal):
