@@ -141,9 +141,12 @@ def _demonstrations(specs, mapping, data, sources):
         return rendered(one.messages, sources.tokenizer, one.tools, turns=data.turns)
 
     documents = InMemory([[ids_and_mask(one) for one in part] for part in parts])
-    where = f"data.files={data.files}"
-    chat.check_ends(documents.documents, sources.tokenizer, where, required=True)
     conversations = [one.messages for part in parts for one in part]
+    both = zip(documents.documents, conversations, strict=True)
+    # An answer that a length limit cut off has no end.
+    ended = [made for made, turns in both if turns[-1].get("ended", True)]
+    where = f"data.files={data.files}"
+    chat.check_ends(ended, sources.tokenizer, where, required=True)
 
     def prompt(number):
         messages = conversations[number]
