@@ -37,13 +37,6 @@ def test_a_completion_ends_with_its_turn_and_not_with_a_document(kind, monkeypat
     assert contexts[0].stop_ids == tokenizer.stops
 
 
-def test_a_row_that_one_source_could_not_score_is_not_scored():
-    rewards = jnp.array([[1.0, 2.0], [jnp.nan, 2.0], [1.0, jnp.inf]])
-    found, scored = jax.jit(lambda r: rollout.total(r, (1.0, 10.0)))(rewards)
-    assert scored.tolist() == [True, False, False]
-    np.testing.assert_array_equal(found, [21.0, 0.0, 0.0])
-
-
 @pytest.mark.parametrize(
     ("kind", "rows"), [("group_policy", 6), ("policy", 2), ("online_preference", 2)]
 )

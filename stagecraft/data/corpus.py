@@ -160,9 +160,12 @@ def _demonstrations(specs, mapping, data, sources):
                 counts.unwritten(where, error)
         parts.append(part)
     documents = InMemory([[document for _, document in p] for p in parts], places)
-    where = f"data.files={data.files}"
-    chat.check_ends(documents.documents, sources.tokenizer, where, required=True)
     conversations = [one.messages for part in parts for one, _ in part]
+    both = zip(documents.documents, conversations, strict=True)
+    # An answer that a length limit cut off has no end.
+    ended = [ids for ids, turns in both if turns[-1].get("ended", True)]
+    where = f"data.files={data.files}"
+    chat.check_ends(ended, sources.tokenizer, where, required=True)
 
     def prompt(number):
         messages = conversations[number]

@@ -271,20 +271,22 @@ def check_ends(
         documents: (ids, mask) of each.
         tokenizer: its `stops` end a turn.
         where: the key of the data, for the line.
-        required: whether to refuse data in which none does.
+        required: whether all are to, and data in which none does are refused; without,
+            a line says where none does.
     """
     stops, total, ends = {*tokenizer.stops}, 0, 0
     for ids, mask in documents:
         backwards = zip(reversed(ids), reversed(mask), strict=True)
         ends += any(learned and token in stops for token, learned in backwards)
         total += any(mask)
-    if ends >= total:
+    if ends >= total or (ends and not required):
         return
     line = f"{where}: {ends} of {total} conversations hold an end of turn to learn"
     if required and not ends:
         raise UserError(
             f"{line}, so the model would never stop: the chat template writes none "
-            "after an answer, or no token that ends one; use a template that does"
+            "after an answer, or no token that ends one; use one that does "
+            "(tokenizer.template=FILE)"
         )
     _log.warning("%s; without it the model does not learn to stop", line)
 

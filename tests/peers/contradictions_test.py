@@ -8,9 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from stagecraft import sharding
+from stagecraft import exchange, sharding
 from stagecraft.models import huggingface
+from stagecraft.text import tokenizer as tokenizers
 from tests.peers import families_test
+from tests.text import families
 
 pytestmark = pytest.mark.peers
 
@@ -87,3 +89,27 @@ def test_theta_inside_of_the_older_key(tmp_path):
     config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0}
     (folder / "config.json").write_text(json.dumps(config))
     assert agree(folder).config.rope_theta == 77.0
+
+
+def test_generation_ends_where_training_did(tmp_path):
+    """An exported folder stops at the template's end of turn, whatever it came with."""
+    tokens = families.folder(tmp_path / "in", "chatml")
+    made = tokenizers.load(tokens)
+    tied_folder(tokens, vocab_size=made.vocab_size)
+    other = made.encode("yes")[0]
+    settings = {"eos_token_id": other, "top_k": 7, "do_sample": True}
+    (tokens / "generation_config.json").write_text(json.dumps(settings))
+    exchange.import_folder(tokens, tmp_path / "run")
+    exchange.export(tmp_path / "run", "base", tmp_path / "out")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert peer.generation_config.eos_token_id == [made.stops[0], other]
+    assert (peer.generation_config.top_k, peer.generation_config.do_sample) == (7, True)
+    # A model that says nothing but the end of a turn.
+    end, hidden = made.stops[0], peer.lm_head.weight
+    with torch.no_grad():
+        peer.lm_head.weight = torch.nn.Parameter(torch.zeros_like(hidden))
+        peer.lm_head.bias = torch.nn.Parameter(torch.zeros(len(hidden)))
+        peer.lm_head.bias[end] = 9.0
+    prompt = torch.tensor([made.encode("Oslo")])
+    out = peer.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert out[0, prompt.shape[1] :].tolist() == [end]

@@ -5,8 +5,12 @@ import re
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
+from stagecraft import defaults
+from stagecraft.data import stage_data
 from stagecraft.errors import UserError
+from stagecraft.stages import kinds
 from stagecraft.text import chat, tokenizer_export
 from stagecraft.text import tokenizer as tokenizers
 from tests.text import families
@@ -94,6 +98,39 @@ def test_an_end_that_the_next_turn_writes(load, caplog):
     caplog.clear()
     chat.check_ends([one], ours, "data.files=x", required=False)
     assert "0 of 1" in caplog.records[0].getMessage()
+    caplog.clear()
+    chat.check_ends([one, two], ours, "data.files=x", required=False)
+    assert not caplog.records
+
+
+def data_of(kind, tokenizer, records, root):
+    path = root / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    stage = defaults.stage(kind, batch_size=1)
+    stage.data.update(files=str(path), length=64)
+    if kind == "language_model":
+        stage.data.format = "demonstrations"
+    config = ConfigDict({"seed": 0, "model": {"max_length": 64}, "stages": {}})
+    return stage_data.build(stage, tokenizer, root, config, kinds.of(stage).data)
+
+
+def test_data_in_which_nothing_ends(load, tmp_path, caplog):
+    ours, one = load(BY_THE_NEXT), {"messages": TALK[:2]}
+    with pytest.raises(UserError, match="data.jsonl: 0 of 2 conversations.*never stop"):
+        data_of("language_model", ours, [one, one], tmp_path)
+    data_of("language_model", ours, [one, {"messages": TALK}], tmp_path)
+    assert "data.jsonl: 1 of 2 conversations hold an end" in caplog.text
+    pair = {"prompt": "Hi", "chosen": "Yes?", "rejected": "So."}
+    caplog.clear()
+    data_of("preference", ours, [pair], tmp_path)
+    assert "data.jsonl: 0 of 2 conversations hold an end" in caplog.text
+    caplog.clear()
+    for kind, record in [("language_model", one), ("preference", pair)]:
+        data_of(kind, load(OUTSIDE), [record], tmp_path)
+    assert "conversations hold an end" not in caplog.text
+    # What a length limit cut off has no end, and may be learned.
+    cut = {"messages": [TALK[0], TALK[1] | {"ended": False}]}
+    data_of("language_model", load(OUTSIDE), [cut], tmp_path)
 
 
 def test_ends_are_counted_where_something_is_learned(load, caplog):
