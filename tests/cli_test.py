@@ -158,7 +158,7 @@ def test_a_config_file_runs_once(folder):
 def test_answers_that_teach_nothing(folder):
     rows = [{"prompt": "word " * 40, "completion": "yes"} for _ in range(16)]
     write(folder / "answers.jsonl", rows)
-    refused(folder, says="no token is left to learn from")
+    refused(folder, says="16 of 16 demonstrations would be lost")
 
 
 def test_a_prompt_longer_than_the_context(folder):
