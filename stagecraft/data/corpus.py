@@ -144,7 +144,7 @@ def _demonstrations(specs, mapping, data, sources):
     conversations = [one.messages for part in parts for one in part]
     both = zip(documents.documents, conversations, strict=True)
     # An answer that a length limit cut off has no end.
-    ended = [made for made, turns in both if turns[-1].get("ended", True)]
+    ended = [one for one, turns in both if turns[-1].get("ended", True)]
     where = f"data.files={data.files}"
     chat.check_ends(ended, sources.tokenizer, where, required=True)
 
