@@ -8,6 +8,7 @@ whenever the process is killed.
 """
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def _whole(folder):
     except UserError:
         raise
     except Exception as error:  # of whatever type the missing file leads to
+        # The other arrays of the checkpoint fail too, and each would print a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{folder}: cannot be read ({reason}); it is damaged, or only a part of it "

@@ -252,13 +252,13 @@ def base_of(folder: str | Path, record: StageRecord) -> Source:
             f"{folder}: is an adapter (LoRA) on {base.folder}, which is not there; "
             + (lost or "restore that folder")
         )
-    found = base.id()
-    if not found:
+    digest = base.id()
+    if not digest:
         raise UserError(
             f"{folder}: is an adapter (LoRA) on {base.folder}, which no lineage.json "
             "names; copy the whole work directory"
         )
-    if found != record.base["id"]:
+    if digest != record.base["id"]:
         raise UserError(
             f"{folder}: is an adapter (LoRA) on {base.folder}, which is another model "
             "now; restore the one it was trained on"

@@ -285,9 +285,8 @@ def _resized(base, rows, mesh):
     check_mesh(body.config, mesh)
     for table in (body.embed, body.unembed):
         if table is not None:
-            value = table[...]
-            kept = value[:rows]
-            table.set_value(jnp.pad(kept, ((0, rows - len(kept)), (0, 0))))
+            value = table[:rows]
+            table.set_value(jnp.pad(value, ((0, rows - len(value)), (0, 0))))
     return base
 
 

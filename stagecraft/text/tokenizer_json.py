@@ -260,6 +260,7 @@ class HuggingFaceTokenizer:
     def _moment(self, sources):
         """Returns the time that templates read: once read, it stands still; or ""."""
         if not any("strftime_now" in source for source in sources.values()):
+            self.files = {k: v for k, v in self.files.items() if k != MOMENT}
             return ""
         now = datetime.datetime.now().isoformat(timespec="seconds")
         self.files = {MOMENT: now.encode()} | self.files

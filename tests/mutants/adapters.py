@@ -109,7 +109,7 @@ _PEFT = in_file(
 _DISK = in_file(
     "stagecraft/models/locate.py",
     "tests/stages/lora_test.py -k reads_back",
-    ("another base is not noticed", 'if found != record.base["id"]:', "if False:"),
+    ("another base is not noticed", 'if digest != record.base["id"]:', "if False:"),
 )
 _RUN = in_file(
     "stagecraft/run.py",

@@ -326,7 +326,7 @@ def test_what_was_paid_is_logged_and_minibatches_without_scores_are_left_out():
         made, raw, config = cases.stage(
             "policy",
             shared,
-            verifiers=Verifiers([("unscored", unscored)], records, WORDS),
+            verifiers=Verifiers([Verifier("unscored", unscored)], records, WORDS),
             without=("reward",),
             epochs=1,
             minibatches=8,

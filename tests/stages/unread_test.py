@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from stagecraft import defaults, experiment, optim, schema
 from stagecraft.errors import UserError
-from stagecraft.signals.verifiers import Verifiers
+from stagecraft.signals.verifiers import Verifier, Verifiers
 from stagecraft.stages.kinds import KINDS
 from stagecraft.stages.stage import Context
 from tests.conftest import load_experiment, single_device
@@ -93,7 +93,7 @@ def keys_read(config):
     verifiers = None
     if kind.samples and not config.reward_from:
         roles.pop("reward")
-        verifiers = Verifiers([("odd", odd)], [], WORDS)
+        verifiers = Verifiers([Verifier("odd", odd)], [], WORDS)
     context = Context(mesh, cases.CONFIG, roles, (cases.STOP,), verifiers)
     rows = config.batch_size * config.get("oversample", 1)
     raw = cases.BATCH[config.kind](rows=rows)
