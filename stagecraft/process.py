@@ -95,8 +95,8 @@ def made_with() -> dict[str, str]:
     made = {"stagecraft": stagecraft.__version__, "commit": _commit()}
     made |= {"jax": jax.__version__}
     made |= {"device": f"{len(devices)} × {devices[0].device_kind}"}
-    name = Path(sys.argv[0])
-    if name.stem in ("stagecraft", "__main__"):
+    program = Path(sys.argv[0])
+    if "stagecraft" in (program.stem, program.parent.name):
         made["command"] = shlex.join(["stagecraft", *sys.argv[1:]])
     return {key: value for key, value in made.items() if value}
 

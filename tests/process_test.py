@@ -45,7 +45,7 @@ def test_jaxs_own_variable_goes_first(tmp_path):
 
 
 def test_what_a_stage_is_made_with(monkeypatch):
-    words = ["/usr/bin/stagecraft", "run", "--config=mine.py:a=b c"]
+    words = ["/site-packages/stagecraft/__main__.py", "run", "--config=mine.py:a=b c"]
     monkeypatch.setattr(sys, "argv", words)
     process.made_with.cache_clear()
     made = process.made_with()
@@ -59,7 +59,8 @@ def test_what_a_stage_is_made_with(monkeypatch):
 
 
 def test_a_program_of_ones_own_is_no_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mine.py", "--secret=1"])
+    words = ["site-packages/pytest/__main__.py", "--secret=1"]
+    monkeypatch.setattr(sys, "argv", words)
     process.made_with.cache_clear()
     made = process.made_with()
     process.made_with.cache_clear()
