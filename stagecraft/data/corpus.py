@@ -74,6 +74,12 @@ def check(data):
     schema.choice("data.packing", data.packing, ("", *packing.STRATEGIES, "none"))
     schema.choice("data.turns", data.turns, chat.TURNS)
     schema.positive("data.workers", data.workers, zero=True)
+    for key, default in (("too_long", "drop"), ("render", "chat")):
+        if data.format == "text" and data[key] != default:
+            raise UserError(
+                f"data.{key}={data[key]!r}: changes nothing with format='text', whose "
+                f"documents go on in the next row; leave it at {default!r}"
+            )
     if data.weights:
         count = len(schema.listed(data.files))
         mixture.check_shares("data.weights", data.weights, count)
@@ -169,8 +175,11 @@ def _demonstrations(specs, mapping, data, sources):
 
     def prompt(number):
         messages = conversations[number]
-        answer = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        return messages[:answer]
+        roles = [message["role"] for message in messages]
+        # An assistant that begins answers nothing.
+        asked = messages[: roles.index("assistant", roles.index("user"))]
+        # A model of texts goes on from one.
+        return asked[0]["content"] if data.render == "text" else asked
 
     def key(number):
         messages = conversations[number]

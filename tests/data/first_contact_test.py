@@ -172,6 +172,7 @@ def test_an_assistant_that_begins_is_context_and_said(data, chatml):
     made, said = data("language_model", [{"conversations": talk}])
     [text] = shown(chatml, made)
     assert "\nWelcome!<|im_end|>" in text and "«Hello.<|im_end|>" in text
+    assert [turn["content"] for turn in made.samples[0]] == ["Welcome!", "Hi"]
     assert text.count("«") == 1
     assert "1 begin with the assistant, whose first turn is context" in said[-1]
 
@@ -337,6 +338,9 @@ def test_values_of_the_new_keys_are_checked(data):
     for key, value in (("bad", "skip"), ("too_long", "trim"), ("render", "html")):
         with pytest.raises(UserError, match=f"data.{key}='{value}': expected one of"):
             data("preference", [PAIR], **{key: value})
+    for key, value in (("too_long", "cut"), ("render", "text")):
+        with pytest.raises(UserError, match=f"data.{key}='{value}': changes nothing"):
+            data("language_model", [{"text": "x"}], format="text", **{key: value})
     with pytest.raises(UserError, match="data.max_loss=1.5: expected a share"):
         data("preference", [PAIR], max_loss=1.5)
 
@@ -498,6 +502,7 @@ def test_texts_are_continued_where_there_are_no_turns(data, tmp_path):
     with pytest.raises(UserError, match="data.render='text'"):
         data("language_model", records, tokenizer=bare)
     made, _ = data("language_model", records, tokenizer=bare, render="text")
+    assert made.samples == ["Say it:"]  # what a model of texts is watched on
     batch = made.dataset.batch_at(0)
     ids, mask = batch["ids"][0], batch["mask"][0]
     whole, given = bare.encode("Say it: Paris."), bare.encode("Say it:")
