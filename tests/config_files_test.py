@@ -38,13 +38,18 @@ def test_experiments_are_listed_with_what_they_are():
     assert all(line.endswith((".", "?")) for line in names.values())
 
 
-def test_by_name_and_copied_they_work_from_any_folder(tmp_path, capsys):
+def test_by_name_and_copied_they_work_from_any_folder(tmp_path):
     stages = load("quickstart", "tiny")
     assert {"pretrain", "sft", "ppo", "dpo"} <= set(stages)
     mine = tmp_path / "deep" / "mine.py"
-    assert cli.main(["stagecraft", "new", str(mine), "--from=quickstart"]) == 0
-    printed = capsys.readouterr().out
-    assert f"stagecraft run --config={mine} --workdir=runs/mine" in printed
+    done = subprocess.run(
+        [sys.executable, "-m", "stagecraft", "new", str(mine), "--from=quickstart"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"stagecraft run --config={mine} --workdir=runs/mine" in done.stdout
     assert load(mine, "tiny") == stages
 
 

@@ -132,10 +132,12 @@ def test_the_banner_has_two_lines(monkeypatch):
     assert first == f"{want} 0.7" and second == chat.HELP
 
 
-# Its terminal is the one whose ctrl-C reaches it.
+# Its terminal is the one whose ctrl-C reaches it, also where the tests run in the
+# background and so ignore it.
 PROGRAM = """
-import fcntl, termios
+import fcntl, signal, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from stagecraft.report import chat
 for text in chat.lines():
     print("got", repr(text), flush=True)
