@@ -239,8 +239,8 @@ def count_tokens(rows: dict[str, jax.Array]) -> masked.Mean:
 
     It is TRL's num_tokens: prompts are tokens too, and count in each row they begin.
     """
-    seen = (v > 0 for k, v in rows.items() if k.endswith("segments"))
-    return masked.Mean.of(sum((x.sum() for x in seen), jnp.zeros((), jnp.int32)))
+    counts = [(v > 0).sum() for k, v in rows.items() if k.endswith("segments")]
+    return masked.Mean.of(sum(counts, jnp.zeros((), jnp.int32)))
 
 
 def shuffled_minibatches(config, rows, key):
