@@ -147,7 +147,7 @@ def test_twenty_steps(
             return now["drawn"]
 
         return rollout.Rollouts(
-            sample, lambda samples, index: now["paid"], None, ("pay",), (1.0,)
+            sample, lambda samples, index, step: now["paid"], None, ("pay",), (1.0,)
         )
 
     monkeypatch.setattr(rollout, "make", make)
