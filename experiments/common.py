@@ -56,6 +56,9 @@ def _read(name, text, default, given):
         ) from error
 
 
+# Arguments of every recipe; lora=0 trains all weights, lr=0 takes the rate of `RATES`.
+RECIPE = dict(tiny=False, model="", data="", lora=0, lr=0.0)
+
 # Learning rates: of a small model from scratch, of a whole ready one, of adapters.
 RATES = {
     "scratch": dict(pretrain=2e-3, sft=5e-4, reward=1e-4, dpo=5e-5, ppo=5e-5),

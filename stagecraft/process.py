@@ -92,13 +92,13 @@ def made_with() -> dict[str, str]:
     import stagecraft
 
     devices = jax.devices()
-    made = {"stagecraft": stagecraft.__version__, "commit": _commit()}
-    made |= {"jax": jax.__version__}
-    made |= {"device": f"{len(devices)} × {devices[0].device_kind}"}
+    provenance = {"stagecraft": stagecraft.__version__, "commit": _commit()}
+    provenance |= {"jax": jax.__version__}
+    provenance |= {"device": f"{len(devices)} × {devices[0].device_kind}"}
     program = Path(sys.argv[0])
     if "stagecraft" in (program.stem, program.parent.name):
-        made["command"] = shlex.join(["stagecraft", *sys.argv[1:]])
-    return {key: value for key, value in made.items() if value}
+        provenance["command"] = shlex.join(["stagecraft", *sys.argv[1:]])
+    return {key: value for key, value in provenance.items() if value}
 
 
 def _commit():

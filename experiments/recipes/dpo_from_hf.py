@@ -18,16 +18,12 @@ from stagecraft import defaults
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
+        **common.RECIPE,
         objective="dpo",
-        lora=0,
         length=1024,
         steps=100,
         batch=16,
         micro_batches=1,
-        lr=0.0,
         heldout=0.02,
     )
     c, start = common.begin(arg)

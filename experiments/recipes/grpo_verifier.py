@@ -21,16 +21,12 @@ HERE = "experiments.recipes.grpo_verifier"
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
+        **common.RECIPE,
         verifier=f"{HERE}:correct",
         group=8,
-        lora=0,
         answer=256,
         steps=100,
         batch=8,
-        lr=0.0,
     )
     c, start = common.begin(arg)
     if not arg.data and arg.tiny:  # the world's prompts have no answers beside them

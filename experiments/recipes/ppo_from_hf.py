@@ -16,17 +16,13 @@ from stagecraft import defaults
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
+        **common.RECIPE,
         prompts="",
-        lora=0,
         length=1024,
         answer=128,
         steps=100,
         reward_steps=100,
         batch=32,
-        lr=0.0,
         heldout=0.02,
     )
     c, start = common.begin(arg)

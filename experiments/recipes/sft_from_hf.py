@@ -18,15 +18,11 @@ from stagecraft import defaults
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
-        lora=0,
+        **common.RECIPE,
         length=1024,
         steps=200,
         batch=16,
         micro_batches=1,
-        lr=0.0,
         heldout=0.02,
     )
     c, start = common.begin(arg)

@@ -158,11 +158,11 @@ def over_pairs(table: np.ndarray) -> tuple[float, float | None]:
     """
     upper = np.triu(np.ones(table.shape, bool), 1) & np.isfinite(table)
     size, mean = len(table), float(table[upper].mean())
-    kept = [np.delete(np.delete(upper, i, 0), i, 1) for i in range(size)]
-    if size < 3 or not all(part.any() for part in kept):
+    pairs_left = [np.delete(np.delete(upper, i, 0), i, 1) for i in range(size)]
+    if size < 3 or not all(part.any() for part in pairs_left):
         return mean, None
     without = [
         np.delete(np.delete(table, i, 0), i, 1)[part].mean()
-        for i, part in enumerate(kept)
+        for i, part in enumerate(pairs_left)
     ]
     return mean, float(np.sqrt((size - 1) * np.var(without)))
