@@ -93,7 +93,7 @@ def _near_duplicates(c, work, filtering):
     )
     signatures, pairs = str(work / "signatures"), str(work / "pairs")
     words = Words(c.language.keep or "en")
-    sign = dedup.MinhashDedupSignature(signatures, config=config, language=words)
+    sign = steps.Sign(signatures, config=config, language=words)
     filtering.append(sign)
     match = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
     return [Phase("match", [match], c.minhash.buckets)], pairs

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import get_filter_result
 
 from stagecraft import storage
@@ -146,6 +147,22 @@ class Keep(PipelineStep):
                 write({"text": document.text, "id": document.id, "about": about})
                 yield document
         duplicates.save_keys(self.work, rank, keys)
+
+
+class Sign(MinhashDedupSignature):
+    """MinHash signatures of the documents, always from new files.
+
+    A task that was cut off leaves signatures behind. datatrove would take them for a
+    whole task's where their sizes agree; and a file it left open would be flushed over
+    the new one.
+    """
+
+    def run(self, data, rank=0, world_size=1):
+        for bucket in range(self.config.num_buckets):
+            path = f"bucket_{bucket:03d}/{rank:05d}.minhash.sig"
+            if self.output_folder.exists(path):
+                self.output_folder.rm_file(path)
+        super().run(data, rank, world_size)
 
 
 class Verdict(Step):

@@ -1,10 +1,16 @@
 """Which duplicate stays: the best, then the first; the same however work was split."""
 
+import gc
+
 import numpy as np
 import pytest
+from datatrove.data import Document
+from datatrove.pipeline import dedup
 
-from stagecraft.curate import duplicates
+from stagecraft.curate import duplicates, steps
 from stagecraft.curate.duplicates import EXACT, KEPT, NEAR, UNCHOSEN
+from stagecraft.curate.words import Words
+from tests.curate import prose
 
 
 def decide(tmp_path, texts, scores, split, pairs=(), **settings):
@@ -83,3 +89,33 @@ def test_sampling_follows_its_law():
         wins += duplicates.choose(keys, np.arange(2), 0.0, 0.5, temperature, 0)[0] == 1
     odds = np.array([0.3 / 0.7, 0.6 / 0.4]) ** (1 / temperature)
     assert wins / 4000 == pytest.approx(odds[1] / odds.sum(), abs=0.025)
+
+
+def test_signatures_of_a_task_cut_off_are_written_anew(tmp_path):
+    rng = np.random.default_rng(0)
+    words = prose.vocabulary(rng)
+    documents = [
+        Document(text=prose.document(rng, words), id=str(i)) for i in range(12)
+    ]
+
+    def cut_off():
+        yield from documents[:5]
+        raise OSError("No space left on device")
+
+    def sign(folder, data):
+        config = dedup.MinhashConfig()
+        steps.Sign(str(folder), config=config, language=Words("en")).run(data)
+
+    sign(tmp_path / "whole", documents)
+    # While the error is held, so are the files that were open when it was raised:
+    # letting go of it flushes them.
+    with pytest.raises(OSError) as held:
+        sign(tmp_path / "again", cut_off())
+    sign(tmp_path / "again", documents)
+    del held
+    gc.collect()
+    assert prose.files(tmp_path / "again") == prose.files(tmp_path / "whole")
+    # Those of a task that was killed lie there whole, of fewer documents.
+    sign(tmp_path / "again", documents[:5])
+    sign(tmp_path / "again", documents)
+    assert prose.files(tmp_path / "again") == prose.files(tmp_path / "whole")
