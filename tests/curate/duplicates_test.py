@@ -109,7 +109,7 @@ def test_signatures_of_a_task_cut_off_are_written_anew(tmp_path):
     sign(tmp_path / "whole", documents)
     # While the error is held, so are the files that were open when it was raised:
     # letting go of it flushes them.
-    with pytest.raises(OSError) as held:
+    with pytest.raises(OSError, match="No space") as held:
         sign(tmp_path / "again", cut_off())
     sign(tmp_path / "again", documents)
     del held
