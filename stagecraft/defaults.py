@@ -245,7 +245,6 @@ def _prompts(**more):
         files="",
         **_reading("refuse", turns=False),
         prompt_length=0,  # tokens; 0 for all there is room for
-        workers=0,
         **more,
     )
 
@@ -259,6 +258,7 @@ def _rewards(c):
 
 def _heldout_prompts(**more):
     return _prompts(
+        workers=0,
         heldout="",  # files of prompts for the eval_ metrics, sampled and scored
         heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
         **_mixture(),

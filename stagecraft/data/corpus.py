@@ -74,16 +74,20 @@ def check(data):
     schema.choice("data.packing", data.packing, ("", *packing.STRATEGIES, "none"))
     schema.choice("data.turns", data.turns, chat.TURNS)
     schema.positive("data.workers", data.workers, zero=True)
-    for key, default in (("too_long", "drop"), ("render", "chat")):
-        if data.format == "text" and data[key] != default:
-            raise UserError(
-                f"data.{key}={data[key]!r}: changes nothing with format='text', whose "
-                f"documents go on in the next row; leave it at {default!r}"
-            )
     if data.weights:
         count = len(schema.listed(data.files))
         mixture.check_shares("data.weights", data.weights, count)
     mixture.check(data)
+
+
+def unread(data) -> dict[str, str]:
+    """Returns {key of a data config: the setting with which it changes nothing}."""
+    keys = {} if data.replay else {"replay_share": "data.replay=''"}
+    if not mixture.wanted(data):
+        keys["share_by"] = "data.shares=() and data.curriculum=''"
+    if data.format == "text":
+        keys |= dict.fromkeys(("too_long", "render", "turns"), "data.format='text'")
+    return keys
 
 
 def stored(parts, mapping, sources, counts=None) -> Stored:

@@ -98,7 +98,8 @@ def files(where, config, check_data=mixture.check):
     """Checks the data keys that every kind has; `check_data` refuses the others."""
     if not config.data.files:
         raise UserError(f"{where}.data.files: is empty; name the files to read")
-    schema.positive(f"{where}.data.workers", config.data.workers, zero=True)
+    if "workers" in config.data:
+        schema.positive(f"{where}.data.workers", config.data.workers, zero=True)
     try:
         check_data(config.data)
     except UserError as error:

@@ -164,6 +164,8 @@ def _check(where, config, experiment, mesh):
             "alone; set it to True"
         )
     checks.training(where, config, experiment, mesh, KIND, check_data=corpus.check)
+    reasons = corpus.unread(config.data).items()
+    checks.unread(where, config, {f"data.{key}": why for key, why in reasons})
 
 
 KIND = Kind(

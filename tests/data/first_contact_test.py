@@ -338,9 +338,6 @@ def test_values_of_the_new_keys_are_checked(data):
     for key, value in (("bad", "skip"), ("too_long", "trim"), ("render", "html")):
         with pytest.raises(UserError, match=f"data.{key}='{value}': expected one of"):
             data("preference", [PAIR], **{key: value})
-    for key, value in (("too_long", "cut"), ("render", "text")):
-        with pytest.raises(UserError, match=f"data.{key}='{value}': changes nothing"):
-            data("language_model", [{"text": "x"}], format="text", **{key: value})
     with pytest.raises(UserError, match="data.max_loss=1.5: expected a share"):
         data("preference", [PAIR], max_loss=1.5)
 

@@ -28,7 +28,7 @@ ELSEWHERE = {
     "verifiers": "the run, which imports them",
     "seed": "the run, which makes the random key",
     "batch_size": "the builders of data",
-    "data": "the builders of data, see tests/data",
+    "data": "the builders of data, see tests/data/unread_keys_test.py",
     **{key: "how, not what" for key in defaults.KEYS_WITHOUT_EFFECT},
 }
 # Another value than the default for every key that some config leaves unread.
