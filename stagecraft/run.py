@@ -32,6 +32,7 @@ from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
 from stagecraft.report import curation as curation_page
 from stagecraft.report import page, terminal
+from stagecraft.report.notebook import Summary
 from stagecraft.runs import Run
 from stagecraft.signals import verifiers
 from stagecraft.signals.reward import RewardModel
@@ -62,7 +63,7 @@ def open_run(root: str | Path) -> Run:
     return Run(root, config, _own_tokenizer(root), stages)
 
 
-def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
+def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summary:
     """Runs the stages of an experiment, or goes on where an earlier run stopped.
 
     Args:
@@ -71,7 +72,8 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> dict:
         only: names of stages to run; () for all. Their parents must be finished.
 
     Returns:
-        the summary, nested dicts of floats; also in WORKDIR/summary.json.
+        the summary, nested dicts of floats; also in WORKDIR/summary.json. A notebook
+        shows it as a table.
     """
     started = time.perf_counter()
     if jax.default_backend() == "cpu":
@@ -443,7 +445,7 @@ def _conclude(run, *, changed, started):
     before = storage.read_json(path)
     if before and not changed:
         terminal.show_summary(before)
-        return before
+        return Summary(before, run.root)
     asked = [] if run.config.world.name else heldout_figures.prompts(run)
     prompt = _single_prompt(run.config) or (asked and asked[0].record["prompt"])
     if prompt and behaviour.speaking_stages(run):
@@ -458,4 +460,4 @@ def _conclude(run, *, changed, started):
     page.write(run.root)
     terminal.show_summary(figures)
     Console().print(f"report: {run.root / 'report.html'}", highlight=False)
-    return figures
+    return Summary(figures, run.root)

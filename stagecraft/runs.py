@@ -6,6 +6,7 @@ graph. It needs no stage by name, and says in words what is missing.
 """
 
 import dataclasses
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ class Run:
     tokenizer: Any = None
     stages: Sequence[str] = ()
     ran: list[str] = dataclasses.field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """Shows in a notebook how far each stage has come."""
+        title = f"<p><code>{html.escape(str(self.root))}</code></p>"
+        return title + html_table(STATUS, status(read(self.root)), 3)
 
     def source(self, name: str) -> locate.Source:
         """Returns what a name stands for: a stage of this run, or one from outside."""
@@ -225,6 +231,57 @@ def read(folder: str | Path) -> RunFiles:
         stage.index = index
     shared = (config, lineage, files["summary.json"], files["prompt.json"])
     return RunFiles(folder, *shared, stages, missing)
+
+
+STATUS = ("stage", "starts from", "state", "saved", "loss", "seconds")
+
+
+def status(files: RunFiles) -> list[tuple[str, ...]]:
+    """Returns how far each stage has come, as text under the heads of `STATUS`."""
+    return [_status(files, stage) for stage in files.stages]
+
+
+def _status(files, stage):
+    """Returns the cells of a stage: the last row it logged, or that it has none."""
+    steps = part(part(files.config, "stages"), stage.name).get("steps", 0)
+    logged = [int(row["step"]) for row in stage.rows]
+    folder = files.folder / stage.name
+    if stage.info.get("finished"):
+        state = "finished"
+    elif logged:
+        state = f"at step {logged[-1]:,} of {steps:,}"
+    else:
+        state = "begun" if folder.is_dir() else "not started"
+    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal()]
+    _, losses = stage.series("loss")
+    _, seconds = stage.series("seconds")
+    seconds = part(stage.info, "seconds").get("total", (seconds or [None])[-1])
+    return (
+        stage.name,
+        stage.start_from or "–",
+        state,
+        f"step {max(saved):,}" if saved else "–",
+        f"{losses[-1]:.4g}" if losses else "–",
+        f"{seconds:,.0f}" if seconds is not None else "–",
+    )
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """Returns a table for a notebook; the columns after the first `words` hold numbers.
+
+    All text is data, and escaped.
+    """
+
+    def line(tag, cells):
+        sides = ["left" if number < words else "right" for number in range(len(cells))]
+        cells = "".join(
+            f'<{tag} style="text-align:{side}">{html.escape(cell)}</{tag}>'
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        return f"<tr>{cells}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', head)}</thead><tbody>{body}</tbody></table>"
 
 
 def _stage(folder, planned, entry, names, missing):

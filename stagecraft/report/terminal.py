@@ -19,27 +19,49 @@ _ROWS = 8  # figures at the end of a run
 def show_summary(summary: dict, file=None) -> None:
     """Prints a run's figures, stages across, and its verdict in a line."""
     console = Console(file=file, highlight=False)
+    stages, rows = summary_rows(summary)
+    for part in _that_fit(console, stages, rows) if rows else ():
+        console.print(_summary_table(part, rows))
+    text, holds = summary_answer(summary)
+    console.print(Text(text, style="red" if holds is False else ""))
+
+
+def summary_rows(summary: dict) -> tuple[list[str], list[tuple[str, dict]]]:
+    """Returns the stages that were measured, and a few figures of theirs.
+
+    Returns:
+        (stages, [(title of a figure, {stage: its value as text})]).
+    """
+    names = [name for name in summary if name not in figures.APART]
+    own = {name: runs.part(summary, name) for name in names}
+    stages = [name for name in names if any(map(is_number, own[name].values()))]
+    others = [key for values in own.values() for key in values]
+    rows = []
+    for key in dict.fromkeys([*figures.SHORT, *figures.BY_NAME, *others]):
+        values = {s: own[s][key] for s in stages if is_number(own[s].get(key))}
+        if values and len(rows) < _ROWS:
+            row = figures.figure(key)
+            texts = {s: compare.number(v, row.digits) for s, v in values.items()}
+            rows.append((f"{row.title} {WAYS[row.better]}".rstrip(), texts))
+    return stages, rows
+
+
+def summary_answer(summary: dict) -> tuple[str, bool | None]:
+    """Returns the verdict on a run in a line, and whether its bounds hold."""
     stages = [name for name in summary if name not in figures.APART]
-    own = {name: runs.part(summary, name) for name in stages}
-    measured = [name for name in stages if any(map(is_number, own[name].values()))]
-    others = [name for figures_ in own.values() for name in figures_]
-    keys = dict.fromkeys([*figures.SHORT, *figures.BY_NAME, *others])
-    keys = [k for k in keys if any(is_number(own[s].get(k)) for s in measured)][:_ROWS]
-    for part in _that_fit(console, measured, keys, own) if keys else ():
-        console.print(_summary_table(part, keys, own))
     answer = verdict.sentence(summary, stages, named=len(summary))
     text = f"{answer['text']} {runs.part(summary, 'seconds').get('total', 0.0):.0f} s."
     for bound in verdict.rows_of(summary):
         if bound["time"] and bound["holds"] is False:
             text += f" {bound['title']} must be {bound['short']}."
-    console.print(Text(text, style="red" if answer["holds"] is False else ""))
+    return text, answer["holds"]
 
 
-def _that_fit(console, stages, keys, own):
+def _that_fit(console, stages, rows):
     """Returns the stages in groups, each a table no wider than the terminal."""
     groups = [[]]
     for name in stages:
-        table = _summary_table([*groups[-1], name], keys, own)
+        table = _summary_table([*groups[-1], name], rows)
         wide = Console(width=10_000).measure(table).maximum > console.width
         if wide and groups[-1]:
             groups.append([])
@@ -47,55 +69,27 @@ def _that_fit(console, stages, keys, own):
     return groups
 
 
-def _summary_table(stages, keys, own):
+def _summary_table(stages, rows):
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in stages:
         # A long name in two lines rather than a table in two parts.
         table.add_column(Text(name.replace("_", "_\n")), justify="right", no_wrap=True)
-    for key in keys:
-        row = figures.figure(key)
-        cells = [own[name].get(key) for name in stages]
-        cells = [compare.number(v, row.digits) if is_number(v) else "" for v in cells]
-        table.add_row(Text(f"{row.title} {WAYS[row.better]}".rstrip()), *cells)
+    for title, texts in rows:
+        table.add_row(Text(title), *(texts.get(name, "") for name in stages))
     return table
 
 
 def show_status(files: runs.RunFiles, file=None) -> None:
     """Prints how far each stage of a work directory has come."""
     table = Table(title=Text(str(files.folder)), title_justify="left", box=box.SIMPLE)
-    for column in ("stage", "starts from", "state"):
-        table.add_column(column, overflow="fold")
-    for column in ("saved", "loss", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for stage in files.stages:
-        table.add_row(*map(Text, _status(files, stage)))
+    for number, column in enumerate(runs.STATUS):
+        words = number < 3
+        how = dict(overflow="fold") if words else dict(justify="right", no_wrap=True)
+        table.add_column(column, **how)
+    for cells in runs.status(files):
+        table.add_row(*map(Text, cells))
     Console(file=file or sys.stdout, highlight=False).print(table)
-
-
-def _status(files, stage):
-    """Returns the cells of a stage: the last row it logged, or that it has none."""
-    steps = runs.part(runs.part(files.config, "stages"), stage.name).get("steps", 0)
-    logged = [int(row["step"]) for row in stage.rows]
-    folder = files.folder / stage.name
-    if stage.info.get("finished"):
-        state = "finished"
-    elif logged:
-        state = f"at step {logged[-1]:,} of {steps:,}"
-    else:
-        state = "begun" if folder.is_dir() else "not started"
-    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal()]
-    _, losses = stage.series("loss")
-    _, seconds = stage.series("seconds")
-    seconds = runs.part(stage.info, "seconds").get("total", (seconds or [None])[-1])
-    return (
-        stage.name,
-        stage.start_from or "–",
-        state,
-        f"step {max(saved):,}" if saved else "–",
-        f"{losses[-1]:.4g}" if losses else "–",
-        f"{seconds:,.0f}" if seconds is not None else "–",
-    )
 
 
 def show_answers(prompt: str, answers: dict, file=None) -> None:

@@ -1,6 +1,7 @@
 """`stagecraft status`: how far each stage has come, of a run in any state."""
 
 import json
+import re
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_each_stage_with_its_step_its_save_and_its_loss(tmp_path, capsys):
     at = ["at", "step", "600", "of", "1,200"]
     assert cells["sft"] == ["pretrain", *at, "step", "500", "0.5", "61"]
     assert cells["dpo"] == ["sft", "not", "started", "–", "–", "–"]
+    # In a notebook, the same cells.
+    page = runs.Run(tmp_path, None)._repr_html_()
+    cells = re.findall(r"<td style=\"text-align:(left|right)\">(.*?)</td>", page)
+    assert cells[6:12] == [
+        *(("left", "sft"), ("left", "pretrain"), ("left", "at step 600 of 1,200")),
+        *(("right", "step 500"), ("right", "0.5"), ("right", "61")),
+    ]
 
 
 def test_where_there_is_no_run(tmp_path):

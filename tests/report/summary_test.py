@@ -3,6 +3,7 @@
 import io
 
 from stagecraft.report import terminal
+from stagecraft.report.notebook import Summary
 
 WIDTH = 80
 STAGES = ["pretrain", "sft", "dpo", "reward", "ppo", "ppo_hard", "sft_scratch"]
@@ -69,3 +70,18 @@ def test_a_run_without_figures_says_what_it_was(monkeypatch):
     assert text.strip() == "1 stage (sft). 3 s."
     text = shown({"sft": {"mine": 2.0}, "seconds": {"total": 3.0}}, monkeypatch)
     assert "mine" in text and "2.000" in text
+
+
+def test_a_notebook_shows_the_same_as_a_table_and_all_of_it_as_data(tmp_path):
+    one = Summary({"<b>": {"kl": 0.25}, "dpo": {"kl": 1.5, "<i>": 2.0}}, tmp_path)
+    page = one._repr_html_()
+    heads = "".join(
+        f'<th style="text-align:right">{h}</th>' for h in ("&lt;b&gt;", "dpo")
+    )
+    assert heads in page and "<b>" not in page and "<i>" not in page
+    kl, own = page.split("<tbody>")[1].split("</tr>")[:2]
+    assert kl.split(">")[2:] and [kl.count(t) for t in (">0.25", ">1.5")] == [1, 1]
+    # What a stage lacks is an empty cell.
+    assert '"></td>' in own and ">2.000<" in own
+    assert f"<code>{tmp_path / 'report.html'}</code>" in page
+    assert one == {"<b>": {"kl": 0.25}, "dpo": {"kl": 1.5, "<i>": 2.0}}
