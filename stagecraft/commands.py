@@ -211,6 +211,52 @@ def chat(rest):
     conversation.chat(open_run(_workdir()), FLAGS.stage, **_values(SAMPLING))
 
 
+@takes(
+    WORKDIR,
+    Flag("stage", "", "the stage whose answers are compared"),
+    Flag("prompts", "", "files of prompts; by default those of the run's world"),
+    Flag("pairs", "", "files of pairs to show, in place of sampled ones"),
+    Flag("count", 200, "prompts to answer", least=1),
+    Flag("repeats", 0.1, "share of the pairs that is shown twice, sides swapped"),
+    Flag("temperature", 1.0, "of the sampled answers"),
+    Flag("max_new_tokens", 48, "longest answer, in tokens"),
+    Flag("seed", 0, "of prompts, answers and what each person is shown"),
+    Flag("port", 0, "port of the page; 0 for any that is free", least=0),
+    Flag("host", "127.0.0.1", "address to listen on; by default this machine alone"),
+)
+def label(rest):
+    """Serve a page on which people pick the better of two answers.
+
+    stagecraft label --workdir=runs/a --stage=sft
+    stagecraft label --workdir=runs/a --stage=sft --prompts=mine.jsonl --count=50
+    stagecraft label --workdir=runs/a --stage=mine --pairs=pairs.jsonl
+
+    Open the address that is printed. Several people label under names of their own, in
+    as many tabs as they like; each verdict is on disk before the next pair shows. End
+    with ctrl-C: WORKDIR/labels/STAGE/records.jsonl then holds the pairs, unpaired.jsonl
+    the answers of pairs that were both bad, report.json how raters agree. The same
+    command goes on. A stage reads them with data.files="labels:STAGE".
+    """
+    from stagecraft.serve import label_app
+
+    if not FLAGS.stage:
+        raise UserError("--stage is missing, as in --stage=sft")
+    if not 0 <= FLAGS.repeats <= 1:
+        raise UserError(f"--repeats={FLAGS.repeats}: expected a share from 0 to 1")
+    label_app.label(
+        _workdir(),
+        FLAGS.stage,
+        prompts=FLAGS.prompts,
+        pairs=FLAGS.pairs,
+        count=FLAGS.count,
+        repeats=FLAGS.repeats,
+        seed=FLAGS.seed,
+        sampling={k: FLAGS[k].value for k in ("temperature", "max_new_tokens")},
+        host=FLAGS.host,
+        port=FLAGS.port,
+    )
+
+
 @takes(WORKDIR)
 def report_(rest):
     """Write the page WORKDIR/report.html: curves, figures, weights, cost.
@@ -434,6 +480,7 @@ COMMANDS = {
     "new": new,
     "prompt": prompt,
     "chat": chat,
+    "label": label,
     "report": report_,
     "compare": compare_,
     "eval": eval_,

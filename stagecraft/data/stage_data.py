@@ -1,8 +1,9 @@
 """The data of a stage: which files its config names, and what all its builders share.
 
 A files spec names a user's files, or "world:NAME" (what the embedded world wrote),
-"curation:NAME" (what the run curated), or "stage:NAME" (records another stage wrote);
-several are separated by commas.
+"curation:NAME" (what the run curated), "stage:NAME" (records another stage wrote), or
+"labels:NAME" (verdicts of people on a stage's answers); several are separated by
+commas.
 """
 
 import json
@@ -24,6 +25,7 @@ from stagecraft.text import chat
 _log = logging.getLogger("stagecraft.data")
 # Keys of a data config that name files.
 SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
+LABELS = "labels"  # folder of the work directory: verdicts of people, by stage
 
 
 class StageData(NamedTuple):
@@ -109,6 +111,9 @@ def locate(spec, root) -> str:
                 part = str(root / folder / part.removeprefix(f"{folder}:"))
         if part.startswith("stage:"):
             part = str(root / part.removeprefix("stage:") / "records.jsonl")
+        if part.startswith(f"{LABELS}:"):
+            name = part.removeprefix(f"{LABELS}:")
+            part = str(root / LABELS / name / "records.jsonl")
         parts.append(part)
     return ",".join(parts)
 

@@ -95,7 +95,7 @@ class Journal:
                 self._file = self.path.open("ab")
                 self._file.truncate(end)
         if not lines:
-            self._append(header)
+            self.append(header)
 
     def __enter__(self):
         return self
@@ -116,10 +116,17 @@ class Journal:
         entry = make(*args)
         now = time.perf_counter()
         seconds, self._since = round(now - self._since, 3), now
-        return self._append(entry | {"seconds": seconds}), False
+        return self.append(entry | {"seconds": seconds}), False
 
-    def _append(self, entry):
-        """Returns the entry as reading the line again would."""
+    def held(self) -> list[dict]:
+        """Returns the entries that the journal held when it was opened, but for those
+        that `once` has returned."""
+        entries = list(self._replay)
+        self._replay.clear()
+        return entries
+
+    def append(self, entry: dict) -> dict:
+        """Appends an entry; returns it as reading the line again would."""
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False)
         if self._file is not None:
             with _writing(self.path):

@@ -11,6 +11,7 @@ from tests.mutants import (
     inputs,
     measuring,
     objectives,
+    people,
     previews,
     rollouts,
     sampled,
@@ -21,7 +22,7 @@ MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
-    *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
+    *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS + people.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

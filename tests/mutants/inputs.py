@@ -169,7 +169,7 @@ _RECORDS = in_file(
     ),
     (
         "the journal's header is not written first",
-        "if not lines:\n    self._append(header)",
+        "if not lines:\n    self.append(header)",
         "self._header = header",
         "tests/stages/records_test.py -k on_disk",
     ),

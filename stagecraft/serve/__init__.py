@@ -1,0 +1,1 @@
+"""Pages and endpoints that a run serves on this machine."""
