@@ -12,7 +12,7 @@ from stagecraft import cli
 
 
 def stagecraft(*arguments):
-    """Runs a command; (exit status, stdout, stderr). Leaves flags and logs as before."""
+    """Runs a command; (exit status, stdout, stderr). Flags and logs are as before."""
     flags_before = flagsaver.save_flag_values(flags.FLAGS)
     term = signal.getsignal(signal.SIGTERM)
     names = ("jax", "absl", "stagecraft")
