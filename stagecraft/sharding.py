@@ -148,7 +148,8 @@ def init_sharded(
     # A program that runs once: on a CPU, compiling its random numbers at full
     # optimisation takes seconds, three times as long as this, and gains nothing.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    less = jax.config.read("jax_disable_most_optimizations")  # than this already
+    options = {"xla_backend_optimization_level": 1} if on_cpu and not less else None
 
     def construct(*args):
         outputs = shardings(jax.eval_shape(init_fn, *args), mesh)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import stagecraft
+
 ROOT = Path(__file__).parent.parent
 TAKEN_FOR = re.compile(r": (txt|jsonl), \d+ (records|documents) of |\d+ \w+ read, ")
 
@@ -34,12 +36,13 @@ def get_config(arg=""):
 """
 
 
-def stagecraft(*arguments, **environment):
-    """Runs the command on one device; (exit status, stdout, stderr)."""
+def process(*arguments, told=None):
+    """Runs the command in a process of its own; (exit status, stdout, stderr)."""
     found = subprocess.run(
         [sys.executable, "-m", "stagecraft", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
+        input=told,
         capture_output=True,
         text=True,
         timeout=300,
@@ -62,18 +65,14 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def refused(folder, *arguments, says, **environment):
+def refused(folder, *arguments, says, by=stagecraft):
     """Runs and expects one line of error, status 2, and nothing half-written.
 
     What the files before it were taken for is no error.
     """
     work = folder / "run"
-    status, _, error = stagecraft(
-        "run",
-        f"--config={folder}/small.py",
-        f"--workdir={work}",
-        *arguments,
-        **environment,
+    status, _, error = by(
+        "run", f"--config={folder}/small.py", f"--workdir={work}", *arguments
     )
     said = [line for line in error.splitlines() if line.startswith("stagecraft:")]
     lines = [line for line in said if not TAKEN_FOR.search(line)]
@@ -85,7 +84,7 @@ def refused(folder, *arguments, says, **environment):
 
 
 def test_help_names_every_command():
-    status, out, _ = stagecraft("--help")
+    status, out, _ = process("--help")
     assert status == 0
     for command in ("run", "prompt", "chat", "report", "compare"):
         assert command in out
@@ -115,7 +114,7 @@ def test_files_that_are_wrong(folder):
     text.write_bytes(good + b'{"txt": "no such key"}\n')
     refused(folder, says="text.jsonl:65: no key 'text'; it has 'txt'")
     text.write_bytes(good + b'{"text": "\xff"}\n')
-    refused(folder, says="text.jsonl:65: not UTF-8")
+    refused(folder, says="text.jsonl:65: not UTF-8", by=process)
 
 
 def test_configs_that_are_wrong(folder):
@@ -131,14 +130,13 @@ def test_configs_that_are_wrong(folder):
         "--config.stages.sft.start_from=pretrian",
         says="did you mean 'pretrain'",
     )
-    refused(folder, "--config.mesh.data=3", says="mesh: data=3")
+    refused(folder, "--config.mesh.data=9", says="mesh: data=9")
     refused(folder, "--config.model.kv_heads=3", says="model.kv_heads")
     refused(
         folder,
         "--config.mesh.tensor=2",
         "--config.model.heads=2",
         says="does not divide over mesh.tensor",
-        JAX_NUM_CPU_DEVICES="2",
     )
 
 
@@ -198,11 +196,8 @@ def test_a_workdir_that_cannot_be_written(folder):
 
 
 def test_prompt_and_report(tiny_run):
-    status, out, error = stagecraft(
-        "prompt",
-        f"--workdir={tiny_run}",
-        "What is the capital of France?",
-        JAX_NUM_CPU_DEVICES="8",
+    status, out, error = process(
+        "prompt", f"--workdir={tiny_run}", "What is the capital of France?"
     )
     assert status == 0, error
     for stage in ("pretrain", "sft", "ppo", "dpo"):
@@ -252,29 +247,14 @@ def test_compare_refuses_in_one_line(tiny_run, tmp_path, arguments, says):
 
 
 def test_chat_answers_and_ends(tiny_run):
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "stagecraft",
-            "chat",
-            f"--workdir={tiny_run}",
-            "--stage=dpo",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
-        input="Hello!\nWhat is the capital of France?\n" + "long " * 99 + "\n/reset\n"
-        "Hello!\n/quit\nnot asked\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr
+    told = "Hello!\nWhat is the capital of France?\n" + "long " * 99
+    told += "\n/reset\nHello!\n/quit\nnot asked\n"
+    chat = ("chat", f"--workdir={tiny_run}")
+    status, out, error = process(*chat, "--stage=dpo", told=told)
+    assert status == 0, error
     # The same question gets the same answer after a reset; what is too long, none.
-    first, _, long, again = found.stdout.strip().splitlines()
+    first, _, long, again = out.strip().splitlines()
     assert first == again and first.startswith("dpo> ")
     assert "exceed the context" in long and "/reset" in long
-    status, _, error = stagecraft(
-        "chat", f"--workdir={tiny_run}", "--stage=reward", JAX_NUM_CPU_DEVICES="8"
-    )
+    status, _, error = stagecraft(*chat, "--stage=reward")
     assert status == 2 and "expected a finished stage that writes text" in error

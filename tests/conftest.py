@@ -1,5 +1,6 @@
 """Settings every test runs under, and the one tiny run that many tests look at."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -15,6 +16,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile far more than they compute; commands started by tests do alike.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+# The emitter of fusions runs a pipeline of passes for each: half of all compilation.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {_FLAGS}".strip()
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
@@ -85,6 +89,12 @@ def pytest_collection_modifyitems(items):
         first[groups[-1]] = min(place, first.get(groups[-1], place))
     order = sorted(range(len(items)), key=lambda i: first[groups[i]])
     items[:] = [items[i] for i in order]
+
+
+def pytest_collection_finish():
+    """What is imported lives to the end: cycles are looked for in the rest, seldom."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 def slow_tests():

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import cli, defaults, exchange, run, tree
+from stagecraft import defaults, exchange, run, tree
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.text import byte_tokenizer, tokenizer_export
 from tests import tiny
+from tests.command_line import stagecraft
 
 CONFIG = tiny.config(vocab_size=264, layers=2, max_length=128, init_std=0.02)
 
@@ -74,7 +75,7 @@ def test_an_imported_stage_is_a_finished_one(folders, imported):
     assert entry["parents"]["start_from"]["id"] == huggingface.digest(folders / "model")
 
 
-def test_commands_work_on_an_import(folders, imported, tmp_path, capsys):
+def test_commands_work_on_an_import(folders, imported, tmp_path):
     out = tmp_path / "out"
     arguments = [f"--workdir={imported}", "--stage=base", f"--to={out}"]
     for command in (
@@ -82,11 +83,8 @@ def test_commands_work_on_an_import(folders, imported, tmp_path, capsys):
         ["report", f"--workdir={imported}"],
         ["export", *arguments],
     ):
-        cli.FLAGS.unparse_flags()
-        for name in list(cli.FLAGS):
-            if cli.FLAGS.find_module_defining_flag(name) == "stagecraft.cli":
-                delattr(cli.FLAGS, name)
-        assert cli.main(["stagecraft", *command]) == 0, capsys.readouterr().err
+        status, _, error = stagecraft(*command)
+        assert status == 0, error
     one, two = (
         (path / "model.safetensors").read_bytes() for path in (folders / "model", out)
     )

@@ -11,7 +11,7 @@ from stagecraft import config_files, defaults, run, storage, tree
 from stagecraft.errors import UserError
 from stagecraft.preview import data, graph, plan
 from stagecraft.preview.temporary import temporary
-from tests.cli_test import stagecraft
+from tests.command_line import stagecraft
 from tests.conftest import load_experiment, single_device
 
 

@@ -1,6 +1,7 @@
 """Tiny models and batches that the tests of all stages share."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import jax
@@ -20,7 +21,11 @@ STOP = 5
 
 def models(mesh):
     """{"policy", "reference", "reward"}: three different models on a mesh."""
+    return dict(_models(mesh))
 
+
+@functools.cache
+def _models(mesh):
     def make(key):
         keys = jax.random.split(key, 3)
         return {
