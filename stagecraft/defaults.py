@@ -116,6 +116,34 @@ def sampling():
     return schema.group(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0)
 
 
+def judge():
+    """A judge: what it is asked, and how its answers count; see `signals/judge.py`."""
+    return schema.group(
+        template="",  # "pairwise", "score", ..., or a TOML file: signals/template.py
+        combine="logit",  # of both orders the mean of "logit" or of "probability"
+        clamp=0.0,  # probabilities come no nearer to 0 or 1; .4 after a rationale
+        min_mass=0.01,  # labels less likely together than this are no answer
+        rationale_tokens=0,  # to reason in before the label; 0 for none
+        batch_size=16,  # questions at once
+        max_failed=0.2,  # share without an answer that ends the run; 1 for no limit
+        # An OpenAI-compatible endpoint in place of judge_from, such as
+        # http://127.0.0.1:8000/v1, and its name of the model.
+        url="",
+        model="",
+        api="chat",  # or "completions", for labels of several tokens
+        key="",  # the environment variable that holds its key
+        timeout=60.0,  # seconds for a question, all its tries together
+        tries=4,
+        parallel=4,  # requests at once
+    )
+
+
+def _judged(c):
+    c.judge_from = ""  # a stage that writes text, a finished one's folder, hf:FOLDER
+    c.judge = judge()
+    return c
+
+
 def _base(kind, objective):
     c = ConfigDict()
     c.kind = kind
@@ -252,8 +280,9 @@ def _prompts(**more):
 def _rewards(c):
     c.reward_from = ""  # a reward stage; may be "" where verifiers score
     c.verifiers = ""  # "package.module:function, ...": see signals/verifiers.py
-    c.reward_weights = ()  # the reward model's, then each verifier's; () for 1 each
-    return c
+    # The reward model's, the judge's, then each verifier's; () for 1 each.
+    c.reward_weights = ()
+    return _judged(c)
 
 
 def _heldout_prompts(**more):
@@ -351,12 +380,25 @@ def _records(kind):
     return c
 
 
+def planted():
+    """What rater="planted" prefers, in nats; see `signals/planted.py`."""
+    return schema.group(
+        gold=2.0,  # a point of the world's gold score
+        first=0.0,  # the first slot
+        length=0.0,  # ten words more
+        style=0.0,  # an exclamation mark
+        noise=0.0,  # standard deviation of what is added to each question
+    )
+
+
 def _comparisons():
     c = _records("comparisons")  # of two completions of each prompt
-    c.rater = "world"  # "world", "reward", or "package.module:function"
+    # "world", "reward", "judge", "planted", or "package.module:function"
+    c.rater = "world"
     c.reward_from = ""  # the reward stage of rater="reward"
-    c.soft_labels = False  # rater="reward": keep the probability, not the choice
-    return c
+    c.soft_labels = False  # keep the rater's probability, not only the choice
+    c.planted = planted()
+    return _judged(c)
 
 
 def _selection():

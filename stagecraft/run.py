@@ -34,7 +34,7 @@ from stagecraft.report import curation as curation_page
 from stagecraft.report import page, terminal
 from stagecraft.report.notebook import Summary
 from stagecraft.runs import Run
-from stagecraft.signals import verifiers
+from stagecraft.signals import judge, verifiers
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, records
 from stagecraft.stages.stage import Context
@@ -337,13 +337,18 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         unseen: ids of pieces that its parent never saw.
     """
     kind, tokenizer = kinds.of(stage), run.tokenizer
+    judging = _judging(run, stage, mesh, parents)
+    parents = {role: model for role, model in parents.items() if role != "judge"}
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
     if parents:
         shape = getattr(parents["start"], "config", shape)
     _check_vocabulary(parents, tokenizer)
     scorers = None
-    if kind.samples and (functions := verifiers.find(stage.verifiers)):
-        scorers = verifiers.Verifiers(functions, data.records, tokenizer)
+    if kind.samples:
+        judged = judge.scorer(stage, judging, run.root)
+        functions = [*([judged] if judged else ()), *verifiers.find(stage.verifiers)]
+        if functions:
+            scorers = verifiers.Verifiers(functions, data.records, tokenizer)
     return Context(
         mesh=mesh,
         model_config=shape,
@@ -353,6 +358,16 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         dataset=data.dataset,
         unseen_ids=unseen,
     )
+
+
+def _judging(run, stage, mesh, parents):
+    """Returns a function that makes the judge of a stage; None where it names none."""
+    if "judge" not in parents:
+        return None
+    rows = runs.whole_rows(stage.judge.batch_size, mesh)
+    lineage = run.lineage().id_of(stage.judge_from)
+    source = run.source(stage.judge_from)
+    return lambda: judge.of_source(source, parents["judge"], rows, lineage)
 
 
 def _sampler(run, stage, mesh, prompts):
@@ -393,6 +408,7 @@ def _write_records(run, name, parents, data, key):
         key=key,
         lineage=entry,
         reward=reward,
+        judge=(judging := _judging(run, stage, run.mesh(name), parents)) and judging(),
         world=run.config.world.name,
     )
     result = kinds.of(stage).write(stage, recording)

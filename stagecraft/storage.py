@@ -10,7 +10,8 @@ WORKDIR/world/, curation/    what the embedded world wrote, what was curated
 WORKDIR/cache/               tokenised text
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
                              heldout.jsonl, TensorBoard events; journal.jsonl and
-                             records.jsonl of a stage that writes records
+                             records.jsonl of a stage that writes records, beside
+                             them answers.jsonl of a judge behind an endpoint
 WORKDIR/summary.json, prompt.json, evaluations.json, report.html
 """
 
@@ -162,6 +163,70 @@ def read_json(path: str | Path, default: Any = None) -> Any:
             f"{path}: not a JSON file ({error}); it was edited or damaged: "
             "restore it, or start in another --workdir"
         ) from error
+
+
+class AppendedLines:
+    """A file of JSON lines that grows by a line at a time, each synced to the disk.
+
+    What a killed process leaves is read: whole lines, and a last one that was cut off,
+    which the next one replaces. Only the first process of a program writes.
+
+    Args:
+        path: the file; it need not be there.
+
+    Attributes:
+        values: of the lines that it held when it was opened.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self._file = Path(path), None
+        self.values, self._end = _whole_lines(self.path)
+
+    def append(self, value: Any) -> Any:
+        """Writes and syncs a line; returns the value as reading it would."""
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if process.is_first():
+            try:
+                self._write(line.encode("utf-8") + b"\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot write here ({error.strerror}); free space, "
+                    "or choose another --workdir; the same command goes on from here"
+                ) from error
+        return json.loads(line)
+
+    def _write(self, data):
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+            self._file.truncate(self._end)
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _whole_lines(path):
+    """Returns the values of a file's whole lines, and the bytes they take."""
+    data = path.read_bytes() if path.exists() else b""
+    *whole, _ = data.split(b"\n")
+    values, end = [], 0
+    for number, line in enumerate(whole, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if end + len(line) + 1 == len(data):
+                break
+            raise UserError(
+                f"{path}:{number}: not a line of JSON ({error}); the file was edited "
+                "or damaged: delete it to begin this stage again"
+            ) from error
+        end += len(line) + 1
+    return values, end
 
 
 def digest(value: Any) -> str:

@@ -173,6 +173,38 @@ class Language:
         mask[len(rows) :, -1] = True
         return sharding.on_mesh((ids, mask))
 
+    def continuation_logps(
+        self, rows: list[list[int]], continuations: list[list[int]]
+    ) -> np.ndarray:
+        """Returns how likely each of the same few continuations is after each row.
+
+        Args:
+            rows: ids of prompts; those too long for the context have no number.
+            continuations: ids, at least one each.
+
+        Returns:
+            f64[rows, continuations], summed log-probabilities in nats; NaN in rows that
+            leave no room for the longest continuation.
+        """
+        longest = max(map(len, continuations))
+        tokens = np.zeros((len(continuations), longest), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, ids in enumerate(continuations):
+            tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+        out = np.full((len(rows), len(continuations)), np.nan)
+        limit = self.model.config.max_length - longest
+        # Rows of about one length together: what pads them is work for nothing.
+        order = sorted(
+            (i for i, row in enumerate(rows) if 0 < len(row) <= limit),
+            key=lambda i: len(rows[i]),
+        )
+        for part in _batches(order, self.batch_size):
+            length = min(_step(len(rows[part[-1]])), limit)
+            prompts = self.left_padded([rows[i] for i in part], length)
+            logps = sampling.continuation_logps(self.model, *prompts, tokens, mask)
+            out[part] = np.asarray(logps)[: len(part)]
+        return out
+
     def logprob(self, prefixes: list[str], continuations: list[str]) -> list[float]:
         """Returns the log-probability in nats of each text after its prefix."""
         rows = [
@@ -212,6 +244,20 @@ class Language:
 def rounded(length: int) -> int:
     """Returns the length that prompts are padded to."""
     return -(-length // ROUND) * ROUND
+
+
+def _step(length):
+    """Returns the next of 16, 24, 32, 48, 64, 96, ...: two lengths each doubling.
+
+    >>> [_step(n) for n in (1, 17, 25, 48, 49, 65)]
+    [16, 24, 32, 48, 64, 96]
+    """
+    step = ROUND
+    while step < length:
+        if step * 3 // 2 >= length:
+            return step * 3 // 2
+        step *= 2
+    return step
 
 
 def _batches(rows, size):

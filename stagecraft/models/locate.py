@@ -183,6 +183,8 @@ def shortest_context(stage, experiment) -> tuple[int, str]:
     """
     limits = []
     for key in stage:
+        if key == "judge_from":  # which reads texts of its own, whatever their length
+            continue
         if key.endswith("_from") and _root(stage[key], experiment):
             holds = context(stage[key], experiment)
             limits.append((holds, f"the max_length={holds} of {key}={stage[key]!r}"))

@@ -127,6 +127,54 @@ def stream(
         yield state.sample
 
 
+@jax.jit
+def continuation_logps(
+    model: Transformer,
+    prompt_ids: Array,
+    prompt_mask: Array,
+    tokens: Array,
+    mask: Array,
+) -> Array:
+    """Computes how likely each of some continuations is after each prompt.
+
+    A prompt is read once, whatever the number of continuations.
+
+    Args:
+        prompt_ids: i32[B, P] left-padded prompts.
+        prompt_mask: bool[B, P], True on real tokens.
+        tokens: i32[K, M], the continuations, padded on the right.
+        mask: bool[K, M], True on real tokens; the first one is real.
+
+    Returns:
+        f32[B, K], the sum of each continuation's log-probabilities in nats.
+    """
+    (count, length), prompt_mask = tokens.shape, prompt_mask.astype(bool)
+    samples = count if length > 1 else 1
+    hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, length - 1)
+    first = jax.nn.log_softmax(_last_logits(model, hidden[::samples]), axis=-1)
+    total = first[:, tokens[:, 0]]
+    if length == 1:
+        return total
+    rows = prompt_mask.shape[0]
+    lengths = jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), count)
+    slots = jnp.arange(prompt_mask.shape[1] + length - 1)
+    prompt_slots = jnp.pad(_repeat(prompt_mask, count, 0), ((0, 0), (0, length - 1)))
+
+    def advance(cache, step):
+        slot = prompt_mask.shape[1] + step
+        visible = prompt_slots | ((slots >= prompt_mask.shape[1]) & (slots <= slot))
+        token = jnp.tile(tokens[:, step], rows)
+        positions = (lengths + step)[:, None]
+        hidden, cache = _decode(model, token, positions, visible, slot, cache)
+        logps = jax.nn.log_softmax(_last_logits(model, hidden), axis=-1)
+        following = jnp.tile(tokens[:, step + 1], rows)
+        logps = jnp.take_along_axis(logps, following[:, None], axis=-1)
+        return cache, logps.reshape(rows, count)
+
+    _, later = jax.lax.scan(advance, cache, jnp.arange(length - 1))
+    return total + jnp.where(mask[:, 1:].T[:, None, :], later, 0.0).sum(axis=0)
+
+
 class DecodeState(NamedTuple):
     """Completions being decoded.
 

@@ -10,12 +10,12 @@ from rich.text import Text
 
 from stagecraft import storage
 from stagecraft.anatomy import agreement
-from stagecraft.serve import labels
+from stagecraft.serve import labelling
 
 FILE = "report.json"
 
 
-def measure(given: labels.Labels) -> dict:
+def measure(given: labelling.Labelling) -> dict:
     """Returns how raters agree with themselves and with one another.
 
     Returns:
@@ -81,11 +81,11 @@ def _label(entry):
     """Returns which answer a verdict says is better, whatever side it stood on."""
     if entry["choice"] in ("tie", "both_bad"):
         return entry["choice"]
-    chance = labels.chance(entry)
+    chance = labelling.chance(entry)
     return None if chance is None else ("answer 0" if chance == 1 else "answer 1")
 
 
-def show(given: labels.Labels, lines: dict[str, int]) -> None:
+def show(given: labelling.Labelling, lines: dict[str, int]) -> None:
     """Writes report.json and prints it.
 
     Args:

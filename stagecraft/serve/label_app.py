@@ -16,7 +16,7 @@ from stagecraft.anatomy import behaviour
 from stagecraft.data import readers, stage_data
 from stagecraft.errors import UserError, install
 from stagecraft.run import open_run
-from stagecraft.serve import agreement_report, labels
+from stagecraft.serve import agreement_report, labelling
 
 _NAME = 60  # characters of a rater's name
 _STATIC = {"/label.js": "text/javascript", "/label.css": "text/css"}
@@ -43,14 +43,14 @@ def label(
         prompts: files of prompts; "" for those of the run's world.
         pairs: files of pairs, or "".
         count: prompts to answer.
-        repeats, seed: see `labels.schedule`.
+        repeats, seed: see `labelling.schedule`.
         sampling: fields of `sampling.SamplingParams`.
         host, port: see `serve`.
     """
     check()
     folder = Path(root) / stage_data.LABELS / stage
     if pairs:
-        items = labels.read(pairs)
+        items = labelling.read(pairs)
     else:
         run = open_run(root)
         speaking = behaviour.speaking_stages(run)
@@ -68,19 +68,19 @@ def label(
         asked = [one.prompt for one in readers.prompts(spec)]
         with jax.set_mesh(run.mesh()):
             how = dict(count=count, seed=seed, settings=sampling)
-            items = labels.sample(run, stage, asked, folder, **how)
-    given = labels.Labels(folder, items, seed=seed, repeats=repeats)
+            items = labelling.sample(run, stage, asked, folder, **how)
+    given = labelling.Labelling(folder, items, seed=seed, repeats=repeats)
     try:
         serve(given, host=host, port=port)
     finally:
         given.close()
 
 
-def app(given: labels.Labels, *, token: str, hosts, port):
+def app(given: labelling.Labelling, *, token: str, hosts, port):
     """Returns the ASGI application.
 
     Args:
-        given: the `labels.Labels` that verdicts go to.
+        given: the `labelling.Labelling` that verdicts go to.
         token: what opens a session.
         hosts, port: see `guard.Guard`.
     """
@@ -121,7 +121,9 @@ def app(given: labels.Labels, *, token: str, hosts, port):
         out = {"done": done, "total": total, "place": None}
         if place_and_showing is not None:
             place, showing = place_and_showing
-            out |= {"place": place} | labels.as_json(given.items[showing.item], showing)
+            out |= {"place": place} | labelling.as_json(
+                given.items[showing.item], showing
+            )
         else:
             given.write()
         return JSONResponse(out)
@@ -217,7 +219,9 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(given: labels.Labels, *, host: str = "127.0.0.1", port: int = 0) -> None:
+def serve(
+    given: labelling.Labelling, *, host: str = "127.0.0.1", port: int = 0
+) -> None:
     """Serves the page until it is stopped, then writes the records and a report."""
     import uvicorn
 

@@ -4,8 +4,10 @@ A rater is one file of this folder with two functions, `make(config, sources, rn
 `check(where, config, world)`, and one line in `signals.raters`.
 """
 
+import collections
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from stagecraft import storage
@@ -25,16 +27,19 @@ class Verdict(NamedTuple):
         probability: that the first answer is better, from 0 to 1; a tie is .5. None
             where the rater has no verdict: a failure is never a number.
         reason: why there is none: "identical", "unparsed", "timed_out", "too_long",
-            "unscored"; "" where there is one.
+            "unscored", or another of docs/signals.md; "" where there is one.
         both_bad: neither answer is acceptable.
         strength: by how much the better one is better, on the rater's own scale; None
             where the rater has no scale.
+        evidence: JSON values that it was computed from, such as a judge's
+            log-probabilities in both orders; None where the rater shows none.
     """
 
     probability: float | None = None
     reason: str = ""
     both_bad: bool = False
     strength: float | None = None
+    evidence: dict | None = None
 
 
 class Rater(Protocol):
@@ -58,10 +63,46 @@ class Sources(NamedTuple):
     Attributes:
         world: name of the experiment's world, "" without one.
         reward: a `signals.reward.RewardModel`, or None.
+        judge: a `signals.judge.LocalModel`, or None.
+        folder: where a rater may keep what it was answered, or None.
     """
 
     world: str = ""
     reward: Any = None
+    judge: Any = None
+    folder: Any = None
+
+
+class Failures:
+    """Counts what a rater could not rate, and ends a run that has too much of it.
+
+    Pairs of equal texts, and those that a rater leaves out, are no failures.
+
+    Args:
+        rater: its name, for the message.
+        most: share of all it was given; 1 for no limit.
+    """
+
+    LEAST = 64  # so many count in full before a share of them means anything
+
+    def __init__(self, rater: str, most: float):
+        self.rater, self.most = rater, most
+        self.reasons, self.seen = collections.Counter(), 0
+
+    def see(self, reasons: Iterable[str]) -> None:
+        """Counts reasons, "" for none; a UserError once there are too many."""
+        for reason in reasons:
+            self.seen += 1
+            if reason not in ("", IDENTICAL, UNSCORED):
+                self.reasons[reason] += 1
+        failed = self.reasons.total()
+        if failed > self.most * max(self.seen, self.LEAST):
+            listed = ", ".join(f"{n} {r}" for r, n in self.reasons.most_common())
+            raise UserError(
+                f"rater={self.rater!r}: {failed} of {self.seen} without a verdict "
+                f"({listed}), more than judge.max_failed={self.most:g} of them; see "
+                "docs/signals.md on what each means"
+            )
 
 
 def same_text(pair: Pair) -> bool:
@@ -89,7 +130,13 @@ def checked(verdicts, count, rater) -> list[Verdict]:
                 "probability from 0 to 1, or with none and a reason"
             )
     return [
-        Verdict(_float(v.probability), v.reason, bool(v.both_bad), _float(v.strength))
+        Verdict(
+            _float(v.probability),
+            v.reason,
+            bool(v.both_bad),
+            _float(v.strength),
+            v.evidence,
+        )
         for v in verdicts
     ]
 
@@ -129,6 +176,6 @@ def refuse_soft_labels(where, config):
     """Refuses soft labels, for raters that choose and give no probability."""
     if config.soft_labels:
         raise UserError(
-            f"{where}.soft_labels=True: needs rater='reward', whose scores give the "
+            f"{where}.soft_labels=True: needs rater='reward' or 'judge', which give a "
             "probability"
         )

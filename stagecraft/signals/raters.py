@@ -2,9 +2,9 @@
 
 from stagecraft import schema
 from stagecraft.errors import UserError
-from stagecraft.signals import function, reward, world
+from stagecraft.signals import function, judge, planted, reward, world
 
-RATERS = {"world": world, "reward": reward}
+RATERS = {"world": world, "reward": reward, "judge": judge, "planted": planted}
 
 
 def check(where, config, world):

@@ -6,7 +6,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import locate, lora
 from stagecraft.models.config import ROPE_SCALING, ModelConfig, check_mesh
 from stagecraft.models.rope import BY_LENGTH
-from stagecraft.signals import verifiers
+from stagecraft.signals import judge, verifiers
 from stagecraft.stages import objective
 
 
@@ -263,19 +263,28 @@ def _model(config, experiment):
     return None
 
 
-def rewards(where, config):
-    """Checks the sources of rewards: a reward model, verifiers, or both."""
-    sources = bool(config.reward_from) + len(verifiers.find(config.verifiers))
+def rewards(where, config, samples=1):
+    """Checks the sources of rewards: a reward model, a judge, verifiers, or several.
+
+    Args:
+        samples: completions of each prompt, which a judge may also compare.
+    """
+    judged = bool(config.judge_from or config.judge.url)
+    sources = bool(config.reward_from) + judged
+    sources += len(verifiers.find(config.verifiers))
+    if judged:
+        judge.check_settings(where, config, (1, samples) if samples > 1 else (1,))
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "
-            "stage needs a stage of kind reward, the folder of a finished one, or "
-            "verifiers='package.module:function'"
+            "stage needs a stage of kind reward, the folder of a finished one, a judge "
+            "(judge_from), or verifiers='package.module:function'"
         )
     if len(config.reward_weights) not in (0, sources):
         raise UserError(
             f"{where}.reward_weights={tuple(config.reward_weights)}: expected one for "
-            f"each of the {sources} rewards: the reward model's first, if there is one"
+            f"each of the {sources} rewards: the reward model's, the judge's, then "
+            "each verifier's"
         )
 
 

@@ -8,7 +8,9 @@ from stagecraft.errors import UserError
 from stagecraft.signals import protocol, raters
 from stagecraft.signals.protocol import Sources, Verdict
 from stagecraft.stages import checks, records
-from stagecraft.stages.kind import REWARD, START, Kind
+from stagecraft.stages.kind import JUDGE, REWARD, START, Kind
+
+UNRATED = "unrated.jsonl"  # pairs without a verdict, and why
 
 
 def write(config, recording):
@@ -19,18 +21,24 @@ def write(config, recording):
         recording: a `records.Recording`.
 
     Returns:
-        {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}.
+        {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}; "judged_tokens"
+        where a judge counts them.
     """
     asked, seed, rng = records.shuffled(recording.asked, config.prompts, recording.key)
-    sources = Sources(recording.world, recording.reward)
-    rater = raters.make(config, sources, rng)
+    sources = Sources(
+        recording.world, recording.reward, recording.judge, recording.folder
+    )
+    rater, name = raters.make(config, sources, rng), schema.plain(config.rater)
+    failures = protocol.Failures(name, config.judge.max_failed)
 
     def rate(part, groups):
         pairs = [tuple(group) for group in groups]
         # A reward model reads answers as they were sampled; others judge the words.
         more = records.tools_of(part) if rater is recording.reward else {}
         verdicts = rater.rate([record["prompt"] for record in part], pairs, **more)
-        return protocol.checked(verdicts, len(pairs), schema.plain(config.rater))
+        verdicts = protocol.checked(verdicts, len(pairs), name)
+        failures.see(verdict.reason for verdict in verdicts)
+        return verdicts
 
     batches, seconds = records.collect(
         config,
@@ -41,7 +49,13 @@ def write(config, recording):
         samples=2,
         rng=rng,
     )
-    pairs, dropped = _pairs(batches, config.soft_labels)
+    # Who wrote the answers, and who compared them.
+    source = {
+        "signal": name,
+        "generator": recording.lineage.parents["start_from"]["id"],
+        "judge": rater.identity,
+    }
+    pairs, dropped, unrated = _pairs(batches, config.soft_labels, source)
     if not pairs:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         raise UserError(
@@ -50,6 +64,7 @@ def write(config, recording):
             "that has one answer"
         )
     records.write(recording.folder, pairs)
+    records.write(recording.folder, unrated, UNRATED)
     limit = config.sampling.max_new_tokens
     return {
         "pairs": len(pairs),
@@ -57,12 +72,15 @@ def write(config, recording):
         "dropped_by_reason": dict(sorted(dropped.items())),
         "tokens": {"sampled": 2 * len(asked) * limit},
         "seconds": {"total": round(seconds, 3)},
-    }
+    } | _judged_tokens(pairs + unrated)
 
 
-def _pairs(batches, soft_labels):
-    """Returns the records of rated pairs, and how many others there are by reason."""
-    pairs, dropped = [], collections.Counter()
+def _pairs(batches, soft_labels, source):
+    """Returns the records of rated pairs, {reason: count} of others, and their records.
+
+    Pairs of the same words are among neither records.
+    """
+    pairs, dropped, unrated = [], collections.Counter(), []
     for batch in batches:
         for prompt, pair, said, tools in zip(*batch, strict=True):
             verdict = Verdict(*said)
@@ -71,17 +89,32 @@ def _pairs(batches, soft_labels):
                 dropped[protocol.IDENTICAL] += 1
             elif verdict.probability is None:
                 dropped[verdict.reason] += 1
+                answers = [text for text, _ in pair]
+                record = {"prompt": prompt, "answers": answers}
+                record |= {"reason": verdict.reason} | source
+                unrated.append(record | (verdict.evidence or {}))
             else:
-                record = _record(prompt, pair, verdict.probability, soft_labels)
+                record = _record(prompt, pair, verdict, soft_labels) | source
+                record |= verdict.evidence or {}
                 pairs.append(record | ({"tools": tools} if tools else {}))
-    return pairs, dropped
+    return pairs, dropped, unrated
 
 
-def _record(prompt, pair, probability, soft_labels):
-    chosen, rejected = pair if probability >= 0.5 else pair[::-1]
+def _judged_tokens(rows):
+    counts = [row["tokens"] for row in rows if "tokens" in row]
+    return {"judged_tokens": sum(counts)} if counts else {}
+
+
+def _record(prompt, pair, verdict, soft_labels):
+    probability = verdict.probability
+    first = probability >= 0.5
+    chosen, rejected = pair if first else pair[::-1]
     record = {"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]}
+    likely = max(probability, 1 - probability)
     if soft_labels:
-        record["preference"] = max(probability, 1 - probability)
+        record["preference"] = likely
+    # Which of the two was sampled first: `logps` are in that order, then in the other.
+    record |= {"probability": likely, "first": "chosen" if first else "rejected"}
     # An answer that was cut off must not be learned as one that ended.
     for side, (_, ended) in (("chosen", chosen), ("rejected", rejected)):
         if not ended:
@@ -97,6 +130,12 @@ def _check(where, config, experiment, mesh):
             f"{where}.rater={config.rater!r} with reward_from={config.reward_from!r}: "
             "rater='reward' and reward_from go together"
         )
+    named = bool(config.judge_from or config.judge.url)
+    if named and config.rater != "judge":
+        raise UserError(
+            f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
+            "rater='judge', or name no judge"
+        )
     raters.check(where, config, experiment.world.name)
     checks.files(where, config)
     checks.room(where, config, experiment)
@@ -107,6 +146,6 @@ KIND = Kind(
     write=write,
     data=prompts.records,
     check=_check,
-    roles=START | REWARD,
+    roles=START | REWARD | JUDGE,
     format=records.format,
 )

@@ -20,7 +20,7 @@ from stagecraft.data import prompts
 from stagecraft.errors import UserError
 from stagecraft.signals import verifiers
 from stagecraft.stages import checks, objective, rollout, stage, update
-from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
+from stagecraft.stages.kind import JUDGE, REFERENCE, REWARD, START, Kind
 from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
 
@@ -272,7 +272,7 @@ def make_objective(config):
 
 
 def _check(where, config, experiment, mesh):
-    checks.rewards(where, config)
+    checks.rewards(where, config, config.group_size)
     schema.positive(f"{where}.oversample", config.oversample)
     if config.group_size < 2 and config.advantage != "returns":
         raise UserError(
@@ -329,7 +329,7 @@ KIND = Kind(
     make=make,
     data=prompts.groups,
     check=_check,
-    roles=START | REFERENCE | REWARD,
+    roles=START | REFERENCE | REWARD | JUDGE,
     model="transformer",
     samples=True,
     losses=losses.POLICY,

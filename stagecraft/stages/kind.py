@@ -19,10 +19,11 @@ class Role(NamedTuple):
 
 
 # Roles that several kinds have: the parent, the frozen reference (by default the
-# parent as it was), and the reward model.
+# parent as it was), the reward model, and a model that judges texts.
 START = {"start": Role(("transformer",), required=True)}
 REFERENCE = {"reference": Role(("transformer",), fallback="start")}
 REWARD = {"reward": Role(("scalar",))}
+JUDGE = {"judge": Role(("transformer",))}
 
 
 def in_chat_turns(config) -> str:

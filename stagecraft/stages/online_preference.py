@@ -13,7 +13,7 @@ from stagecraft import losses, masked, optim, sharding
 from stagecraft.data import prompts
 from stagecraft.signals import verifiers
 from stagecraft.stages import checks, rollout, stage, update
-from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind
+from stagecraft.stages.kind import JUDGE, REFERENCE, REWARD, START, Kind
 from stagecraft.stages.preference import (
     OFFERS,
     PLACES,
@@ -140,7 +140,7 @@ KIND = Kind(
     make=make,
     data=prompts.build,
     check=_check,
-    roles=START | REFERENCE | REWARD,
+    roles=START | REFERENCE | REWARD | JUDGE,
     model="transformer",
     samples=True,
     losses=losses.PAIRS,

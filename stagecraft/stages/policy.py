@@ -25,7 +25,7 @@ from stagecraft.data import prompts
 from stagecraft.errors import UserError
 from stagecraft.signals import verifiers
 from stagecraft.stages import checks, objective, rollout, stage, update
-from stagecraft.stages.kind import REFERENCE, REWARD, START, Kind, Role
+from stagecraft.stages.kind import JUDGE, REFERENCE, REWARD, START, Kind, Role
 from stagecraft.stages.rollout import response_logps
 
 OFFERS = {
@@ -452,7 +452,11 @@ KIND = Kind(
     make=make,
     data=prompts.build,
     check=_check,
-    roles=START | REFERENCE | REWARD | {"value": Role(("scalar",), fallback="reward")},
+    roles=START
+    | REFERENCE
+    | REWARD
+    | JUDGE
+    | {"value": Role(("scalar",), fallback="reward")},
     model="transformer",
     samples=True,
     losses=losses.POLICY,

@@ -8,9 +8,7 @@ a function of the journal alone, and written whole at the end.
 """
 
 import collections
-import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +36,7 @@ class Recording(NamedTuple):
         key: the stage's random key.
         lineage: the stage's `lineage.LineageEntry`.
         reward: a `signals.reward.RewardModel`, or None.
+        judge: a `signals.judge.LocalModel`, or None.
         world: name of the experiment's world, "" without one.
     """
 
@@ -48,6 +47,7 @@ class Recording(NamedTuple):
     key: jax.Array
     lineage: Any
     reward: Any = None
+    judge: Any = None
     world: str = ""
 
 
@@ -79,30 +79,23 @@ class Journal:
     """
 
     def __init__(self, path, header):
-        self.path = Path(path)
-        lines, end = _lines(self.path)
+        self._lines = storage.AppendedLines(path)
+        first, *rest = self._lines.values or [None]
         header = json.loads(json.dumps(header))
-        if lines and (change := schema.difference(lines[0], header)):
+        if first is not None and (change := schema.difference(first, header)):
             raise UserError(
-                f"{self.path}: is the journal of something else ({change}); choose "
+                f"{path}: is the journal of something else ({change}); choose "
                 "another --workdir, or delete it to begin this stage again"
             )
-        self._replay = collections.deque(lines[1:])
-        self._file, self._since = None, time.perf_counter()
-        if jax.process_index() == 0:
-            with _writing(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab")
-                self._file.truncate(end)
-        if not lines:
+        self._replay, self._since = collections.deque(rest), time.perf_counter()
+        if first is None:
             self.append(header)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._file is not None:
-            self._file.close()
+        self._lines.close()
 
     def once(self, make, *args) -> tuple[dict, bool]:
         """Returns the next entry, and whether it was replayed.
@@ -119,54 +112,17 @@ class Journal:
         return self.append(entry | {"seconds": seconds}), False
 
     def held(self) -> list[dict]:
-        """Returns the entries that the journal held when it was opened, but for those
-        that `once` has returned."""
+        """Returns the entries that the journal held when it was opened.
+
+        Those that `once` has returned are left out.
+        """
         entries = list(self._replay)
         self._replay.clear()
         return entries
 
     def append(self, entry: dict) -> dict:
         """Appends an entry; returns it as reading the line again would."""
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-        if self._file is not None:
-            with _writing(self.path):
-                self._file.write(line.encode("utf-8") + b"\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        return json.loads(line)
-
-
-@contextlib.contextmanager
-def _writing(path):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write here ({error.strerror}); free space, or choose "
-            "another --workdir; the same command goes on from here"
-        ) from error
-
-
-def _lines(path):
-    """Returns the whole lines of a journal as JSON values, and the bytes they take.
-
-    A last line that was cut off is left out.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    *whole, _ = data.split(b"\n")
-    values, end = [], 0
-    for number, line in enumerate(whole, 1):
-        try:
-            values.append(json.loads(line))
-        except ValueError as error:
-            if end + len(line) + 1 == len(data):
-                break
-            raise UserError(
-                f"{path}:{number}: not a line of JSON ({error}); the journal was "
-                "edited or damaged: delete it to begin this stage again"
-            ) from error
-        end += len(line) + 1
-    return values, end
+        return self._lines.append(entry)
 
 
 def header(kind, lineage, rater, seed):
@@ -289,10 +245,10 @@ def _parts(config, asked, samples):
     return [asked[i : i + size] for i in range(0, len(asked), size)]
 
 
-def write(folder, records):
-    """Writes records.jsonl whole."""
+def write(folder, records, name=RECORDS):
+    """Writes records.jsonl, or another file of JSON lines, whole."""
     lines = (storage.to_json(record) + "\n" for record in records)
-    storage.write_text(Path(folder) / RECORDS, "".join(lines))
+    storage.write_text(Path(folder) / name, "".join(lines))
 
 
 def shuffled(asked, count, key):

@@ -11,9 +11,9 @@ import numpy as np
 from stagecraft import schema
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
-from stagecraft.signals import protocol, verifiers
+from stagecraft.signals import judge, protocol, verifiers
 from stagecraft.stages import checks, records
-from stagecraft.stages.kind import REWARD, START, Kind
+from stagecraft.stages.kind import JUDGE, REWARD, START, Kind
 
 
 def write(config, recording):
@@ -31,14 +31,18 @@ def write(config, recording):
     """
     asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
     reward_model, functions = recording.reward, verifiers.find(config.verifiers)
+    judging = recording.judge and (lambda: recording.judge)
+    judged = judge.scorer(config, judging, recording.folder)
 
     def rate(part, groups):
         return _scores(part, groups, reward_model, functions, config)
 
     scorers = protocol.identity(
         reward=reward_model.identity if reward_model else "",
+        judge=judged.judge.identity if judged else "",
         verifiers=verifiers.identity(functions),
     )
+    functions = [*([judged] if judged else ()), *functions]
     batches, seconds = records.collect(
         config,
         recording,
@@ -126,7 +130,7 @@ def _scores(part, groups, reward_model, functions, config):
 
 
 def _check(where, config, experiment, mesh):
-    checks.rewards(where, config)
+    checks.rewards(where, config, config.samples)
     schema.choice(f"{where}.keep", config.keep, ("best", "above"))
     for key in ("prompts", "samples", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
@@ -141,6 +145,6 @@ KIND = Kind(
     write=write,
     data=prompts.records,
     check=_check,
-    roles=START | REWARD,
+    roles=START | REWARD | JUDGE,
     format=records.format,
 )

@@ -80,7 +80,8 @@ class Context(NamedTuple):
     Attributes:
         mesh: the mesh.
         model_config: shape of a model trained from scratch.
-        parents: {role: model}: "start", "reference", "reward", "value". Shapes with
+        parents: {role: model}: "start", "reference", "reward", "value" (a judge is
+            among the verifiers). Shapes with
             shardings are enough for everything but training.
         stop_ids: the tokens that end a completion.
         verifiers: a `signals.verifiers.Verifiers`, or None.

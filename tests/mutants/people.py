@@ -35,8 +35,8 @@ MUTANTS = (
         ("ends counted whole", "np.cumsum(totals) - totals / 2", "np.cumsum(totals)"),
     ),
     *in_file(
-        "stagecraft/serve/labels.py",
-        "tests/serve/labels_test.py",
+        "stagecraft/serve/labelling.py",
+        "tests/serve/labelling_test.py",
         (
             "sides stay when shown again",
             "Showing(showing.item, 1 - showing.first, True)",

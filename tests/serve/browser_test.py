@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 from stagecraft.serve import guard, label_app
-from stagecraft.serve.labels import Item, Labels
+from stagecraft.serve.labelling import Item, Labelling
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TOKEN = "secret-of-the-test"
@@ -42,7 +42,7 @@ def served(tmp_path):
         Item([{"role": "user", "content": "Hi\u0007"}], [("one", True), ("two", True)]),
         *(Item(f"q{i}", [(f"a{i}", True), (f"b{i}", True)]) for i in range(9)),
     ]
-    given = Labels(tmp_path / "labels", items, repeats=0.0)
+    given = Labelling(tmp_path / "labels", items, repeats=0.0)
     bound = label_app.bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
     app = label_app.app(given, token=TOKEN, hosts=guard.LOOPBACK, port=port)

@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 
 from stagecraft.errors import UserError
 from stagecraft.serve import guard, label_app
-from stagecraft.serve.labels import Item, Labels
+from stagecraft.serve.labelling import Item, Labelling
 
 PORT, TOKEN = 8123, "correct-horse"
 
@@ -15,7 +15,7 @@ PORT, TOKEN = 8123, "correct-horse"
 @pytest.fixture
 def given(tmp_path):
     items = [Item(f"q{i}", [(f"a{i}", True), (f"b{i}", True)]) for i in range(5)]
-    labels = Labels(tmp_path / "labels", items, repeats=0.0)
+    labels = Labelling(tmp_path / "labels", items, repeats=0.0)
     yield labels
     labels.close()
 

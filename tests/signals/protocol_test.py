@@ -66,10 +66,10 @@ def test_the_source_of_what_is_compiled_or_of_a_notebook():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(rater="wrld"), "'wrld': expected 'world', 'reward' or .* mean 'world'"),
+        (dict(rater="wrld"), "'wrld': expected 'world', 'reward', .* mean 'world'"),
         (dict(rater="a.b:c"), "rater='a.b:c': cannot import it"),
         (dict(rater="json:nothing"), "rater='json:nothing': cannot import it"),
-        (dict(soft_labels=True), "s.it.soft_labels=True: needs rater='reward'"),
+        (dict(soft_labels=True), "s.it.soft_labels=True: needs rater='reward' or 'ju"),
         (dict(rater="tests.cli_test:first", soft_labels=True), "needs rater='reward'"),
     ],
 )

@@ -8,8 +8,10 @@ import pytest
 
 from stagecraft import defaults
 from stagecraft.errors import UserError
+from stagecraft.signals import labels
 from stagecraft.signals.protocol import Verdict
 from stagecraft.signals.reward import RewardModel
+from stagecraft.signals.template import Answered
 from stagecraft.stages import comparisons, records, selection
 from tests.stages.answers import PROMPTS, Seeded, noisy, recording
 
@@ -97,9 +99,13 @@ def test_a_rater_draws_on_where_the_order_of_prompts_left_off(tmp_path):
                 continue
             (chosen, whole), (rejected, ended) = two[better], two[1 - better]
             record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            record |= {"probability": 1.0, "first": ("chosen", "rejected")[better]}
+            record |= {"signal": "tests.stages.answers:noisy", "generator": "s"}
+            record |= {"judge": pairs[0]["judge"]}
             record |= {} if whole else {"chosen_ended": False}
             expected.append(record | ({} if ended else {"rejected_ended": False}))
-    assert pairs == expected and language.seeds == other.seeds
+    assert pairs == expected and len(pairs[0]["judge"]) == 64
+    assert language.seeds == other.seeds
     assert report["dropped"] == len(reasons) == 40 - report["pairs"]
     counts = {reason: reasons.count(reason) for reason in set(reasons)}
     assert report["dropped_by_reason"] == counts and len(counts) == 2
@@ -171,3 +177,77 @@ def test_answers_are_sampled_rated_and_written_with_the_tools(tmp_path, kind):
     written = list(map(json.loads, lines))
     assert {record["prompt"] for record in written} == {"q0", "q1"}
     assert all(record.get("tools") == given[record["prompt"]] for record in written)
+
+
+class Sided:
+    """A judge that likes long answers and, by half as much, the first slot."""
+
+    identity = "sided"
+
+    def __init__(self, failing=0):
+        self.failing, self.asked = failing, []
+
+    def check(self, asks):
+        pass
+
+    def answer(self, asks, questions, thinks):
+        self.asked += questions
+        return [self._answer(*texts) for _, texts in questions]
+
+    def _answer(self, one, two):
+        if int(one.split()[-1]) < self.failing:
+            return Answered(reason="too_long", tokens=3)
+        logit = int(one.split()[-1]) - int(two.split()[-1]) + 0.5
+        return Answered((-np.log1p(np.exp(-logit)), -np.log1p(np.exp(logit))), tokens=5)
+
+
+def judged(folder, asked, **changes):
+    config = defaults.stage(
+        "comparisons",
+        **dict(prompts=6, batch_size=4, rater="judge", judge_from="j") | changes,
+    )
+    whole = recording(folder, Counting(), "pairs", judge=asked)
+    report = comparisons.write(config, whole)
+    files = [folder / records.RECORDS, folder / comparisons.UNRATED]
+    lines = [file.read_text().split("\n")[:-1] for file in files]
+    return report, *[list(map(json.loads, one)) for one in lines]
+
+
+def test_a_judges_records_say_what_it_was_asked_and_what_it_said(tmp_path):
+    judge = Sided(failing=2)
+    report, pairs, unrated = judged(tmp_path, judge, soft_labels=True)
+    assert (report["pairs"], report["dropped_by_reason"]) == (5, {"too_long": 1})
+    assert report["judged_tokens"] == sum(row["tokens"] for row in pairs + unrated)
+    assert len(judge.asked) == 12
+    for number, record in enumerate(pairs, 1):
+        low, high = 2 * number, 2 * number + 1
+        assert record["chosen"].endswith(f" {high}") and record["first"] == "rejected"
+        assert record["rejected"].endswith(f" {low}")
+        assert record["preference"] == record["probability"]
+        assert record["probability"] == pytest.approx(1 / (1 + np.exp(-1)))
+        (a, b), (c, d) = record["logps"]  # in the order they were sampled, then swapped
+        assert (a - b, c - d) == pytest.approx((-0.5, 1.5))
+        assert record["mass"] == pytest.approx([1, 1])
+        assert record["signal"] == "judge" and record["generator"] == "s"
+    (none,) = unrated
+    assert none["reason"] == "too_long" and none["logps"] == [None, None]
+    assert [text.split()[-1] for text in none["answers"]] == ["0", "1"]
+    assert none["judge"] == pairs[0]["judge"] and "chosen" not in none
+
+
+def test_a_judge_that_fails_too_often_ends_the_stage_and_asks_on_from_there(tmp_path):
+    says = "rater='judge': .* of .* without a verdict"
+    with pytest.raises(UserError, match=says):
+        judged(tmp_path, Sided(failing=1000), prompts=60, batch_size=8)
+    assert not (tmp_path / records.RECORDS).exists()
+    tolerant = dict(judge=dict(max_failed=1.0))
+    report, _, unrated = judged(
+        tmp_path / "b", Sided(failing=20), prompts=60, batch_size=8, **tolerant
+    )
+    assert report["dropped_by_reason"] == {"too_long": len(unrated)}
+
+
+def test_a_judge_asked_in_one_order_only_would_show(tmp_path):
+    """Whatever is sampled first, the judge's own bias is not in the labels."""
+    _, pairs, _ = judged(tmp_path, Sided())
+    assert [labels.slot_bias(row["logps"]) for row in pairs] == pytest.approx([0.5] * 6)

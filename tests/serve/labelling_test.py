@@ -7,8 +7,8 @@ import pytest
 from stagecraft import storage
 from stagecraft.data import readers, stage_data
 from stagecraft.errors import UserError
-from stagecraft.serve import agreement_report, labels
-from stagecraft.serve.labels import Item, Labels, schedule
+from stagecraft.serve import agreement_report, labelling
+from stagecraft.serve.labelling import Item, Labelling, schedule
 
 
 def items(count):
@@ -32,12 +32,12 @@ def clock():
 
 @pytest.fixture
 def opened(tmp_path, clock):
-    """(count, **settings) -> Labels in one folder, closed at the end."""
+    """(count, **settings) -> Labelling in one folder, closed at the end."""
     open_ = []
 
     def make(count=20, **settings):
         settings = dict(seed=1, repeats=0.25, clock=clock) | settings
-        open_.append(Labels(tmp_path / "l", items(count), **settings))
+        open_.append(Labelling(tmp_path / "l", items(count), **settings))
         return open_[-1]
 
     yield make
@@ -58,7 +58,7 @@ def test_what_a_rater_is_shown():
     for place, showing in enumerate(plan):
         if not showing.again and showing.item in again:
             later, swapped = again[showing.item]
-            assert later - place > labels.APART or later == len(plan) - 1
+            assert later - place > labelling.APART or later == len(plan) - 1
             assert swapped.first == 1 - showing.first
     assert 70 < sum(s.first for s in once) < 130
     assert plan == schedule(200, "ann", seed=0, repeats=0.2)
@@ -162,7 +162,7 @@ def test_two_tabs_hold_two_pairs_and_a_lease_ends(opened, clock):
     assert given.next("ann", "three") is None
     # Others have places of their own.
     assert given.next("bob", "three")[0] == 0
-    clock.now += labels.LEASE + 1
+    clock.now += labelling.LEASE + 1
     assert given.next("ann", "three")[0] == two
 
 
@@ -209,9 +209,9 @@ def test_pairs_of_a_file_are_shown_without_its_verdict(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = labels.read(str(path))
+    found = labelling.read(str(path))
     assert len(found) == 3  # one was identical
-    shown = labels.as_json(found[0], labels.Showing(0, 1, False))
+    shown = labelling.as_json(found[0], labelling.Showing(0, 1, False))
     assert [a["text"] for a in shown["answers"]] == ["same", "a0"]
     assert set(shown) == {"prompt", "answers"}
     assert storage.digest(shown)

@@ -91,7 +91,7 @@ def schedule(count: int, rater: str, *, seed: int, repeats: float) -> list[Showi
     return out + [showing for _, showing in waiting]
 
 
-class Labels:
+class Labelling:
     """The items of a labelling, and the journal of its verdicts.
 
     Args:

@@ -1,0 +1,87 @@
+"""A judge by rule with biases of known size: rater="planted".
+
+It is asked in both orders, as a model is, and says with logit
+
+    gold (g1 - g2) + length (w1 - w2) / 10 + style (s1 - s2) + first + noise z
+
+that the answer in the first slot is better: g is the world's gold score, w the words
+of an answer, s whether it holds an exclamation mark, z a standard normal drawn from the
+question itself, so that the same question has the same answer.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+
+from stagecraft import schema, storage, worlds
+from stagecraft.errors import UserError
+from stagecraft.signals import labels, protocol
+from stagecraft.signals.protocol import IDENTICAL, Verdict, same_text
+
+MARK = "!"  # what its style is
+
+
+class Planted:
+    """A rater with planted biases.
+
+    Args:
+        gold: (prompt, text, ended) -> float.
+        config: the group `planted` of a stage's config.
+        combine: as in `labels.of_pair`.
+        name: of the world, for the identity.
+    """
+
+    def __init__(self, gold, config, combine="logit", name=""):
+        self.gold, self.config, self.combine = gold, config, combine
+        self.identity = protocol.identity(
+            rater="planted",
+            gold=name or protocol.source(gold),
+            combine=combine,
+            **schema.plain(config),
+        )
+
+    def rate(self, prompts, pairs):
+        """Returns a verdict for each pair, with the evidence that a judge has."""
+        return [self._verdict(p, pair) for p, pair in zip(prompts, pairs, strict=True)]
+
+    def _verdict(self, prompt, pair):
+        if same_text(pair):
+            return Verdict(reason=IDENTICAL)
+        logits = [self._logit(prompt, *pair), self._logit(prompt, *pair[::-1])]
+        logps = [[_log_sigmoid(x), _log_sigmoid(-x)] for x in logits]
+        evidence = {"logps": logps, "mass": [1.0, 1.0], "tokens": 0}
+        return Verdict(labels.of_pair(logps, self.combine), evidence=evidence)
+
+    def _logit(self, prompt, one, two):
+        c = self.config
+        logit = c.gold * (self.gold(prompt, *one) - self.gold(prompt, *two))
+        logit += c.length * (len(one[0].split()) - len(two[0].split())) / 10
+        logit += c.style * ((MARK in one[0]) - (MARK in two[0])) + c.first
+        if c.noise:
+            text = storage.to_json([prompt, one[0], two[0]])
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+            logit += c.noise * np.random.default_rng(seed).normal()
+        return float(logit)
+
+
+def _log_sigmoid(x):
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+
+
+def check(where, config, world):
+    """Refuses an experiment without a world, whose gold score it reads."""
+    schema.choice(f"{where}.judge.combine", config.judge.combine, labels.COMBINE)
+    _gold(world)
+
+
+def make(config, sources, rng):
+    """Returns the rater with the biases of config.planted."""
+    gold = _gold(sources.world)
+    return Planted(gold, config.planted, config.judge.combine, sources.world)
+
+
+def _gold(name):
+    if not name:
+        raise UserError("rater='planted' needs world.name, whose gold score it reads")
+    return worlds.get(name).gold
