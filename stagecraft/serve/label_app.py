@@ -49,6 +49,7 @@ def label(
     """
     check()
     folder = Path(root) / stage_data.LABELS / stage
+    generator = ""
     if pairs:
         items = labelling.read(pairs)
     else:
@@ -69,7 +70,10 @@ def label(
         with jax.set_mesh(run.mesh()):
             how = dict(count=count, seed=seed, settings=sampling)
             items = labelling.sample(run, stage, asked, folder, **how)
-    given = labelling.Labelling(folder, items, seed=seed, repeats=repeats)
+        generator = run.source(stage).id()
+    given = labelling.Labelling(
+        folder, items, seed=seed, repeats=repeats, generator=generator
+    )
     try:
         serve(given, host=host, port=port)
     finally:

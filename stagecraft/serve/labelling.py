@@ -98,6 +98,7 @@ class Labelling:
         folder: where its files lie.
         items: list of Item, no two alike.
         seed, repeats: see `schedule`.
+        generator: id of the model that wrote the answers, "" where it is not known.
         clock: seconds; a test's own.
     """
 
@@ -108,9 +109,11 @@ class Labelling:
         *,
         seed: int = 0,
         repeats: float = 0.1,
+        generator: str = "",
         clock=time.time,
     ):
         self.folder, self.items = Path(folder), list(items)
+        self.generator = generator
         self.seed, self.repeats, self._clock = seed, repeats, clock
         header = {
             "journal": records.VERSION,
@@ -254,15 +257,16 @@ class Labelling:
             opinions = [_opinion(entries) for entries in said.values()]
             chances = [o.chance for o in opinions if o.chance is not None]
             bad = sum(opinion.both_bad for opinion in opinions)
-            raters = {"signal": "people", "raters": len(chances) + bad}
+            source = {"signal": "people", "raters": len(chances) + bad}
+            source |= {"generator": self.generator} if self.generator else {}
             if bad and bad >= len(chances):
                 unpaired += [
-                    {"prompt": item.prompt, "completion": text, "label": False} | raters
+                    {"prompt": item.prompt, "completion": text, "label": False} | source
                     for text, _ in item.answers
                 ]
             elif chances:
                 strengths = [o.strength for o in opinions if o.strength is not None]
-                pairs.append(_record(item, chances, strengths) | raters)
+                pairs.append(_record(item, chances, strengths) | source)
         return pairs, unpaired
 
 

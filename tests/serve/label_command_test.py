@@ -77,6 +77,7 @@ def test_killed_it_asks_nothing_twice(copied):
     assert (folder / "records.jsonl").read_bytes() == whole
     rows = [json.loads(line) for line in whole.splitlines()]
     assert len(rows) == total and [r.get("preference") for r in rows].count(0.5) == 1
+    assert all(len(row["generator"]) > 8 for row in rows)
     assert f"{total} in {folder / 'records.jsonl'}" in out and "ann" in out
     assert json.loads((folder / "report.json").read_text())["raters"]["ann"]
     assert status in (0, 143)
