@@ -7,7 +7,7 @@ WORKDIR/lineage.json         what each stage started from: digests of config, da
                              and parents
 WORKDIR/tokenizer/           its files, unchanged
 WORKDIR/world/, curation/    what the embedded world wrote, what was curated
-WORKDIR/cache/               tokenised text
+WORKDIR/cache/               tokenised text and conversations
 WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.jsonl,
                              heldout.jsonl, TensorBoard events; journal.jsonl and
                              records.jsonl of a stage that writes records, beside

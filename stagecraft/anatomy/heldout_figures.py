@@ -14,7 +14,7 @@ import numpy as np
 
 from stagecraft import storage
 from stagecraft.anatomy import behaviour, sampled, statistics
-from stagecraft.data import stage_data
+from stagecraft.data import conversations
 from stagecraft.errors import UserError
 from stagecraft.models import locate
 from stagecraft.models.language import Language
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 def write(folder, asked: list[dict]) -> None:
     """Writes the records of a stage's held-out prompts, each prompt once."""
-    distinct = {stage_data.prompt_key(one["prompt"]): one for one in asked}
+    distinct = {conversations.prompt_key(one["prompt"]): one for one in asked}
     lines = [json.dumps(one, ensure_ascii=False) for one in distinct.values()]
     storage.write_text(folder / FILE, "".join(f"{line}\n" for line in lines))
 
@@ -59,7 +59,7 @@ def prompts(run) -> list[Asked]:
         for (name, _), record in zip(files, group, strict=True):
             if record is None:
                 continue
-            key = stage_data.prompt_key(record["prompt"])
+            key = conversations.prompt_key(record["prompt"])
             if key in found:
                 one = found[key]
                 found[key] = Asked(one.record | record, (*one.stages, name))

@@ -22,8 +22,8 @@ from stagecraft.data.tally import Tally
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
-# Raised when the same text would become other ids.
-VERSION = 1
+# Raised when the same text would become other ids, or what is beside them changes.
+VERSION = 2
 _log = logging.getLogger("stagecraft.data")
 
 
@@ -52,7 +52,7 @@ def tokens(spec, mapping, tokenizer, folder, counts=None) -> list[shards.Shards]
     if text:
         counts = counts or Tally()
         one = _tokenised(text, mapping or {}, tokenizer, Path(folder), counts)
-        counts.add(one.manifest["settings"].get("reading", {"read": len(one)}))
+        counts.add(one.manifest["settings"]["reading"], text)
         every.append(one)
     return every
 
@@ -70,54 +70,77 @@ def _tokenised(paths, mapping, tokenizer, folder, counts):
     # Further settings where they make other ids, so that older folders stay of use.
     settings |= {"control_tokens": "parse"} if getattr(tokenizer, "parses", 0) else {}
     settings |= {"bad": "drop"} if counts.drops_bad else {}
+    name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
+
+    def write(target):
+        here = Tally(counts.data)
+        shards.write(
+            target,
+            _ids(readers.texts(paths, mapping, here), tokenizer, here, settings, paths),
+            tokenizer_digest=tokenizer.digest,
+            vocab_size=tokenizer.vocab_size,
+            settings=settings,
+        )
+
+    return once(folder, settings, write, f"{name}: tokens")
+
+
+def once(folder, settings, write, what) -> shards.Shards:
+    """Returns the shards that were made with these settings, made now where due.
+
+    Args:
+        folder: the cache.
+        settings: a dict of JSON values that decide what the shards hold; `write` may
+            add to it.
+        write: (target) -> None, makes the shards.
+        what: what to call them in the line that says they are there.
+    """
+    folder = Path(folder)
     target = folder / storage.digest(settings)[:32]
     if (cached := _cached(target)) is not None:
-        name = f"{paths[0]} and {len(paths) - 1} more" if paths[1:] else paths[0]
         counts = len(cached), cached.tokens
-        _log.info("%s: tokens from the cache, %d documents, %d tokens", name, *counts)
+        _log.info("%s from the cache, %d documents, %d tokens", what, *counts)
         return cached
     with _alone(target) as alone:
         there = target.exists()
         # Another process may have done it while this one waited.
-        if (cached := _cached(target)) is not None:
+        if (cached := _cached(target, say=True)) is not None:
             return cached
         # What is damaged, and what a process that was killed here left unfinished;
         # without locks it may be another's that is still at work.
         unfinished = folder.glob(f".{target.name}.*") if alone else ()
         for rest in (*[target] * there, *unfinished):
             shutil.rmtree(rest, ignore_errors=True)
-        here = Tally(counts.data)
         try:
-            shards.write(
-                target,
-                _ids(readers.texts(paths, mapping, here), tokenizer, here, settings),
-                tokenizer_digest=tokenizer.digest,
-                vocab_size=tokenizer.vocab_size,
-                settings=settings,
-            )
+            write(target)
         except UserError:
             if alone or not shards.is_folder(target):
                 raise
     return shards.Shards(target)
 
 
-def _ids(documents, tokenizer, counts, settings):
+def _ids(documents, tokenizer, counts, settings, paths):
     """Yields the ids of documents; then what became of them is in the settings."""
     for text in documents:
         if tokenizer.spells(text):
             counts.notes[spelled(tokenizer)] += 1
         yield chat.document(text, tokenizer)[0]
-    settings["reading"] = counts.kept_beside()
+    settings["reading"] = counts.kept_beside(paths)
 
 
-def _cached(target):
-    """Returns the shards of a folder; None where there are none, or damaged ones."""
+def _cached(target, say=False):
+    """Returns the shards of a folder; None where there are none, or damaged ones.
+
+    Args:
+        say: whether to warn of what is damaged.
+    """
     if not shards.is_folder(target):
         return None
     try:
         return shards.Shards(target).verify()
     except UserError as error:
-        _log.warning("%s; tokenised again", error)
+        if say:
+            _log.warning("%s; made again", error)
         return None
 
 

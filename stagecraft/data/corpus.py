@@ -1,11 +1,10 @@
 """The data of a language model stage: text and demonstrations as packed rows.
 
-Text is tokenised once and read from memory-mapped shards; demonstrations, of which
-there are fewer, are held in memory. Several sources may be mixed in given shares.
+Both are tokenised once and read from memory-mapped shards. Several sources may be mixed
+in given shares.
 """
 
 import hashlib
-import json
 import logging
 from typing import NamedTuple
 
@@ -13,10 +12,10 @@ import numpy as np
 
 from stagecraft import schema
 from stagecraft.data import cache as token_cache
-from stagecraft.data import mixture, packing, readers, stage_data
-from stagecraft.data.dataset import Dataset, hold_out
-from stagecraft.data.documents import InMemory, Stored
-from stagecraft.data.stage_data import StageData, order_seed
+from stagecraft.data import conversations, mixture, packing, readers
+from stagecraft.data.dataset import Dataset
+from stagecraft.data.documents import Stored
+from stagecraft.data.stage_data import StageData, order_seed, split
 from stagecraft.errors import UserError
 from stagecraft.text import chat
 
@@ -30,7 +29,7 @@ def build(stage, sources) -> StageData:
     data = stage.data
     check(data)
     documents, prompt, key, parts = _documents(data, sources)
-    learned, heldout = _split(documents, key, parts, data, sources.seed)
+    learned, heldout = split(documents.sources, parts, key, data, sources.seed)
     train, heldout = (_fitting(documents, n, sources) for n in (learned, heldout))
     sources.tally.check()
     weights = None
@@ -63,8 +62,7 @@ def build(stage, sources) -> StageData:
     evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
     asked = []
     if data.format == "demonstrations":
-        # What such conversations have in common is their prompt.
-        asked = [{"prompt": json.loads(key(number))} for number in heldout.tolist()]
+        asked = [conversations.asked(documents.record(n)) for n in heldout.tolist()]
     return StageData(dataset, evaluated, samples, asked=asked)
 
 
@@ -157,50 +155,26 @@ def _demonstrations(specs, mapping, data, sources):
 
     Those that are alike before the last answer are held out together.
     """
-    render, counts, parts, places = sources.rendering(), sources.tally, [], []
+    counts = sources.tally
     counts.what, counts.limit = "demonstrations", f"data.length={data.length}"
-    for spec in specs:
-        part, before = [], len(counts.places)
-        read = readers.demonstrations(spec, mapping, counts)
-        for one, where in zip(read, counts.places[before:], strict=True):
-            try:
-                part.append((one, render(one.messages, one.tools, turns=data.turns)))
-                places.append(where)
-            except UserError as error:
-                counts.unwritten(where, error)
-        parts.append(part)
-    documents = InMemory([[document for _, document in p] for p in parts], places)
-    conversations = [one.messages for part in parts for one, _ in part]
-    both = zip(documents.documents, conversations, strict=True)
+    documents = conversations.rendered(
+        "demonstrations", specs, sources, turns=data.turns, mapping=mapping
+    )
     # An answer that a length limit cut off has no end.
-    ended = [ids for ids, turns in both if turns[-1].get("ended", True)]
+    ended = (documents.numbers("ended") > 0) & (documents.learned() > 0)
+    ends = int((ended & (documents.numbers("ends") > 0)).sum())
     where = f"data.files={data.files}"
-    chat.check_ends(ended, sources.tokenizer, where, required=True)
+    chat.check_ends(ends, int(ended.sum()), where, required=True)
 
     def prompt(number):
-        messages = conversations[number]
+        messages = documents.record(number).messages
         roles = [message["role"] for message in messages]
         # An assistant that begins answers nothing.
         asked = messages[: roles.index("assistant", roles.index("user"))]
         # A model of texts goes on from one.
         return asked[0]["content"] if data.render == "text" else asked
 
-    def key(number):
-        messages = conversations[number]
-        roles = [message["role"] for message in messages]
-        last = len(roles) - 1 - roles[::-1].index("assistant")
-        return stage_data.prompt_key(messages[:last])
-
-    return documents, prompt, key
-
-
-def _split(documents, key, parts, data, seed):
-    """Returns the numbers of the documents to train on and of those held out, i64."""
-    learned = np.flatnonzero(documents.sources < parts)
-    train, heldout = hold_out(learned, data.heldout_share, seed, key)
-    others = np.flatnonzero(documents.sources >= parts)
-    heldout = np.concatenate([heldout, others]).astype(np.int64)
-    return np.array(train, np.int64), heldout
+    return documents, prompt, documents.key
 
 
 def _fitting(documents, numbers, sources):
@@ -220,7 +194,7 @@ def _fitting(documents, numbers, sources):
     long = (lengths > length) & cuts
     if not long.any():
         return numbers
-    first = documents.places[numbers[long][0]] if documents.places else ""
+    first = documents.where(numbers[long][0])
     left = documents.learned(length)[numbers]
     if data.format == "text" or data.too_long == "cut":
         empty = long & (left == 0) & (whole > 0)
@@ -243,7 +217,7 @@ def _with_targets(documents, numbers, counts):
     """Returns the numbers of the documents of which anything is learned, i64."""
     empty = documents.learned()[numbers] == 0
     if empty.any():
-        first = documents.places[numbers[empty][0]]
+        first = documents.where(numbers[empty][0])
         counts.drop("without a turn to learn", first, int(empty.sum()))
     return numbers[~empty]
 

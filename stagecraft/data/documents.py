@@ -1,4 +1,4 @@
-"""Documents to pack, as ids and a mask: in memory, or memory-mapped on disk.
+"""Documents to pack, as ids and a mask, memory-mapped on disk: text and conversations.
 
 Both kinds have
 
@@ -8,66 +8,135 @@ Both kinds have
     piece(n, a, b)       ids and mask of document n from a to before b
     targets(plan)        targets of each piece of a `packing.Plan`, i64[P]
     rows(rows)           `packing.Rows` of them as a `Dataset` takes them
+    where(n)             FILE:LINE of document n; "" where it has none
     curations            identities of the curations they come from
 """
 
 import bisect
 import functools
 import hashlib
+import json
 
 import numpy as np
 
+from stagecraft.data import containers
 
-class InMemory:
-    """Documents in memory.
+# Rows of up to so many places are put together once, and held in memory.
+_FEW = 2**22
+
+
+class Rendered:
+    """Conversations that were rendered: every sequence of a record is a document.
+
+    A record is a demonstration, a prompt, a judged answer, or several compared answers;
+    its sequences follow one another. `conversations` writes them.
 
     Args:
-        parts: for each source, a list of (ids, mask).
-        places: FILE:LINE of each document, in their order; () where they have none.
+        parts: for each source, its `Shards` and the files that they were made of.
+        kind: the type of the records, of `records`.
     """
 
     curations = ()
 
-    def __init__(self, parts, places=()):
-        self.places = places
-        self.documents = [document for part in parts for document in part]
-        self.sources = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    def __init__(self, parts, kind):
+        self.shards = [one for one, _ in parts]
+        self.files, self.kind = [paths for _, paths in parts], kind
+        sizes = [len(one) for one in self.shards]
+        self.ends = np.cumsum(sizes).tolist()
+        self.sources = np.repeat(np.arange(len(parts)), sizes)
+        self.firsts = np.flatnonzero(self.numbers("rank") == 0)
+        self.counts = np.diff([*self.firsts, len(self.sources)])
+
+    def __len__(self):
+        return len(self.firsts)
+
+    def numbers(self, name):
+        """Returns a number of each document, f64[N]: "rank", "ended", "label"."""
+        return np.concatenate([one.column(name) for one in self.shards])
 
     @functools.cached_property
     def lengths(self):
-        return np.array([len(ids) for ids, _ in self.documents], np.int64)
+        return np.concatenate([one.lengths for one in self.shards])
+
+    @functools.cached_property
+    def _learned(self):
+        return self.numbers("learned").astype(np.int64)
+
+    @functools.cached_property
+    def digest(self):
+        return _digest(self.shards)
 
     def learned(self, length=None):
-        return np.array([sum(mask[:length]) for _, mask in self.documents], np.int64)
+        if length is None:
+            return self._learned
+        learned = self._learned.copy()
+        for number in np.flatnonzero(self.lengths > length).tolist():
+            learned[number] = self.piece(number, 0, length)[1].sum()
+        return learned
 
-    def piece(self, number, start, stop):
-        ids, mask = self.documents[number]
-        return ids[start:stop], mask[start:stop]
+    def piece(self, number, start=0, stop=None):
+        shard, number = self._at(number)
+        ids = shard.read(number, start, stop)
+        first, last = start // 8, -(-(start + len(ids)) // 8)
+        bits = np.unpackbits(shard.bytes_of("mask", number, first, last))
+        return ids, bits[start % 8 :][: len(ids)].view(bool)
 
     def targets(self, plan):
-        numbers, starts, sizes = (array.tolist() for array in plan[:3])
-        masks = (
-            self.documents[number][1][start : start + size]
-            for number, start, size in zip(numbers, starts, sizes, strict=True)
-        )
-        return np.array([sum(mask) for mask in masks], np.int64)
+        targets = self._learned[plan.documents]
+        for at in np.flatnonzero(plan.sizes < self.lengths[plan.documents]).tolist():
+            start = int(plan.starts[at])
+            stop = start + int(plan.sizes[at])
+            targets[at] = self.piece(int(plan.documents[at]), start, stop)[1].sum()
+        return targets
 
     def rows(self, rows):
-        """Returns arrays: the rows are few enough to be put together once."""
-        return rows.take(np.arange(len(rows)))
+        """Returns the rows; as arrays where they are few."""
+        return in_memory(rows)
+
+    def record(self, number):
+        """Returns a record by its own number."""
+        shard, first = self._at(int(self.firsts[number]))
+        fields = json.loads(shard.bytes_of("record", first).tobytes())
+        return self.kind(**fields)
+
+    def key(self, number):
+        """Returns what records of one prompt have in common, bytes."""
+        shard, first = self._at(int(self.firsts[number]))
+        return shard.bytes_of("key", first).tobytes()
+
+    def where(self, number):
+        """Returns FILE:LINE of a document."""
+        file, line = (int(self._places[i][number]) for i in (0, 1))
+        return containers.where(self.files[self.sources[number]][file], line)
+
+    @functools.cached_property
+    def _places(self):
+        return self.numbers("file"), self.numbers("line")
+
+    def _at(self, number):
+        part = bisect.bisect_right(self.ends, number)
+        return self.shards[part], number - (self.ends[part - 1] if part else 0)
+
+
+def in_memory(rows):
+    """Returns rows as arrays, {name: array [N, ...]}, where they are few."""
+    return rows.take(np.arange(len(rows))) if rows.places <= _FEW else rows
+
+
+def _digest(shards):
+    every = "".join(one.digest for one in shards)
+    return hashlib.sha256(every.encode()).hexdigest()
 
 
 class Stored:
     """Documents of shards, one folder or more for each source.
 
-    All of a document is learned but bos. None has a place in a file.
+    All of a document is learned but bos.
 
     Args:
         parts: for each source, a list of `Shards`.
         bos: the tokenizer's id, or None.
     """
-
-    places = ()
 
     def __init__(self, parts, bos):
         self.shards = [one for part in parts for one in part]
@@ -87,8 +156,7 @@ class Stored:
 
     @functools.cached_property
     def digest(self):
-        every = "".join(one.digest for one in self.shards)
-        return hashlib.sha256(every.encode()).hexdigest()
+        return _digest(self.shards)
 
     def learned(self, length=None):
         lengths = self.lengths if length is None else np.minimum(self.lengths, length)
@@ -117,3 +185,7 @@ class Stored:
     def rows(self, rows):
         """Returns the rows as they are: each is read from disk when it is needed."""
         return rows
+
+    def where(self, number):
+        """Returns "": text goes on over the borders of its documents."""
+        return ""

@@ -118,6 +118,11 @@ class Rows:
     def tokens(self):
         return int(self.plan.sizes.sum())
 
+    @property
+    def places(self):
+        """Returns how many tokens the rows have room for."""
+        return len(self) * self.length
+
     def take(self, index):
         """Returns {name: array [n, T]} of the rows with these numbers."""
         numbers, starts, sizes, counts = self.plan.rows(np.asarray(index, np.int64))

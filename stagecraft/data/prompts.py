@@ -3,17 +3,12 @@
 import numpy as np
 
 from stagecraft import schema
-from stagecraft.data import corpus, packing, readers
+from stagecraft.data import corpus, packing, stage_data
+from stagecraft.data.answers import Lazily, PromptRows
 from stagecraft.data.dataset import Dataset
-from stagecraft.data.stage_data import (
-    StageData,
-    mixed_rows,
-    order_seed,
-    read_rows,
-    split_rows,
-)
+from stagecraft.data.documents import in_memory
+from stagecraft.data.stage_data import StageData, mixed_rows, order_seed
 from stagecraft.errors import UserError
-from stagecraft.text import chat
 
 
 def build(stage, sources) -> StageData:
@@ -36,62 +31,63 @@ def records(stage, sources) -> StageData:
             "data.too_long='cut': a record keeps its prompt whole, and is not sampled "
             "from a part of it; expected 'refuse' or 'drop'"
         )
-    rows = read_rows(readers.prompts, sources.specs["files"], sources)
-    rows, _ = _encoded(rows, stage, sources)
-    return _prompts(rows)
+    rendered, _ = stage_data.records("prompts", sources)
+    every = _fitting(rendered, np.arange(len(rendered)), stage, sources)
+    return _prompts(rendered, every)
 
 
-def _prompts(rows):
-    prompts, records = [], []
-    for one in (row.record for row in rows):
+def _prompts(rendered, numbers):
+    def record(number):
+        one = rendered.record(number)
         # Under our names for them, whatever theirs are: verifiers look for them there.
-        record = {key: value for key, value in one.record.items() if key != "tools"}
-        record["prompt"] = one.prompt
-        prompts.append(one.prompt)
-        records.append(record | ({"tools": one.tools} if one.tools else {}))
-    return StageData(prompts=prompts, records=records)
+        whole = {key: value for key, value in one.record.items() if key != "tools"}
+        whole["prompt"] = one.prompt
+        return whole | ({"tools": one.tools} if one.tools else {})
+
+    prompts = Lazily(numbers, lambda number: rendered.record(number).prompt)
+    return StageData(prompts=prompts, records=Lazily(numbers, record))
 
 
 def _batches(stage, sources, count):
     """Returns the prompts as a dataset, `count` rows a batch, and those held out."""
-    splits = split_rows(readers.prompts, stage, sources)
-    (train, ids), (heldout, heldout_ids) = (
-        _encoded(rows, stage, sources) for rows in splits
+    rendered, parts = stage_data.records("prompts", sources)
+    splits = stage_data.split(
+        rendered.sources, parts, rendered.key, stage.data, sources.seed
     )
+    train, heldout = (_fitting(rendered, n, stage, sources) for n in splits)
     sources.tally.check()
     seed = order_seed(stage, sources)
-    mixed, shares = mixed_rows(stage, train, count, seed)
+    mixed, shares = mixed_rows(stage, rendered.sources[train], count, seed)
     beside = _pretraining(stage, sources)
     report = {"prompts": len(train)}
     if beside:
         report["ptx_rows"] = len(beside[0][0])
     dataset = Dataset(
-        [(_arrays(ids, 0, stage, sources), count)],
+        [(_rows(rendered, train, 0, stage, sources), count)],
         seed=seed,
         mixture=mixed,
         workers=stage.data.workers,
         beside=beside,
         report=report | shares,
     )
-    data = _prompts(train + heldout)
+    data = _prompts(rendered, np.concatenate([train, heldout]))
     data = data._replace(dataset=dataset, samples=data.prompts[:4])
-    if not heldout:
+    if not len(heldout):
         return data
     # Numbered on from the others, so that an index means one record.
-    rows = _arrays(heldout_ids, len(train), stage, sources)
-    heldout = Dataset([(rows, stage.batch_size)], seed=sources.seed)
+    rows = _rows(rendered, heldout, len(train), stage, sources)
+    evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
     asked = [one for one in data.records[len(train) :] if not one.get("tools")]
-    return data._replace(heldout=heldout, asked=asked)
+    return data._replace(heldout=evaluated, asked=asked)
 
 
-def _arrays(ids, start, stage, sources):
+def _rows(rendered, numbers, start, stage, sources):
     """Returns left-padded prompts, their rows numbered from `start` on."""
-    if not ids:
+    if not len(numbers):
         raise UserError(f"data.files={stage.data.files}: no prompt is left to sample")
-    length = min(packing.rounded(max(map(len, ids))), _limit(stage, sources))
-    arrays = packing.pad_prompts(ids, length)
-    arrays["index"] = np.arange(start, start + len(ids), dtype=np.int32)
-    return arrays
+    longest = int(rendered.lengths[numbers].max())
+    length = min(packing.rounded(longest), _limit(stage, sources))
+    return in_memory(PromptRows(rendered, numbers, length, start))
 
 
 def _limit(stage, sources):
@@ -100,44 +96,30 @@ def _limit(stage, sources):
     return min(stage.data.prompt_length or room, room)
 
 
-def _encoded(rows, stage, sources):
-    """Returns the rows whose prompts are used, and the ids of each."""
+def _fitting(rendered, numbers, stage, sources):
+    """Returns the numbers of the prompts that `data.too_long` leaves, i64."""
     limit, counts = _limit(stage, sources), sources.tally
-    rendering = sources.rendering()
     counts.what, counts.limit = "prompts", f"with room for {limit}"
-    used, encoded, refused = [], [], []
-    for row in rows:
-        one = row.record
-        messages = chat.as_messages(one.prompt)
-        rendering.count(messages)
-        tools = {"tools": one.tools} if one.tools else {}
-        try:
-            ids = chat.generation_prompt(messages, sources.tokenizer, **tools)
-        except UserError as error:
-            counts.unwritten(row.where, error)
-            continue
-        counts.longest = max(counts.longest, len(ids))
-        if len(ids) > limit and stage.data.too_long == "drop":
-            counts.drop("too long", row.where)
-            continue
-        if len(ids) > limit and stage.data.too_long == "cut":
-            counts.cut += 1
-            ids = ids[-limit:]  # what stands last is what is answered
-        if len(ids) > limit:
-            refused.append((one.where, len(ids)))
-        used.append(row)
-        encoded.append(ids)
-    if refused:
-        where, length = refused[0]
-        raise UserError(
-            f"{where}: a prompt of {length} tokens, but there is room for {limit} "
-            f"(context of {sources.max_length}, "
-            f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
-            f"data.prompt_length={stage.data.prompt_length}), and {len(refused)} of "
-            f"{len(rows)} prompts are too long; raise the limit, or leave them out by "
-            "data.too_long='drop'"
-        )
-    return used, encoded
+    lengths = rendered.lengths[numbers]
+    counts.longest = max(counts.longest, int(lengths.max(initial=0)))
+    long = lengths > limit
+    if not long.any():
+        return numbers
+    where = rendered.where(numbers[long][0])
+    if stage.data.too_long == "cut":  # what stands last is what is answered
+        counts.cut += int(long.sum())
+        return numbers
+    if stage.data.too_long == "drop":
+        counts.drop("too long", where, int(long.sum()))
+        return numbers[~long]
+    raise UserError(
+        f"{where}: a prompt of {lengths[long][0]} tokens, but there is room for "
+        f"{limit} (context of {sources.max_length}, "
+        f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
+        f"data.prompt_length={stage.data.prompt_length}), and {long.sum()} of "
+        f"{len(long)} prompts are too long; raise the limit, or leave them out by "
+        "data.too_long='drop'"
+    )
 
 
 def _pretraining(stage, sources):

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from stagecraft.data import containers, files, forms, keys
 from stagecraft.data.keys import fields  # noqa: F401  (what callers rename keys with)
@@ -25,7 +26,7 @@ _log = logging.getLogger("stagecraft.data")
 
 def texts(spec, mapping=None, tally=None) -> Iterator[str]:
     """Reads documents, one at a time: of text files, and the "text" of records."""
-    log, tally = _Log(), tally or Tally()
+    tally, recognised = tally or Tally(), []
     for path in files.expand(spec):
         files.refuse_shards(path)
         if containers.is_text(path):
@@ -34,7 +35,7 @@ def texts(spec, mapping=None, tally=None) -> Iterator[str]:
                 count += 1
                 yield text
             tally.read += count
-            log.file(path, count, "documents of plain text")
+            recognised.append((path, count, "documents of plain text"))
             continue
         census = forms.Census(forms.TEXT)
         for where, record in containers.records(path, tally.bad):
@@ -48,8 +49,9 @@ def texts(spec, mapping=None, tally=None) -> Iterator[str]:
             tally.read += 1
             yield text
         if census.counts:
-            log.file(path, census.counts.total(), f"records of {census.one(path)}")
-    log.finish()
+            said = f"records of {census.one(path)}"
+            recognised.append((path, census.counts.total(), said))
+    say(recognised)
 
 
 def demonstrations(spec, mapping=None, tally=None) -> list[Conversation]:
@@ -57,28 +59,7 @@ def demonstrations(spec, mapping=None, tally=None) -> list[Conversation]:
 
     An assistant's message may carry "weight" 0 (not to be learned) or 1.
     """
-    tally = tally or Tally()
-
-    def convert(where, record, form, names):
-        if form.name == "messages":
-            key = names.get("messages", "messages")
-            used = (key if key in record else "conversations",)
-            messages = forms.conversation(record[used[0]])
-        else:
-            prompt, completion = (
-                _field(where, record, name, names, (str, list))
-                for name in ("prompt", "completion")
-            )
-            used = _used(names, "prompt", "completion")
-            messages = forms.messages(prompt)
-            messages = messages + forms.messages(completion, "assistant")
-        messages = _opened(record, messages, tally)
-        chat.conversation({"messages": messages})
-        one = Conversation(messages, forms.tools(record))
-        tally.seen(record, used + _ALWAYS)
-        return one
-
-    return _read(spec, "demonstrations", forms.DEMONSTRATIONS, mapping, tally, convert)
+    return [one for _, one in each("demonstrations", spec, mapping, tally)]
 
 
 def comparisons(spec, mapping=None, tally=None) -> list[Comparison]:
@@ -97,25 +78,7 @@ def comparisons(spec, mapping=None, tally=None) -> list[Comparison]:
     Args:
         tally: counts pairs, those left out as "identical"; or None.
     """
-    tally = tally or Tally()
-
-    def convert(where, record, form, names):
-        one = _comparison(where, record, names, tally)
-        answers = _distinct(one.answers)
-        count = math.comb(len(one.answers), 2)
-        identical = count - math.comb(len(answers), 2)
-        used = _used(names, "prompt", "chosen", "rejected", "ranked", *_STRENGTH)
-        ended = ("chosen_ended", "rejected_ended", "ranked_ended")
-        if identical:
-            tally.drop("identical", where, identical)
-        if len(answers) < 2:
-            tally.read += count
-            return None
-        tally.seen(record, used + ended + _ALWAYS, units=count)
-        return one._replace(answers=answers)
-
-    read = _read(spec, "comparisons", forms.COMPARISONS, mapping, tally, convert)
-    return _not_all_identical(spec, tally, read)
+    return [one for _, one in each("comparisons", spec, mapping, tally)]
 
 
 def judgements(spec, mapping=None, tally=None) -> list[list[Judgement]]:
@@ -131,54 +94,90 @@ def judgements(spec, mapping=None, tally=None) -> list[list[Judgement]]:
     Returns:
         the Judgements of each record: two of a pair, else one.
     """
-    tally = tally or Tally()
-
-    def convert(where, record, form, names):
-        if form.name == "ranking":
-            raise UserError(
-                f"{where}: 'ranked' does not say which answers are desirable; expected "
-                "'completion' with 'label', or 'chosen' with 'rejected'"
-            )
-        if form.name == "preference":
-            used = _used(names, "prompt", "chosen", "rejected", *_STRENGTH)
-            judged = _judged_pair(_comparison(where, record, names, tally))
-            if not judged:
-                tally.drop("identical", where, 2)
-                tally.read += 2
-                return None
-        else:
-            used = _used(names, "prompt", "completion", "label")
-            prompt = _side(where, record, "prompt", names, "user")
-            prompt = _opened(record, prompt, tally)
-            completion = _side(where, record, "completion", names, "assistant")
-            _compared(where, prompt, completion)
-            label = _field(where, record, "label", names, (bool,))
-            judged = [Judgement(prompt, completion, label, forms.tools(record))]
-        ended = tuple(f"{name}_ended" for name in ("chosen", "rejected", "completion"))
-        tally.seen(record, used + ended + _ALWAYS, units=len(judged))
-        return judged
-
-    read = _read(spec, "judgements", forms.JUDGEMENTS, mapping, tally, convert)
-    return _not_all_identical(spec, tally, read, 2)
+    return [one for _, one in each("judgements", spec, mapping, tally)]
 
 
 def prompts(spec, mapping=None, tally=None) -> list[Prompt]:
     """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it."""
-    tally = tally or Tally()
+    return [one for _, one in each("prompts", spec, mapping, tally)]
 
-    def convert(where, record, form, names):
-        value = _field(where, record, "prompt", names, (str, list))
-        messages = forms.messages(value)
-        opened = _opened(record, messages, tally)
-        chat.check_turns(opened, ("user",))
-        plain = form.style == "standard" and opened is messages
-        tools = forms.tools(record)
-        tally.seen(record, _used(names, "prompt") + _ALWAYS, only=keys.CONTENT)
-        joined = [key for key in names.values() if "+" in key]
-        record = {key: value for key, value in record.items() if key not in joined}
-        return Prompt(value if plain else opened, where, record, tools)
 
-    return _read(spec, "prompts", forms.PROMPTS, mapping, tally, convert)
+# -- one record ------------------------------------------------------------------------
+
+
+def _demonstration(where, record, form, names, tally):
+    if form.name == "messages":
+        key = names.get("messages", "messages")
+        used = (key if key in record else "conversations",)
+        messages = forms.conversation(record[used[0]])
+    else:
+        prompt, completion = (
+            _field(where, record, name, names, (str, list))
+            for name in ("prompt", "completion")
+        )
+        used = _used(names, "prompt", "completion")
+        messages = forms.messages(prompt)
+        messages = messages + forms.messages(completion, "assistant")
+    messages = _opened(record, messages, tally)
+    chat.conversation({"messages": messages})
+    one = Conversation(messages, forms.tools(record))
+    tally.seen(record, used + _ALWAYS)
+    return one
+
+
+def _compared_answers(where, record, form, names, tally):
+    one = _comparison(where, record, names, tally)
+    answers = _distinct(one.answers)
+    count = math.comb(len(one.answers), 2)
+    identical = count - math.comb(len(answers), 2)
+    used = _used(names, "prompt", "chosen", "rejected", "ranked", *_STRENGTH)
+    ended = ("chosen_ended", "rejected_ended", "ranked_ended")
+    if identical:
+        tally.drop("identical", where, identical)
+    if len(answers) < 2:
+        tally.read += count
+        return None
+    tally.seen(record, used + ended + _ALWAYS, units=count)
+    return one._replace(answers=answers)
+
+
+def _judged_answers(where, record, form, names, tally):
+    if form.name == "ranking":
+        raise UserError(
+            f"{where}: 'ranked' does not say which answers are desirable; expected "
+            "'completion' with 'label', or 'chosen' with 'rejected'"
+        )
+    if form.name == "preference":
+        used = _used(names, "prompt", "chosen", "rejected", *_STRENGTH)
+        judged = _judged_pair(_comparison(where, record, names, tally))
+        if not judged:
+            tally.drop("identical", where, 2)
+            tally.read += 2
+            return None
+    else:
+        used = _used(names, "prompt", "completion", "label")
+        prompt = _side(where, record, "prompt", names, "user")
+        prompt = _opened(record, prompt, tally)
+        completion = _side(where, record, "completion", names, "assistant")
+        _compared(where, prompt, completion)
+        label = _field(where, record, "label", names, (bool,))
+        judged = [Judgement(prompt, completion, label, forms.tools(record))]
+    ended = tuple(f"{name}_ended" for name in ("chosen", "rejected", "completion"))
+    tally.seen(record, used + ended + _ALWAYS, units=len(judged))
+    return judged
+
+
+def _prompt(where, record, form, names, tally):
+    value = _field(where, record, "prompt", names, (str, list))
+    messages = forms.messages(value)
+    opened = _opened(record, messages, tally)
+    chat.check_turns(opened, ("user",))
+    plain = form.style == "standard" and opened is messages
+    tools = forms.tools(record)
+    tally.seen(record, _used(names, "prompt") + _ALWAYS, only=keys.CONTENT)
+    joined = [key for key in names.values() if "+" in key]
+    record = {key: value for key, value in record.items() if key not in joined}
+    return Prompt(value if plain else opened, where, record, tools)
 
 
 _STRENGTH = ("preference", "margin")
@@ -251,15 +250,13 @@ def _distinct(answers):
     return tuple(a for i, a in enumerate(answers) if texts[i] not in texts[:i])
 
 
-def _not_all_identical(spec, tally, read, share=1):
-    """Refuses files of pairs of one text twice alone; returns what was read."""
-    count = tally.dropped["identical"] // share
-    if count and not read and tally.dropped.total() == tally.dropped["identical"]:
+def _refuse_all_identical(spec, tally, pairs):
+    """Refuses files that hold nothing but so many pairs of one text twice."""
+    if pairs and tally.dropped.total() == tally.dropped["identical"]:
         raise UserError(
-            f"{spec}: chosen and rejected are the same text in all {count} pairs; "
+            f"{spec}: chosen and rejected are the same text in all {pairs} pairs; "
             "expected two different answers"
         )
-    return read
 
 
 def _ranked(where, record, mapping, prompt):
@@ -365,22 +362,40 @@ def _field(where, record, name, mapping, types):
     return value
 
 
-def _read(spec, what, accepted, mapping, tally, convert):
-    """Returns what `convert` makes of the records of all files, without None.
+# What each use of a record is read by: the forms it takes, and the conversion of one.
+_USES = {
+    "demonstrations": (forms.DEMONSTRATIONS, _demonstration),
+    "comparisons": (forms.COMPARISONS, _compared_answers),
+    "judgements": (forms.JUDGEMENTS, _judged_answers),
+    "prompts": (forms.PROMPTS, _prompt),
+}
+
+
+def each(use, spec, mapping=None, tally=None) -> Iterator[tuple[str, Any]]:
+    """Yields (FILE:LINE, record) of all files, one at a time.
 
     What is bad goes to the tally. A file of mixed forms is refused at its end, so that
-    all of them are listed; where bad records are dropped, its most frequent form stays.
+    all of them are listed; where bad records are dropped, its most frequent form stays,
+    and a file is held in memory until that is known.
+
+    Args:
+        use: "demonstrations", "comparisons", "judgements" or "prompts"; the functions
+            of these names say what a record is.
+        spec: as of `files.expand`.
+        mapping: {"our key": "the file's key"}.
+        tally: a `Tally`, or None.
     """
-    log, read = _Log(), []
+    tally, (accepted, convert) = tally or Tally(), _USES[use]
+    begun, count = len(tally.recognised), 0
     for path in files.expand(spec):
         if files.shards_here(path):
             raise UserError(
-                f"{path}: {what} are records, not ids; expected .jsonl or another "
+                f"{path}: {use} are records, not ids; expected .jsonl or another "
                 "container of records"
             )
         if containers.is_text(path):
-            raise UserError(f"{path}: {what} are records; expected .jsonl or .jsonl.gz")
-        census, names, rows = forms.Census(accepted), {}, []
+            raise UserError(f"{path}: {use} are records; expected .jsonl or .jsonl.gz")
+        census, names, held = forms.Census(accepted), {}, []
         for where, record in containers.records(path, tally.bad):
             form = None
             try:
@@ -388,26 +403,31 @@ def _read(spec, what, accepted, mapping, tally, convert):
                 record = keys.joined(where, record, names)
                 form = census.see(where, record, names)
                 with at(where):
-                    one = convert(where, record, form, names)
+                    one = convert(where, record, form, names, tally)
             except UserError as error:
                 tally.bad(where, str(error))
                 if form:
                     census.forget(form)
                 continue
-            if one is not None:
-                rows.append((form, where, one))
-        rows = _of_one_form(rows, census, tally)
-        read += [one for _, _, one in rows]
-        tally.places += [where for _, where, _ in rows]
-        if not census.counts:
-            continue
-        said = f"records of {census.one(path)}"
-        if names and not mapping:
-            pairs = ", ".join(f"{ours}={theirs}" for ours, theirs in names.items())
-            said += f", read as {pairs}"
-        log.file(path, census.counts.total(), said)
-    log.finish()
-    return read
+            if one is None:
+                continue
+            count += 1
+            if tally.drops_bad:
+                held.append((form, where, one))
+            else:
+                yield where, one
+        for _, where, one in _of_one_form(held, census, tally):
+            yield where, one
+        if census.counts:
+            said = f"records of {census.one(path)}"
+            if names and not mapping:
+                pairs = ", ".join(f"{ours}={theirs}" for ours, theirs in names.items())
+                said += f", read as {pairs}"
+            tally.recognised.append((path, census.counts.total(), said))
+    say(tally.recognised[begun:])
+    if not count:
+        share = 2 if use == "judgements" else 1
+        _refuse_all_identical(spec, tally, tally.dropped["identical"] // share)
 
 
 def _of_one_form(rows, census, tally):
@@ -427,22 +447,20 @@ def _of_one_form(rows, census, tally):
     return [row for row in rows if row[0] == most]
 
 
-class _Log:
-    """Logs what was recognised, one line for files alike."""
+def say(recognised):
+    """Logs what was recognised, one line for files alike, and each line once.
 
-    def __init__(self):
-        self.groups = {}
-
-    def file(self, path, rows, what):
-        key = containers.name(path), what
-        self.groups.setdefault(key, []).append((path, rows))
-
-    def finish(self):
-        for (container, what), listed in self.groups.items():
-            path, more = listed[0][0], len(listed) - 1
-            name = f"{path} and {more} more" if more else path
-            rows = sum(count for _, count in listed)
-            _log_once(f"{name}: {container}, {rows} {what}")
+    Args:
+        recognised: (path, rows, what) of each file.
+    """
+    groups = {}
+    for path, rows, what in recognised:
+        groups.setdefault((containers.name(path), what), []).append((path, rows))
+    for (container, what), listed in groups.items():
+        path, more = listed[0][0], len(listed) - 1
+        name = f"{path} and {more} more" if more else path
+        rows = sum(count for _, count in listed)
+        _log_once(f"{name}: {container}, {rows} {what}")
 
 
 @functools.cache

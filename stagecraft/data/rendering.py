@@ -14,24 +14,32 @@ class Rendering:
     Args:
         data: the stage's data config: render.
         tokenizer: a `text.tokenizer.Tokenizer`.
-        tally: a `Tally`, which counts texts that spell control tokens.
+        notes: a Counter of what is to be said of them, such as texts that spell control
+            tokens.
     """
 
-    def __init__(self, data, tokenizer, tally):
-        self.data, self.tokenizer, self.tally = data, tokenizer, tally
+    def __init__(self, data, tokenizer, notes):
+        self.data, self.tokenizer, self.notes = data, tokenizer, notes
 
     def __call__(self, messages, tools=None, *, turns="all"):
         """Returns ids and mask of a conversation; templates without tools get none."""
-        self.count(messages)
+        self._count(messages)
         if self.data.get("render") == "text":
             return self._continued(messages, tools)
         settings = {"tools": tools} if tools else {}
         return chat.render(messages, self.tokenizer, turns=turns, **settings)
 
-    def count(self, messages):
+    def prompt(self, messages, tools=None):
+        """Returns ids and mask of a prompt that an answer begins after."""
+        self._count(messages)
+        settings = {"tools": tools} if tools else {}
+        ids = chat.generation_prompt(messages, self.tokenizer, **settings)
+        return ids, [False] * len(ids)
+
+    def _count(self, messages):
         """Counts a conversation that spells control tokens in its messages."""
         if any(map(self.tokenizer.spells, texts(messages))):
-            self.tally.notes[spelled(self.tokenizer)] += 1
+            self.notes[spelled(self.tokenizer)] += 1
 
     def _continued(self, messages, tools):
         roles = [message["role"] for message in messages]
@@ -46,7 +54,7 @@ class Rendering:
         parts = prompt["content"], answer["content"]
         *document, joined = chat.continuation(*parts, self.tokenizer, ended=ended)
         if joined:
-            self.tally.notes[JOINED] += 1
+            self.notes[JOINED] += 1
         return tuple(document)
 
 

@@ -3,7 +3,8 @@
     FOLDER/manifest.json       dtype, counts, tokenizer; size and SHA-256 of each file
     FOLDER/tokens-00000.bin    a shard's documents one after the other, little endian
     FOLDER/offsets-00000.npy   i64[N + 1]: where each document begins, the end last
-    FOLDER/COLUMN-00000.npy    one value a document, where columns were written
+    FOLDER/COLUMN-00000.npy    one value a document, where columns were written; of a
+                               column of bytes, where each begins in COLUMN-00000.bin
 
 A folder is written as a stream and appears whole or not at all. Documents are stored as
 they are trained on, bos and eos included (`text.chat.document`).
@@ -26,8 +27,10 @@ FORMAT = "stagecraft-shards"
 VERSION = 1
 # A shard is closed after the document that brings it to this many tokens.
 SHARD_TOKENS = 2**27
-# Tokens collected before they are written.
+# Tokens, or bytes of a column, collected before they are written.
 _BUFFER = 2**20
+# What the manifest says of a column of bytes, in place of the names of its texts.
+BYTES = "bytes"
 
 
 def is_folder(path):
@@ -64,7 +67,7 @@ class Shards:
         counts = [shard["documents"] for shard in self.manifest["shards"]]
         self._ends = np.cumsum(counts)
         self._check_sizes()
-        self._open = {}  # shard number: (ids, offsets)
+        self._open = {}  # (what, shard number): (values, offsets)
 
     def __len__(self):
         return self.manifest["documents"]
@@ -76,26 +79,34 @@ class Shards:
 
     def read(self, number, start=0, stop=None):
         """Returns the ids of a document from `start` to before `stop`; a view."""
+        return self._slice("tokens", number, start, stop)
+
+    def bytes_of(self, name, number, start=0, stop=None):
+        """Returns a document's value of a column of bytes, or a part; a view, u8[n]."""
+        return self._slice(name, number, start, stop)
+
+    def _slice(self, what, number, start, stop):
         shard = 0
         if len(self._ends) > 1:
             shard = int(np.searchsorted(self._ends, number, side="right"))
             number -= int(self._ends[shard - 1]) if shard else 0
-        ids, offsets = self._shard(shard)
+        values, offsets = self._mapped(what, shard)
         first, end = int(offsets[number]), int(offsets[number + 1])
         last = end if stop is None else min(first + stop, end)
-        return ids[first + start : last]
+        return values[first + start : last]
 
     @functools.cached_property
     def lengths(self):
         """Returns the tokens of each document, i64[N]."""
-        every = [np.diff(self._shard(i)[1]) for i in range(len(self._ends))]
+        shards = range(len(self._ends))
+        every = [np.diff(self._mapped("tokens", i)[1]) for i in shards]
         return np.concatenate(every)
 
     def begins_with(self, token):
         """Whether each document's first id is this one, bool[N]."""
         every = []
         for number in range(len(self._ends)):
-            ids, offsets = self._shard(number)
+            ids, offsets = self._mapped("tokens", number)
             some = np.flatnonzero(np.diff(offsets))
             first = np.zeros(len(offsets) - 1, bool)
             first[some] = ids[offsets[some]] == token
@@ -103,7 +114,10 @@ class Shards:
         return np.concatenate(every)
 
     def column(self, name):
-        """Returns one value a document: numbers, or texts as an array of objects."""
+        """Returns one value a document: numbers, or texts as an array of objects.
+
+        A column of bytes is read by `bytes_of`.
+        """
         columns = self.manifest["columns"]
         if name not in columns:
             raise UserError(
@@ -154,20 +168,22 @@ class Shards:
         # Grain compares it when an iterator goes on from a saved state.
         return f"Shards({str(self.path)!r}, {self.digest[:12]})"
 
-    def _shard(self, number):
-        if number not in self._open:
-            tokens = self.path / _name("tokens", number, "bin")
-            count = self.manifest["shards"][number]["tokens"]
-            ids = np.zeros(0, self.dtype)
-            if count:  # an empty file cannot be mapped
-                with open(tokens, "rb") as file:
+    def _mapped(self, what, number):
+        """Returns the values of a shard one after the other, and where each begins."""
+        if (what, number) not in self._open:
+            tokens = what == "tokens"
+            dtype = self.dtype if tokens else np.dtype(np.uint8)
+            path = self.path / _name(what, number, "bin")
+            values = np.zeros(0, dtype)
+            if path.stat().st_size:  # an empty file cannot be mapped
+                with open(path, "rb") as file:
                     bytes_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 # A plain array over the map: slicing np.memmap is ten times slower.
-                ids = np.frombuffer(bytes_, self.dtype)
-            path = self.path / _name("offsets", number)
+                values = np.frombuffer(bytes_, dtype)
+            path = self.path / _name("offsets" if tokens else what, number)
             offsets = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            self._open[number] = ids, offsets
-        return self._open[number]
+            self._open[what, number] = values, offsets
+        return self._open[what, number]
 
     def _files(self):
         """Yields (path, what the manifest says of it) of every file."""
@@ -233,6 +249,7 @@ def write(
     columns=(),
     settings=None,
     shard_tokens=SHARD_TOKENS,
+    empty=False,
 ):
     """Writes documents as they come; holds no more than a buffer of them.
 
@@ -243,13 +260,15 @@ def write(
         tokenizer_digest: the tokenizer's `digest`, compared when a run reads them.
         vocab_size: ids are below it; up to 65,536 they take two bytes, else four.
         columns: names of values kept beside each document: numbers or texts, such as
-            "score" or "source".
+            "score" or "source", or bytes of any length.
         settings: a dict of JSON values kept in the manifest: how it was made.
         shard_tokens: a shard ends with the document that reaches this many.
+        empty: whether there may be no document.
 
     Returns:
         the manifest's dict. Raises UserError, and leaves nothing behind, where there is
-        no document, an id is outside the vocabulary, or the disk is full.
+        no document and must be one, an id is outside the vocabulary, or the disk is
+        full.
     """
     # Every process of a program may fill a cache of its own machine.
     with storage.new_folder(folder, concurrent=True) as temporary:
@@ -265,7 +284,7 @@ def write(
             "settings": settings or {},
             **writer.finish(),
         }
-        if not manifest["documents"]:
+        if not (manifest["documents"] or empty):
             raise UserError(f"{folder}: no document to write")
         text = storage.json_text(manifest)
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
@@ -324,8 +343,8 @@ class _Writer:
         }
 
     def _begin(self):
-        path = self.folder / _name("tokens", len(self.shards), "bin")
-        self.file, self.hash = path.open("wb"), hashlib.sha256()
+        self.file = _File(self.folder / _name("tokens", len(self.shards), "bin"))
+        self.beside = {}  # column of bytes: its file
         self.buffer, self.buffered, self.began = [], 0, self.tokens
         self.lengths, self.values = [], {name: [] for name in self.columns}
 
@@ -341,9 +360,7 @@ class _Writer:
                 f"{self.documents}: has id {bad}, outside the tokenizer's "
                 f"{self.vocab_size} ids"
             )
-        data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
-        self.hash.update(data)
-        self.file.write(data)
+        self.file.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
         self.buffer, self.buffered = [], 0
 
     def _add_values(self, values):
@@ -353,7 +370,9 @@ class _Writer:
                 f"{', '.join(self.columns)}, got {values!r}"
             )
         for name, value in values.items():
-            if isinstance(value, str):
+            if isinstance(value, bytes):
+                value = self._add_bytes(name, value)
+            elif isinstance(value, str):
                 value = self.codes[name].setdefault(value, len(self.codes[name]))
                 self.columns[name] = list(self.codes[name])
             elif self.columns[name] is not None:
@@ -363,19 +382,25 @@ class _Writer:
                 )
             self.values[name].append(value)
 
+    def _add_bytes(self, name, value):
+        """Writes a value of a column of bytes; returns its length."""
+        self.columns[name] = BYTES
+        if name not in self.beside:
+            path = self.folder / _name(name, len(self.shards), "bin")
+            self.beside[name] = _File(path)
+        self.beside[name].write(value)
+        return len(value)
+
     def _close(self):
         self._flush()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
         number, files = len(self.shards), {}
-        path = self.folder / _name("tokens", number, "bin")
-        files[path.name] = dict(bytes=path.stat().st_size, sha256=self.hash.hexdigest())
-        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        arrays = {"offsets": offsets.astype("<i8")}
+        for file in (self.file, *self.beside.values()):
+            files[file.path.name] = file.close()
+        arrays = {"offsets": _offsets(self.lengths)}
         for name, values in self.values.items():
             dtype = np.float64 if self.columns[name] is None else np.int32
-            arrays[name] = np.array(values, dtype)
+            has_bytes = self.columns[name] == BYTES
+            arrays[name] = _offsets(values) if has_bytes else np.array(values, dtype)
         for name, array in arrays.items():
             path = self.folder / _name(name, number)
             np.save(path, array, allow_pickle=False)
@@ -391,6 +416,31 @@ class _Writer:
                 "files": files,
             }
         )
+
+
+class _File:
+    """A file that is appended to, and hashed meanwhile."""
+
+    def __init__(self, path):
+        self.path, self._hash, self._size = path, hashlib.sha256(), 0
+        self._file = path.open("wb", buffering=_BUFFER)
+
+    def write(self, data):
+        self._hash.update(data)
+        self._file.write(data)
+        self._size += len(data)
+
+    def close(self):
+        """Returns what the manifest says of the file, once it is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+
+def _offsets(lengths):
+    """Returns where each of several values begins, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
 
 
 def _name(what, number, suffix="npy"):

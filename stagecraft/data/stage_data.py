@@ -6,21 +6,19 @@ A files spec names a user's files, or "world:NAME" (what the embedded world wrot
 commas.
 """
 
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from stagecraft import schema
-from stagecraft.data import files, mixture, packing, readers, tally
+from stagecraft.data import conversations, files, mixture, readers, tally
 from stagecraft.data.dataset import Dataset, hold_out
-from stagecraft.data.rendering import Rendering
+from stagecraft.data.documents import Rendered
 from stagecraft.data.tally import Tally
 from stagecraft.models.locate import shortest_context
-from stagecraft.text import chat
 
 _log = logging.getLogger("stagecraft.data")
 # Keys of a data config that name files.
@@ -46,13 +44,13 @@ class StageData(NamedTuple):
 
     dataset: Dataset | None = None
     heldout: Dataset | None = None
-    samples: list | tuple = ()
-    prompts: list | tuple = ()
-    records: list | tuple = ()
+    samples: Sequence = ()
+    prompts: Sequence = ()
+    records: Sequence = ()
     reference: Dataset | None = None
     digests: dict[str, str] | None = None
     reading: dict | None = None
-    asked: list | tuple = ()
+    asked: Sequence = ()
 
 
 class Sources(NamedTuple):
@@ -73,26 +71,6 @@ class Sources(NamedTuple):
     max_length: int
     cache: Path
     tally: Tally
-
-    def rendering(self) -> Rendering:
-        """Returns what renders the conversations of the stage."""
-        return Rendering(self.tally.data, self.tokenizer, self.tally)
-
-
-class Row(NamedTuple):
-    """A record that becomes a row.
-
-    Attributes:
-        record: a Comparison, Judgement or Prompt, or a list of Judgements.
-        part: number of the part of data.files that it is from; -1 for held-out files.
-        documents: (ids, mask) of each sequence of the row.
-        where: FILE:LINE of the record.
-    """
-
-    record: tuple | list
-    part: int
-    documents: tuple = ()
-    where: str = ""
 
 
 def stages_named(data) -> list[str]:
@@ -169,106 +147,57 @@ def order_seed(stage, sources) -> int:
     return sources.seed + stage.seed
 
 
-def read_rows(read, spec, sources, number=None) -> list[Row]:
-    """Reads the records of a files spec, each with the part of it that it is from.
+def records(use, sources, **how) -> tuple[Rendered, int]:
+    """Reads the records of a stage's files.
 
     Args:
-        read: `readers.comparisons` or its like.
-        spec: of files.
-        sources: a Sources. Parts matter where the stage's data config mixes them.
-        number: of the one part that all of them are; None counts the parts.
+        use, **how: as of `conversations.rendered`.
+        sources: a Sources.
+
+    Returns:
+        the records, and how many of their sources are trained on: data.files, or each
+        part of it where those are mixed. The held-out files are one source more.
     """
-    data, counts = sources.tally.data, sources.tally
+    data, specs = sources.tally.data, sources.specs
     mixture.check(data)
-    apart = number is None and mixture.wanted(data)
-    parts = schema.listed(spec) if apart else [spec]
-    mapping, rows = readers.fields(data.fields), []
-    for place, part in enumerate(parts):
-        read_before = len(counts.places)
-        records = read(part, mapping, counts)
-        wheres = counts.places[read_before:]
-        rows += [
-            Row(record, place if number is None else number, where=where)
-            for record, where in zip(records, wheres, strict=True)
-        ]
-    return rows
+    parts = [specs["files"]]
+    if mixture.wanted(data):
+        parts = schema.listed(specs["files"])
+    every = [*parts, *filter(None, [specs.get("heldout")])]
+    mapping = readers.fields(data.fields)
+    return conversations.rendered(use, every, sources, mapping=mapping, **how), len(
+        parts
+    )
 
 
-def split_rows(read, stage, sources) -> tuple[list[Row], list[Row]]:
-    """Reads the records to train on, and those held out."""
-    rows = read_rows(read, sources.specs["files"], sources)
-    train, heldout = hold_out(rows, stage.data.heldout_share, sources.seed, _prompt_of)
-    if "heldout" in sources.specs:
-        heldout += read_rows(read, sources.specs["heldout"], sources, -1)
-    return train, heldout
+def split(sources_of, parts, key, data, seed) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of the rows to train on and of those held out, i64.
+
+    Args:
+        sources_of: the source of each row, i64[N].
+        parts: how many sources are trained on.
+        key: (number) -> what rows that are held out together have in common.
+        data: the stage's data config.
+        seed: of the experiment.
+    """
+    learned = np.flatnonzero(sources_of < parts)
+    train, heldout = hold_out(learned, data.heldout_share, seed, key)
+    others = np.flatnonzero(sources_of >= parts)
+    heldout = np.concatenate([heldout, others]).astype(np.int64)
+    return np.array(train, np.int64), heldout
 
 
-def prompt_key(prompt: str | list[dict]) -> str:
-    """Returns what equal prompts have in common, be they texts or messages."""
-    turns = [
-        {k: v for k, v in message.items() if k != "weight"}
-        for message in chat.as_messages(prompt)
-    ]
-    return json.dumps(turns, sort_keys=True)
-
-
-def _prompt_of(row):
-    several = isinstance(row.record, list)  # the judgements of one pair
-    return prompt_key((row.record[0] if several else row.record).prompt)
-
-
-def mixed_rows(stage, rows, size, seed):
+def mixed_rows(stage, parts_of, size, seed):
     """Returns the `Mixture` of a stage's rows and its report; None and {} for none.
 
     Args:
         stage: its config.
-        rows: list of Row.
+        parts_of: the part of data.files that each row is of, i64[N].
         size: rows of a batch.
         seed: of the order.
     """
     if not mixture.wanted(stage.data):
         return None, {}
-    at = np.array([row.part for row in rows])
     count = len(schema.listed(stage.data.files))
-    members = [np.flatnonzero(at == part) for part in range(count)]
+    members = [np.flatnonzero(parts_of == part) for part in range(count)]
     return mixture.make(stage.data, members, None, stage.steps, size, seed)
-
-
-def longest(rows) -> int:
-    """Returns the tokens of the longest sequence."""
-    return max(len(ids) for row in rows for ids, _ in row.documents)
-
-
-def padded(arrays, train, heldout, report, stage, sources) -> StageData:
-    """Makes datasets of padded rows, as long as the longest row needs.
-
-    Args:
-        arrays: (rows, length, number of the first) -> {name: array [N, ...]}.
-        train, heldout: lists of Row.
-        report: {name: number} about the rows.
-        stage: its config.
-        sources: a Sources.
-    """
-    answers = [document for row in train for document in row.documents]
-    where = f"data.files={stage.data.files}"
-    chat.check_ends(answers, sources.tokenizer, where, required=False)
-    length = min(packing.rounded(longest(train)), stage.data.length)
-    seed = order_seed(stage, sources)
-    mixed, shares = mixed_rows(stage, train, stage.batch_size, seed)
-    dataset = Dataset(
-        [(arrays(train, length, 0), stage.batch_size)],
-        seed=seed,
-        mixture=mixed,
-        buckets=stage.data.buckets,
-        workers=stage.data.workers,
-        report=report | shares,
-    )
-    if not heldout:
-        return StageData(dataset)
-    length = min(packing.rounded(max(length, longest(heldout))), stage.data.length)
-    # Numbered on from the others, so that an index means one row.
-    rows = arrays(heldout, length, len(train))
-    evaluated = Dataset([(rows, stage.batch_size)], seed=sources.seed)
-    records = [row.record for row in heldout]
-    asked = [{"prompt": one.prompt} for one in records if not one.tools]
-    return StageData(dataset, evaluated, asked=asked)

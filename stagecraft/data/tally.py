@@ -14,6 +14,7 @@ import logging
 import re
 
 from stagecraft import schema
+from stagecraft.data import containers
 from stagecraft.errors import UserError
 
 BAD = ("refuse", "drop")
@@ -42,7 +43,7 @@ class Tally:
         targets, lost: tokens to learn from in all that was read, and lost of them.
         unread: {key: records where it holds something that is not read}.
         notes: {what else was done: count}.
-        places: FILE:LINE of each record that was read, in order.
+        recognised: (path, records, what they are) of each file of records.
     """
 
     def __init__(self, data=None):
@@ -50,7 +51,7 @@ class Tally:
         self.read = self.cut = self.longest = self.targets = self.lost = 0
         self.dropped, self.first = collections.Counter(), {}
         self.unread, self.notes = collections.Counter(), collections.Counter()
-        self.places = []
+        self.recognised = []
 
     # -- counting ----------------------------------------------------------------------
 
@@ -130,17 +131,35 @@ class Tally:
         self.drop(reason, where, count)
         return None
 
-    def kept_beside(self) -> dict:
-        """Returns what was counted of text, as JSON values to keep beside its ids."""
-        names = ("read", "dropped", "first", "notes")
-        return {name: value for name in names if (value := getattr(self, name))}
+    def short(self, longest, targets):
+        """Counts rows that fit: their longest sequence, and what they teach."""
+        self.longest = max(self.longest, int(longest))
+        self.targets += int(targets)
 
-    def add(self, beside):
-        """Adds what `kept_beside` returned."""
-        self.read += beside["read"]
+    def kept_beside(self, paths) -> dict:
+        """Returns what was counted of files, as JSON values to keep beside their ids.
+
+        Args:
+            paths: the files; what is kept names them by their numbers.
+        """
+        names = ("read", "dropped", "unread", "notes")
+        values = {name: value for name in names if (value := getattr(self, name))}
+        numbers = {str(path): number for number, path in enumerate(paths)}
+        first = {k: list(place(w, numbers)) for k, w in self.first.items()}
+        files = [[numbers[str(p)], *rest] for p, *rest in self.recognised]
+        return values | {"first": first, "recognised": files}
+
+    def add(self, beside, paths):
+        """Adds what `kept_beside` returned, of files that may have other names now."""
+        self.read += beside.get("read", 0)
         for reason, count in beside.get("dropped", {}).items():
-            self.drop(reason, beside["first"][reason], count)
-        self.notes.update(beside.get("notes", {}))
+            number, line = beside["first"][reason]
+            where = containers.where(paths[number], line) if number >= 0 else ""
+            self.drop(reason, where, count)
+        for name in ("unread", "notes"):
+            getattr(self, name).update(beside.get(name, {}))
+        for number, *rest in beside.get("recognised", ()):
+            self.recognised.append((paths[number], *rest))
 
     # -- saying ------------------------------------------------------------------------
 
@@ -215,6 +234,22 @@ class Tally:
         """Logs what became of the records of a stage."""
         for line in self.lines():
             _log.info("%s: %s", stage or f"data.files={self.data.files}", line)
+
+
+def place(where, numbers):
+    """Returns (number of the file, line) of FILE:LINE; line 0 for a file as a whole.
+
+    Args:
+        where: FILE:LINE; "" is (-1, 0).
+        numbers: {file: its number}.
+
+    >>> place("a:1.jsonl:20", {"a:1.jsonl": 3}), place("b", {"b": 0})
+    ((3, 20), (0, 0))
+    """
+    if where in numbers or not where:
+        return numbers.get(where, -1), 0
+    path, _, line = where.rpartition(":")
+    return numbers[path], int(line)
 
 
 def _reason(message):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stagecraft import experiment, run, runs
-from stagecraft.data import packing, stage_data
+from stagecraft.data import answers, packing, stage_data
 from stagecraft.models.language import Language
 from stagecraft.preview.graph import edges
 from stagecraft.preview.temporary import temporary
@@ -124,6 +124,9 @@ def document_lengths(rows: Any) -> tuple[str, np.ndarray]:
     if isinstance(rows, packing.Rows):
         used = np.unique(rows.plan.documents)
         return "documents", rows.documents.lengths[used]
+    if not isinstance(rows, dict):
+        prompts = isinstance(rows, answers.PromptRows)
+        return "prompts" if prompts else "sequences", rows.lengths
     if "prompt_mask" in rows:
         return "prompts", rows["prompt_mask"].sum(-1)
     segments = rows["segments"].reshape(-1, rows["segments"].shape[-1])
@@ -134,11 +137,11 @@ def document_lengths(rows: Any) -> tuple[str, np.ndarray]:
 
 def over_limit(stage: ConfigDict, rows: Any, report: Mapping) -> str:
     """Returns what becomes of documents longer than a row; "" where none are."""
-    if isinstance(rows, packing.Rows):
+    if isinstance(rows, packing.Rows) and stage.data.format == "text":
         _, sizes = document_lengths(rows)
         share, length = (sizes > rows.length).mean(), rows.length
         return f"{share:.1%} are longer than data.length={length}: split over rows"
-    if "prompt_mask" in rows:
+    if "prompts" in report:
         return ""
     length = stage.data.length
     dropped = report.get("dropped", 0) - report.get("identical", 0)

@@ -16,10 +16,11 @@ as they are when a model answers.
 """
 
 import bisect
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from stagecraft.errors import UserError
 from stagecraft.text.tokenizer import Tokenizer
@@ -217,13 +218,13 @@ def _apart(encoded, messages, tools, tokenizer, write):
         return encoded
     again = tokenizer.encode_turns(messages, tools, write, cuts)
     if tokenizer.decode(again[0]) != tokenizer.decode(ids):
-        _say(
+        say(
             "the first characters of an answer are one token with the last of its "
             "prompt, and this tokenizer cannot part them: such answers are learned "
             "from another token than the model is asked with"
         )
         return encoded
-    _say(
+    say(
         "the first characters of an answer (a newline, a space) would be one token "
         "with the last of its prompt: they are tokenised apart, as when the model "
         "answers"
@@ -248,7 +249,7 @@ def _with_ends(ids, mask, offsets, spans, tokenizer):
             last += 1
         if last < len(ids) and ids[last] in stops:
             mask[after : last + 1] = [True] * (last + 1 - after)
-            _say(
+            say(
                 "the chat template writes the end of a turn outside of what it marks "
                 "as the assistant's: it is learned with the answer that it directly "
                 "follows"
@@ -256,29 +257,50 @@ def _with_ends(ids, mask, offsets, spans, tokenizer):
     return mask
 
 
-@functools.cache
-def _say(line):
+# Sets of lines, of whoever notes what is said meanwhile.
+_listeners = []
+
+
+def say(line):
     """Prints a line about conversations, once."""
+    for lines in _listeners:
+        lines.add(line)
+    _say_once(line)
+
+
+@functools.cache
+def _say_once(line):
     _log.warning(line)
 
 
-def check_ends(
-    documents: Iterable, tokenizer: Tokenizer, where: str, *, required: bool
-) -> None:
+@contextlib.contextmanager
+def listening():
+    """Yields the set of lines that are said of conversations meanwhile."""
+    lines = set()
+    _listeners.append(lines)
+    try:
+        yield lines
+    finally:
+        _listeners[:] = [one for one in _listeners if one is not lines]
+
+
+def ends(ids: Sequence, mask: Sequence, tokenizer: Tokenizer) -> bool:
+    """Returns whether a conversation has an end of turn to learn."""
+    stops = {*tokenizer.stops}
+    backwards = zip(reversed(ids), reversed(mask), strict=True)
+    return any(learned and token in stops for token, learned in backwards)
+
+
+def check_ends(ends: int, total: int, where: str, *, required: bool) -> None:
     """Says in how many conversations the model learns to end its turn.
 
     Args:
-        documents: (ids, mask) of each.
-        tokenizer: its `stops` end a turn.
+        ends: how many have an end of turn to learn.
+        total: how many have anything to learn.
         where: the key of the data, for the line.
         required: whether all are to, and data in which none does are refused; without,
             a line says where none does.
     """
-    stops, total, ends = {*tokenizer.stops}, 0, 0
-    for ids, mask in documents:
-        backwards = zip(reversed(ids), reversed(mask), strict=True)
-        ends += any(learned and token in stops for token, learned in backwards)
-        total += any(mask)
     if ends >= total or (ends and not required):
         return
     line = f"{where}: {ends} of {total} conversations hold an end of turn to learn"

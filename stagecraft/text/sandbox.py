@@ -4,7 +4,7 @@ A template comes with a model from the internet and is a program. Its sandbox ke
 from Python's insides, but not from a loop without end or a text without bounds, and a
 thread that runs one cannot be stopped. So a child process renders, which the system
 itself ends when a request takes too long or too much memory. It is started once for a
-template and answers line by line.
+template, and once for each thread that renders, and answers line by line.
 
 This file is also that child's program; it needs jinja2 and nothing of this package.
 """
@@ -17,6 +17,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 
 import jinja2
 import jinja2.ext
@@ -51,9 +53,9 @@ class Sandbox:
     """
 
     def __init__(self, sources, moment=""):
-        self._sources, self._moment = sources, moment
-        self._child, self._owner = None, None
-        self.has_blocks = self._send_sources()["has_blocks"]
+        self._start_message = {"sources": sources, "moment": moment}
+        self._own = threading.local()  # its `child` is of one thread
+        self.has_blocks = self._child().started["has_blocks"]
 
     def render(self, requests):
         """Returns the texts of several renderings, all at one moment in time.
@@ -66,15 +68,44 @@ class Sandbox:
         Raises:
             Failed: a template refused, broke its bounds or is wrong.
         """
-        return self._ask({"requests": requests})["texts"]
+        return self._child().ask({"requests": requests})["texts"]
 
-    def _ask(self, question):
-        if self._child is None or self._owner != os.getpid():
-            self._start()
+    def _child(self):
+        # Another thread, or a process forked from this one, needs one of its own.
+        child = getattr(self._own, "child", None)
+        if child is None or child.owner != os.getpid() or child.ended:
+            child = self._own.child = _Child(self._start_message)
+        return child
+
+
+class _Child:
+    """A process that renders; it ends with the thread that has it, or this program.
+
+    Attributes:
+        owner: id of the process that started it.
+        started: its answer to the templates.
+        ended: whether it was stopped.
+    """
+
+    def __init__(self, start):
+        self.owner, self.ended = os.getpid(), False
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(SECONDS), str(MEMORY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+        )
+        _running.add(self)
+        self.started = self.ask(start)
+
+    def ask(self, question):
+        """Returns the answer to a question; Failed where it is an error, or none."""
         try:
-            self._child.stdin.write(json.dumps(question) + "\n")
-            self._child.stdin.flush()
-            line = self._child.stdout.readline()
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -89,36 +120,27 @@ class Sandbox:
             raise Failed(answer["error"], answer["always"])
         return answer
 
-    def _start(self):
-        # A process forked from the one that started a child needs one of its own.
-        self._owner = os.getpid()
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(SECONDS), str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="ascii",
-        )
-        atexit.register(self.close)
-        if "has_blocks" in self.__dict__:
-            self._send_sources()
-
-    def _send_sources(self):
-        return self._ask({"sources": self._sources, "moment": self._moment})
-
     def close(self):
-        """Ends the child; the next rendering starts another."""
-        atexit.unregister(self.close)
-        if self._child is not None and self._owner == os.getpid():
-            self._child.kill()
-            self._child.stdin.close()
-            self._child.stdout.close()
-            self._child.wait()
-        self._child = None
+        """Ends the process, if it is this one's."""
+        if not self.ended and self.owner == os.getpid():
+            self._process.kill()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+        self.ended = True
 
     def __del__(self):
         self.close()
+
+
+# Children to end with this program.
+_running = weakref.WeakSet()
+
+
+@atexit.register
+def _end_children():
+    for child in list(_running):
+        child.close()
 
 
 # -- the child -------------------------------------------------------------------------

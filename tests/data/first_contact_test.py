@@ -322,7 +322,7 @@ def test_prompts_too_long_are_refused_together_dropped_or_cut(data, chatml):
     with pytest.raises(UserError, match="data.jsonl:2: .* 2 of 4 prompts are too long"):
         data("policy", records, **room)
     made, said = data("policy", records, too_long="drop", **room)
-    assert made.prompts == ["q", "r"] and made.dataset.rows == 2
+    assert list(made.prompts) == ["q", "r"] and made.dataset.rows == 2
     assert [record["prompt"] for record in made.records] == ["q", "r"]
     assert "4 prompts read, 2 used; 2 dropped: 2 too long (first" in said[-1]
     made, said = data("policy", records, too_long="cut", **room)
@@ -582,7 +582,7 @@ def test_two_keys_are_joined_by_fields(data, chatml):
     assert "Count.\n\nbanana<|im_end|>" in whole and "user\nCount.<|im_end|>" in alone
     assert not any("not read" in line for line in said)
     made, _ = data("policy", [record], fields="prompt=task+given")
-    assert made.records == [record | {"prompt": "Count.\n\nbanana"}]
+    assert list(made.records) == [record | {"prompt": "Count.\n\nbanana"}]
     with pytest.raises(UserError, match="expected a text under each key to join"):
         data("language_model", [record | {"given": 3}], fields=fields)
 
@@ -607,4 +607,4 @@ def test_a_record_keeps_its_prompt_whole(data):
     made, _ = data(
         "comparisons", [{"prompt": "q"}, {"prompt": "w " * 300}], too_long="drop"
     )
-    assert made.prompts == ["q"] and made.reading["dropped"] == {"too long": 1}
+    assert list(made.prompts) == ["q"] and made.reading["dropped"] == {"too long": 1}

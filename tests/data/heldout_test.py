@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stagecraft.data import stage_data
+from stagecraft.data import conversations
 from stagecraft.data.dataset import hold_out
 from stagecraft.errors import UserError
 
@@ -52,12 +52,12 @@ RECORDS = {
 
 def test_a_text_and_its_message_are_one_prompt():
     message = {"role": "user", "content": "Is it?"}
-    alike = stage_data.prompt_key("Is it?"), stage_data.prompt_key([message])
-    assert alike[0] == alike[1] != stage_data.prompt_key("Is it")
+    alike = conversations.prompt_key("Is it?"), conversations.prompt_key([message])
+    assert alike[0] == alike[1] != conversations.prompt_key("Is it")
     # What is learned of an earlier answer is no part of the prompt.
     answer = {"role": "assistant", "content": "No."}
     keys = {
-        stage_data.prompt_key([message, answer | weight, message])
+        conversations.prompt_key([message, answer | weight, message])
         for weight in ({}, {"weight": 0}, {"weight": 1})
     }
     assert len(keys) == 1 and alike[0] not in keys

@@ -16,9 +16,9 @@ import pytest
 
 from stagecraft.data import mixture, packing, shards
 from stagecraft.data.dataset import Dataset
-from stagecraft.data.documents import InMemory, Stored
+from stagecraft.data.documents import Stored
 from stagecraft.errors import UserError
-from tests.data.packed import pack
+from tests.data.packed import InMemory, pack
 
 STEPS = 1000
 
@@ -313,7 +313,7 @@ def test_stored_and_held_documents_make_the_same_rows(folders):
         ids, mask = stored.piece(number, 0, 10**6)
         assert mask[1:].all() and mask[0] == (ids[0] != bos)
         rows.append((ids.tolist(), mask.tolist()))
-    held = InMemory([rows])
+    held = InMemory(rows)
     assert (held.lengths == stored.lengths).all()
     for length in (None, 7):
         assert (held.learned(length) == stored.learned(length)).all()

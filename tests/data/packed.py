@@ -3,7 +3,21 @@
 import numpy as np
 
 from stagecraft.data import packing
-from stagecraft.data.documents import InMemory
+
+
+class InMemory:
+    """Documents that are lists, with what packing asks of `documents`."""
+
+    def __init__(self, documents):
+        self.documents = documents
+        self.lengths = np.array([len(ids) for ids, _ in documents], np.int64)
+
+    def learned(self, length=None):
+        return np.array([sum(mask[:length]) for _, mask in self.documents], np.int64)
+
+    def piece(self, number, start, stop):
+        ids, mask = self.documents[number]
+        return ids[start:stop], mask[start:stop]
 
 
 def pack(documents, length, *, strategy="bfd_split"):
@@ -12,6 +26,6 @@ def pack(documents, length, *, strategy="bfd_split"):
     weights = None
     if any(len(one) > 2 for one in documents):
         weights = np.array([one[2] for one in documents], np.float32)
-    bare = InMemory([[one[:2] for one in documents]])
+    bare = InMemory([one[:2] for one in documents])
     rows = packing.Rows(bare, plan, length, weights=weights)
     return rows.take(np.arange(len(rows)))

@@ -194,4 +194,4 @@ def test_a_renamed_prompt_is_found_by_verifiers_under_our_name(build):
     made = build(
         *("policy", records), fields="prompt=question", batch_size=1, max_new_tokens=16
     )
-    assert made.records == [records[0] | {"prompt": "What is 1 + 1?"}]
+    assert list(made.records) == [records[0] | {"prompt": "What is 1 + 1?"}]

@@ -143,8 +143,8 @@ def test_prompts_carry_their_row_and_keep_their_record(build, tokenizer):
     ]
     for kind in ("policy", "group_policy", "online_preference"):
         made = build(kind, records, max_new_tokens=16)
-        assert made.records == records
-        assert made.prompts == [record["prompt"] for record in records]
+        assert list(made.records) == records
+        assert list(made.prompts) == [record["prompt"] for record in records]
         for step in range(3):
             batch = made.dataset.batch_at(step)
             assert {*batch} == {"prompt_ids", "prompt_mask", "index"}

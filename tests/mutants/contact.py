@@ -70,7 +70,7 @@ _CONTACT = (
         "tests/data/first_contact_test.py -k spell",
         (
             "spelled control tokens are not counted",
-            "self.tally.notes[spelled(self.tokenizer)] += 1",
+            "self.notes[spelled(self.tokenizer)] += 1",
             "pass",
         ),
     ),

@@ -44,53 +44,107 @@ _STAGE_DATA = (
         "tests/data/comparisons_test.py tests/data/stage_data_test.py",
         (
             "chosen and rejected are swapped",
-            "arrays = packing.pad_answers([row.documents for row in rows], length)",
-            "arrays = packing.pad_answers([r.documents[::-1] for r in rows], length)",
-        ),
-        (
-            "earlier turns are compared",
-            'render([*one.prompt, *a], one.tools, turns="last")',
-            'render([*one.prompt, *a], one.tools, turns="all")',
-        ),
-        (
-            "pairs too long are cut",
-            "documents = counts.fit(documents, stage.data.length, row.where, count)",
-            "",
+            "sequences += every",
+            "sequences += [pair[::-1] for pair in every]",
         ),
         (
             "labels inverted",
-            "np.array([row.record.label for row in rows], bool)",
-            "np.array([not row.record.label for row in rows], bool)",
+            'rendered.numbers("label")[rendered.firsts] > 0',
+            'rendered.numbers("label")[rendered.firsts] == 0',
+        ),
+        (
+            "held-out rows have training indices",
+            "arrays = numbered(heldout, length, len(train.records))",
+            "arrays = numbered(heldout, length, 0)",
+        ),
+    ),
+    *in_file(
+        "stagecraft/data/conversations.py",
+        "tests/data/conversations_test.py",
+        (
+            "earlier turns are compared",
+            "turns=self.turns",
+            'turns="all"',
+            "tests/data/comparisons_test.py tests/data/stage_data_test.py",
+        ),
+        ("the moment is not in the key", "sorted(tokenizer.files.items())", "()"),
+        ("turns are not in the key", '"turns": turns,', ""),
+        ("the files are not in the key", '"content": files.digest(paths),', ""),
+        ("fields are not in the key", '"fields": mapping or {},', ""),
+        (
+            "the cache counts nothing",
+            'counts.add(settings["reading"], paths)',
+            "",
+        ),
+        (
+            "the cache does not say what was recognised",
+            "readers.say(counts.recognised[begun:])",
+            "",
+        ),
+        (
+            "an absent margin is 0",
+            "math.nan if value is None else float(value)",
+            "float(value or 0)",
+        ),
+        ("records of one prompt differ", "prompt_key(prompt).encode()", "b''"),
+    ),
+    *in_file(
+        "stagecraft/data/documents.py",
+        "tests/data/conversations_test.py",
+        (
+            "masks begin at a byte",
+            "bits[start % 8 :][: len(ids)]",
+            "bits[: len(ids)]",
+        ),
+        (
+            "a cut counts all targets",
+            "np.flatnonzero(self.lengths > length)",
+            "np.flatnonzero(self.lengths < 0)",
+        ),
+    ),
+    *in_file(
+        "stagecraft/data/answers.py",
+        "tests/data/conversations_test.py",
+        (
+            "pairs too long are cut",
+            "return self.where(fit)",
+            "return self",
+            "tests/data/comparisons_test.py tests/data/stage_data_test.py",
+        ),
+        (
+            "index counts from the first row",
+            "np.asarray(index, np.int32) + np.int32(self.start)",
+            "np.asarray(index, np.int32)",
+            "tests/data/stage_data_test.py",
         ),
     ),
     *in_file(
         "stagecraft/data/stage_data.py",
         "tests/data/record_mixture_test.py",
         (
-            "held-out rows have training indices",
-            "rows = arrays(heldout, length, len(train))",
-            "rows = arrays(heldout, length, 0)",
-            "tests/data/comparisons_test.py tests/data/stage_data_test.py",
-        ),
-        (
             "records of all parts are one source",
-            "place if number is None else number",
-            "0",
+            'parts = schema.listed(specs["files"])',
+            "",
         ),
         (
-            "the mixture of records is left out",
-            "mixture=mixed",
-            "",
-            dict(within="padded"),
+            "held-out records are learned",
+            "np.array(train, np.int64)",
+            "learned",
+            "tests/data/cache_test.py tests/data/stage_data_test.py",
         ),
+    ),
+    *in_file(
+        "stagecraft/data/comparisons.py",
+        "tests/data/record_mixture_test.py",
+        ("the mixture of records is left out", "mixture=mixed", ""),
     ),
     *in_file(
         "stagecraft/data/prompts.py",
         "tests/data/record_mixture_test.py",
         (
             "prompts are mixed a batch of other size",
-            "mixed_rows(stage, rows, count, seed)",
-            "mixed_rows(stage, rows, 1, seed)",
+            "mixed_rows(stage, rendered.sources[train], count, seed)",
+            "mixed_rows(stage, rendered.sources[train], 1, seed)",
         ),
         (
             "verifiers find no renamed prompt",
@@ -177,7 +231,6 @@ _SOURCES = in_file(
 _LANGUAGE = in_file(
     "stagecraft/data/corpus.py",
     "tests/data/cache_test.py tests/data/stage_data_test.py",
-    ("held-out documents are learned", "np.array(train, np.int64)", "learned"),
     (
         "text after a row's end is lost",
         '"bfd_split" if data.format == "text" else "bfd"',
@@ -288,7 +341,7 @@ _CACHE = in_file(
     ("no lock", "fcntl.flock(handle, fcntl.LOCK_EX)", "pass"),
     (
         "who waited works again",
-        "        if (cached := _cached(target)) is not None:\n"
+        "        if (cached := _cached(target, say=True)) is not None:\n"
         "            return cached\n        # What",
         "        # What",
     ),

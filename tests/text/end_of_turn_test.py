@@ -63,7 +63,7 @@ BY_THE_NEXT = template(
 
 
 def test_an_end_that_a_block_leaves_out_is_learned(load, caplog):
-    chat._say.cache_clear()
+    chat._say_once.cache_clear()
     ours = load(OUTSIDE)
     assert learned(ours, TALK) == "Yes?<|im_end|>So.<|im_end|>"
     assert learned(ours, TALK, turns="last") == "So.<|im_end|>"
@@ -90,17 +90,23 @@ def test_an_end_that_the_next_turn_writes(load, caplog):
     assert learned(ours, TALK) == "Yes?<|im_end|>So."
     one, two = (chat.render(messages, ours) for messages in (TALK[:2], TALK))
     caplog.clear()
-    chat.check_ends([one, two], ours, "data.files=x", required=True)
+    check([one, two], ours, required=True)
     (record,) = caplog.records
     assert "data.files=x: 1 of 2 conversations hold an end" in record.getMessage()
     with pytest.raises(UserError, match="x: 0 of 1 conv.*would never stop.*template"):
-        chat.check_ends([one], ours, "data.files=x", required=True)
+        check([one], ours, required=True)
     caplog.clear()
-    chat.check_ends([one], ours, "data.files=x", required=False)
+    check([one], ours, required=False)
     assert "0 of 1" in caplog.records[0].getMessage()
     caplog.clear()
-    chat.check_ends([one, two], ours, "data.files=x", required=False)
+    check([one, two], ours, required=False)
     assert not caplog.records
+
+
+def check(documents, ours, *, required):
+    ends = sum(chat.ends(*one, ours) for one in documents)
+    total = sum(any(mask) for _, mask in documents)
+    chat.check_ends(ends, total, "data.files=x", required=required)
 
 
 def data_of(kind, tokenizer, records, root):
@@ -138,11 +144,11 @@ def test_ends_are_counted_where_something_is_learned(load, caplog):
     whole = chat.render(TALK, ours)
     nothing = [whole[0], [False] * len(whole[0])]
     # A stop that is given and not learned is no end to learn.
-    chat.check_ends([whole, nothing], ours, "data.files=x", required=True)
+    check([whole, nothing], ours, required=True)
     assert not [r for r in caplog.records if "data.files" in r.getMessage()]
     given = [whole[0], [True] + [False] * (len(whole[0]) - 1)]
     with pytest.raises(UserError, match="0 of 1"):
-        chat.check_ends([given], ours, "data.files=x", required=True)
+        check([given], ours, required=True)
 
 
 # Where an answer begins
@@ -175,7 +181,7 @@ def test_the_prompt_begins_what_is_learned(source, answer, load):
 
 
 def test_every_answer_of_a_conversation_stands_apart(load, caplog):
-    chat._say.cache_clear()
+    chat._say_once.cache_clear()
     ours = load(INSIDE)
     messages = [m | {"content": f"\n{m['content']}"} for m in TALK]
     ids, _ = chat.render(messages, ours)
