@@ -263,6 +263,44 @@ def _model(config, experiment):
     return None
 
 
+def rater(where, config):
+    """Refuses settings of raters that the stage does not have."""
+    keys = {}
+    if config.rater != "judge" and (config.judge_from or config.judge.url):
+        raise UserError(
+            f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
+            "rater='judge', or name no judge"
+        )
+    if config.rater != "planted":
+        because = f"rater={config.rater!r}"
+        keys = dict.fromkeys((f"planted.{key}" for key in config.planted), because)
+    unread(where, config, keys | _unread_of_judge(config, pairs=True))
+
+
+def _unread_of_judge(config, *, pairs):
+    """Returns {key of the group judge that changes nothing: why}.
+
+    Args:
+        pairs: whether pairs are compared, in both orders; else answers get a reward.
+    """
+    own = config.judge
+    if not (config.judge_from or own.url):
+        combines = pairs and config.rater == "planted"
+        keys = [key for key in own if not (key == "combine" and combines)]
+        # Failures of any rater of pairs are counted.
+        keys = [key for key in keys if not (key == "max_failed" and pairs)]
+        return {f"judge.{key}": "neither judge_from nor judge.url" for key in keys}
+    remote = ("model", "api", "key", "timeout", "tries", "parallel")
+    if own.url:
+        keys = {"judge.batch_size": f"judge.url={own.url!r}"}
+    else:
+        keys = dict.fromkeys((f"judge.{key}" for key in remote), "judge.url=''")
+    if not pairs:
+        because = "a reward, whose answers are not compared in two orders"
+        keys |= dict.fromkeys(("judge.combine", "judge.clamp"), because)
+    return keys
+
+
 def rewards(where, config, samples=1):
     """Checks the sources of rewards: a reward model, a judge, verifiers, or several.
 
@@ -274,6 +312,7 @@ def rewards(where, config, samples=1):
     sources += len(verifiers.find(config.verifiers))
     if judged:
         judge.check_settings(where, config, (1, samples) if samples > 1 else (1,))
+    unread(where, config, _unread_of_judge(config, pairs=False))
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "

@@ -130,12 +130,7 @@ def _check(where, config, experiment, mesh):
             f"{where}.rater={config.rater!r} with reward_from={config.reward_from!r}: "
             "rater='reward' and reward_from go together"
         )
-    named = bool(config.judge_from or config.judge.url)
-    if named and config.rater != "judge":
-        raise UserError(
-            f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
-            "rater='judge', or name no judge"
-        )
+    checks.rater(where, config)
     raters.check(where, config, experiment.world.name)
     checks.files(where, config)
     checks.room(where, config, experiment)

@@ -26,6 +26,8 @@ ELSEWHERE = {
     "reward_from": "the graph",
     "value_from": "the graph",
     "verifiers": "the run, which imports them",
+    "judge_from": "the graph",
+    "judge": "the run, which makes it",
     "seed": "the run, which makes the random key",
     "batch_size": "the builders of data",
     "data": "the builders of data, see tests/data/unread_keys_test.py",
@@ -88,7 +90,7 @@ def keys_read(config, looked_for=None):
     kind, mesh, read = KINDS[config.kind], cases.single(), set()
     known = cases.models(mesh)
     known |= {"start": known["policy"], "value": known["reward"]}
-    roles = {role: known[role] for role in kind.roles}
+    roles = {role: known[role] for role in kind.roles if role != "judge"}
     verifiers = None
     if kind.samples and not config.reward_from:
         roles.pop("reward")
@@ -210,3 +212,30 @@ def test_a_setting_of_a_schedule_changes_it_or_is_refused(schedule):
         assert (rates() == rates(**{key: value})) == (key in unread), key
         if key in unread:
             refused(key, value, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "says"),
+    [
+        ("policy", dict(judge=dict(template="score")), "judge.template"),
+        ("policy", dict(judge_from="base", judge=dict(clamp=0.2)), "judge.clamp"),
+        ("policy", dict(judge_from="base", judge=dict(tries=2)), "judge.tries"),
+        ("group_policy", dict(judge=dict(min_mass=0.5)), "judge.min_mass"),
+        ("online_preference", dict(judge=dict(timeout=1.0)), "judge.timeout"),
+        ("comparisons", dict(judge=dict(combine="probability")), "judge.combine"),
+        ("comparisons", dict(planted=dict(first=1.0)), "planted.first"),
+        (
+            "comparisons",
+            dict(rater="judge", judge_from="base", judge=dict(model="x")),
+            "judge.model",
+        ),
+        (
+            "comparisons",
+            dict(rater="judge", judge=dict(url="http://127.0.0.1:1", batch_size=2)),
+            "judge.batch_size",
+        ),
+    ],
+)
+def test_a_setting_of_a_judge_that_is_not_asked_is_refused(kind, setting, says):
+    with pytest.raises(UserError, match=f"stages.it.{says}=.* changes nothing with"):
+        experiment.resolve(graph(kind, **setting))
