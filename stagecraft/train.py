@@ -4,7 +4,9 @@ Chapters: restore, prepare, update, log, save, evaluate and sample when due. The
 reads a step's numbers one step late, so that the device never waits for the host.
 """
 
+import contextlib
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -81,6 +83,7 @@ def train(
                     loop.save()
                 if stopping:
                     loop.stop(stopping.signal)
+            loop.conclude()
             loop.watch()
     finally:
         loop.close()
@@ -90,14 +93,16 @@ def train(
 class _Loop:
     """A stage being trained: its state, its counters and the files it writes.
 
-    A step is saved before its model is evaluated and sampled, so that nothing that
-    fails there costs any training: a resumed loop looks at that model again.
+    A step is saved before its model is evaluated, sampled and concluded, so that
+    nothing that fails there costs any training: a resumed loop does that again.
     """
 
     def __init__(self, stage, config, folder, name, hooks):
         self.stage, self.config, self.hooks = stage, config, hooks
         self.folder, self.name = folder, name
         self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+        # Where the last step is until `hooks.finish` has made of it what is kept.
+        self.unconcluded = folder / "unconcluded"
         self.clock = metrics.Clock()
         self.progress = metrics.Progress(name, config.steps, log=config.every.log)
         self.writer = self.iterator = None
@@ -116,10 +121,8 @@ class _Loop:
             self.iterator = data.iterator(
                 process_index=jax.process_index(), process_count=jax.process_count()
             )
-            latest = self.checkpoints.latest()
+            self.state, latest, saved = self._newest()
             if latest is not None:
-                self.progress.note(f"restoring step {latest}")
-                self.state, saved = _restore(self.checkpoints, latest, self.state)
                 self.step = self.last_saved = latest
                 self.work, self.clock.seconds = saved["tokens"], saved["seconds"]
                 # Checkpoints of older versions have counted padding alone.
@@ -135,6 +138,22 @@ class _Loop:
         )
         self.before = self.clock.total()
         self.progress.note("compiling")
+
+    def _newest(self):
+        """Returns the newest state with its step and counters; None at step 0."""
+        latest = self.checkpoints.latest()
+        if latest != self.config.steps and self.unconcluded.is_dir():
+            trained = checkpoint.Checkpoints(self.unconcluded)
+            with contextlib.closing(trained):
+                if (step := trained.latest()) is not None:
+                    self.progress.note(f"restoring step {step}")
+                    state, saved = _restore(trained, step, self.state)
+                    return state, step, saved
+        if latest is None:
+            return self.state, None, {}
+        self.progress.note(f"restoring step {latest}")
+        state, saved = _restore(self.checkpoints, latest, self.state)
+        return state, latest, saved
 
     def due(self, every):
         """Returns whether what is done every so many steps is due, as in the last."""
@@ -186,13 +205,31 @@ class _Loop:
             self.work[use] = self.work.get(use, 0) + count
 
     def save(self):
-        """Saves a step whose numbers are finite; the last one once it is concluded."""
+        """Saves a step whose numbers are finite."""
         with self.clock("update"):
             self._read()
         last = self.step == self.config.steps
         if last and self.hooks.finish:
-            self.state, figures = self.hooks.finish(self.state)
-            self.writer.write(self.step, self.clock.total(), figures)
+            trained = checkpoint.Checkpoints(self.unconcluded)
+            self._save(trained)
+            trained.close()
+            return
+        self._save(self.checkpoints)
+        if last:
+            self.checkpoints.wait()
+
+    def conclude(self):
+        """Lets the stage change its last state, which is on disk, and saves that."""
+        if not self.hooks.finish or self.checkpoints.latest() == self.config.steps:
+            return
+        self.state, figures = self.hooks.finish(self.state)
+        self.writer.write(self.step, self.clock.total(), figures)
+        self._save(self.checkpoints)
+        self.checkpoints.wait()
+        if process.is_first():
+            shutil.rmtree(self.unconcluded, ignore_errors=True)
+
+    def _save(self, checkpoints):
         with self.clock("save"):
             counters = {
                 # Copies: they are written while the next steps count on.
@@ -202,10 +239,8 @@ class _Loop:
                 "seconds": dict(self.clock.seconds),
                 "data": self.iterator.get_state(),
             }
-            self.checkpoints.save(self.step, *_split(self.state), counters)
+            checkpoints.save(self.step, *_split(self.state), counters)
             self.last_saved, self.saved_at = self.step, time.monotonic()
-            if last:
-                self.checkpoints.wait()
 
     def watch(self):
         """Evaluates the model and samples from it, where the step is due for it."""

@@ -181,7 +181,7 @@ def split(sources_of, parts, key, data, seed) -> tuple[np.ndarray, np.ndarray]:
         seed: of the experiment.
     """
     learned = np.flatnonzero(sources_of < parts)
-    train, heldout = hold_out(learned, data.heldout_share, seed, key)
+    train, heldout = hold_out(learned.tolist(), data.heldout_share, seed, key)
     others = np.flatnonzero(sources_of >= parts)
     heldout = np.concatenate([heldout, others]).astype(np.int64)
     return np.array(train, np.int64), heldout

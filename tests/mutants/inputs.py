@@ -448,9 +448,15 @@ _TRAIN = in_file(
     ),
     (
         "the last step's hook is left out",
-        "if last and self.hooks.finish:",
-        "if False:",
-        "tests/stages/lora_test.py -k reads_back",
+        "if not self.hooks.finish or self.checkpoints.latest() == self.config.steps:",
+        "if True:",
+        "tests/train_test.py",
+    ),
+    (
+        "what is concluded was not saved before",
+        "self._save(trained)",
+        "pass",
+        "tests/train_test.py",
     ),
 )
 
