@@ -38,7 +38,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange", "config_files", "preview"),
+    ("exchange", "config_files", "preview", "judging"),
     ("commands",),
     ("cli",),
     ("__main__",),

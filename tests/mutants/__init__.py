@@ -9,6 +9,7 @@ from tests.mutants import (
     families,
     folders,
     inputs,
+    judging,
     measuring,
     objectives,
     previews,
@@ -22,6 +23,7 @@ MUTANTS = (
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
+    *judging.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
