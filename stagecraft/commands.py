@@ -333,6 +333,57 @@ def eval_(rest):
 
 
 @takes(
+    Flag("judge", "", "a judge to ask: hf:FOLDER, or a finished stage, as runs/a/sft"),
+    Flag("url", "", "or the address of an OpenAI-compatible endpoint"),
+    Flag("model", "", "its name of the model"),
+    Flag("api", "chat", "of the endpoint: chat, or completions"),
+    Flag("key", "", "the environment variable with its key"),
+    Flag("template", "", "pairwise, or a TOML file"),
+    Flag("combine", "logit", "what is averaged over both orders, or probability"),
+    Flag("clamp", 0.0, "how near probabilities may come to 0 and 1"),
+    Flag("rationale_tokens", 0, "to reason in before the label", least=0),
+    Flag("min_mass", 0.01, "probability of all labels that counts as an answer"),
+    Flag("max_failed", 0.2, "share without an answer that ends the run"),
+    Flag("batch_size", 16, "questions at once", least=1),
+    Flag("world", "", "an embedded world whose gold score verdicts are held against"),
+    Flag("out", "", "with --judge or --url: the file of verdicts to write"),
+    words=True,
+)
+def judge(rest):
+    """Ask a judge about compared pairs, and measure what it goes by.
+
+    stagecraft judge runs/a/comparisons/records.jsonl --world=countries
+    stagecraft judge pairs.jsonl --judge=hf:models/SmolLM2 --out=judged.jsonl
+    stagecraft judge pairs.jsonl --url=http://127.0.0.1:8000/v1 --out=judged.jsonl
+
+    The first form measures the verdicts that a file holds, a judge's or a person's:
+    position, length, style, its own answers, and, where there is gold, accuracy and
+    calibration. The others first ask a judge about pairs whose better answers are
+    known ("chosen"), in both orders. A run that was killed asks nothing twice.
+    """
+    from stagecraft import defaults, judging
+    from stagecraft.report import terminal
+
+    if len(rest) != 1:
+        raise UserError("give one file, as in: stagecraft judge pairs.jsonl")
+    path, name = rest[0], FLAGS.judge
+    if name and FLAGS.url:
+        raise UserError("--judge and --url: one judge or the other")
+    if bool(FLAGS.out) != bool(name or FLAGS.url):
+        raise UserError(
+            "--out goes with a judge to ask (--judge, --url), and only then"
+        )
+    if FLAGS.out:
+        settings = defaults.judge()
+        settings.update({k: FLAGS[k].value for k in settings if k in FLAGS})
+        counts = judging.ask(path, FLAGS.out, name, settings)
+        path = FLAGS.out
+        print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    figures, _ = judging.measure(path, FLAGS.world)
+    terminal.show_bias(figures)
+
+
+@takes(
     Flag("config", None, "a curation: a file or a name, [:ARG]", CONFIG),
     Flag("executor", "local", "or ray:ADDRESS, or slurm:partition=NAME,time=HH:MM:SS"),
     Flag("workers", os.cpu_count() or 1, "tasks at once"),
@@ -484,6 +535,7 @@ COMMANDS = {
     "report": report_,
     "compare": compare_,
     "eval": eval_,
+    "judge": judge,
     "curate": curate,
     "bench": bench_,
     "import": import_,

@@ -38,7 +38,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange", "config_files", "preview", "serve"),
+    ("exchange", "config_files", "preview", "judging", "serve"),
     ("commands",),
     ("cli",),
     ("__main__",),

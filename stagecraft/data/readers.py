@@ -21,6 +21,9 @@ from stagecraft.text import chat
 
 # Keys that are read, or known to say nothing of a conversation, under any form.
 _ALWAYS = ("tools", "system", "chat_template_kwargs", "reward")
+# Who compared two answers, and what they said.
+_ALWAYS += ("signal", "generator", "judge", "probability", "first", "logps", "mass")
+_ALWAYS += ("bounded", "rationales", "tokens", "gold", "own")
 _log = logging.getLogger("stagecraft.data")
 
 

@@ -1,5 +1,6 @@
 """Tables on the terminal: figures of a run, answers, tasks, runs side by side."""
 
+import math
 import sys
 
 from rich import box
@@ -125,6 +126,21 @@ def _task_cell(cell):
         return ""
     error = f" ±{cell['stderr']:.3f}" if cell["stderr"] is not None else ""
     return f"{cell['value']:.4g}{error}"
+
+
+# -- a judge ---------------------------------------------------------------------------
+
+
+def show_bias(figures: dict, file=None) -> None:
+    """Prints what `anatomy.bias` measured of a judge."""
+    table = Table(title="what the rater goes by", title_justify="left", box=box.SIMPLE)
+    for name in ("figure", "value", "95% interval", "pairs"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for name, one in figures.items():
+        known = math.isfinite(one.low) and math.isfinite(one.high)
+        interval = f"{one.low:.3f} to {one.high:.3f}" if known else ""
+        table.add_row(name, f"{one.value:.3f}", interval, f"{one.count:,}")
+    Console(file=file or sys.stdout, highlight=False).print(table)
 
 
 # -- runs side by side -----------------------------------------------------------------

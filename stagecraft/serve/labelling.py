@@ -313,7 +313,7 @@ def _record(item, chances, strengths):
     better = 0 if probability >= 0.5 else 1
     sides = (("chosen", item.answers[better]), ("rejected", item.answers[1 - better]))
     record = {"prompt": item.prompt, **{side: text for side, (text, _) in sides}}
-    certain = max(probability, 1 - probability)
+    certain = record["probability"] = max(probability, 1 - probability)
     if certain < 1:
         record["preference"] = certain
     if strengths:

@@ -36,9 +36,9 @@ class Planted:
         self.gold, self.config, self.combine = gold, config, combine
         self.identity = protocol.identity(
             rater="planted",
-            gold=name or protocol.source(gold),
+            world=name or protocol.source(gold),
             combine=combine,
-            **schema.plain(config),
+            planted=schema.plain(config),
         )
 
     def rate(self, prompts, pairs):

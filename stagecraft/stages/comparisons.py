@@ -10,7 +10,7 @@ from stagecraft.signals.protocol import Sources, Verdict
 from stagecraft.stages import checks, records
 from stagecraft.stages.kind import JUDGE, REWARD, START, Kind
 
-UNRATED = "unrated.jsonl"  # pairs without a verdict, and why
+UNRATED = "records_unrated.jsonl"  # pairs without a verdict, and why
 
 
 def write(config, recording):

@@ -9,6 +9,7 @@ from tests.mutants import (
     families,
     folders,
     inputs,
+    judging,
     measuring,
     objectives,
     people,
@@ -22,7 +23,8 @@ MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
-    *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS + people.MUTANTS),
+    *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -145,8 +145,8 @@ _COMPARISONS = in_file(
     "tests/stages/comparisons_test.py",
     (
         "the rater's verdict turned round",
-        "pair if probability >= 0.5 else pair[::-1]",
-        "pair[::-1] if probability >= 0.5 else pair",
+        "pair if first else pair[::-1]",
+        "pair[::-1] if first else pair",
     ),
     (
         "soft labels of the worse one",
@@ -159,23 +159,15 @@ _COMPARISONS = in_file(
 _RECORDS = in_file(
     "stagecraft/stages/records.py",
     "tests/stages/records_test.py",
-    ("a torn line stays", "self._file.truncate(end)", "pass"),
-    ("entries are not synced", "os.fsync(self._file.fileno())", "pass"),
-    (
-        "entries are synced before they are flushed",
-        "self._file.flush()\nos.fsync(self._file.fileno())",
-        "os.fsync(self._file.fileno())\nself._file.flush()",
-        "tests/stages/records_test.py -k on_disk",
-    ),
     (
         "the journal's header is not written first",
-        "if not lines:\n    self.append(header)",
+        "if first is None:\n    self.append(header)",
         "self._header = header",
         "tests/stages/records_test.py -k on_disk",
     ),
     (
         "a journal is not replayed",
-        "collections.deque(lines[1:])",
+        "collections.deque(rest)",
         "collections.deque()",
     ),
     (
@@ -195,8 +187,19 @@ _RECORDS = in_file(
     ),
     (
         "any journal will do",
-        "if lines and (change := schema.difference(lines[0], header)):",
-        "if 0 and (change := schema.difference(lines[0], header)):",
+        "if first is not None and (change := schema.difference(first, header)):",
+        "if 0 and (change := schema.difference(first, header)):",
+    ),
+) + in_file(
+    "stagecraft/storage.py",
+    "tests/stages/records_test.py",
+    ("a torn line stays", "self._file.truncate(self._end)", "pass"),
+    ("entries are not synced", "os.fsync(self._file.fileno())", "pass"),
+    (
+        "entries are synced before they are flushed",
+        "self._file.flush()\nos.fsync(self._file.fileno())",
+        "os.fsync(self._file.fileno())\nself._file.flush()",
+        "tests/stages/records_test.py -k on_disk",
     ),
 )
 

@@ -1,0 +1,167 @@
+"""Mistakes in what a judge is asked, and in what is made of its answers."""
+
+from tests.mutants.mutant import in_file
+
+_LABELS = in_file(
+    "stagecraft/signals/labels.py",
+    "tests/signals/judge_test.py",
+    (
+        "the second order is not turned round",
+        "answers = slots * np.array([1.0, -1.0])[: len(slots)]",
+        "answers = slots * np.array([1.0, 1.0])[: len(slots)]",
+    ),
+    (
+        "the mean of logits is of probabilities",
+        "if combine == 'logit':",
+        "if combine != 'logit':",
+    ),
+    (
+        "the bias is the sum over both orders",
+        "return float(_difference(logps).mean())",
+        "return float(_difference(logps).sum())",
+    ),
+    (
+        "scores count from 0",
+        "np.arange(1, len(table) + 1)",
+        "np.arange(len(table))",
+    ),
+    (
+        "answers of a group turn the wrong way",
+        "(np.arange(count)[None] - np.arange(count)[:, None]) % count",
+        "(np.arange(count)[None] + np.arange(count)[:, None]) % count",
+    ),
+    (
+        "a clamp of one side",
+        "min(max(probability, clamp), 1 - clamp)",
+        "max(probability, clamp)",
+    ),
+)
+
+_JUDGE = in_file(
+    "stagecraft/signals/judge.py",
+    "tests/signals/judge_test.py",
+    (
+        "one order twice",
+        "questions += [(prompts[i], (first, second)), (prompts[i], (second, first))]",
+        "questions += [(prompts[i], (first, second)), (prompts[i], (first, second))]",
+    ),
+    (
+        "a failure is a tie",
+        "return Verdict(reason=reason, evidence=evidence)",
+        "return Verdict(0.5, evidence=evidence)",
+    ),
+    (
+        "a failed score is 0",
+        "math.inf if reward is None else reward",
+        "0.0 if reward is None else reward",
+    ),
+    (
+        "any mass of the labels will do",
+        "labels.mass(one.logps) < least",
+        "labels.mass(one.logps) < 0",
+    ),
+    (
+        "a label may begin another",
+        "if longer != label and other[: len(one)] == one:",
+        "if longer != label and other == one:",
+    ),
+    (
+        "the stop token of a rationale stays",
+        "words = ids[:-1] if ended else ids",
+        "words = ids",
+        "tests/signals/judge_test.py -k rationale",
+        "the tiny judge's rationale of a few tokens does not end by itself",
+    ),
+    (
+        "the template does not decide the identity",
+        "template=self.template._replace(name=''),",
+        "",
+    ),
+)
+
+_SAMPLING = in_file(
+    "stagecraft/models/sampling.py",
+    "tests/signals/judge_test.py",
+    (
+        "positions of a label's tokens one too far",
+        "positions = (lengths + step)[:, None]",
+        "positions = (lengths + step + 1)[:, None]",
+        {"within": "continuation_logps"},
+    ),
+    (
+        "padding of a short label counts",
+        "jnp.where(mask[:, 1:].T[:, None, :], later, 0.0)",
+        "later",
+        {"within": "continuation_logps"},
+    ),
+    (
+        "labels repeated, not tiled",
+        "token = jnp.tile(tokens[:, step], rows)",
+        "token = jnp.repeat(tokens[:, step], rows)",
+        {"within": "continuation_logps"},
+    ),
+)
+
+_ENDPOINT = in_file(
+    "stagecraft/signals/endpoint.py",
+    "tests/signals/endpoint_test.py",
+    (
+        "a label that is not reported is impossible",
+        "float(np.logaddexp.reduce(several)) if several else least",
+        "float(np.logaddexp.reduce(several)) if several else -1e9",
+    ),
+    (
+        "the key is part of the identity",
+        "url=config.url, model=config.model, api=config.api",
+        "url=config.url, model=config.model, api=config.api, key=self._key",
+    ),
+    (
+        "a failure is kept for good",
+        "if not answer.reason:",
+        "if True:",
+    ),
+    (
+        "refusals are asked again",
+        "return REFUSED",
+        "return UNAVAILABLE",
+    ),
+    (
+        "NaN is read as JSON",
+        "json.loads(body, parse_constant=refuse)",
+        "json.loads(body)",
+        "tests/signals/endpoint_test.py -k junk",
+        "`_logp` refuses what is not finite too",
+    ),
+    (
+        "replies of any size",
+        "reply.read(MOST_BYTES + 1)",
+        "reply.read(MOST_BYTES)",
+    ),
+    (
+        "the deadline is of each read",
+        "timer.start()",
+        "",
+    ),
+)
+
+_BIAS = in_file(
+    "stagecraft/anatomy/bias.py",
+    "tests/anatomy/bias_test.py",
+    (
+        "a conflict is an agreement",
+        "firsts[:, 0] == firsts[:, 1]",
+        "firsts[:, 0] != firsts[:, 1]",
+    ),
+    (
+        "a corrected rate without the specificity",
+        "theta = (p + q0 - 1) / scale",
+        "theta = p / scale",
+    ),
+    (
+        "the shorter wins",
+        "_picks(row) == (_longer(row) < 0)",
+        "_picks(row) == (_longer(row) > 0)",
+    ),
+)
+
+MUTANTS = _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS
