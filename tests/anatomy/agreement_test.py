@@ -31,6 +31,9 @@ def test_cohen():
     ones = ["yes"] * 25 + ["no"] * 25
     others = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
     assert cohen(ones, others) == pytest.approx(0.4)
+    # One says yes nine times in ten, the other five: .6 agree, and .5 by chance.
+    uneven = ["yes"] * 9 + ["no"], ["yes"] * 5 + ["no"] * 5
+    assert cohen(*uneven) == pytest.approx(0.2)
     # What one of them left out does not count.
     assert cohen([*ones, None, "yes"], [*others, "no", None]) == pytest.approx(0.4)
     assert cohen(["yes"] * 4, ["yes"] * 4) is None and cohen([None], ["no"]) is None
