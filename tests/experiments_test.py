@@ -174,7 +174,7 @@ def test_your_text_runs_on_files(tmp_path):
     given += [a for a in arg.split(",") if a != f"text={text}"]
     config = load_experiment("your_text").get_config(",".join(given))
     assert {*config.stages} == {"sft", "reward", "dpo", "ppo"}
-    again = run.run(single_device(config), tmp_path / "again")
+    again = run.run(single_device(config), tmp_path / "again", ("sft", "reward", "ppo"))
     assert again["sft"]["eval_loss"] > 0
     assert StageRecord.read_finished(tmp_path / "again" / "ppo").lora
 
@@ -253,10 +253,12 @@ def test_what_pushing_too_hard_means_is_told_apart():
     assert differs(sft, recipe.sft) == want
 
 
-def test_arms_of_every_kind_run(tmp_path):
-    arms = "simpo+tr_dpo+kto+bco+ppo_ptx+dapo+rloo+online_dpo+iterative_dpo"
-    arms += "+best_of_n+dpo_soft_labels"
-    config = load_experiment("objectives").get_config(f"tiny,name={arms}")
+def test_arms_of_every_kind_run(tiny_run, tmp_path):
+    """On eight devices, from a run on one."""
+    arms = "tr_dpo+bco+ppo_ptx+dapo+online_dpo+iterative_dpo+best_of_n"
+    arms += "+dpo_soft_labels"
+    arg = f"tiny,name={arms},base={tiny_run}"
+    config = load_experiment("objectives").get_config(arg)
     found = run.run(single_device(config), tmp_path / "run")
     for name in arms.split("+"):
         assert np.isfinite(found[name]["gold_mean"])

@@ -12,10 +12,10 @@ def strict():
         yield
 
 
-@pytest.fixture(params=["eager", "jit"])
-def run(request):
-    """Applied to a function: as it is, or compiled."""
-    return jax.jit if request.param == "jit" else lambda function: function
+@pytest.fixture
+def run():
+    """Applied to a function: compiled, as stages do. Other tests call losses as are."""
+    return jax.jit
 
 
 @pytest.fixture
