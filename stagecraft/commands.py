@@ -192,7 +192,7 @@ def prompt(rest):
     terminal.show_answers(rest[0], answers)
 
 
-@takes(WORKDIR, *SAMPLING, Flag("stage", "", "by default the last that chats"))
+@takes(WORKDIR, *SAMPLING, Flag("stage", "", "by default the longest chain's end"))
 def chat(rest):
     r"""Talk to one stage's model, turn by turn.
 

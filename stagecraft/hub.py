@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, as they lie in its cache on this machine.
+"""Models and data of the Hugging Face hub, as they lie in its cache on this machine.
 
 Nothing here asks the network: what is not in the cache is named, with the command that
 downloads it.
@@ -26,18 +26,22 @@ def is_id(name: str | Path) -> bool:
 
 
 def find(
-    name: str | Path, *, files: tuple[str, ...] = ("*.safetensors", "*.bin")
+    name: str | Path,
+    *,
+    files: tuple[str, ...] = ("*.safetensors", "*.bin"),
+    kind: str = "model",
 ) -> Path | None:
-    """Returns the folder of a model's snapshot in the cache; None where there is none.
+    """Returns the folder of a snapshot in the cache; None where there is none.
 
     Args:
         name: ORG/NAME, or ORG/NAME@REVISION: a branch, a tag or a commit; main without.
         files: patterns; a snapshot with none of them is as good as none.
+        kind: "model" or "dataset".
     """
     if not is_id(name):
         return None
     name, _, revision = str(name).partition("@")
-    root = cache() / f"models--{name.replace('/', '--')}"
+    root = cache() / f"{kind}s--{name.replace('/', '--')}"
     reference = root / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision
     snapshots = root / "snapshots"
@@ -48,11 +52,12 @@ def find(
     return folder if any(path.exists() for path in present) else None
 
 
-def absent(name: str | Path) -> str:
-    """Returns what to say of a model that is not in the cache."""
-    model, _, revision = str(name).partition("@")
-    more = f" --revision {revision}" if revision else ""
+def absent(name: str | Path, kind: str = "model") -> str:
+    """Returns what to say of a model, or a "dataset", that is not in the cache."""
+    plain, _, revision = str(name).partition("@")
+    more = " --repo-type dataset" if kind == "dataset" else ""
+    more += f" --revision {revision}" if revision else ""
     return (
-        f"{name}: no such folder, and no whole model of that name in the hub's cache "
-        f"({cache()}); download it with: hf download {model}{more}"
+        f"{name}: no such folder, and no whole {kind} of that name in the hub's cache "
+        f"({cache()}); download it with: hf download {plain}{more}"
     )

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from stagecraft import defaults, exchange, hub, run, tree
+from stagecraft.data import files, readers
 from stagecraft.errors import UserError
 from stagecraft.models import huggingface, locate, peft
 from stagecraft.models.transformer import Transformer
@@ -139,3 +140,33 @@ def test_what_may_be_an_id(tmp_path):
         assert hub.is_id(name)
     for name in ("/models/x", "a/b/c", "./x", "../x", "x y", "org/", "", tmp_path):
         assert not hub.is_id(name)
+
+
+def test_data_is_read_from_the_cache(cache):
+    snapshot = cache / "datasets--org--set" / "snapshots" / "abc"
+    (snapshot / "data").mkdir(parents=True)
+    blobs = cache / "datasets--org--set" / "blobs"
+    blobs.mkdir()
+    for name in ("train", "test"):
+        blob = blobs / name
+        blob.write_text(f'{{"prompt": "Is it {name}?"}}\n')
+        (snapshot / "data" / f"{name}-0.jsonl").symlink_to(f"../../../blobs/{name}")
+    (snapshot / "README.md").write_text("a card")
+    (cache / "datasets--org--set" / "refs").mkdir()
+    (cache / "datasets--org--set" / "refs" / "main").write_text("abc")
+    for name in ("hf:org/set", "hf:org/set@abc"):
+        [path] = files.expand(name)
+        assert path.name == "train-0.jsonl"
+        assert [one.prompt for one in readers.prompts(name)] == ["Is it train?"]
+    (snapshot / "data" / "test-0.jsonl").unlink()
+    assert len(files.expand(f"hf:org/set, {blobs.parent}/snapshots/abc/data")) == 2
+
+
+def test_data_that_is_not_there_is_named_with_its_command(cache):
+    want = "hf download org/none --repo-type dataset --revision v2"
+    with pytest.raises(UserError, match=want) as error:
+        files.expand("hf:org/none@v2")
+    assert "no whole dataset" in str(error.value) and "\n" not in str(error.value)
+    download(cache, "org/model", "abc")  # a model of that name is no data
+    with pytest.raises(UserError, match="no whole dataset"):
+        files.expand("hf:org/model")

@@ -23,6 +23,7 @@ class Figure(NamedTuple):
         digits: after the point.
         better: "higher" or "lower"; "" where neither is.
         column: its place among the columns of `stagecraft compare`, from 1; 0 for none.
+        time: whether it is of the machine and the moment, and no finding.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Figure(NamedTuple):
     digits: int = 3
     better: str = ""
     column: int = 0
+    time: bool = False
 
 
 _share = functools.partial(Figure, unit="share")
@@ -180,6 +182,7 @@ FIGURES = (
         unit="s",
         digits=1,
         better="lower",
+        time=True,
         column=8,
     ),
     Figure(

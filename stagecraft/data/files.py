@@ -1,6 +1,7 @@
 """Which files a spec names, here or on remote storage, and a digest of them.
 
-A spec is a file, a folder or a glob; several are separated by commas.
+A spec is a file, a folder, a glob, or "hf:OWNER/NAME" for a dataset in the cache of the
+Hugging Face hub; several are separated by commas.
 """
 
 import functools
@@ -12,11 +13,14 @@ import os
 import re
 from pathlib import Path
 
+from stagecraft import hub
 from stagecraft.data import shards, streams
 from stagecraft.data.containers import SUFFIXES
 from stagecraft.data.streams import Remote
 from stagecraft.errors import UserError
 
+# What the id of a dataset on the hub begins with: "hf:OWNER/NAME".
+HUB = "hf:"
 # Words in the names of files and folders, and the split that each names.
 SPLITS = dict.fromkeys(("train", "training"), "train")
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -93,7 +97,7 @@ def digest(paths) -> str:
 
 
 def _expand_local(part):
-    path = Path(part)
+    path = _of_the_hub(part) if part.startswith(HUB) else Path(part)
     if path.is_dir():
         return _train_split(part, _folder(path), path)
     if path.is_file():
@@ -106,6 +110,16 @@ def _expand_local(part):
                 paths += _folder(match) if whole else [match]
         return _train_split(part, paths, _before_magic(part))
     raise UserError(f"{part}: no such file, folder or glob; check the path")
+
+
+def _of_the_hub(part):
+    """Returns the folder of a dataset that the hub's client downloaded."""
+    name = part.removeprefix(HUB)
+    names = tuple(f"**/*{suffix}" for suffix in SUFFIXES)
+    folder = hub.find(name, files=names, kind="dataset")
+    if folder is None:
+        raise UserError(hub.absent(name, "dataset"))
+    return folder
 
 
 def _train_split(part, paths, root):

@@ -36,8 +36,8 @@ def chat(
 
     Args:
         run: a `runs.Run`.
-        name: a finished stage that writes text; "" for the last one that answers in
-            turns.
+        name: a finished stage that writes text; "" for the one that answers in turns
+            and most stages led up to, the first of several.
         temperature, max_new_tokens, seed: of the sampling.
     """
     name = _stage(run, name)
@@ -80,7 +80,15 @@ def _stage(run, name):
             f"--stage={name}: expected a finished stage that writes text: {names}"
         )
     in_turns = [stage for stage in speaking if run.chat_format(stage)]
-    return (in_turns or speaking)[-1]
+    return max(in_turns or speaking, key=lambda stage: _depth(run.config, stage))
+
+
+def _depth(config, name):
+    """Returns how many stages of the run a model went through."""
+    depth = 0
+    while name in config.stages:
+        name, depth = config.stages[name].start_from, depth + 1
+    return depth
 
 
 def _banner(run, name, language, settings):

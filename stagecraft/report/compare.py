@@ -40,7 +40,8 @@ def compare(
 
     Returns:
         a dict of JSON values: "arms", each with "figures" {figure: {values, mean,
-        half, n, error}} and "against" {figure: {difference, half, verdict}}; "columns",
+        half, n, error}} and "against" {figure: {difference, half, verdict}}, in which
+        there is no time; "columns",
         the figures of the table; "baseline", "runs", "notes", "confidence". `half` is
         half the width of the interval; `error` the standard error of the mean that
         comes from sampling the answers. Each is None where it is not known.
@@ -91,7 +92,8 @@ def _arm(arm, base):
             values=arm.values(key), mean=mean, half=half, n=len(values), error=error
         )
         others = _known(base, key)
-        if arm is not base and others:
+        # Time depends on the machine and on what else it did: no arm is ahead by it.
+        if arm is not base and others and not figures.figure(key).time:
             against[key] = _verdict(values, others, errors, base.errors(key))
     return {
         "arm": arm.label,

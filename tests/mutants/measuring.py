@@ -32,6 +32,24 @@ _FIGURES = in_file(
     ),
 )
 
+_TIME = in_file(
+    "stagecraft/report/compare.py",
+    "tests/report/compare_test.py -k time",
+    ("time has a verdict", "not figures.figure(key).time", "True"),
+)
+
+_CHAT = in_file(
+    "stagecraft/report/chat.py",
+    "tests/report/chat_test.py -k default",
+    ("the last stage is talked to", "_depth(run.config, stage)", "0"),
+)
+
+_HUB_DATA = in_file(
+    "stagecraft/data/files.py",
+    "tests/hub_test.py -k data",
+    ("a model is taken for data", 'kind="dataset")', 'kind="model")'),
+)
+
 _WORLD_FIGURES = in_file(
     "stagecraft/anatomy/world_figures.py",
     "tests/anatomy/world_figures_test.py",
@@ -160,4 +178,5 @@ _EDGES = in_file(
 MUTANTS = (
     *(_FIGURES + _WORLD_FIGURES + _HELDOUT_FIGURES + _STATISTICS + _SHOWN),
     *(_WORLD + _STORED + _SELECTION + _VERDICT + _EDGES),
+    *(_TIME + _CHAT + _HUB_DATA),
 )

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from stagecraft.errors import UserError
 from stagecraft.report import chat
@@ -38,6 +39,9 @@ class Language:
 
 class Run:
     root = Path("runs/a")
+    config = ConfigDict(
+        {"stages": {"sft": {"start_from": ""}, "dpo": {"start_from": "sft"}}}
+    )
 
     def __init__(self, language, bare=()):
         self.model, self.bare = language, bare
@@ -105,12 +109,19 @@ def test_log_lines_come_after_the_answer(talk):
     assert out == ["dpo> one two\n"]
 
 
-def test_the_last_stage_that_answers_in_turns_by_default(monkeypatch):
-    names = ["pretrain", "sft", "more_text"]
+def test_the_end_of_the_longest_chain_that_answers_in_turns_by_default(monkeypatch):
+    names = ["pretrain", "sft", "more_text", "dpo", "ppo", "sft_scratch"]
+    parents = dict(sft="pretrain", more_text="sft", dpo="sft", ppo="sft")
+    stages = {name: {"start_from": parents.get(name, "")} for name in names}
+    monkeypatch.setattr(Run, "config", ConfigDict({"stages": stages}))
     monkeypatch.setattr(chat.behaviour, "speaking_stages", lambda run: names)
     run = Run(None, bare=("pretrain", "more_text"))
-    assert chat._stage(run, "") == "sft" and chat._stage(run, "pretrain") == "pretrain"
+    assert chat._stage(run, "") == "dpo" and chat._stage(run, "pretrain") == "pretrain"
     assert chat._stage(Run(None, bare=names), "") == "more_text"
+    names.remove("dpo")
+    assert chat._stage(run, "") == "ppo"
+    names.remove("ppo")
+    assert chat._stage(run, "") == "sft"  # and not sft_scratch, which comes later
     with pytest.raises(UserError, match="--stage=dpo: expected a finished stage"):
         chat._stage(run, "dpo")
     names.clear()

@@ -300,6 +300,22 @@ def test_many_differences_are_cut_and_labels_stay_apart(tmp_path):
 # -- figures ---------------------------------------------------------------------------
 
 
+def test_time_has_no_verdict(tmp_path):
+    for seed in (0, 1):
+        make(tmp_path / f"a{seed}", graph(dict(gold_mean=1.0 + seed)), seed=seed)
+        slower = graph(dict(gold_mean=9.0 + seed), objective="ipo")
+        make(tmp_path / f"b{seed}", slower, seed=seed)
+    for path in tmp_path.glob("b*/summary.json"):
+        summary = json.loads(path.read_text())
+        summary["seconds"] = {name: 900.0 for name in summary["seconds"]}
+        path.write_text(json.dumps(summary))
+    found = compare.compare(sorted(tmp_path.iterdir()), stages=("dpo",))
+    assert "seconds" in [column["key"] for column in found["columns"]]
+    _, other = found["arms"]
+    assert set(other["against"]) == {"gold_mean"}
+    assert other["figures"]["seconds"]["mean"] == 900.0
+
+
 def test_what_was_not_measured_is_a_dash(tmp_path, capsys):
     runs = [
         make(tmp_path / "a", graph(gold(1.0, length=12.0))),
