@@ -120,6 +120,7 @@ def judge():
     """A judge: what it is asked, and how its answers count; see `signals/judge.py`."""
     return schema.group(
         template="",  # "pairwise", "score", ..., or a TOML file: signals/template.py
+        orders=2,  # that a pair is asked about in; 1 leaves the slot's bias in
         combine="logit",  # of both orders the mean of "logit" or of "probability"
         clamp=0.0,  # probabilities come no nearer to 0 or 1; .4 after a rationale
         min_mass=0.01,  # labels less likely together than this are no answer

@@ -174,6 +174,7 @@ class Judge:
             model=asked.identity,
             template=self.template._replace(name=""),
             combine=config.combine,
+            orders=config.orders,
             clamp=config.clamp,
             min_mass=config.min_mass,
             rationale_tokens=config.rationale_tokens,
@@ -192,16 +193,18 @@ class Judge:
         ]
 
     def rate(self, prompts, pairs):
-        """Returns a verdict for each pair, from both orders; its evidence is raw."""
+        """Returns a verdict for each pair, from its orders; its evidence is raw."""
         fit = [i for i, pair in enumerate(pairs) if not same_text(pair)]
-        questions = []
+        questions, orders = [], self.config.orders
         for i in fit:
             first, second = (text for text, _ in pairs[i])
-            questions += [(prompts[i], (first, second)), (prompts[i], (second, first))]
+            asked = [(prompts[i], (first, second)), (prompts[i], (second, first))]
+            questions += asked[:orders]
         answers = self.answer(questions)
         verdicts = [Verdict(reason=IDENTICAL)] * len(pairs)
         for place, i in enumerate(fit):
-            verdicts[i] = self._verdict(answers[2 * place : 2 * place + 2])
+            part = answers[orders * place : orders * (place + 1)]
+            verdicts[i] = self._verdict(part)
         return verdicts
 
     def best(self, prompts, groups):
@@ -354,6 +357,7 @@ def check_settings(where, config, places):
             "judge or the other"
         )
     schema.choice(f"{where}.judge.combine", own.combine, labels.COMBINE)
+    schema.choice(f"{where}.judge.orders", own.orders, (1, 2))
     for key, most in (("clamp", 0.5), ("min_mass", 1.0), ("max_failed", 1.0)):
         if not 0 <= own[key] <= most:
             raise UserError(

@@ -1,6 +1,6 @@
 """A judge by rule with biases of known size: rater="planted".
 
-It is asked in both orders, as a model is, and says with logit
+It is asked as a model is, and says with logit
 
     gold (g1 - g2) + length (w1 - w2) / 10 + style (s1 - s2) + first + noise z
 
@@ -29,15 +29,18 @@ class Planted:
         gold: (prompt, text, ended) -> float.
         config: the group `planted` of a stage's config.
         combine: as in `labels.of_pair`.
+        orders: 2 asks about each pair in both, 1 in the given one alone.
         name: of the world, for the identity.
     """
 
-    def __init__(self, gold, config, combine="logit", name=""):
-        self.gold, self.config, self.combine = gold, config, combine
+    def __init__(self, gold, config, combine="logit", orders=2, name=""):
+        self.gold, self.config = gold, config
+        self.combine, self.orders = combine, orders
         self.identity = protocol.identity(
             rater="planted",
             world=name or protocol.source(gold),
             combine=combine,
+            orders=orders,
             planted=schema.plain(config),
         )
 
@@ -48,9 +51,10 @@ class Planted:
     def _verdict(self, prompt, pair):
         if same_text(pair):
             return Verdict(reason=IDENTICAL)
-        logits = [self._logit(prompt, *pair), self._logit(prompt, *pair[::-1])]
+        orders = (pair, pair[::-1])[: self.orders]
+        logits = [self._logit(prompt, *order) for order in orders]
         logps = [[_log_sigmoid(x), _log_sigmoid(-x)] for x in logits]
-        evidence = {"logps": logps, "mass": [1.0, 1.0], "tokens": 0}
+        evidence = {"logps": logps, "mass": [1.0] * len(logps), "tokens": 0}
         return Verdict(labels.of_pair(logps, self.combine), evidence=evidence)
 
     def _logit(self, prompt, one, two):
@@ -72,13 +76,15 @@ def _log_sigmoid(x):
 def check(where, config, world):
     """Refuses an experiment without a world, whose gold score it reads."""
     schema.choice(f"{where}.judge.combine", config.judge.combine, labels.COMBINE)
+    schema.choice(f"{where}.judge.orders", config.judge.orders, (1, 2))
     _gold(world)
 
 
 def make(config, sources, rng):
     """Returns the rater with the biases of config.planted."""
-    gold = _gold(sources.world)
-    return Planted(gold, config.planted, config.judge.combine, sources.world)
+    own = config.judge
+    how = dict(combine=own.combine, orders=own.orders, name=sources.world)
+    return Planted(_gold(sources.world), config.planted, **how)
 
 
 def _gold(name):

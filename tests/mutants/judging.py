@@ -42,8 +42,8 @@ _JUDGE = in_file(
     "tests/signals/judge_test.py",
     (
         "one order twice",
-        "questions += [(prompts[i], (first, second)), (prompts[i], (second, first))]",
-        "questions += [(prompts[i], (first, second)), (prompts[i], (first, second))]",
+        "asked = [(prompts[i], (first, second)), (prompts[i], (second, first))]",
+        "asked = [(prompts[i], (first, second)), (prompts[i], (first, second))]",
     ),
     (
         "a failure is a tie",

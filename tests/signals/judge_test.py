@@ -167,6 +167,17 @@ def test_a_bias_towards_a_slot_falls_out_of_the_mean_of_logits(bias):
     assert verdict.probability == pytest.approx(shrunk[bias], abs=2e-2)
 
 
+def test_one_order_asks_half_and_keeps_the_bias():
+    asked = Slots(1.0)
+    rater = Judge(asked, config(orders=1))
+    pairs = [(("1.5", True), ("1.0", True)), (("0", True), ("2", True))]
+    verdicts = rater.rate(["p", "q"], pairs)
+    assert [question for _, question in asked.asked] == [("1.5", "1.0"), ("0", "2")]
+    said = [1 / (1 + np.exp(-x)) for x in (1.5, -1.0)]
+    assert [verdict.probability for verdict in verdicts] == pytest.approx(said)
+    assert [len(verdict.evidence["logps"]) for verdict in verdicts] == [1, 1]
+
+
 def test_k_answers_are_each_in_each_place():
     asked = Slots(2.0)
     rater = Judge(asked, config(template="best_of_4"))
@@ -265,6 +276,7 @@ def test_an_identity_is_of_all_that_decides_verdicts(language, tmp_path):
     changes = [
         dict(combine="probability"),
         dict(clamp=0.4),
+        dict(orders=1),
         dict(min_mass=0.5),
         dict(rationale_tokens=3),
         dict(text=SHORT.replace("so", "thus")),

@@ -96,6 +96,14 @@ def test_equal_texts_and_the_papers_mean():
     assert verdict.probability != labels.of_pair(logps, "logit")
 
 
+def test_one_order_keeps_the_bias():
+    config = defaults.planted()
+    config.update(gold=0.0, first=0.7)
+    (verdict,) = Planted(gold, config, orders=1).rate(["p"], [(ONE, TWO)])
+    assert verdict.probability == pytest.approx(1 / (1 + np.exp(-0.7)))
+    assert len(verdict.evidence["logps"]) == len(verdict.evidence["mass"]) == 1
+
+
 def test_it_is_made_from_a_stages_config():
     config = defaults.stage("comparisons", rater="planted", planted=dict(length=1.0))
     made = planted.make(config, Sources("countries"), None)
