@@ -14,10 +14,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from stagecraft import commands, config_files, process, schema
+from stagecraft.commands.flag import CONFIG, Flag
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
-DEBUG = commands.Flag("debug", False, "show the traceback of an error")
+DEBUG = Flag("debug", False, "show the traceback of an error")
 
 
 def main(argv=None):
@@ -90,7 +91,7 @@ def _parse(argv, taken):
     """
     FLAGS.set_gnu_getopt(True)  # flags may stand behind folders and prompts
     config = None
-    if any(flag.kind is commands.CONFIG for flag in taken):
+    if any(flag.kind is CONFIG for flag in taken):
         config, argv = _take_config(argv)
     try:
         for flag in taken:
@@ -104,7 +105,7 @@ def _parse(argv, taken):
 def _define(flag, config, argv):
     """Defines a flag; with a config, those of its overrides in `argv` too."""
     kind = flag.kind or type(flag.default)
-    if kind is commands.CONFIG and config is not None:
+    if kind is CONFIG and config is not None:
         config_flags.DEFINE_config_dict(flag.name, config, flag.help, sys_argv=argv)
     elif kind is int:
         flags.DEFINE_integer(flag.name, flag.default, flag.help, flag.least)

@@ -1,0 +1,23 @@
+"""What each command does, and the flags it takes. Each is a Python call too."""
+
+from stagecraft.commands import models, pages, running
+
+COMMANDS = {
+    "run": running.run_,
+    "data": running.data,
+    "graph": running.graph,
+    "status": running.status,
+    "list": running.list_,
+    "new": running.new,
+    "prompt": models.prompt,
+    "chat": models.chat,
+    "label": models.label,
+    "report": pages.report_,
+    "compare": pages.compare_,
+    "eval": models.eval_,
+    "judge": models.judge,
+    "curate": running.curate,
+    "bench": running.bench_,
+    "import": models.import_,
+    "export": models.export,
+}

@@ -1,0 +1,182 @@
+"""Commands that run experiments, and those that look before."""
+
+import os
+from pathlib import Path
+
+from stagecraft import schema
+from stagecraft.commands.flag import (
+    CONFIG,
+    FLAGS,
+    WORKDIR,
+    Flag,
+    config_given,
+    takes,
+    workdir_given,
+)
+from stagecraft.errors import UserError
+
+
+@takes(
+    Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
+    WORKDIR,
+    Flag("only", "", "stages to run, as in sft,dpo; all by default"),
+    Flag("dry_run", False, "check everything and estimate what it takes"),
+)
+def run_(rest):
+    """Run or resume a graph of stages.
+
+    stagecraft run --config=quickstart --workdir=runs/a
+    stagecraft run --config=FILE:tiny,beta=0.5 --workdir=DIR --only=sft,dpo
+    stagecraft run --config=FILE --workdir=DIR --config.stages.sft.optimizer.lr=1e-3
+
+    The experiment is a file, or a name that `stagecraft list` shows. What follows the
+    colon is passed to its get_config, and --config.KEY=VALUE overrides one key. Given
+    again, the same command skips finished stages and resumes where it stopped.
+
+    With --dry_run the config and the data are checked, and a table shows parameters,
+    memory, tokens, FLOPs and time of each stage. Nothing is written, and --workdir may
+    be left out.
+    """
+    from stagecraft import run
+    from stagecraft.preview import plan
+
+    config, only = config_given(), schema.listed(FLAGS.only)
+    if FLAGS.dry_run:
+        plan.show(config, FLAGS.workdir and Path(FLAGS.workdir), only)
+    else:
+        run.run(config, workdir_given(), only=only)
+
+
+@takes(
+    Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG),
+    Flag("workdir", None, "a run whose finished records are read too", str),
+    Flag("stage", "", "stages to look at, as in sft,dpo; all by default"),
+    Flag("rows", 3, "rows to show of each stage", least=0),
+)
+def data(rest):
+    """Show what each stage would learn from: rows, counts, lengths, epochs.
+
+    stagecraft data --config=quickstart --stage=sft
+    stagecraft data --config=FILE --workdir=DIR --stage=dpo --rows=5
+
+    Rows are rendered as the model reads them, control tokens by name. What is learned
+    is bold and underlined on a terminal, and in brackets elsewhere. Data are read,
+    checked and packed as in a run, in a temporary folder: nothing is written.
+    """
+    from stagecraft.preview import data as preview
+
+    root = FLAGS.workdir and Path(FLAGS.workdir)
+    only = schema.listed(FLAGS.stage)
+    preview.show(config_given(), root, only, FLAGS.rows)
+
+
+@takes(Flag("config", None, "an experiment: a file or a name, [:ARG]", CONFIG))
+def graph(rest):
+    """Draw the stages of an experiment and what each takes from others.
+
+    stagecraft graph --config=quickstart
+    """
+    from stagecraft.preview import graph as preview
+
+    preview.show(config_given())
+
+
+@takes(WORKDIR)
+def status(rest):
+    """Show how far each stage of a run has come.
+
+    stagecraft status --workdir=runs/a
+    """
+    from stagecraft import runs
+    from stagecraft.report import terminal
+
+    terminal.show_status(runs.read(workdir_given()))
+
+
+@takes()
+def list_(rest):
+    """List the experiments, kinds of stage, objectives and model families.
+
+    stagecraft list
+    """
+    from stagecraft import config_files, losses
+    from stagecraft.models import families
+    from stagecraft.stages import kinds
+
+    width = max(map(len, config_files.shipped()))
+    print("experiments (stagecraft run --config=NAME; curate: stagecraft curate):")
+    for name, line in config_files.shipped().items():
+        print(f"  {name:<{width}}  {line}")
+    print("kinds of stage:\n  " + ", ".join(kinds.KINDS))
+    print("objectives:")
+    for title, table in losses.TABLES.items():
+        print(f"  {title}: {', '.join(table)}")
+    print("model families:\n  " + ", ".join(families.FAMILIES))
+
+
+@takes(Flag("from", "quickstart", "the experiment to copy"), words=True)
+def new(rest):
+    """Copy an experiment to a file of your own, to edit.
+
+    stagecraft new mine.py --from=objectives
+    """
+    from stagecraft import config_files
+
+    if len(rest) != 1:
+        raise UserError("give one file: stagecraft new mine.py --from=quickstart")
+    path = config_files.copy(FLAGS["from"].value, rest[0])
+    print(f"{path}\nstagecraft run --config={path} --workdir=runs/{path.stem}")
+
+
+@takes(
+    Flag("config", None, "a curation: a file or a name, [:ARG]", CONFIG),
+    Flag("executor", "local", "or ray:ADDRESS, or slurm:partition=NAME,time=HH:MM:SS"),
+    Flag("workers", os.cpu_count() or 1, "tasks at once"),
+)
+def curate(rest):
+    """Curate raw text: filter, deduplicate, score and tokenise it.
+
+    stagecraft curate --config=curate:in=raw/*.jsonl.gz,out=clean
+    stagecraft curate --config=curate:in=FILES,out=DIR,tokenizer=FILE
+    stagecraft curate --config=FILE:in=FILES,out=DIR --config.minhash.n_grams=8
+    stagecraft curate --config=FILE:... --executor=slurm:partition=cpu,time=08:00:00
+
+    in=FILES: .txt, .jsonl, .json (all also .gz, .zst), .parquet, .arrow and more; a
+    file, folder, glob or address (s3://...), several separated by commas. Optional:
+    language=de, good=FILES and bad=FILES (samples to score by),
+    share=0.5, evaluation=FILES, tokenizer=FILE.
+
+    DIR/text and DIR/shards are for data.files of a pretraining stage; DIR/report.html
+    shows what each step removed and why. Every key with its default and meaning is in
+    stagecraft/curate/config.py. Given again, the same command resumes where it stopped.
+    Ray and Slurm need DIR on storage that all their machines share. With Slurm, give
+    the same command again when the jobs have ended: it writes the page.
+    """
+    from stagecraft.curate import curation
+    from stagecraft.report import curation as page
+
+    if FLAGS.config is None:
+        raise UserError("--config is missing, as in --config=curate:in=FILES,out=DIR")
+    how = dict(executor=FLAGS.executor, workers=FLAGS.workers)
+    if curation.curate(FLAGS.config, **how) is not None:
+        path = Path(FLAGS.config.out) / "report.html"
+        print(path if path.exists() else page.write(path.parent))
+
+
+@takes(
+    Flag("what", "", "what to time, as in sft,dpo; everything by default"),
+    Flag("steps", 8, "timed steps of each"),
+    Flag("dtype", "float32", "dtype of the computation; or bfloat16"),
+)
+def bench_(rest):
+    """Time the stages on this machine; each result is one line of JSON.
+
+    stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
+
+    Real steps of a small Llama (5.5M parameters) on synthetic batches of fixed shapes.
+    Compare times only with others of the same command, on an idle machine.
+    """
+    from stagecraft import bench
+
+    what = schema.listed(FLAGS.what) or bench.NAMES
+    bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
