@@ -264,12 +264,16 @@ def _model(config, experiment):
 
 def rewards(where, config):
     """Checks the sources of rewards: a reward model, verifiers, or both."""
-    sources = bool(config.reward_from) + len(verifiers.find(config.verifiers))
+    try:
+        scorers = verifiers.find(config.verifiers, config.verifier_args)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+    sources = bool(config.reward_from) + len(scorers)
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "
             "stage needs a stage of kind reward, the folder of a finished one, or "
-            "verifiers='package.module:function'"
+            "verifiers such as 'number' or 'package.module:function'"
         )
     if len(config.reward_weights) not in (0, sources):
         raise UserError(

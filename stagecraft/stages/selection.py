@@ -30,7 +30,10 @@ def write(config, recording):
         could be scored; one that was cut off or could not be scored is never kept.
     """
     asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
-    reward_model, functions = recording.reward, verifiers.find(config.verifiers)
+    reward_model, functions = (
+        recording.reward,
+        verifiers.find(config.verifiers, config.verifier_args),
+    )
 
     def rate(part, groups):
         return _scores(part, groups, reward_model, functions, config)

@@ -15,6 +15,7 @@ from tests.mutants import (
     rollouts,
     sampled,
     steps,
+    verified,
 )
 
 MUTANTS = (
@@ -22,6 +23,7 @@ MUTANTS = (
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
+    *verified.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
