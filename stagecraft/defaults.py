@@ -32,6 +32,7 @@ def experiment():
     c.world.size = "full"  # "full" or "tiny"
     # Share of each kind of fault planted in its text: raw.jsonl, beside clean.jsonl.
     c.world.junk = 0.0
+    c.world.sums = 0  # digits of the operands of sums to write, 2 or 3; 0 for no sums
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()
@@ -47,8 +48,10 @@ def experiment():
     c.measure = ConfigDict()
     c.measure.split = "test"  # which held-out entities of the world: "test" or "dev"
     c.measure.draws = 4  # sampled answers to each held-out prompt
-    # Without a world, held-out prompts that every stage answers; 0 for none
-    c.measure.prompts = 64
+    # Ask the world's held-out questions; False asks the stages' own held-out prompts,
+    # as without a world.
+    c.measure.probes = True
+    c.measure.prompts = 64  # of the stages' own that every stage answers; 0 for none
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
     c.measure.bounds = ()  # what the summary must show: "sft.kl <= 8", see bounds.py
     return c
@@ -280,7 +283,10 @@ def _prompts(**more):
 
 def _rewards(c):
     c.reward_from = ""  # a reward stage; may be "" where verifiers score
-    c.verifiers = ""  # "package.module:function, ...": see signals/verifiers.py
+    # Names of `signals.verify.table`, "package.module:function", or a callable; several
+    # are separated by commas.
+    c.verifiers = ""
+    c.verifier_args = ConfigDict()  # keyword arguments of the verifiers that take them
     # The reward model's, the judge's, then each verifier's; () for 1 each.
     c.reward_weights = ()
     return _judged(c)

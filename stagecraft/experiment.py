@@ -83,6 +83,7 @@ def _take_model(c):
 def _check(c):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
     schema.positive("world.junk", c.world.junk, zero=True)
+    schema.choice("world.sums", c.world.sums, (0, 2, 3))
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     schema.positive("measure.draws", c.measure.draws)
     schema.positive("measure.prompts", c.measure.prompts, zero=True)

@@ -142,7 +142,14 @@ def _write_world(config, root):
     if not config.world.name or (root / "world").exists():
         return
     world, folder = config.world, root / "world"
-    worlds.write(world.name, folder, config.seed, world.size, junk=world.junk)
+    worlds.write(
+        world.name,
+        folder,
+        config.seed,
+        world.size,
+        junk=world.junk,
+        digits=world.sums,
+    )
 
 
 def _curate(config, root):
@@ -346,7 +353,8 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
     scorers = None
     if kind.samples:
         judged = judge.scorer(stage, judging, run.root)
-        functions = [*([judged] if judged else ()), *verifiers.find(stage.verifiers)]
+        functions = [judged] if judged else []
+        functions += verifiers.find(stage.verifiers, stage.verifier_args)
         if functions:
             scorers = verifiers.Verifiers(functions, data.records, tokenizer)
     return Context(
@@ -354,7 +362,7 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         model_config=shape,
         parents=parents,
         stop_ids=tokenizer.stops,
-        verifiers=scorers,
+        verifiers=scorers or None,
         dataset=data.dataset,
         unseen_ids=unseen,
     )
@@ -444,8 +452,13 @@ def _lineage(run, name, data, lineage):
 
 def _single_prompt(config):
     """Returns the prompt that all stages answer at the end, "" for none."""
-    world = config.world.name
+    world = config.world.name if _asks_world(config) else ""
     return config.measure.prompt or (world and worlds.get(world).single_prompt)
+
+
+def _asks_world(config):
+    """Returns whether figures are the world's, not of stages' own held-out prompts."""
+    return bool(config.world.name) and config.measure.probes
 
 
 def _conclude(run, *, changed, started):
@@ -462,7 +475,7 @@ def _conclude(run, *, changed, started):
     if before and not changed:
         terminal.show_summary(before)
         return Summary(before, run.root)
-    asked = [] if run.config.world.name else heldout_figures.prompts(run)
+    asked = [] if _asks_world(run.config) else heldout_figures.prompts(run)
     prompt = _single_prompt(run.config) or (asked and asked[0].record["prompt"])
     if prompt and behaviour.speaking_stages(run):
         answers = behaviour.through_stages(run, prompt)

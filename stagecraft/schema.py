@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from stagecraft.errors import UserError
 
-# Keys whose contents are checked elsewhere: a loss's own keyword arguments.
-FREE = ("objective_args", "stages", "curation")
+# Keys whose contents are checked elsewhere: keyword arguments of losses and verifiers.
+FREE = ("objective_args", "verifier_args", "stages", "curation")
 
 
 def group(**keys: Any) -> ConfigDict:
@@ -60,8 +60,13 @@ def coerce(where: str, value: Any, default: Any) -> Any:
     if isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
     raise UserError(
-        f"{where}={value!r}: expected {_NAMES[wanted]}, got {type(value).__name__}"
+        f"{where}={value!r}: expected {kind_of(default)}, got {type(value).__name__}"
     )
+
+
+def kind_of(default: Any) -> str:
+    """Returns what values a key takes, in words: "a whole number" of 0."""
+    return _NAMES[type(default)]
 
 
 _NAMES = {

@@ -247,7 +247,27 @@ SETTINGS = [
     ("preference", dict(sync_alpha=0.0), "sync_alpha=0.0: expected above 0, up to 1"),
     ("policy", dict(verifiers=""), "reward_from: is empty, and so is verifiers"),
     ("policy", dict(verifiers="json:lods"), "verifiers='json:lods': cannot import it"),
-    ("group_policy", dict(verifiers="json"), "verifiers=.json.: .*(no colon in it)"),
+    ("group_policy", dict(verifiers="numbr"), "verifiers='numbr': .* mean 'number'"),
+    (
+        "group_policy",
+        dict(verifiers="code"),
+        "verifiers='code': a model's code is never",
+    ),
+    (
+        "selection",
+        dict(verifiers="regex"),
+        "regex': needs verifier_args.pattern, a text",
+    ),
+    (
+        "policy",
+        dict(verifiers="number,length", verifier_args=dict(mst=4)),
+        "stages.it.verifier_args.mst: no verifier .* did you mean 'most'",
+    ),
+    (
+        "policy",
+        dict(verifiers="length", verifier_args=dict(most="4")),
+        "verifier_args.most='4': expected a whole number, got str",
+    ),
     (
         "online_preference",
         dict(reward_weights=(1.0, 2.0)),

@@ -21,7 +21,14 @@ RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py")
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    assert NAMES == ["curate", "curated_text", "objectives", "quickstart", "your_text"]
+    assert NAMES == [
+        "curate",
+        "curated_text",
+        "objectives",
+        "quickstart",
+        "verifiable",
+        "your_text",
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,7 +95,7 @@ def test_recipes_follow_on_from_each_other(folder, tmp_path):
         f"model={dpo}/dpo,data={write(tmp_path / 'q.jsonl', asked)},tiny,group=2",
     )
     rows = (grpo / "grpo" / "metrics.jsonl").read_text().splitlines()
-    assert "rewards/correct/mean" in json.loads(rows[-1])
+    assert "rewards/number/mean" in json.loads(rows[-1])
     exchange.export(grpo, "grpo", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -102,22 +109,6 @@ def test_recipes_say_what_is_missing():
     module = load_experiment("recipes/dpo_from_hf")
     with pytest.raises(UserError, match="data=FILES is missing"):
         module.get_config("model=here")
-
-
-@pytest.mark.parametrize(
-    "text, answer, want",
-    [
-        ("It is 72.", "so 70 + 2\n#### 72", 1.0),
-        ("It is 72, not 71.", "#### 72", 0.0),
-        ("1,234.50", "1234.5", 1.0),
-        ("no number", "#### 72", 0.0),
-        ("no number", "none", 0.0),
-        ([{"role": "assistant", "content": "so -3"}], "-3", 1.0),
-    ],
-)
-def test_the_verifier_of_the_recipe(text, answer, want):
-    module = load_experiment("recipes/grpo_verifier")
-    assert module.correct([text], answer=[answer], prompts=[""]) == [want]
 
 
 def test_the_quickstart_resolves_as_it_is():
@@ -177,6 +168,23 @@ def test_your_text_runs_on_files(tmp_path):
     again = run.run(single_device(config), tmp_path / "again", ("sft", "reward", "ppo"))
     assert again["sft"]["eval_loss"] > 0
     assert StageRecord.read_finished(tmp_path / "again" / "ppo").lora
+
+
+def test_verifiable_learns_from_sums_and_counts_attempts(tmp_path):
+    module = load_experiment("verifiable")
+    config = module.get_config("tiny,arms=grpo,draws=4")
+    figures = run.run(single_device(config), tmp_path / "run")
+    names = {f"{name}@{k}" for name in ("pass", "guess") for k in (1, 2, 4)}
+    names |= {"cover@10", "cover@50", "cover@90"}
+    for stage in ("sft", "grpo"):
+        assert names <= figures[stage].keys()
+        assert figures[stage]["verifier_number"] == figures[stage]["pass@1"]
+    assert "heldout_accuracy" not in figures["sft"]  # the world's own are not asked
+    arms = module.get_config("tiny").stages
+    assert [*arms] == ["sft", "grpo", "rloo", "ppo"]
+    with pytest.raises(UserError, match="arms='gpro': unknown; did you mean 'grpo'"):
+        module.get_config("tiny,arms=gpro")
+    assert module.get_config("model=hub,data=a.jsonl").stages.sft.start_from == "hf:hub"
 
 
 def test_curated_text_trains_on_what_curation_leaves(tmp_path):

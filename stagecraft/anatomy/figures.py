@@ -37,6 +37,7 @@ class Figure(NamedTuple):
 
 
 _share = functools.partial(Figure, unit="share")
+_ATTEMPTS = [2**i for i in range(8)]  # those of attempts.figures
 # In the order of the report.
 FIGURES = (
     _share(
@@ -175,6 +176,33 @@ FIGURES = (
         "held-out questions answered rightly at temperature 1",
         better="higher",
     ),
+    *(
+        _share(
+            f"pass@{k}",
+            f"Pass@{k}",
+            "held-out prompts answered rightly by one of "
+            f"{k} sampled answers, unbiased",
+            better="higher",
+        )
+        for k in _ATTEMPTS
+    ),
+    *(
+        _share(
+            f"guess@{k}",
+            f"Guess@{k}",
+            f"the same for {k} of the model's answers to other prompts: luck alone",
+        )
+        for k in _ATTEMPTS
+    ),
+    *(
+        _share(
+            f"cover@{percent}",
+            f"Cover@{percent / 100:g}",
+            f"held-out prompts that {percent}% or more of the answers are right for",
+            better="higher",
+        )
+        for percent in (10, 50, 90)
+    ),
     Figure(
         "seconds",
         "Seconds",
@@ -211,6 +239,8 @@ SHORT = (
     "kl",
     "length",
     "cloze_accuracy",
+    "pass@1",
+    "cover@50",
     "eval_loss",
     "eval_accuracy",
     "eval_rewards/accuracies",

@@ -2,7 +2,9 @@
 
 Prompts are those that stages hold out, in WORKDIR/STAGE/heldout.jsonl; every stage that
 answers in turns answers the same ones. The run's own reward model and verifiers score
-the answers; what is a figure of a world too has the same name and meaning.
+the answers; what is a figure of a world too has the same name and meaning. An answer
+that the first verifier pays 1 or more is right: of several draws, `attempts` tells how
+often.
 """
 
 import itertools
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stagecraft import storage
-from stagecraft.anatomy import behaviour, sampled, statistics
+from stagecraft.anatomy import attempts, behaviour, sampled, statistics
 from stagecraft.data import conversations
 from stagecraft.errors import UserError
 from stagecraft.models import locate
@@ -23,6 +25,8 @@ from stagecraft.signals import verifiers
 FILE = "heldout.jsonl"
 # Tokens of an answer, where no stage samples.
 ANSWER = 64
+# Answers to other prompts, put to each one as guesses.
+GUESSES = 64
 
 _log = logging.getLogger("stagecraft")
 
@@ -103,7 +107,7 @@ def measure(run, asked: list[Asked]) -> dict[str, dict]:
     rows = min(sampled.ROWS, len(texts))
     answers = sampled.Answers(run, texts, _answer(run), rows)
     functions = {
-        name: verifiers.find(stage.verifiers)
+        name: verifiers.find(stage.verifiers, stage.verifier_args)
         for name, stage in run.config.stages.items()
         if stage.get("verifiers") and any(name in one.stages for one in asked)
     }
@@ -127,6 +131,10 @@ def _figures(run, name, answers, functions, asked):
         rows.append(row)
     names = [key for key in rows[0] if all(key in row for row in rows)]
     figures = {key: statistics.over_draws([row[key] for row in rows]) for key in names}
+    if solved := next((name for name in rewards[0] if name), ""):
+        right = np.array([by_source[solved] >= 1 for by_source in rewards]).T
+        chances = _chances(draws[0], functions, asked, solved)
+        figures |= attempts.figures(right, chances)
     if base and rewards[0]:
         others = [
             _total(_rewards(answers, one, reward, functions, asked))
@@ -159,6 +167,22 @@ def _habits(answers):
     }
 
 
+def _chances(draw, functions, asked, solved):
+    """Returns how often an answer to another prompt would be right, f[B].
+
+    Such an answer has the form and the spread of the model's own, but cannot know the
+    prompt.
+    """
+    prompts = len(asked)
+    shifts = sorted({*np.linspace(1, prompts - 1, GUESSES).astype(int).tolist()} - {0})
+    hits = np.zeros(prompts)
+    for shift in shifts:
+        order = [(i + shift) % prompts for i in range(prompts)]
+        others = {key: [draw[key][i] for i in order] for key in ("answers", "ids")}
+        hits += _verified(others, functions, asked)[solved] >= 1
+    return hits / max(len(shifts), 1)
+
+
 def _rewards(answers, draw, reward, functions, asked):
     """Returns rewards of one draw: {verifier, "" for the reward model: f64[B]}.
 
@@ -167,6 +191,12 @@ def _rewards(answers, draw, reward, functions, asked):
     rewards = {}
     if reward:
         rewards[""] = np.array(answers.rewards(reward, draw), float)
+    return rewards | _verified(draw, functions, asked)
+
+
+def _verified(draw, functions, asked):
+    """Returns the verifiers' rewards of one draw: {verifier: f64[B]}."""
+    rewards = {}
     for stage, scorers in list(functions.items()):
         rows = [i for i, one in enumerate(asked) if stage in one.stages]
         try:

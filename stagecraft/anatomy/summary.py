@@ -20,7 +20,7 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
     Args:
         run: a `runs.Run`, inside its mesh.
         started: time.perf_counter() when the run began.
-        asked: held-out prompts of a run without a world.
+        asked: held-out prompts of a run that does not ask its world's questions.
 
     Returns:
         {stage: {figure: value}}, and under "weights", "cost" and "seconds" what stages
@@ -28,10 +28,10 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
     """
     summary = {name: _last_evaluation(run, name) for name in _finished(run)}
     measured = {}
-    if run.config.world.name:
-        measured = world_figures.measure(run)
-    elif asked:
+    if asked:
         measured = heldout_figures.measure(run, asked)
+    elif run.config.world.name and run.config.measure.probes:
+        measured = world_figures.measure(run)
     for name, figures in measured.items():
         counts = summary[name].get("n", {}) | figures.get("n", {})
         summary[name] |= figures | ({"n": counts} if counts else {})

@@ -95,12 +95,13 @@ def status(rest):
 
 @takes()
 def list_(rest):
-    """List the experiments, kinds of stage, objectives and model families.
+    """List the experiments, kinds of stage, objectives, verifiers, model families.
 
     stagecraft list
     """
     from stagecraft import config_files, losses
     from stagecraft.models import families
+    from stagecraft.signals.verify import table
     from stagecraft.stages import kinds
 
     width = max(map(len, config_files.shipped()))
@@ -109,8 +110,9 @@ def list_(rest):
         print(f"  {name:<{width}}  {line}")
     print("kinds of stage:\n  " + ", ".join(kinds.KINDS))
     print("objectives:")
-    for title, table in losses.TABLES.items():
-        print(f"  {title}: {', '.join(table)}")
+    for title, names in losses.TABLES.items():
+        print(f"  {title}: {', '.join(names)}")
+    print("verifiers:\n  " + ", ".join(table.VERIFIERS))
     print("model families:\n  " + ", ".join(families.FAMILIES))
 
 

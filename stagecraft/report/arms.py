@@ -21,7 +21,9 @@ _SEEDED = re.compile(r"(.+)_seed(\d+)")
 # What decides no number, and what the samples of one arm differ in.
 _LEFT_OUT = (*defaults.KEYS_WITHOUT_EFFECT, "seed")
 _SHOWN = 3  # differences named in an arm's label
-_DEFAULT = "default"  # an argument of the objective that the config leaves out
+_DEFAULT = "default"  # an argument that the config leaves out
+# Of the objective and of verifiers; shown without the name of their group.
+_ARGUMENTS = ("objective_args.", "verifier_args.")
 
 
 @dataclasses.dataclass
@@ -390,18 +392,23 @@ def _name(arms):
 
 
 def _value(arm, key):
-    missing = _DEFAULT if key.startswith("objective_args.") else "absent"
+    missing = _DEFAULT if key.startswith(_ARGUMENTS) else "absent"
     return arm.settings.get(key, missing)
 
 
 def _in_words(differs):
     words = [
-        f"{key.removeprefix('objective_args.')}={_text(value)}"
+        f"{_short(key)}={_text(value)}"
         for key, value in differs.items()
         if value != _DEFAULT
     ]
     rest = len(words) - _SHOWN
     return words[:_SHOWN] + ([f"(and {rest} more)"] if rest > 0 else [])
+
+
+def _short(key):
+    group = next((g for g in _ARGUMENTS if key.startswith(g)), "")
+    return key.removeprefix(group)
 
 
 def _text(value):

@@ -15,6 +15,9 @@ None means that a completion is not its task: the other verifiers' rewards are s
 without it. A completion on which it raises, or for which it returns something that is
 no finite number, is logged, left out of training and counted; the run goes on, unless
 the very first batch fails whole.
+
+Those that ship go by a name without a colon (`verify.table`), with settings among the
+stage's `verifier_args`.
 """
 
 import inspect
@@ -27,6 +30,7 @@ import numpy as np
 from stagecraft import schema
 from stagecraft.errors import UserError
 from stagecraft.signals import protocol
+from stagecraft.signals.verify import table
 
 SHOWN = 3  # failures of one call that are logged in full
 ABSTAINED, FAILED = math.nan, math.inf  # in place of a reward
@@ -39,10 +43,11 @@ class Verifier:
     Args:
         name: of its rewards in metrics and messages.
         function: see the module's docstring.
+        settings: what the function was built from, for its identity.
     """
 
-    def __init__(self, name, function):
-        self.name, self.function = name, function
+    def __init__(self, name, function, settings=None):
+        self.name, self.function, self.settings = name, function, settings or {}
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
@@ -233,19 +238,69 @@ def _number(reward):
     return reward if math.isfinite(reward) else FAILED
 
 
-def find(spec) -> list[Verifier]:
-    """Returns the verifiers of "package.module:function, ..." or of a function."""
+def find(spec, settings) -> list[Verifier]:
+    """Returns the verifiers that a config names.
+
+    Args:
+        spec: "number, package.module:function, ...", or a function.
+        settings: {name: value}, the stage's `verifier_args`: keyword arguments of the
+            shipped verifiers that take them.
+    """
+    parts = [] if callable(spec) else schema.listed(spec)
+    shipped = {part: _signature(part) for part in parts if ":" not in part}
+    known = sorted({key for parameters in shipped.values() for key in parameters})
+    for key in settings:
+        if key not in known:
+            raise UserError(
+                f"verifier_args.{key}: no verifier of {spec!r} takes it; "
+                f"{schema.hint(key, known)}known here: {', '.join(known) or 'none'}"
+            )
     if callable(spec):
         return [Verifier(getattr(spec, "__name__", "verifier"), spec)]
     verifiers, names = [], set()
-    for part in schema.listed(spec):
-        name = part.partition(":")[2]
+    for part in parts:
+        name = part.partition(":")[2] or part
         name = part if name in names else name
         names.add(name)
-        verifiers.append(Verifier(name, schema.imported("verifiers", part)))
+        if part in shipped:
+            own = _own(part, shipped[part], settings)
+            verifiers.append(Verifier(name, table.VERIFIERS[part](**own), own))
+        else:
+            verifiers.append(Verifier(name, schema.imported("verifiers", part)))
     return verifiers
 
 
+def _signature(name):
+    """Returns the settings of a shipped verifier: {name: inspect.Parameter}."""
+    table.refuse_code(name)
+    if name not in table.VERIFIERS:
+        raise UserError(
+            f"verifiers={name!r}: no such verifier; "
+            f"{schema.hint(name, table.VERIFIERS)}there are: "
+            f"{', '.join(table.VERIFIERS)}; one of yours is 'package.module:function'"
+        )
+    return inspect.signature(table.VERIFIERS[name]).parameters
+
+
+def _own(name, parameters, settings):
+    """Returns the settings that one verifier takes, checked."""
+    own = {}
+    for key, parameter in parameters.items():
+        if key in settings:
+            zero = parameter.annotation()
+            own[key] = schema.coerce(f"verifier_args.{key}", settings[key], zero)
+        elif parameter.default is parameter.empty:
+            raise UserError(
+                f"verifiers={name!r}: needs verifier_args.{key}, "
+                f"{schema.kind_of(parameter.annotation())}"
+            )
+    return own
+
+
 def identity(verifiers):
-    """Returns [[name, source]] of verifiers, which tells them from others."""
-    return [[v.name, protocol.source(v.function)] for v in verifiers]
+    """Returns what tells verifiers from others: [[name, source, settings]]."""
+    return [
+        [v.name, protocol.source(v.function)]
+        + ([v.settings, getattr(v.function, "reads", "")] if v.settings else [])
+        for v in verifiers
+    ]

@@ -309,7 +309,11 @@ def rewards(where, config, samples=1):
     """
     judged = bool(config.judge_from or config.judge.url)
     sources = bool(config.reward_from) + judged
-    sources += len(verifiers.find(config.verifiers))
+    try:
+        scorers = verifiers.find(config.verifiers, config.verifier_args)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+    sources += len(scorers)
     if judged:
         judge.check_settings(where, config, (1, samples) if samples > 1 else (1,))
     unread(where, config, _unread_of_judge(config, pairs=False))
@@ -317,7 +321,7 @@ def rewards(where, config, samples=1):
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "
             "stage needs a stage of kind reward, the folder of a finished one, a judge "
-            "(judge_from), or verifiers='package.module:function'"
+            "(judge_from), or verifiers such as 'number' or 'package.module:function'"
         )
     if len(config.reward_weights) not in (0, sources):
         raise UserError(

@@ -30,7 +30,8 @@ def write(config, recording):
         could be scored; one that was cut off or could not be scored is never kept.
     """
     asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
-    reward_model, functions = recording.reward, verifiers.find(config.verifiers)
+    reward_model = recording.reward
+    functions = verifiers.find(config.verifiers, config.verifier_args)
     judging = recording.judge and (lambda: recording.judge)
     judged = judge.scorer(config, judging, recording.folder)
 

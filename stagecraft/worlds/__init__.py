@@ -3,7 +3,7 @@
 A world is a module with these functions; text goes in, records and numbers come out,
 and no model is known here:
 
-    write(folder, seed, size)               the files its stages read
+    write(folder, seed, size, digits)       the files its stages read
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     split(seed, size)                       which entities are held out
@@ -35,7 +35,7 @@ def get(name):
     return WORLDS[name]
 
 
-def write(name, folder, seed, size, junk=0.0):
+def write(name, folder, seed, size, junk=0.0, digits=0):
     """Writes a world's files; the folder appears whole or not at all.
 
     Args:
@@ -43,8 +43,9 @@ def write(name, folder, seed, size, junk=0.0):
         folder: where to.
         seed, size: of the world.
         junk: share of each kind of fault to plant in its text; see `junk.write`.
+        digits: of the operands of its sums; 0 for none.
     """
     with storage.new_folder(folder) as temporary:
-        get(name).write(temporary, seed, size)
+        get(name).write(temporary, seed, size, digits)
         if junk:
             faults.write(temporary, junk, seed)

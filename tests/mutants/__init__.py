@@ -17,6 +17,7 @@ from tests.mutants import (
     rollouts,
     sampled,
     steps,
+    verified,
 )
 
 MUTANTS = (
@@ -24,7 +25,7 @@ MUTANTS = (
     *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
-    *(judging.MUTANTS + people.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -187,22 +187,35 @@ def test_finding_them(monkeypatch):
     module = types.ModuleType("my_checks")
     module.exact, module.other = exact, lambda prompts, completions: [0] * len(prompts)
     monkeypatch.setitem(sys.modules, "my_checks", module)
-    assert verifiers.find("") == []
+    assert verifiers.find("", {}) == []
 
     def names(spec):
-        return [verifier.name for verifier in verifiers.find(spec)]
+        return [verifier.name for verifier in verifiers.find(spec, {})]
 
     assert names("my_checks:exact, my_checks:other,") == ["exact", "other"]
     assert names("my_checks:exact,my_checks:exact") == ["exact", "my_checks:exact"]
+    assert names("number,my_checks:exact") == ["number", "exact"]
     for spec in ("my_checks:exact", exact):
-        (verifier,) = verifiers.find(spec)
+        (verifier,) = verifiers.find(spec, {})
         assert (verifier.name, verifier.function) == ("exact", exact)
 
 
-@pytest.mark.parametrize("spec", ["nowhere_at_all:f", "json:nothing", "json"])
+def test_shipped_ones_take_their_settings():
+    settings = {"most": 4, "marker": "="}
+    one, two, three = verifiers.find("number,length,choice", settings)
+    assert one.settings == three.settings == {"marker": "="}
+    assert two.settings == {"most": 4}
+    assert scores(two.function, texts=("2", "123456", "12345678")) == [1.0, 0.5, 0.0]
+    ((_, _, own, _),) = verifiers.identity([two])
+    assert own == {"most": 4}
+    with pytest.raises(UserError, match="verifier_args.most: no verifier of <func"):
+        verifiers.find(exact, {"most": 4})
+
+
+@pytest.mark.parametrize("spec", ["nowhere_at_all:f", "json:nothing"])
 def test_what_cannot_be_imported_is_refused(spec):
     with pytest.raises(UserError, match=f"verifiers='{spec}': cannot import it"):
-        verifiers.find(spec)
+        verifiers.find(spec, {})
 
 
 def test_verifiers_are_told_apart_by_name_and_source():

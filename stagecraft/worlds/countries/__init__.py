@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from stagecraft.worlds.countries import corpus, dialogue, probes
+from stagecraft.worlds.countries import corpus, dialogue, probes, sums
 from stagecraft.worlds.countries.facts import COUNTRIES, split
 from stagecraft.worlds.countries.scorer import gold, rate
 
@@ -15,7 +15,7 @@ single_prompt = probes.SINGLE_PROMPT
 DOCUMENTS = {"full": 12_000, "tiny": 400}
 
 
-def write(folder, seed, size):
+def write(folder, seed, size, digits=0):
     """Writes the world's files.
 
     text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
@@ -27,6 +27,9 @@ def write(folder, seed, size):
         folder: an existing Path.
         seed: int; decides the split and every draw.
         size: "full" or "tiny".
+        digits: of the operands of sums; 0 for none. With sums: sums.jsonl and
+            heldout_sums.jsonl {"prompt","answer"}, sum_demonstrations.jsonl
+            {"prompt","completion"}. No other file changes.
     """
     roles = split(seed, size)
     everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
@@ -48,6 +51,13 @@ def write(folder, seed, size):
     rng = np.random.default_rng([seed, 4])
     asked = dialogue.prompts(rng, roles.train, "train")
     _write(folder / "prompts.jsonl", ({"prompt": p} for p in asked))
+    if digits:
+        rng = np.random.default_rng([seed, 8])
+        train, heldout = sums.pairs(seed, digits, size)
+        rows = sums.demonstrations(rng, train)
+        _write(folder / "sum_demonstrations.jsonl", rows)
+        _write(folder / "sums.jsonl", sums.prompts(rng, train))
+        _write(folder / "heldout_sums.jsonl", sums.prompts(rng, heldout))
 
 
 def _write(path, rows):

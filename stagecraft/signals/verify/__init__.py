@@ -1,0 +1,1 @@
+"""Verifiers that ship, by kind of answer; `table` names them."""
