@@ -14,6 +14,7 @@ are appended to answers.jsonl, by what was asked, so that none is asked for twic
 """
 
 import concurrent.futures
+import contextlib
 import datetime
 import email.utils
 import http.client
@@ -317,10 +318,8 @@ def post(url: str, headers: dict, body: bytes, deadline: float) -> Reply:
 
 
 def _shut(sock):
-    try:
+    with contextlib.suppress(OSError):  # it has ended by itself
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it has ended by itself
-        pass
 
 
 def _wait(text):
