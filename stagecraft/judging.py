@@ -28,7 +28,7 @@ from stagecraft.signals.protocol import Verdict
 from stagecraft.stages import records
 
 SIDES = ("chosen", "rejected")
-BATCH = 64  # pairs between two lines of the journal
+BATCH = 16  # pairs between two lines of the journal
 
 
 def measure(path: str | Path, world: str = "") -> tuple[dict, list[Rated]]:

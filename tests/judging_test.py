@@ -77,7 +77,8 @@ def test_killed_it_asks_nothing_twice(tmp_path, monkeypatch):
     assert not (cut / "out.jsonl").exists()
     again = Fake()
     ask(cut, monkeypatch, again)
-    assert len(again.asked) == 2 * (150 - judging.BATCH)
+    done = 200 // (2 * judging.BATCH) * judging.BATCH
+    assert done > 0 and len(again.asked) == 2 * (150 - done)
     for name in ("out.jsonl", "out_unrated.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
