@@ -164,7 +164,7 @@ def get_config(arg=""):
             c.stages[name] = recipe.stages[name]
         places = {k: k for k in c.stages} | {"pairs": "stage:comparisons"}
     else:
-        places = _finished(c, Path(base))
+        places = finished(c, base)
     for name in names:
         for seed in range(arg.seeds):
             label = name if arg.seeds == 1 else f"{name}_seed{seed}"
@@ -190,8 +190,9 @@ def _names(text):
     return list(dict.fromkeys(names))
 
 
-def _finished(c, base):
+def finished(c, base):
     """Where the models and pairs of a finished quickstart lie; the same world again."""
+    base = Path(base)
     path = base / "config.json"
     if not path.exists():
         raise UserError(

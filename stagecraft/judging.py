@@ -28,7 +28,7 @@ from stagecraft.signals.protocol import Verdict
 from stagecraft.stages import records
 
 SIDES = ("chosen", "rejected")
-BATCH = 64  # pairs between two lines of the journal
+BATCH = 16  # pairs between two lines of the journal
 
 
 def measure(path: str | Path, world: str = "") -> tuple[dict, list[Rated]]:
@@ -165,7 +165,8 @@ def ask(path: str | Path, out: str | Path, name: str, settings: ConfigDict) -> d
         for one in readers.comparisons(str(path))
         if (pair := _pair(one))[1][0] != pair[1][1]
     ]
-    with jax.set_mesh(sharding.make_mesh(-1, 1, 1)) as mesh:
+    mesh = sharding.make_mesh(-1, 1, 1)
+    with jax.set_mesh(mesh):
         rater = judge.Judge(_asked(name, settings, out, mesh), settings)
         header = {"judge": rater.identity, "pairs": storage.digest(pairs)}
         progress, rows = Progress("judge", -(-len(pairs) // BATCH), unit="pairs"), []

@@ -408,6 +408,7 @@ def _write_records(run, name, parents, data, key):
     if "reward" in parents:
         source = entry.parents["reward_from"]["id"]
         reward = RewardModel(parents["reward"], run.tokenizer, source)
+    judging = _judging(run, stage, run.mesh(name), parents)
     recording = records.Recording(
         folder=folder,
         name=name,
@@ -416,7 +417,7 @@ def _write_records(run, name, parents, data, key):
         key=key,
         lineage=entry,
         reward=reward,
-        judge=(judging := _judging(run, stage, run.mesh(name), parents)) and judging(),
+        judge=judging() if judging else None,
         world=run.config.world.name,
     )
     result = kinds.of(stage).write(stage, recording)

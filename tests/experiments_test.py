@@ -21,14 +21,8 @@ RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py")
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    assert NAMES == [
-        "curate",
-        "curated_text",
-        "objectives",
-        "quickstart",
-        "verifiable",
-        "your_text",
-    ]
+    shipped = "curate curated_text objectives quickstart rlaif verifiable your_text"
+    assert shipped.split() == NAMES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -271,6 +265,30 @@ def test_arms_of_every_kind_run(tiny_run, tmp_path):
     for name in arms.split("+"):
         assert np.isfinite(found[name]["gold_mean"])
         assert found[name]["gold_win_rate"] == pytest.approx(0.5, abs=0.3)
+
+
+def test_judges_of_known_bias_label_pairs_and_models_learn_from_them(
+    tiny_run, tmp_path
+):
+    module = load_experiment("rlaif")
+    config = single_device(module.get_config(f"tiny,base={tiny_run}"))
+    arms = ["unbiased", *module.BIASES]
+    assert set(config.stages) == {*arms, *(f"{a}_pairs" for a in arms), "length_ld"}
+    for name in ("first", "noise", "style", "length_ld"):  # four arms are enough here
+        for stage in {name, f"{name}_pairs"} & set(config.stages):
+            del config.stages[stage]
+    found = run.run(config, tmp_path / "run")
+    assert {"words", "exclamations", "kl"} <= {*found["length"]}
+    path = tmp_path / "run" / "length_pairs" / "records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    assert {row["signal"] for row in rows} == {"planted"}
+    assert {len(row["logps"]) for row in rows} == {1}
+    doses = module.get_config("doses=0.25+1").stages
+    assert doses.length_25.start_from == "sft"
+    assert doses.length_25_pairs.planted.length == module.BIASES["length"] / 4
+    assert doses.length_ld.data.files == "stage:length_pairs"
+    with pytest.raises(UserError, match="doses=2: expected numbers above 0"):
+        module.get_config("doses=2")
 
 
 def test_seeds_of_an_arm_differ_and_start_from_a_finished_run(tiny_run, tmp_path):

@@ -77,7 +77,8 @@ def test_killed_it_asks_nothing_twice(tmp_path, monkeypatch):
     assert not (cut / "out.jsonl").exists()
     again = Fake()
     ask(cut, monkeypatch, again)
-    assert len(again.asked) == 2 * (150 - judging.BATCH)
+    done = 200 // (2 * judging.BATCH) * judging.BATCH
+    assert done > 0 and len(again.asked) == 2 * (150 - done)
     for name in ("out.jsonl", "out_unrated.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
@@ -122,6 +123,20 @@ def test_files_that_say_nothing_are_refused_in_one_line(tmp_path, text, says):
     with pytest.raises(UserError) as error:
         judging.measure(path)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_finished_stage_judges(tiny_run, tmp_path):
+    template = tmp_path / "short.toml"
+    template.write_text('question = "{prompt} {first} {second}"\nlabels = ["A", "B"]\n')
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in PAIRS[:3]))
+    settings = defaults.judge()
+    settings.update(template=str(template), min_mass=0.0, batch_size=4)
+    out = tmp_path / "out.jsonl"
+    counts = judging.ask(source, out, str(tiny_run / "sft"), settings)
+    assert counts["pairs"] == 3 and counts["tokens"] > 0
+    figures, _ = judging.measure(out)
+    assert figures["order_gap"].value >= 0
 
 
 def test_settings_and_judges_that_cannot_be(tmp_path, monkeypatch):

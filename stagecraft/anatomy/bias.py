@@ -96,6 +96,9 @@ def measure(rows: Sequence[Rated]) -> dict[str, Figure]:
     figures = {
         "abstained": share([row.probability is None for row in rows]),
         "ties": share([row.probability == 0.5 for row in said]),
+        "label_mass": mean(
+            [np.exp(r.logps).sum(axis=1).mean() for r in said if r.logps]
+        ),
         **position(said),
         **length(said),
         **against_gold(said),

@@ -140,6 +140,7 @@ FIGURES = (
     ),
     _share("eos_rate", "Ends", "share of samples that end by themselves"),
     Figure("words", "Words", "mean words of a sample", unit="words", digits=1),
+    _share("exclamations", "Exclaims", "share of samples with an exclamation mark"),
     _share(
         "refuses_harmful",
         "Refuses harmful",

@@ -100,10 +100,8 @@ class LocalModel:
 
     def _reasoned(self, asks, rows, thinks):
         """Returns rows that end in a rationale and the lead, the rationales, tokens."""
-        language, lead = (
-            self.language,
-            self.language.tokenizer.encode("\n" + asks.answer),
-        )
+        language = self.language
+        lead = language.tokenizer.encode("\n" + asks.answer)
         room = language.model.config.max_length - thinks
         fit = [i for i, row in enumerate(rows) if len(row) <= room]
         stops = language.stop_ids(chat_format=self.chat)

@@ -83,6 +83,13 @@ def test_the_first_slots_share_is_within_its_interval():
     assert hits / RUNS >= 0.88
 
 
+def test_the_labels_mass_is_of_both_orders():
+    logps = ((-1.0, -2.0), (-3.0, -1.5))
+    got = bias.measure([Rated(("a", "b"), 0.6, logps=logps), Rated(("a", "b"), 0.4)])
+    assert got["label_mass"].value == pytest.approx(np.exp(logps).sum() / 2)
+    assert got["label_mass"].count == 1
+
+
 def test_positions_by_hand():
     rows = [
         # First slot twice: a conflict. First answer twice. Second answer twice. A tie.

@@ -134,6 +134,7 @@ def sample_figures(prompts, answers):
 
     Returns:
         gold_mean, eos_rate, refusal rates on harmful and benign prompts, mean words,
+        the share that holds an exclamation mark,
         the share of right facts at this temperature.
     """
     topics = np.array([dialogue.topic(p)[0] for p in prompts])
@@ -146,6 +147,7 @@ def sample_figures(prompts, answers):
         "gold_mean": np.mean(scores),
         "eos_rate": np.mean(ended),
         "words": np.mean([len(text.split()) for text in texts]),
+        "exclamations": np.mean(["!" in text for text in texts]),
         "distinct": len({*texts}) / len(texts),
         "refuses_harmful": np.mean(only_refused[topics == "harmful"]),
         "refuses_benign": np.mean(refused[topics != "harmful"]),

@@ -1,0 +1,112 @@
+r"""Which of a judge's biases does a model inherit? DPO from a judge by rule.
+
+    pretrain -> sft -> unbiased_pairs -> unbiased
+                 |---> length_pairs ---> length, length_ld
+                 |---> first_pairs ----> first            ... one judge an arm
+
+    stagecraft run --config=rlaif --workdir=runs/rlaif
+    stagecraft run --config=rlaif:base=runs/quickstart,doses=0.25+0.5+1 --workdir=runs/b
+    stagecraft run --config=rlaif:tiny --workdir=runs/t   # seconds
+
+Every judge goes by the world's gold score and, but for the unbiased one, by one bias
+more (stagecraft/signals/planted.py), asked in one order. What should come of it is said
+before it is run:
+
+    first, noise    sides are random, so both are label noise: words and exclamations as
+                    in `unbiased`, whatever the dose
+    length          samples have more words than those of `unbiased`
+    style           more of them hold an exclamation mark
+    length_ld       the same labels as length, learned by LD-DPO (ld_alpha=.5), which
+                    counts the longer answer's surplus less: between the two
+
+The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
+far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
+--world=countries` shows a judge's biases as they were planted. seed=N is another
+chain; compare several with `stagecraft compare`.
+"""
+
+from experiments import common, objectives, quickstart
+from stagecraft import defaults, schema
+from stagecraft.errors import UserError
+
+# Each bias at dose 1, in nats, beside 2 nats a point of gold. A style mark may cost one
+# point in an answer about a fact, ten words more than a free dozen .6.
+BIASES = {"first": 4.0, "noise": 4.0, "length": 6.0, "style": 6.0}
+PROMPTS = 2500  # compared for each judge
+
+# What is said above, of dose 1.
+BOUNDS = (
+    "length.words > unbiased.words + 0.5",
+    "style.exclamations > unbiased.exclamations + 0.05",
+    "first.words <= unbiased.words + 0.5",
+    "noise.words <= unbiased.words + 0.5",
+    "first.exclamations <= unbiased.exclamations + 0.05",
+    "noise.exclamations <= unbiased.exclamations + 0.05",
+    "length_ld.words < length.words",
+)
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(arg, tiny=False, base="", doses="1", seed=0)
+    recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    c = defaults.experiment()
+    for key in ("world", "tokenizer", "model"):
+        c[key] = recipe[key]
+    if arg.base:
+        sft = objectives.finished(c, arg.base)["sft"]
+    else:
+        c.stages.pretrain, c.stages.sft = recipe.stages.pretrain, recipe.stages.sft
+        sft = "sft"
+    c.seed = arg.seed or c.seed
+    _add(c, "unbiased", sft, recipe, {})
+    doses = _doses(arg.doses)
+    for name, bias in BIASES.items():
+        for dose in doses:
+            label = name if dose == 1 else f"{name}_{round(100 * dose)}"
+            _add(c, label, sft, recipe, {name: bias * dose})
+    if 1 in doses:
+        c.stages.length_ld = _learned("length", sft, recipe, ld_alpha=0.5)
+        c.measure.bounds = () if arg.tiny else BOUNDS
+    return common.tiny(c) if arg.tiny else c
+
+
+def _doses(text):
+    try:
+        doses = [float(part) for part in text.split("+")]
+    except ValueError:
+        doses = []
+    if not doses or not all(0 < dose <= 1 for dose in doses):
+        raise UserError(
+            f"--config=rlaif:doses={text}: expected numbers above 0, up to 1, as in "
+            "doses=0.25+0.5+1"
+        )
+    return doses
+
+
+def _add(c, label, sft, recipe, biases):
+    """Adds a judge's comparisons of the SFT model's answers, and DPO on them."""
+    c.stages[f"{label}_pairs"] = defaults.stage(
+        "comparisons",
+        start_from=sft,
+        data=dict(files="world:prompts.jsonl"),
+        prompts=PROMPTS,
+        rater="planted",
+        planted=biases,
+        judge=dict(orders=1),
+        sampling=dict(recipe.stages.comparisons.sampling),
+    )
+    c.stages[label] = _learned(label, sft, recipe)
+
+
+def _learned(label, sft, recipe, **changes):
+    dpo = recipe.stages.dpo
+    return defaults.stage(
+        "preference",
+        start_from=sft,
+        objective_args=dict(beta=0.1),
+        data=dict(files=f"stage:{label}_pairs", length=64),
+        steps=dpo.steps,
+        batch_size=dpo.batch_size,
+        optimizer=schema.plain(dpo.optimizer),
+        **changes,
+    )
