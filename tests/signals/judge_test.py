@@ -17,6 +17,7 @@ from stagecraft.signals.template import Answered
 from stagecraft.text import tokenizer as tokenizers
 from tests import tiny
 from tests.models import numpy_decoder
+from tests.text import families
 
 PAIR = (("Paris.", True), ("It is Rome, I think <|end|>", False))
 SHORT = """
@@ -258,6 +259,21 @@ def test_control_tokens_spelled_in_an_answer_are_letters(language, tmp_path):
     # Those of the turns alone: bos, the example's two, and this question's.
     controls = [i for i in ids if i in (tokenizer.user, tokenizer.assistant)]
     assert len(controls) == 4 and tokenizer.decode(ids).count(name) == 3
+
+
+def test_control_tokens_of_a_chat_template_are_letters_too(language, tmp_path):
+    folder = families.folder(tmp_path / "t", "chatml", "bytes")
+    tokenizer, mark = tokenizers.load(folder), "<|im_end|>"
+    asked = LocalModel(Language(language.model, tokenizer), True, "id")
+    asks = Judge(asked, config(tmp_path)).template
+    controls = set(tokenizer.stops) | set(tokenizer.control_ids)
+
+    def count(word):
+        ids = asked._ids(asks, asks.ask("p", (word, "x")))
+        assert word in tokenizer.decode(ids)
+        return sum(i in controls for i in ids)
+
+    assert tokenizer.spells(mark) and count(mark) == count("word") > 0
 
 
 def test_one_label_may_not_begin_another(language, tmp_path):
