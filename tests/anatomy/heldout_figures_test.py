@@ -53,7 +53,8 @@ def measured(monkeypatch):
             for name, (kind, start, reward) in stages.items()
         }
         if "grpo" in stages:
-            stages["grpo"] |= {"verifiers": verifiers, "reward_from": ""}
+            own = {"verifiers": verifiers, "verifier_args": {}, "reward_from": ""}
+            stages["grpo"] |= own
         return heldout_figures.measure(Own(stages), ASKED)
 
     return measure
