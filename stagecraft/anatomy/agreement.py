@@ -2,7 +2,7 @@
 
 Labels are any hashable values; None is a label that is missing. Sources: Cohen (1960),
 "A coefficient of agreement for nominal scales"; Krippendorff (2011), "Computing
-Krippendorff's alpha-reliability"; Wilson (1927).
+Krippendorff's alpha-reliability".
 """
 
 import collections
@@ -10,9 +10,8 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
-CONFIDENCE = 0.95
+from stagecraft.anatomy import statistics
 
 
 class Rate(NamedTuple):
@@ -31,24 +30,11 @@ class Rate(NamedTuple):
     high: float
 
 
-def wilson(count: int, n: int) -> Rate:
-    """Returns a share and its Wilson interval, which holds at 0 and 1 too.
-
-    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-
-    >>> [round(x, 4) for x in wilson(8, 10)[3:]]
-    [0.4902, 0.9433]
-    >>> wilson(0, 0).share is None
-    True
-    """
+def rate(count: int, n: int) -> Rate:
+    """Returns a share with its Wilson interval; from 0 to 1 where n is 0."""
     if not n:
         return Rate(0, 0, None, 0.0, 1.0)
-    z = float(special.ndtri((1 + CONFIDENCE) / 2))
-    p, scale = count / n, 1 + z**2 / n
-    middle = (p + z**2 / (2 * n)) / scale
-    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
-    low = 0.0 if count == 0 else float(middle - half)
-    return Rate(count, n, p, low, 1.0 if count == n else float(middle + half))
+    return Rate(count, n, count / n, *statistics.wilson(count, n))
 
 
 def cohen(ones: Sequence[Hashable], others: Sequence[Hashable]) -> float | None:
@@ -131,6 +117,6 @@ def over_items(
         values += [] if alpha is None else [alpha]
     if len(values) < draws / 2:
         return None
-    tail = 100 * (1 - CONFIDENCE) / 2
+    tail = 100 * (1 - statistics.CONFIDENCE) / 2
     low, high = np.percentile(values, (tail, 100 - tail))
     return float(low), float(high)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from stagecraft.anatomy.statistics import CONFIDENCE
+from stagecraft.anatomy.statistics import CONFIDENCE, wilson
 from stagecraft.signals import labels
 
 NEAR = 30  # characters; answers nearer in length have no longer one
@@ -50,20 +50,6 @@ class Figure(NamedTuple):
     low: float
     high: float
     count: int
-
-
-def wilson(hits: float, count: float) -> tuple[float, float]:
-    """Returns Wilson's 95% interval of a share.
-
-    >>> [round(x, 4) for x in wilson(8, 10)], [round(x, 4) for x in wilson(0, 20)]
-    ([0.4902, 0.9433], [0.0, 0.1611])
-    """
-    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
-    share = hits / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
 
 
 def share(hits: Sequence) -> Figure | None:

@@ -113,6 +113,25 @@ def _half(error, freedom):
     return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2) * error)
 
 
+def wilson(hits: float, count: float) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of a share, which holds near 0 and 1 too.
+
+    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), Wilson (1927).
+
+    Args:
+        hits, count: so many of so many, above 0.
+
+    >>> [round(x, 4) for x in wilson(8, 10)], [round(x, 4) for x in wilson(0, 20)]
+    ([0.4902, 0.9433], [0.0, 0.1611])
+    """
+    z = float(special.ndtri((1 + CONFIDENCE) / 2))
+    share = hits / count
+    middle = share + z**2 / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return max(float(low), 0.0), min(float(high), 1.0)
+
+
 # -- one model, several draws of its answers -------------------------------------------
 
 

@@ -61,8 +61,8 @@ def _rater(verdicts):
         "ties": choices.count("tie"),
         "both_bad": choices.count("both_bad"),
         "skips": choices.count("skip"),
-        "first": agreement.wilson(decided.count("first"), len(decided))._asdict(),
-        "self": agreement.wilson(same, again)._asdict(),
+        "first": agreement.rate(decided.count("first"), len(decided))._asdict(),
+        "self": agreement.rate(same, again)._asdict(),
         "seconds": statistics.median(seconds) if seconds else None,
     }
 

@@ -3,27 +3,13 @@
 import numpy as np
 import pytest
 
-from stagecraft.anatomy.agreement import cohen, krippendorff, over_items, wilson
+from stagecraft.anatomy.agreement import cohen, krippendorff, over_items, rate
 
 
-@pytest.mark.parametrize(
-    ("count", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (16, 250, 0.0398, 0.1014)],
-)
-def test_wilson(count, n, low, high):
-    rate = wilson(count, n)
-    assert rate[:3] == (count, n, count / n)
-    assert rate[3:] == pytest.approx((low, high), abs=5e-5)
-    other = wilson(n - count, n)
-    assert other[3:] == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_wilson_covers():
-    rng = np.random.default_rng(0)
-    for share, n in ((0.02, 40), (0.5, 25), (0.9, 15)):
-        rates = [wilson(int(count), n) for count in rng.binomial(n, share, 4000)]
-        covered = np.mean([rate.low <= share <= rate.high for rate in rates])
-        assert 0.92 < covered < 0.99
+def test_a_rate_of_nothing_says_nothing():
+    assert rate(0, 0) == (0, 0, None, 0.0, 1.0)
+    assert rate(8, 10)[:3] == (8, 10, 0.8)
+    assert rate(8, 10)[3:] == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
 def test_cohen():

@@ -133,3 +133,21 @@ def test_both_are_the_plain_formulas():
 def test_equal_values_that_are_no_round_numbers_have_no_spread():
     """Their mean may differ from them in the last bit, which is no spread."""
     assert statistics.difference([1.1636294901652025] * 7, [0.1] * 2)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (16, 250, 0.0398, 0.1014)],
+)
+def test_wilson(count, n, low, high):
+    assert statistics.wilson(count, n) == pytest.approx((low, high), abs=5e-5)
+    other = statistics.wilson(n - count, n)
+    assert other == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_covers():
+    rng = np.random.default_rng(0)
+    for share, n in ((0.02, 40), (0.5, 25), (0.9, 15)):
+        bounds = [statistics.wilson(hits, n) for hits in rng.binomial(n, share, 4000)]
+        covered = np.mean([low <= share <= high for low, high in bounds])
+        assert 0.92 < covered < 0.99

@@ -4,13 +4,17 @@ from tests.mutants.mutant import in_file
 
 MUTANTS = (
     *in_file(
-        "stagecraft/anatomy/agreement.py",
-        "tests/anatomy/agreement_test.py",
+        "stagecraft/anatomy/statistics.py",
+        "tests/anatomy/statistics_test.py -k wilson",
         (
             "Wald's interval",
-            "half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale",
-            "half = z * np.sqrt(p * (1 - p) / n)",
+            "half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))",
+            "half = z * np.sqrt(share * (1 - share) / count)",
         ),
+    ),
+    *in_file(
+        "stagecraft/anatomy/agreement.py",
+        "tests/anatomy/agreement_test.py",
         ("missing labels agree", "a is not None and b is not None", "True"),
         (
             "kappa of one rater's frequencies",
