@@ -16,9 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile far more than they compute; commands started by tests do alike.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
-# The emitter of fusions runs a pipeline of passes for each: half of all compilation.
-_FLAGS = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {_FLAGS}".strip()
+# The emitter of fusions runs a pipeline of passes for each: half of all compilation. A
+# jaxlib that has no other ends at the flag.
+if jax.__version_info__ < (0, 11):
+    _FLAGS = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {_FLAGS}".strip()
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
