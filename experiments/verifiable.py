@@ -25,7 +25,6 @@ from experiments import common
 from stagecraft import defaults
 from stagecraft.errors import UserError
 
-# The quickstart's names of the files, here and of GSM8K.
 WORLD = dict(
     demonstrations=dict(files="world:sum_demonstrations.jsonl"),
     prompts=dict(files="world:sums.jsonl", heldout="world:heldout_sums.jsonl"),
@@ -48,16 +47,13 @@ BOUNDS = (
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
+        **common.RECIPE,
         seed=0,
         digits=2,
-        sft=400,
+        sft=1200,
         steps=60,
         draws=32,
         answer=256,
-        lora=0,
         arms="grpo+rloo+ppo",
     )
     c = _folder(arg) if arg.model else _sums(arg)
@@ -100,9 +96,10 @@ def _folder(arg):
     )
     prompts = dict(kept, fields="prompt=question", too_long="drop")
     sizes = dict(new=arg.answer, rows=4)
-    kinds = ("sft", "ppo")
-    rates = [common.tuned(arg, kind, arg.steps)["optimizer"] for kind in kinds]
-    rates = dict(zip(("sft", "rl"), rates, strict=True))
+    rates = dict(
+        sft=common.tuned(arg, "sft", arg.sft)["optimizer"],
+        rl=common.tuned(arg, "ppo", arg.steps)["optimizer"],
+    )
     _stages(c, start, demonstrations, prompts, rates, arg, sizes)
     return c
 
@@ -127,6 +124,7 @@ def _stages(c, start, demonstrations, prompts, rates, arg, sizes):
         sampling=dict(max_new_tokens=sizes["new"]),
         steps=arg.steps,
         optimizer=rates["rl"],
+        lora=adapter,
         every=dict(log=1, eval=max(arg.steps // 4, 1)),
     )
     of_groups = dict(batch_size=sizes["rows"], group_size=group)

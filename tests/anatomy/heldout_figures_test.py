@@ -54,6 +54,7 @@ def measured(monkeypatch):
         }
         if "grpo" in stages:
             stages["grpo"] |= {"verifiers": verifiers, "reward_from": ""}
+            stages["grpo"]["verifier_args"] = {}
         return heldout_figures.measure(Own(stages), ASKED)
 
     return measure
