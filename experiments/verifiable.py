@@ -17,15 +17,29 @@ answers solves, guess@k how many one would solve with answers to other sums, cov
 for how many at least half of the answers are right: where RL raises pass@1 and cover,
 and leaves pass@k at large k where it was, it has sharpened.
 
+Measured (seed 0, 32 answers to each of 200 held-out sums, 7 minutes of processor time;
+1,710 s on two cores that had much other work):
+
+            pass@1   pass@4   pass@32   cover@50   tokens an answer
+    sft      0.318    0.765    1.000      0.105      20.3
+    grpo     0.767    0.986    1.000      0.970      32.9
+    rloo     0.771    0.991    1.000      0.980      32.9
+    ppo      0.677    0.980    1.000      0.955      31.8
+    guess    0.006    0.022    0.136                        (of sft)
+
+It sharpens: SFT solves every one of these sums in 32 attempts, where guessing solves
+one in seven, so there was no ability left to add. RL works nearly every sum out. PPO is
+behind after as many updates: its critic begins with a random head, and the reward falls
+from 0.34 to 0.14 in the ten updates that it takes to learn. One seed.
+
 With model= and data= the same stages run on a Hugging Face folder and GSM8K's jsonl
-(`question`, `answer`).
+(`question`, `answer`); nothing has been measured with them yet.
 """
 
 from experiments import common
 from stagecraft import defaults
 from stagecraft.errors import UserError
 
-# The quickstart's names of the files, here and of GSM8K.
 WORLD = dict(
     demonstrations=dict(files="world:sum_demonstrations.jsonl"),
     prompts=dict(files="world:sums.jsonl", heldout="world:heldout_sums.jsonl"),
@@ -48,16 +62,13 @@ BOUNDS = (
 def get_config(arg=""):
     arg = common.parse_arg(
         arg,
-        tiny=False,
-        model="",
-        data="",
+        **common.RECIPE,
         seed=0,
         digits=2,
-        sft=400,
+        sft=1200,
         steps=60,
         draws=32,
         answer=256,
-        lora=0,
         arms="grpo+rloo+ppo",
     )
     c = _folder(arg) if arg.model else _sums(arg)
@@ -100,9 +111,10 @@ def _folder(arg):
     )
     prompts = dict(kept, fields="prompt=question", too_long="drop")
     sizes = dict(new=arg.answer, rows=4)
-    kinds = ("sft", "ppo")
-    rates = [common.tuned(arg, kind, arg.steps)["optimizer"] for kind in kinds]
-    rates = dict(zip(("sft", "rl"), rates, strict=True))
+    rates = dict(
+        sft=common.tuned(arg, "sft", arg.sft)["optimizer"],
+        rl=common.tuned(arg, "ppo", arg.steps)["optimizer"],
+    )
     _stages(c, start, demonstrations, prompts, rates, arg, sizes)
     return c
 
@@ -127,6 +139,7 @@ def _stages(c, start, demonstrations, prompts, rates, arg, sizes):
         sampling=dict(max_new_tokens=sizes["new"]),
         steps=arg.steps,
         optimizer=rates["rl"],
+        lora=adapter,
         every=dict(log=1, eval=max(arg.steps // 4, 1)),
     )
     of_groups = dict(batch_size=sizes["rows"], group_size=group)
