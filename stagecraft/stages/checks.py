@@ -273,6 +273,9 @@ def rewards(where, config, samples=1):
     sources += len(verifiers.find(config.verifiers))
     if judged:
         judge.check_settings(where, config, (1, samples) if samples > 1 else (1,))
+    else:
+        because = "no judge (judge_from, judge.url)"
+        unread(where, config, {f"judge.{key}": because for key in config.judge})
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "

@@ -136,6 +136,14 @@ def _check(where, config, experiment, mesh):
             f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
             "rater='judge', or name no judge"
         )
+    # A failure counts with any rater.
+    read = {"judge": {*config.judge}, "planted": {"orders", "combine", "max_failed"}}
+    read = read.get(config.rater, {"max_failed"})
+    keys = [f"judge.{key}" for key in config.judge if key not in read]
+    if config.rater != "planted":
+        keys += [f"planted.{key}" for key in config.planted]
+    because = f"rater={schema.plain(config.rater)!r}"
+    checks.unread(where, config, dict.fromkeys(keys, because))
     raters.check(where, config, experiment.world.name)
     checks.files(where, config)
     checks.room(where, config, experiment)

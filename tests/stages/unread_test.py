@@ -25,6 +25,8 @@ ELSEWHERE = {
     "reference_from": "the graph",
     "reward_from": "the graph",
     "value_from": "the graph",
+    "judge_from": "the graph",
+    "judge": "the run, which makes the judge; refused without one",
     "verifiers": "the run, which imports them",
     "seed": "the run, which makes the random key",
     "batch_size": "the builders of data",
@@ -83,7 +85,8 @@ class Watched:
 @functools.cache
 def parents():
     known = cases.models(cases.single())
-    return known | {"start": known["policy"], "value": known["reward"]}
+    known |= {"start": known["policy"], "value": known["reward"]}
+    return known | {"judge": known["policy"]}
 
 
 def keys_read(config):
