@@ -285,11 +285,12 @@ def _unread_of_judge(config, *, pairs):
     """
     own = config.judge
     if not (config.judge_from or own.url):
-        combines = pairs and config.rater == "planted"
-        keys = [key for key in own if not (key == "combine" and combines)]
         # Failures of any rater of pairs are counted.
-        keys = [key for key in keys if not (key == "max_failed" and pairs)]
-        return {f"judge.{key}": "neither judge_from nor judge.url" for key in keys}
+        read = {"max_failed"} if pairs else set()
+        if pairs and config.rater == "planted":
+            read |= {"orders", "combine"}
+        because = "neither judge_from nor judge.url"
+        return {f"judge.{key}": because for key in own if key not in read}
     remote = ("model", "api", "key", "timeout", "tries", "parallel")
     if own.url:
         keys = {"judge.batch_size": f"judge.url={own.url!r}"}
@@ -297,7 +298,7 @@ def _unread_of_judge(config, *, pairs):
         keys = dict.fromkeys((f"judge.{key}" for key in remote), "judge.url=''")
     if not pairs:
         because = "a reward, whose answers are not compared in two orders"
-        keys |= dict.fromkeys(("judge.combine", "judge.clamp"), because)
+        keys |= dict.fromkeys(("judge.orders", "judge.combine", "judge.clamp"), because)
     return keys
 
 

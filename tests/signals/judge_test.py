@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import defaults
+from stagecraft import defaults, experiment
 from stagecraft.errors import UserError
 from stagecraft.models.language import Language
 from stagecraft.models.transformer import Transformer
@@ -16,6 +16,7 @@ from stagecraft.signals.judge import Judge, LocalModel, Scorer
 from stagecraft.signals.template import Answered
 from stagecraft.text import tokenizer as tokenizers
 from tests import tiny
+from tests.experiment_refusals_test import graph
 from tests.models import numpy_decoder
 from tests.text import families
 
@@ -318,4 +319,31 @@ def test_an_identity_is_of_all_that_decides_verdicts(language, tmp_path):
 def test_settings_that_cannot_be_are_refused(changes, says):
     with pytest.raises(UserError, match=says) as error:
         judge.check("s.it", defaults.stage("comparisons", rater="judge", **changes), "")
+    assert "\n" not in str(error.value)
+
+
+JUDGES = [
+    ("policy", dict(judge=dict(clamp=0.4)), "judge.clamp=0.4: changes nothing with no"),
+    (
+        "comparisons",
+        dict(judge=dict(combine="probability")),
+        "judge.combine='probability': changes nothing with rater='world'",
+    ),
+    (
+        "comparisons",
+        dict(planted=dict(first=1.0)),
+        "planted.first=1.0: changes nothing with rater='world'",
+    ),
+    (
+        "comparisons",
+        dict(judge_from="base"),
+        "rater='world' with a judge .judge_from, judge.url.: set rater='judge'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "says"), JUDGES)
+def test_settings_of_a_judge_that_is_not_there_are_refused(kind, changes, says):
+    with pytest.raises(UserError, match=f"stages.it.{says}") as error:
+        experiment.resolve(graph(kind, **changes))
     assert "\n" not in str(error.value)

@@ -136,6 +136,7 @@ def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
     stage_config = config(kind, **changes)
     known = models(mesh)
     known |= {"start": start or known["policy"], "value": known["reward"]}
+    known["judge"] = known["policy"]
     roles = {name: known[name] for name in RECORDS[kind].roles if name not in without}
     context = Context(mesh, CONFIG, roles, stop_ids=(STOP,), verifiers=verifiers)
     return RECORDS[kind].make(stage_config, context), BATCH[kind](), stage_config

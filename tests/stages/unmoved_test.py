@@ -37,6 +37,7 @@ def updates(kind, dtype, steps=1, **changes):
     with jax.set_mesh(mesh):
         policy, reward = models(dtype)
         parents = dict(start=policy, reference=policy, reward=reward, value=reward)
+        parents["judge"] = policy
         parents = {name: parents[name] for name in KINDS[kind].roles}
         context = Context(mesh, policy.config, parents, stop_ids=(cases.STOP,))
         made, raw = KINDS[kind].make(config, context), cases.BATCH[kind]()
