@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 CONFIDENCE = 0.95
 Error = tuple[float, float]  # standard error, degrees of freedom
@@ -78,6 +78,9 @@ def difference(
         both = error_of_mean(errors), error_of_mean(other_errors)
         halves.append(_half(*_sum(both)))
     if min(len(ones), len(others)) > 1 and (np.ptp(ones) or np.ptp(others)):
+        # Its import takes longer than that of JAX, and few commands come here.
+        from scipy import stats
+
         with warnings.catch_warnings():
             # That one side hardly spreads is fine: the other's spread decides.
             warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)

@@ -72,7 +72,7 @@ class HuggingFaceTokenizer:
         self.files, self._where = files, where
         config = _read(files, "tokenizer_config.json", where)
         config = _read(files, "special_tokens_map.json", where) | config
-        self._inner, content = _open(files[MAIN], config, where)
+        self._inner, content, processed = _open(files[MAIN], config, where)
         self._ids = self._inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values()) + 1
         added = {t["content"]: t["id"] for t in content["added_tokens"]}
@@ -81,7 +81,7 @@ class HuggingFaceTokenizer:
         named = {k: v for k, v in named.items() if isinstance(v, str)}
         stops = self._generation_stops()
         self.eos = self._end(named, stops, added)
-        self.bos = self._beginning(content)
+        self.bos = self._beginning(processed)
         self.named_bos = self._ids.get(named.get("bos_token"))
         sources = _templates(files, config, where)
         self.template, turn = None, []
@@ -302,15 +302,12 @@ class HuggingFaceTokenizer:
             "tokenizer_config.json"
         )
 
-    def _beginning(self, content):
+    def _beginning(self, processed):
         """Returns the id the post-processor puts before a text, or None.
 
         So does transformers where there is a tokenizer.json, whatever add_bos_token is.
         """
-        import tokenizers
-
         plain = self._inner.encode("a", add_special_tokens=False).ids
-        processed = tokenizers.Tokenizer.from_str(json.dumps(content)).encode("a").ids
         has_bos = len(processed) > len(plain) and processed[0] not in plain
         return processed[0] if has_bos else None
 
@@ -377,7 +374,12 @@ class HuggingFaceTokenizer:
 
 
 def _open(data, config, where):
-    """Returns the `tokenizers.Tokenizer` without a post-processor, and its JSON."""
+    """Opens a tokenizer.
+
+    Returns:
+        the `tokenizers.Tokenizer` without a post-processor; its JSON; the ids of "a"
+        with what a post-processor puts around them.
+    """
     try:
         import tokenizers
     except ModuleNotFoundError:
@@ -410,11 +412,12 @@ def _open(data, config, where):
         add = inner.add_special_tokens if token.special else inner.add_tokens
         add([token])
     content = json.loads(inner.to_str())
+    processed = inner.encode("a").ids
     # A post-processor would trim the tokens' offsets in the text; ids do not need it.
-    bare = tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
-    bare.no_truncation()
-    bare.no_padding()
-    return bare, content
+    inner.post_processor = tokenizers.processors.Sequence([])
+    inner.no_truncation()
+    inner.no_padding()
+    return inner, content, processed
 
 
 def _read(files, name, where):
