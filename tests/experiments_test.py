@@ -175,7 +175,7 @@ def test_verifiable_learns_from_sums_and_counts_attempts(tmp_path):
         assert figures[stage]["verifier_number"] == figures[stage]["pass@1"]
     assert "heldout_accuracy" not in figures["sft"]  # the world's own are not asked
     arms = module.get_config("tiny").stages
-    assert [*arms] == ["sft", "grpo", "rloo", "ppo"]
+    assert {*arms} == {"sft", "grpo", "rloo", "ppo"}
     with pytest.raises(UserError, match="arms='gpro': unknown; did you mean 'grpo'"):
         module.get_config("tiny,arms=gpro")
     assert module.get_config("model=hub,data=a.jsonl").stages.sft.start_from == "hf:hub"
