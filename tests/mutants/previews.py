@@ -57,8 +57,8 @@ _CHAT = in_file(
     ),
     (
         "the default stage need not answer in turns",
-        "in_turns or speaking, key",
-        "speaking, key",
+        "in_turns or speaking",
+        "speaking",
     ),
     (
         "one ctrl-C at a prompt ends the conversation",
