@@ -84,7 +84,11 @@ _HUGGING_FACE = in_file(
         "[int(i) for i in ids if int(i) not in self._control]",
         "[int(i) for i in ids]",
     ),
-    ("places are trimmed", '{"post_processor": None}', "{}"),
+    (
+        "places are trimmed",
+        "inner.post_processor = tokenizers.processors.Sequence([])",
+        "pass",
+    ),
     ("a config's tokens are not added", "        add([token])\n", ""),
     (
         "templates of a config go first",
@@ -426,7 +430,7 @@ _TRAIN = in_file(
     ),
     (
         "the saved step is on its way when it is looked at",
-        "self.checkpoints.wait()",
+        "if last:\n            self.checkpoints.wait()",
         "pass",
         "tests/run_test.py -k looks_at",
         "a process that is killed then is not part of the tests",

@@ -47,7 +47,7 @@ _CHAT = in_file(
 _HUB_DATA = in_file(
     "stagecraft/data/files.py",
     "tests/hub_test.py -k data",
-    ("a model is taken for data", 'kind="dataset")', 'kind="model")'),
+    ("a model is taken for data", 'kind="dataset"', 'kind="model"'),
 )
 
 _WORLD_FIGURES = in_file(

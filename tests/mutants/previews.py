@@ -56,9 +56,9 @@ _CHAT = in_file(
         "False",
     ),
     (
-        "the first stage that chats is the default",
-        "(in_turns or speaking)[-1]",
-        "(in_turns or speaking)[0]",
+        "the default stage need not answer in turns",
+        "in_turns or speaking",
+        "speaking",
     ),
     (
         "one ctrl-C at a prompt ends the conversation",
