@@ -158,7 +158,7 @@ print("over", flush=True)
 
 @pytest.fixture
 def terminal():
-    """(what is typed, what to wait for) -> what the terminal has shown."""
+    """(what is typed, what to wait for, what then) -> what the terminal has shown."""
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
     process = subprocess.Popen(
@@ -173,18 +173,21 @@ def terminal():
     os.close(child)
     shown = ""
 
-    def type_(keys, until):
+    def type_(keys, until, then="you> "):
         nonlocal shown
         os.write(parent, keys)
         fresh, end = "", time.monotonic() + 60
-        while until not in fresh and time.monotonic() < end:
+        # A key before the next prompt is no key at it.
+        while then not in fresh.partition(until)[2] or until not in fresh:
+            if time.monotonic() > end:
+                break
             if select.select([parent], [], [], 0.1)[0]:
                 try:
                     fresh += os.read(parent, 4096).decode(errors="replace")
                 except OSError:
                     break
         shown += fresh
-        assert until in fresh, shown
+        assert then in fresh.partition(until)[2] and until in fresh, shown
         return fresh
 
     yield type_
@@ -195,7 +198,7 @@ def terminal():
 
 def test_keys_of_a_terminal(terminal):
     pytest.importorskip("readline")
-    terminal(b"", "you> ")
+    terminal(b"", "you> ", "")
     terminal(b"first\r", "got 'first'")
     terminal(b"\x1b[A\r", "got 'first'")  # the arrow key brings it back
     pasted = b"\x1b[200~def f():\n\n    pass\x1b[201~\r"
@@ -203,4 +206,4 @@ def test_keys_of_a_terminal(terminal):
     terminal(b"\x03", chat.AGAIN)
     terminal(b"more\r", "got 'more'")  # one ctrl-C is forgotten
     terminal(b"\x03", chat.AGAIN)
-    terminal(b"\x03", "over")
+    terminal(b"\x03", "over", "")
