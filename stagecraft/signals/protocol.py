@@ -166,7 +166,9 @@ def source(function: Any) -> str:
     places: tuple[Any, ...] = (inspect.getmodule(function), function, type(function))
     for code in places:
         try:
-            return inspect.getsource(code)
+            # From 3.13 on that is the text of python -c, whatever was compiled.
+            if inspect.getfile(code) != "<string>":
+                return inspect.getsource(code)
         except (OSError, TypeError):
             continue
     return ""
