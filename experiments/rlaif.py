@@ -19,6 +19,21 @@ before it is run:
     length_ld       the same labels as length, learned by LD-DPO (ld_alpha=.5), which
                     counts the longer answer's surplus less: between the two
 
+Measured (seed 0, base=runs/quickstart, 423 s on two idle cores; means of samples):
+
+                  words   exclamations    gold    KL, nats
+    unbiased       11.1       .20         1.12      15.3
+    first           7.1       .19         1.86       2.0
+    noise           7.1       .19         1.78       2.3
+    length         27.8       .04        -1.16       2.6
+    style          12.7       .67          .78       9.2
+    length_ld      28.9       .03        -1.28       3.5
+
+Length and style are inherited, position and noise are not, as said before. LD-DPO does
+not help here, against what was said. Labels without noise move the model further in as
+many steps (KL), and too far: gold is lower in `unbiased` than with noise. So arms differ
+in how far they went, too; at matched KL nothing has been measured, and it is one seed.
+
 The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
 far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
 --world=countries` shows a judge's biases as they were planted. seed=N is another
