@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
 	@echo "make test         install what the tests need, run them"
-	@echo "make quick        those that take long left out: a minute and a half on two cores"
+	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"

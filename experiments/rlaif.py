@@ -31,8 +31,8 @@ Measured (seed 0, base=runs/quickstart, 423 s on two idle cores; means of sample
 
 Length and style are inherited, position and noise are not, as said before. LD-DPO does
 not help here, against what was said. Labels without noise move the model further in as
-many steps (KL), and too far: gold is lower in `unbiased` than with noise. So arms differ
-in how far they went, too; at matched KL nothing has been measured, and it is one seed.
+many steps (KL), and too far: gold is lower in `unbiased` than with noise. So the arms
+differ in how far they went, too; at matched KL nothing has been measured. One seed.
 
 The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
 far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
