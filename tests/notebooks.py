@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_TEMPORARY = re.compile(r"/tmp/tmp\w+")
+_TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w+")
 
 
 def code_digest(notebook) -> str:
@@ -65,7 +66,7 @@ def store(path):
 
 
 def _cleaned(text):
-    return _TEMPORARY.sub("/tmp/work", _ANSI.sub("", text))
+    return _TEMPORARY.sub("RUN", _ANSI.sub("", text))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, and is stored with what that shows."""
 
+import tempfile
+
 import nbformat
 import pytest
 
@@ -26,6 +28,7 @@ def test_a_notebook_runs_and_is_stored_with_what_it_shows(path):
     stale = f"{path.name} is not what was run: make notebooks"
     assert stored.metadata.get("code_digest") == code_digest(stored), stale
     assert path.stat().st_size < 2**20
+    assert tempfile.gettempdir() not in path.read_text(encoding="utf-8")
     outputs = [o for c in stored.cells for o in c.get("outputs", ())]
     assert not any(output.output_type == "error" for output in outputs)
     again = shown(execute(path))
