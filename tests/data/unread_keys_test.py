@@ -9,10 +9,8 @@ from stagecraft import defaults, experiment
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.stages.kinds import KINDS
-from stagecraft.text.tokenizer import load
 from tests.experiment_refusals_test import graph
 from tests.stages.unread_test import Watched, flat
-from tests.text import families
 
 # Keys that the building of rows need not read, and who does.
 ELSEWHERE = {
@@ -48,11 +46,6 @@ CASES = {
     ("comparisons", ""): "prompts",
     ("selection", ""): "prompts",
 }
-
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory):
-    return load(families.folder(tmp_path_factory.mktemp("chatml") / "f", "chatml"))
 
 
 def write(path, form):

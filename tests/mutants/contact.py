@@ -33,7 +33,7 @@ _TALLY = in_file(
         "bad records are dropped unasked",
         'return self.data is not None and self.data.bad == "drop"',
         "return True",
-        "tests/data/first_contact_test.py -k bad_records",
+        "tests/data/odd_records_test.py -k bad_records",
     ),
 )
 
@@ -49,7 +49,7 @@ _CONTACT = (
     ),
     *in_file(
         "stagecraft/data/files.py",
-        "tests/data/first_contact_test.py -k splits",
+        "tests/data/odd_records_test.py -k splits",
         (
             "the test split is trained on",
             'if "train" not in splits or not others:',
@@ -67,7 +67,7 @@ _CONTACT = (
     ),
     *in_file(
         "stagecraft/data/rendering.py",
-        "tests/data/first_contact_test.py -k spell",
+        "tests/data/odd_records_test.py -k spell",
         (
             "spelled control tokens are not counted",
             "self.notes[spelled(self.tokenizer)] += 1",
@@ -85,7 +85,7 @@ _CONTACT = (
     ),
     *in_file(
         "stagecraft/text/chat.py",
-        "tests/data/first_contact_test.py -k continued",
+        "tests/data/odd_records_test.py -k continued",
         (
             "the prompt is learned",
             "mask = [False] * count + [True] * (len(ids) - count)",

@@ -387,7 +387,7 @@ _CONTAINERS = in_file(
         "absent keys are null",
         "without_nulls(record) if nulls else record",
         "record",
-        "tests/data/first_contact_test.py -k null_is_absent",
+        "tests/data/odd_records_test.py -k null_is_absent",
     ),
     (
         "other line ends stay",
