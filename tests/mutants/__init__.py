@@ -17,12 +17,14 @@ from tests.mutants import (
     rollouts,
     sampled,
     steps,
+    training,
     verified,
 )
 
 MUTANTS = (
     *(objectives.MUTANTS + sampled.MUTANTS + steps.MUTANTS + rollouts.MUTANTS),
-    *(inputs.MUTANTS + data.MUTANTS + families.MUTANTS + adapters.MUTANTS),
+    *(inputs.MUTANTS + training.MUTANTS + data.MUTANTS),
+    *(families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
