@@ -424,7 +424,7 @@ def _write_records(run, name, parents, data, key):
     # By itself the stage counts what it wrote; the ledger also counts what it read.
     limit = stage.sampling.max_new_tokens
     samples = result["tokens"]["sampled"] // (stage.prompts * limit)
-    result["tokens"] = records.work(stage, recording, samples)
+    result["tokens"] |= records.work(stage, recording, samples)
     record = {"kind": stage.kind, "start_from": stage.start_from, "format": "records"}
     record["data"] = {"reading": data.reading}
     record["made_with"] = process.made_with()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from stagecraft import storage
+from stagecraft.anatomy import bias, verdicts
 from tests.command_line import stagecraft
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +206,15 @@ def test_prompt_and_report(tiny_run):
         assert stage in out
     status, out, error = stagecraft("report", f"--workdir={tiny_run}")
     assert status == 0 and out.strip().endswith("report.html")
+    rater = storage.read_json(tiny_run / "summary.json")["raters"]["comparisons"]
+    records = tiny_run / "comparisons" / "records.jsonl"
+    measured = bias.measure(verdicts.read(records, "countries"))
+    assert rater and rater.keys() == measured.keys()
+    text = (tiny_run / "report.html").read_text()
+    assert 'id="raters"' in text
+    for name, one in rater.items():
+        assert one["value"] == measured[name].value
+        assert f"{one['value']:.3f}" in text
 
 
 def test_compare_prints_a_table_and_writes_a_page(tiny_run, tmp_path):

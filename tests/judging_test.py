@@ -5,6 +5,7 @@ import json
 import pytest
 
 from stagecraft import defaults, judging
+from stagecraft.anatomy import bias, verdicts
 from stagecraft.errors import UserError
 from stagecraft.report import terminal
 from stagecraft.signals.template import Answered
@@ -59,7 +60,8 @@ def test_a_file_is_judged_and_its_judge_measured(tmp_path, monkeypatch, capsys):
         assert ("good" in row["rejected"]) == (row["gold"] == "rejected")
     firsts = [row["first"] == row["gold"] for row in rows]
     assert 0.3 < sum(firsts) / len(firsts) < 0.7  # the gold answer's side is drawn
-    figures, read = judging.measure(tmp_path / "out.jsonl")
+    read = verdicts.read(tmp_path / "out.jsonl")
+    figures = bias.measure(read)
     assert len(read) == 150 and figures["abstained"].value == pytest.approx(1 / 150)
     assert figures["slot_bias"].value == pytest.approx(0.5)
     right = [1 + (1 + i % 4 - 2 - i) / 10 > 0 for i in range(150) if i != 19]
@@ -93,7 +95,8 @@ def test_a_person_and_a_world(tmp_path):
     rows = [france | {"chosen": one, "rejected": two} | more for one, two, more in told]
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures, read = judging.measure(path, "countries")
+    read = verdicts.read(path, "countries")
+    figures = bias.measure(read)
     assert [row.gold for row in read] == [0, 0, None]
     assert figures["accuracy"].value == 0.5 and figures["accuracy"].count == 2
     assert figures["first_slot"].value == pytest.approx(2 / 3)
@@ -121,7 +124,7 @@ def test_files_that_say_nothing_are_refused_in_one_line(tmp_path, text, says):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        judging.measure(path)
+        verdicts.read(path)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -135,7 +138,7 @@ def test_a_finished_stage_judges(tiny_run, tmp_path):
     out = tmp_path / "out.jsonl"
     counts = judging.ask(source, out, str(tiny_run / "sft"), settings)
     assert counts["pairs"] == 3 and counts["tokens"] > 0
-    figures, _ = judging.measure(out)
+    figures = bias.measure(verdicts.read(out))
     assert figures["order_gap"].value >= 0
 
 

@@ -18,6 +18,24 @@ from stagecraft.anatomy.statistics import CONFIDENCE, wilson
 from stagecraft.signals import labels
 
 NEAR = 30  # characters; answers nearer in length have no longer one
+MEANINGS = {
+    "accuracy": "verdicts for the better answer by gold, a tie half",
+    "longer_accuracy": "the same of a rater that always picks the longer answer",
+    "calibration_error": "gap between how sure verdicts are and how often right",
+    "brier": "squared error of the probability, .25 for one that knows nothing",
+    "first_slot": "verdicts for the answer in the first slot; .5 is fair",
+    "conflict": "pairs whose verdict changes with the order",
+    "slot_bias": "nats towards the first slot; 0 is fair",
+    "order_gap": "how far a probability moves with the order",
+    "longer_wins": "verdicts for the longer answer",
+    "gold_longer_wins": "the same of gold",
+    "self_preference": "own answers picked where better, less others' where better",
+    "own_wins": "verdicts for the rater's own answers",
+    "own_wins_corrected": "the same, corrected by its errors against gold",
+    "abstained": "pairs without a verdict",
+    "ties": "verdicts for neither",
+    "label_mass": "probability that it said one of the labels at all",
+}  # in the order of the report; effects are nats, others held equal
 _HEADERS = re.compile(r"^#{1,6} ", re.MULTILINE)
 _LISTS = re.compile(r"^\s*(?:[-*+]|\d+[.)]) ", re.MULTILINE)
 _BOLD = re.compile(r"\*\*[^*\n]+\*\*")
@@ -90,9 +108,10 @@ def measure(rows: Sequence[Rated]) -> dict[str, Figure]:
         **against_gold(said),
         **self_preference(said),
     }
+    ordered = {name: figures.get(name) for name in MEANINGS}
     for name, figure in effects(said).items():
-        figures[f"effect_of_{name}"] = figure
-    return {name: figure for name, figure in figures.items() if figure is not None}
+        ordered[f"effect_of_{name}"] = figure
+    return {name: figure for name, figure in ordered.items() if figure is not None}
 
 
 def position(rows: Sequence[Rated]) -> dict[str, Figure | None]:

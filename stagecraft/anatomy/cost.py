@@ -116,6 +116,7 @@ def stage_flops(
     model: Mapping,
     *,
     scalar: Mapping | None = None,
+    judge: Mapping | None = None,
     adapter: bool = False,
 ) -> float:
     """Counts the FLOPs of a whole stage.
@@ -133,9 +134,12 @@ def stage_flops(
                 where the completions of a prompt share that, once each elsewhere.
             scalar_trained, scalar_scored: the same for reward and value models.
             context: mean number of positions a token attends to.
+            judged, judged_context: those of questions to a judge, one forward each.
         model: a ModelConfig as a mapping; of a stage that trains nothing, that of the
             model it samples from.
         scalar: that of its reward model, if it is another.
+        judge: that of its judge; None where there is none, or where it is behind an
+            endpoint, whose FLOPs are not known and are left out.
         adapter: whether a LoRA adapter was trained: backward then costs one
             forward, since the frozen weights need no gradient. The thin matrices
             themselves are not counted.
@@ -143,7 +147,7 @@ def stage_flops(
     Raises:
         ValueError: an unknown counter, or tokens without `context`.
     """
-    unknown = set(counters) - {*_COUNTERS, "context"}
+    unknown = set(counters) - {*_COUNTERS, "context", "judged", "judged_context"}
     if unknown:
         raise ValueError(f"unknown counters {sorted(unknown)}; known: {_COUNTERS}")
     if "context" not in counters:
@@ -159,6 +163,9 @@ def stage_flops(
                 counters["context"],
                 scalar=headless,
             )
+    if judge is not None and "judged" in counters:
+        tokens, context = counters["judged"], counters["judged_context"]
+        total += forward_flops(judge, tokens, context)
     return total
 
 

@@ -251,7 +251,7 @@ SHORT = (
 )
 _LOWER = ("loss", "perplexity")  # of evaluations, better where lower
 # Parts of a summary that hold figures by stage, or of none.
-APART = ("weights", "cost", "seconds", "bounds")
+APART = ("weights", "raters", "cost", "seconds", "bounds")
 
 
 def figure(name: str) -> Figure:

@@ -7,11 +7,22 @@ of each stage. Beside them: what each stage changed in the weights, what
 it cost and how long it took.
 """
 
+import contextlib
 import time
+from math import isfinite
 
 from stagecraft import metrics
-from stagecraft.anatomy import cost, heldout_figures, roles, weights, world_figures
+from stagecraft.anatomy import (
+    bias,
+    cost,
+    heldout_figures,
+    roles,
+    verdicts,
+    weights,
+    world_figures,
+)
 from stagecraft.errors import UserError
+from stagecraft.stages import records
 
 
 def measure(run, started: float, asked=()) -> dict[str, dict]:
@@ -24,7 +35,8 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
 
     Returns:
         {stage: {figure: value}}, and under "weights", "cost" and "seconds" what stages
-        changed, cost and took.
+        changed, cost and took; under "raters", for each stage of comparisons, {figure:
+        {"value", "low", "high", "count"}} of who rated its pairs, as `bias.measure`.
     """
     summary = {name: _last_evaluation(run, name) for name in _finished(run)}
     measured = {}
@@ -36,6 +48,7 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
         counts = summary[name].get("n", {}) | figures.get("n", {})
         summary[name] |= figures | ({"n": counts} if counts else {})
     summary["weights"] = _weights(run)
+    summary["raters"] = _raters(run)
     summary["cost"] = _cost(run)
     summary["seconds"] = _seconds(run, started)
     return summary
@@ -66,12 +79,29 @@ def _weights(run):
     return changes
 
 
+def _raters(run):
+    """Measures what the raters of compared pairs went by."""
+    raters = {}
+    for name in _finished(run):
+        if "rater" in run.config.stages[name]:
+            path = run.root / name / records.RECORDS
+            # Nothing but ties says nothing of a rater.
+            with contextlib.suppress(UserError):
+                rows = verdicts.read(path, run.config.world.name)
+                raters[name] = {
+                    figure: {k: v for k, v in one._asdict().items() if isfinite(v)}
+                    for figure, one in bias.measure(rows).items()
+                }
+    return raters
+
+
 def _cost(run):
     """Returns the FLOPs of each stage, and their share of pretraining's."""
     flops = {}
     stages = run.config.stages
     for name in _finished(run):
         record, reward = run.record(name), stages[name].get("reward_from")
+        judge = stages[name].get("judge_from")
         model = record.model or _shape(run, record.start_from)
         # Older versions did not count what stages of records read.
         if model and "context" in record.tokens:
@@ -79,6 +109,7 @@ def _cost(run):
                 record.tokens,
                 model,
                 scalar=_shape(run, reward) if reward else None,
+                judge=_shape(run, judge) if judge else None,
                 adapter=record.lora is not None,
             )
     pretraining = sum(

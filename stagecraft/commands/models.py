@@ -160,6 +160,7 @@ def judge(rest):
     known ("chosen"), in both orders. A run that was killed asks nothing twice.
     """
     from stagecraft import defaults, judging
+    from stagecraft.anatomy import bias, verdicts
     from stagecraft.report import terminal
 
     if len(rest) != 1:
@@ -177,8 +178,7 @@ def judge(rest):
         counts = judging.ask(path, FLAGS.out, name, settings)
         path = FLAGS.out
         print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    figures, _ = judging.measure(path, FLAGS.world)
-    terminal.show_bias(figures)
+    terminal.show_bias(bias.measure(verdicts.read(path, FLAGS.world)))
 
 
 @takes(WORKDIR, Flag("name", "base", "name of the stage"), words=True)

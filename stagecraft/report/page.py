@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from stagecraft import runs
-from stagecraft.anatomy import cost, evaluate, figures
+from stagecraft.anatomy import bias, cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
 from stagecraft.report import charts, compare, curves, render, verdict
@@ -18,6 +18,7 @@ from stagecraft.runs import part
 from stagecraft.schema import flat
 from stagecraft.storage import write_text
 
+_EFFECT = "nats that it adds to being preferred, other traits held equal"
 _PARTS = ("compile", "sample", "score", "prepare", "update", "eval", "save", "other")
 
 
@@ -50,6 +51,7 @@ def write(folder: str | Path) -> Path:
         tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),
         tasks=_tasks(run),
         weights=_weights(run),
+        raters=_raters(run),
         cost=_cost(run),
         time=_time(run),
         data=_data(run),
@@ -269,6 +271,23 @@ def _heat(stage, change):
     )
 
 
+def _raters(run):
+    """What the rater of each stage of comparisons went by, as `anatomy.bias` has it."""
+    table = part(run.summary, "raters")
+    return [
+        {
+            "stage": stage,
+            "rater": part(part(run.config, "stages"), stage.name).get("rater", ""),
+            "rows": [
+                one | {"name": name, "meaning": bias.MEANINGS.get(name, _EFFECT)}
+                for name, one in table[stage.name].items()
+            ],
+        }
+        for stage in run.stages
+        if part(table, stage.name)
+    ]
+
+
 def _cost(run):
     """Bars of each stage's share of pretraining, and the counts they come from."""
     table = run.summary.get("cost")
@@ -284,7 +303,11 @@ def _cost(run):
     ]
     rows = [(row["stage"], row["cost"].get("share")) for row in counts]
     rows = [(stage, value) for stage, value in rows if is_number(value)]
-    return {"bars": _scaled("share", rows, table) if rows else None, "counts": counts}
+    return {
+        "bars": _scaled("share", rows, table) if rows else None,
+        "counts": counts,
+        "judged": any("judged" in row["tokens"] for row in counts),
+    }
 
 
 def _seconds(stage):

@@ -21,8 +21,8 @@ def write(config, recording):
         recording: a `records.Recording`.
 
     Returns:
-        {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}; "judged_tokens"
-        where a judge counts them.
+        {"pairs", "dropped", "dropped_by_reason", "tokens", "seconds"}; the tokens are
+        those sampled and, where a judge counts them, those that it read and wrote.
     """
     asked, seed, rng = records.shuffled(recording.asked, config.prompts, recording.key)
     sources = Sources(
@@ -70,9 +70,9 @@ def write(config, recording):
         "pairs": len(pairs),
         "dropped": dropped.total(),
         "dropped_by_reason": dict(sorted(dropped.items())),
-        "tokens": {"sampled": 2 * len(asked) * limit},
+        "tokens": {"sampled": 2 * len(asked) * limit} | _judged(pairs + unrated),
         "seconds": {"total": round(seconds, 3)},
-    } | _judged_tokens(pairs + unrated)
+    }
 
 
 def _pairs(batches, soft_labels, source):
@@ -100,9 +100,15 @@ def _pairs(batches, soft_labels, source):
     return pairs, dropped, unrated
 
 
-def _judged_tokens(rows):
-    counts = [row["tokens"] for row in rows if "tokens" in row]
-    return {"judged_tokens": sum(counts)} if counts else {}
+def _judged(rows):
+    """Returns the tokens of a judge's questions, and how many each attends to."""
+    asked = [(row["tokens"], len(row["logps"])) for row in rows if "tokens" in row]
+    total = sum(tokens for tokens, _ in asked)
+    if not total:
+        return {}
+    # The orders of a pair are of the same length, but for what a template adds.
+    seen = sum(tokens * (tokens / orders + 1) / 2 for tokens, orders in asked)
+    return {"judged": total, "judged_context": seen / total}
 
 
 def _record(prompt, pair, verdict, soft_labels):

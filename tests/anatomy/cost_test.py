@@ -108,6 +108,17 @@ def test_stage_flops_weigh_what_was_done():
     assert cost.stage_flops(counters, TINY) == pytest.approx(31 * scalar)
 
 
+def test_questions_to_a_judge_are_of_its_own_size_and_length():
+    judge = TINY | {"layers": 5}
+    counters = {"sampled": 30, "context": 8, "judged": 40, "judged_context": 3}
+    own = cost.forward_flops(TINY, 30, 8)
+    asked = cost.forward_flops(judge, 40, 3)
+    whole = cost.stage_flops(counters, TINY, judge=judge)
+    assert whole == pytest.approx(own + asked)
+    # Behind an endpoint nobody knows its size.
+    assert cost.stage_flops(counters, TINY) == own
+
+
 def test_wrong_counters_are_refused():
     with pytest.raises(ValueError, match="unknown counters"):
         cost.stage_flops({"learned": 1, "context": 1}, TINY)

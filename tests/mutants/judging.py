@@ -37,6 +37,27 @@ _LABELS = in_file(
     ),
 )
 
+_LEDGER = (
+    *in_file(
+        "stagecraft/stages/comparisons.py",
+        "tests/stages/comparisons_test.py",
+        (
+            "a judge attends to both orders at once",
+            "tokens * (tokens / orders + 1) / 2",
+            "tokens * (tokens + 1) / 2",
+        ),
+    ),
+    *in_file(
+        "stagecraft/anatomy/cost.py",
+        "tests/anatomy/cost_test.py",
+        (
+            "a judge costs what the model costs that it judges",
+            "forward_flops(judge, tokens, context)",
+            "forward_flops(model, tokens, context)",
+        ),
+    ),
+)
+
 _JUDGE = in_file(
     "stagecraft/signals/judge.py",
     "tests/signals/judge_test.py",
@@ -164,4 +185,4 @@ _BIAS = in_file(
     ),
 )
 
-MUTANTS = _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS
+MUTANTS = _LEDGER + _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS

@@ -217,7 +217,11 @@ def test_a_judges_records_say_what_it_was_asked_and_what_it_said(tmp_path):
     judge = Sided(failing=2)
     report, pairs, unrated = judged(tmp_path, judge, soft_labels=True)
     assert (report["pairs"], report["dropped_by_reason"]) == (5, {"too_long": 1})
-    assert report["judged_tokens"] == sum(row["tokens"] for row in pairs + unrated)
+    tokens = [row["tokens"] for row in pairs + unrated]
+    # Two orders of the same length: half of the tokens each, of which one sees half.
+    seen = sum(2 * sum(range(1, n // 2 + 1)) for n in tokens) / sum(tokens)
+    assert report["tokens"]["judged"] == sum(tokens)
+    assert report["tokens"]["judged_context"] == pytest.approx(seen)
     assert len(judge.asked) == 12
     for number, record in enumerate(pairs, 1):
         low, high = 2 * number, 2 * number + 1
