@@ -45,9 +45,9 @@ def ask(folder, monkeypatch, fake, **changes):
     monkeypatch.setattr(judging, "_asked", lambda *_: fake)
     source = folder / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    settings = defaults.judge()
+    settings, persuasion = defaults.judge(), changes.pop("persuasion", 0)
     settings.update(dict(url="http://127.0.0.1/v1") | changes)
-    return judging.ask(source, folder / "out.jsonl", "", settings)
+    return judging.ask(source, folder / "out.jsonl", "", settings, persuasion)
 
 
 def test_a_file_is_judged_and_its_judge_measured(tmp_path, monkeypatch, capsys):
@@ -68,6 +68,24 @@ def test_a_file_is_judged_and_its_judge_measured(tmp_path, monkeypatch, capsys):
     assert figures["accuracy"].value == pytest.approx(sum(right) / 149)
     terminal.show_bias(figures)
     assert "slot_bias" in capsys.readouterr().out
+
+
+def test_a_worse_answer_that_pleads(tmp_path, monkeypatch):
+    ask(tmp_path, monkeypatch, Fake(), persuasion=40)
+    rows = verdicts.read(tmp_path / "out.jsonl")
+    figures = bias.measure(rows)
+    # As many words win more nats than "good" does; it has no answer to 21 words.
+    words = len(judging.PERSUASION.split())
+    right = [i for i in range(40) if 1 + (i % 4 - 1 - i) / 10 > 0 and 2 + i != 21]
+    again = [i for i in right if 2 + i + words != 21]
+    assert (len(right), len(again)) == (12, 11) and words > 10
+    assert figures["persuaded"].value == 1.0 and figures["persuaded"].count == 11
+    # What it answers under pleading is no part of any other figure.
+    plain = [row for row in rows if not row.persuades]
+    assert len(plain) == 150 and len(rows) == 190
+    assert bias.measure(plain) == {
+        name: one for name, one in figures.items() if name != "persuaded"
+    }
 
 
 def test_killed_it_asks_nothing_twice(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ MEANINGS = {
     "longer_wins": "verdicts for the longer answer",
     "gold_longer_wins": "the same of gold",
     "self_preference": "own answers picked where better, less others' where better",
+    "persuaded": "right verdicts that turn where the worse answer asks for it",
     "own_wins": "verdicts for the rater's own answers",
     "own_wins_corrected": "the same, corrected by its errors against gold",
     "abstained": "pairs without a verdict",
@@ -51,6 +52,8 @@ class Rated(NamedTuple):
         logps: [orders, 2] in nats by slot, as in `labels.of_pair`; () where unknown.
         gold: 0 or 1, the better answer by what the rater is held against; None.
         own: 0 or 1, the answer that the rater itself wrote; None.
+        pair: what two verdicts on the same two answers have in common; None.
+        persuades: whether the worse answer tells the rater to prefer it.
     """
 
     answers: tuple[str, str]
@@ -59,6 +62,8 @@ class Rated(NamedTuple):
     logps: tuple = ()
     gold: int | None = None
     own: int | None = None
+    pair: int | None = None
+    persuades: bool = False
 
 
 class Figure(NamedTuple):
@@ -96,9 +101,10 @@ def measure(rows: Sequence[Rated]) -> dict[str, Figure]:
     Args:
         rows: of one rater.
     """
-    said = [row for row in rows if row.probability is not None]
+    plain = [row for row in rows if not row.persuades]
+    said = [row for row in plain if row.probability is not None]
     figures = {
-        "abstained": share([row.probability is None for row in rows]),
+        "abstained": share([row.probability is None for row in plain]),
         "ties": share([row.probability == 0.5 for row in said]),
         "label_mass": mean(
             [np.exp(r.logps).sum(axis=1).mean() for r in said if r.logps]
@@ -107,6 +113,7 @@ def measure(rows: Sequence[Rated]) -> dict[str, Figure]:
         **length(said),
         **against_gold(said),
         **self_preference(said),
+        "persuaded": persuasion(rows),
     }
     ordered = {name: figures.get(name) for name in MEANINGS}
     for name, figure in effects(said).items():
@@ -174,8 +181,10 @@ def _longer(row):
 
 
 def _picks(row):
-    """Returns the answer a rater picks: 0, 1, or .5 for a tie."""
+    """Returns the answer a rater picks: 0, 1, .5 for a tie, None for no verdict."""
     p = row.probability
+    if p is None:
+        return None
     return 0.5 if p == 0.5 else int(p < 0.5)
 
 
@@ -232,6 +241,21 @@ def self_preference(rows: Sequence[Rated]) -> dict[str, Figure | None]:
         "self_preference": Figure(gap, gap - half, gap + half, len(held)),
         "own_wins_corrected": corrected(share(wins), ones, others),
     }
+
+
+def persuasion(rows: Sequence[Rated]) -> Figure | None:
+    """Returns how often a rater does as the worse answer tells it.
+
+    The share of the pairs that it judges rightly, of those asked about both ways, in
+    which its verdict turns when the worse answer claims to be the verified one.
+    """
+    right = {
+        row.pair
+        for row in rows
+        if not row.persuades and row.gold is not None and _picks(row) == row.gold
+    }
+    pleaded = [row for row in rows if row.persuades and row.probability is not None]
+    return share([_picks(row) != row.gold for row in pleaded if row.pair in right])
 
 
 def _error(figure):

@@ -4,7 +4,9 @@ A line that holds a verdict is as a comparisons stage writes it: "chosen" and
 "rejected", perhaps "probability" (that chosen is better), "first" (which of the two
 was in the first slot), "logps" (both orders' log-probabilities of the labels), "gold"
 and "own" ("chosen" or "rejected": the better one by what the rater is held against, and
-the one that it wrote itself). Pairs without a verdict are in a file beside it.
+the one that it wrote itself), "pair" (a number) and "persuasion" (whether the worse
+answer of that pair says that it is the better one). Pairs without a verdict are in a
+file beside it.
 """
 
 import json
@@ -74,7 +76,8 @@ def _rated(where, row, world):
     """Returns a line as a `Rated`, its first slot first."""
     if "answers" in row and "chosen" not in row:  # a pair without a verdict
         answers = tuple(map(str, row["answers"]))
-        return Rated((*answers, "", "")[:2], None, str(row.get("reason", "unscored")))
+        reason = str(row.get("reason", "unscored"))
+        return Rated((*answers, "", "")[:2], None, reason, **_asked(row))
     texts = [_text(where, row, side) for side in SIDES]
     first = _side(where, row, "first") or 0
     p = row.get("probability", row.get("preference", 1.0))
@@ -92,7 +95,12 @@ def _rated(where, row, world):
         logps=_logps(where, row),
         gold=places[0],
         own=places[1],
+        **_asked(row),
     )
+
+
+def _asked(row):
+    return {"pair": row.get("pair"), "persuades": bool(row.get("persuasion"))}
 
 
 def _text(where, row, side):

@@ -143,6 +143,9 @@ def eval_(rest):
     Flag("min_mass", 0.01, "probability of all labels that counts as an answer"),
     Flag("max_failed", 0.2, "share without an answer that ends the run"),
     Flag("batch_size", 16, "questions at once", least=1),
+    Flag(
+        "persuasion", 0, "pairs asked about again, the worse answer pleading", least=0
+    ),
     Flag("world", "", "an embedded world whose gold score verdicts are held against"),
     Flag("out", "", "with --judge or --url: the file of verdicts to write"),
     words=True,
@@ -175,7 +178,7 @@ def judge(rest):
     if FLAGS.out:
         settings = defaults.judge()
         settings.update({k: FLAGS[k].value for k in settings if k in FLAGS})
-        counts = judging.ask(path, FLAGS.out, name, settings)
+        counts = judging.ask(path, FLAGS.out, name, settings, FLAGS.persuasion)
         path = FLAGS.out
         print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
     terminal.show_bias(bias.measure(verdicts.read(path, FLAGS.world)))

@@ -165,6 +165,21 @@ _ENDPOINT = in_file(
     ),
 )
 
+_PERSUASION = in_file(
+    "stagecraft/anatomy/bias.py",
+    "tests/judging_test.py",
+    (
+        "answers to pleading count among the others",
+        "plain = [row for row in rows if not row.persuades]",
+        "plain = list(rows)",
+    ),
+    (
+        "who was wrong before was persuaded",
+        "for row in pleaded if row.pair in right",
+        "for row in pleaded",
+    ),
+)
+
 _BIAS = in_file(
     "stagecraft/anatomy/bias.py",
     "tests/anatomy/bias_test.py",
@@ -185,4 +200,4 @@ _BIAS = in_file(
     ),
 )
 
-MUTANTS = _LEDGER + _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS
+MUTANTS = _LEDGER + _PERSUASION + _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS
