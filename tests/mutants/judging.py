@@ -175,8 +175,8 @@ _PERSUASION = in_file(
     ),
     (
         "who was wrong before was persuaded",
-        "for row in pleaded if row.pair in right",
-        "for row in pleaded",
+        "[_picks(row) != row.gold for row in pleaded if row.pair in right]",
+        "[_picks(row) != row.gold for row in pleaded]",
     ),
 )
 
