@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import traceback
+import types
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -47,6 +48,20 @@ def find(name: str) -> Path:
     )
 
 
+def module(path: Path) -> types.ModuleType:
+    """Runs an experiment's file; returns the module."""
+    # An experiment file may import its neighbours, as `experiments.NAME`.
+    for folder in (str(path.absolute().parent.parent), os.getcwd()):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    if str(SHIPPED) not in sys.path:
+        sys.path.append(str(SHIPPED))
+    spec = importlib.util.spec_from_file_location("experiment_file", path)
+    file = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(file)
+    return file
+
+
 def load(path: Path, argument: str) -> ConfigDict:
     """Returns what the file's get_config returns; the file may write data it names.
 
@@ -54,19 +69,11 @@ def load(path: Path, argument: str) -> ConfigDict:
         path: the file.
         argument: what get_config is called with.
     """
-    # An experiment file may import its neighbours, as `experiments.NAME`.
-    for folder in (str(path.absolute().parent.parent), os.getcwd()):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    if str(SHIPPED) not in sys.path:
-        sys.path.append(str(SHIPPED))
     try:
-        spec = importlib.util.spec_from_file_location("experiment_file", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        file = module(path)
+        if not hasattr(file, "get_config"):
             raise UserError(f"--config={path}: has no function get_config(arg)")
-        config = module.get_config(argument)
+        config = file.get_config(argument)
     except UserError:
         raise
     except Exception as error:

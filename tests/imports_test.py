@@ -39,6 +39,7 @@ FLOORS = (
     ("bench", "experiment"),
     ("run",),
     ("exchange", "config_files", "preview", "judging", "serve"),
+    ("claims_lab",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": pages.compare_,
     "eval": models.eval_,
     "judge": models.judge,
+    "claims": running.claims,
     "curate": running.curate,
     "bench": running.bench_,
     "import": models.import_,

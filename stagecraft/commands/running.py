@@ -81,6 +81,35 @@ def graph(rest):
     preview.show(config_given())
 
 
+@takes(
+    WORKDIR,
+    Flag("only", "", "claims to ask, as in over_optimised,dpo_like_ppo, or files"),
+    Flag("tier", 1, "1: four seeds; 2: eight", least=1),
+    Flag("seeds", 0, "seeds in place of the tier's", least=0),
+    Flag("tiny", False, "tiny stages: does everything run?"),
+)
+def claims(rest):
+    """Ask claims about what stages do, over several seeds, and give verdicts.
+
+    stagecraft claims --workdir=runs/claims
+    stagecraft claims --workdir=runs/claims --only=over_optimised --tier=2
+
+    Every claim is a file that states, before anything is run, its primary figure, the
+    smallest effect of interest and the control that could refute it. All share one
+    quickstart a seed. The verdict is from the 95% interval over seeds: holds, refuted,
+    undecided (with the seeds it would need), or cannot be asked here. Given again, the
+    same command goes on where it stopped; a header that has changed since is refused.
+    """
+    from stagecraft import claims_lab
+    from stagecraft.report import terminal
+
+    if FLAGS.tier not in claims_lab.TIERS:
+        raise UserError(f"--tier={FLAGS.tier}: expected 1 or 2")
+    seeds = FLAGS.seeds or claims_lab.TIERS[FLAGS.tier]
+    root, names = workdir_given(), schema.listed(FLAGS.only)
+    terminal.show_claims(claims_lab.ask(root, names, seeds, FLAGS.tiny))
+
+
 @takes(WORKDIR)
 def status(rest):
     """Show how far each stage of a run has come.
