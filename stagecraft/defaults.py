@@ -53,6 +53,8 @@ def experiment():
     c.measure.probes = True
     c.measure.prompts = 64  # of the stages' own that every stage answers; 0 for none
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
+    # Figures of the table at the end; () for the most telling.
+    c.measure.table = ()
     c.measure.bounds = ()  # what the summary must show: "sft.kl <= 8", see bounds.py
     return c
 

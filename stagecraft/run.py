@@ -233,9 +233,11 @@ def _early_data(run, names):
 
 
 def awaited(run: Run, name: str) -> list[str]:
-    """Returns the unfinished stages whose records a stage reads."""
-    files_of = stage_data.stages_named(run.config.stages[name].data)
-    return [p for p in files_of if p in run.config.stages and not run.finished(p)]
+    """Returns what a stage reads that is not there: stages, labels of people."""
+    data = run.config.stages[name].data
+    files_of = stage_data.stages_named(data)
+    stages = [p for p in files_of if p in run.config.stages and not run.finished(p)]
+    return stages + stage_data.unlabelled(data, run.root)
 
 
 def data_of(run: Run, name: str) -> stage_data.StageData:
@@ -485,6 +487,7 @@ def _conclude(run, *, changed, started):
     if asked:
         print(f"{len(asked)} held-out prompts, answered by every stage of chat turns")
     figures = summary.measure(run, started, asked)
+    figures["table"] = list(run.config.measure.table)
     figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
     page.write(run.root)

@@ -21,7 +21,9 @@ RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py")
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    shipped = "curate curated_text objectives quickstart rlaif verifiable your_text"
+    shipped = (
+        "curate curated_text objectives quickstart rlaif rlhf verifiable your_text"
+    )
     assert shipped.split() == NAMES
 
 

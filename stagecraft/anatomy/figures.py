@@ -154,6 +154,13 @@ FIGURES = (
         better="lower",
     ),
     _share(
+        "signal_accuracy",
+        "Signal accuracy",
+        "pairs that the stage learned from and gold prefers alike, ties left out",
+        better="higher",
+    ),
+    Figure("labels", "Labels", "compared pairs that the stage learned from", digits=0),
+    _share(
         "eval_mean_token_accuracy",
         "Held-out token accuracy",
         "tokens of held-out rows predicted rightly, at the last evaluation",
@@ -224,6 +231,7 @@ FIGURES = (
         "Unchanged in bfloat16",
         "share of weights equal to the parent's after both are cast",
     ),
+    Figure("gflops", "GFLOPs", "10⁹ floating-point operations of the stage", digits=0),
     Figure("share", "Share of pretraining", "FLOPs of the stage over pretraining's"),
 )
 BY_NAME = {figure.name: figure for figure in FIGURES}
@@ -251,7 +259,7 @@ SHORT = (
 )
 _LOWER = ("loss", "perplexity")  # of evaluations, better where lower
 # Parts of a summary that hold figures by stage, or of none.
-APART = ("weights", "cost", "seconds", "bounds")
+APART = ("weights", "cost", "seconds", "bounds", "table")
 
 
 def figure(name: str) -> Figure:
