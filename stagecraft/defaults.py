@@ -33,6 +33,9 @@ def experiment():
     # Share of each kind of fault planted in its text: raw.jsonl, beside clean.jsonl.
     c.world.junk = 0.0
     c.world.sums = 0  # digits of the operands of sums to write, 2 or 3; 0 for no sums
+    # Requests in families, attacks on refusals, stated beliefs, critiques: more files
+    # and more held-out figures.
+    c.world.requests = False
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()

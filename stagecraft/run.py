@@ -149,6 +149,7 @@ def _write_world(config, root):
         world.size,
         junk=world.junk,
         digits=world.sums,
+        requests=world.requests,
     )
 
 

@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    constitutional,
     contact,
     curation,
     data,
@@ -28,6 +29,7 @@ MUTANTS = (
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *constitutional.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
