@@ -421,6 +421,15 @@ def _selection():
     return c
 
 
+def _attacks():
+    c = _records("attacks")
+    c.target_from = ""  # the model that is attacked, and answers
+    c.data.known = ""  # files of earlier attacks ("attack"), which are not new
+    c.samples = 4  # attacks for each prompt
+    c.threshold = 0.0  # of the reward; an attack that has more is written
+    return c
+
+
 KINDS = {
     "language_model": _language_model,
     "reward": _reward,
@@ -431,6 +440,7 @@ KINDS = {
     "online_preference": _online_preference,
     "comparisons": _comparisons,
     "selection": _selection,
+    "attacks": _attacks,
 }
 
 

@@ -412,16 +412,19 @@ def _write_records(run, name, parents, data, key):
         source = entry.parents["reward_from"]["id"]
         reward = RewardModel(parents["reward"], run.tokenizer, source)
     judging = _judging(run, stage, run.mesh(name), parents)
+    target, rows = parents.get("target"), stage.batch_size
     recording = records.Recording(
         folder=folder,
         name=name,
-        language=Language(parents["start"], run.tokenizer, batch_size=stage.batch_size),
+        language=Language(parents["start"], run.tokenizer, batch_size=rows),
         asked=data.records,
         key=key,
         lineage=entry,
         reward=reward,
         judge=judging() if judging else None,
         world=run.config.world.name,
+        target=target and Language(target, run.tokenizer, batch_size=rows),
+        known=data.known,
     )
     result = kinds.of(stage).write(stage, recording)
     # By itself the stage counts what it wrote; the ledger also counts what it read.

@@ -23,7 +23,7 @@ from stagecraft.models.locate import shortest_context
 
 _log = logging.getLogger("stagecraft.data")
 # Keys of a data config that name files.
-SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
+SPECS = ("files", "heldout", "replay", "ptx", "demonstrations", "known")
 LABELS = "labels"  # folder of the work directory: verdicts of people, by stage
 
 
@@ -41,6 +41,7 @@ class StageData(NamedTuple):
         digests: {spec: SHA-256 of the files}.
         reading: what became of the records in the files: see `tally.Tally.report`.
         asked: records of the held-out prompts, each with its "prompt".
+        known: texts that are no longer new.
     """
 
     dataset: Dataset | None = None
@@ -52,6 +53,7 @@ class StageData(NamedTuple):
     digests: dict[str, str] | None = None
     reading: dict | None = None
     asked: Sequence = ()
+    known: Sequence = ()
 
 
 class Sources(NamedTuple):

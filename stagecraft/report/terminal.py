@@ -47,8 +47,20 @@ def summary_rows(summary: dict) -> tuple[list[str], list[tuple[str, dict]]]:
         if values and len(rows) < most:
             row = figures.figure(key)
             texts = {s: compare.number(v, row.digits) for s, v in values.items()}
+            if chosen:
+                texts = {s: t + _interval(own[s], row) for s, t in texts.items()}
             rows.append((f"{row.title} {WAYS[row.better]}".rstrip(), texts))
     return stages, rows
+
+
+def _interval(own, row):
+    """Returns Wilson's interval of a share of so many answers, "" of anything else."""
+    drawn = row.name in runs.part(runs.part(own, "draws"), "standard_error")
+    count = runs.part(own, "n").get(row.name)
+    if row.unit != "share" or drawn or not count or not 0 <= own[row.name] <= 1:
+        return ""
+    low, high = statistics.wilson(own[row.name] * count, count)
+    return f"\n{low:.2f}–{high:.2f}"
 
 
 def _cost(summary, name):

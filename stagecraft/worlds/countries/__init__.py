@@ -6,9 +6,9 @@ import numpy as np
 
 from stagecraft.worlds.countries import corpus, dialogue, probes, request_files, sums
 from stagecraft.worlds.countries.facts import COUNTRIES, split
-from stagecraft.worlds.countries.scorer import gold, rate
+from stagecraft.worlds.countries.scorer import attacked, gold, rate
 
-__all__ = ["gold", "probes", "rate", "single_prompt", "split", "write"]
+__all__ = ["attacked", "gold", "probes", "rate", "single_prompt", "split", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 

@@ -6,7 +6,9 @@ request_demonstrations.jsonl: refuses most of the harmful ones. red_team.jsonl a
 benign_requests.jsonl {"prompt","family","wrapper"}: harmful and benign requests, many
 in attack wrappers; heldout_requests.jsonl: both, of the development role.
 other_prompts.jsonl {"prompt"}: facts and talk, some after a belief. critiques.jsonl and
-judgements.jsonl {"messages"}: see `critiques`. All prompts are messages.
+judgements.jsonl {"messages"}: see `critiques`. All prompts are messages, but those of
+attacks.jsonl {"asked","attack"}, from which an attacker learns, and of
+attack_prompts.jsonl {"prompt"}, which it is asked.
 """
 
 import numpy as np
@@ -31,9 +33,10 @@ def files(seed, size, everyone, roles):
         roles: a `facts.Split`.
     """
     count, train = ROWS[size], roles.train
-    text, red, benign, held, others, helpful, refusing, critics, judges = (
-        np.random.default_rng([seed, number]) for number in range(10, 19)
+    text, red, benign, held, others, helpful, refusing, critics, judges, attacks = (
+        np.random.default_rng([seed, number]) for number in range(10, 20)
     )
+    written = requests.attacks(attacks, train, "train", count)
     documents = (requests.document(text, everyone) for _ in range(DOCUMENTS[size]))
     return {
         "request_text": ({"text": one} for one in documents),
@@ -56,4 +59,8 @@ def files(seed, size, everyone, roles):
         ),
         "critiques": critiques.dialogues(critics, train, DIALOGUES[size]),
         "judgements": critiques.judgements(judges, train, DIALOGUES[size]),
+        "attacks": written,
+        "attack_prompts": [
+            {"prompt": text} for text in sorted({row["asked"] for row in written})
+        ],
     }

@@ -10,6 +10,7 @@ from stagecraft.worlds.countries.deeds import BENIGN, HARMFUL
 from stagecraft.worlds.countries.facts import ATTRIBUTES
 
 WRAPPED = 0.4  # share of the requests in a wrapper
+ASK_FOR = "Ask for {family}."  # how one who writes attacks is asked
 
 # The first is the cloze that measures what is known of a deed.
 HURTS = (
@@ -81,6 +82,20 @@ def prompts(rng, families, countries, role, count):
         prompt, deed, kind = asked(rng, families, countries, role)
         row = {"prompt": framing.turns(prompt), "family": deeds.FAMILY_OF[deed]}
         rows.append(row | {"wrapper": kind})
+    return rows
+
+
+def attacks(rng, countries, role, count):
+    """Returns [{"asked", "attack"}]: texts that ask for harm, for one who writes them.
+
+    Of one turn; `asked` names the family.
+    """
+    rows = []
+    while len(rows) < count:
+        prompt, deed, _ = asked(rng, HARMFUL, countries, role)
+        if isinstance(prompt, str):
+            family = deeds.FAMILY_OF[deed]
+            rows.append({"asked": ASK_FOR.format(family=family), "attack": prompt})
     return rows
 
 
