@@ -38,7 +38,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange", "config_files", "preview", "judging", "serve"),
+    ("exchange", "config_files", "preview", "judging", "refusals", "serve"),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -17,6 +17,7 @@ from stagecraft.anatomy import (
     cost,
     heldout_figures,
     roles,
+    signal_figures,
     verdicts,
     weights,
     world_figures,
@@ -44,6 +45,10 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
         measured = heldout_figures.measure(run, asked)
     elif run.config.world.name and run.config.measure.probes:
         measured = world_figures.measure(run)
+        for name, figures in signal_figures.measure(run).items():
+            own = measured.setdefault(name, {})
+            counts = own.get("n", {}) | figures.get("n", {})
+            measured[name] = own | figures | {"n": counts}
     for name, figures in measured.items():
         counts = summary[name].get("n", {}) | figures.get("n", {})
         summary[name] |= figures | ({"n": counts} if counts else {})

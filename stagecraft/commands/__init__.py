@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": pages.compare_,
     "eval": models.eval_,
     "judge": models.judge,
+    "refusals": models.refusals,
     "curate": running.curate,
     "bench": running.bench_,
     "import": models.import_,

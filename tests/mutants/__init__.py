@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    constitutional,
     contact,
     curation,
     data,
@@ -15,6 +16,7 @@ from tests.mutants import (
     people,
     previews,
     rollouts,
+    rounds,
     sampled,
     steps,
     training,
@@ -28,6 +30,7 @@ MUTANTS = (
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *(constitutional.MUTANTS + rounds.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.
