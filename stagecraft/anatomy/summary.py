@@ -10,7 +10,14 @@ it cost and how long it took.
 import time
 
 from stagecraft import metrics
-from stagecraft.anatomy import cost, heldout_figures, roles, weights, world_figures
+from stagecraft.anatomy import (
+    cost,
+    heldout_figures,
+    roles,
+    stored,
+    weights,
+    world_figures,
+)
 from stagecraft.errors import UserError
 
 
@@ -62,7 +69,8 @@ def _weights(run):
         parent = stage.start_from
         here = parent in run.config.stages and run.finished(parent)
         if here and roles.of(stage.kind).trains:
-            changes[name] = weights.compare(run.model(parent), run.model(name))
+            before, after = (stored.weights_of(run.source(n)) for n in (parent, name))
+            changes[name] = weights.summary(before, after)
     return changes
 
 
