@@ -8,6 +8,7 @@ whenever the process is killed.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,7 @@ def open_model(folder: str | Path) -> Callable[[str], Any]:
     path = _newest(folder)
     store = {"driver": "ocdbt", "base": f"file://{path / 'model'}/"}
 
+    @functools.cache
     def opened(name):
         spec = {"driver": "zarr", "kvstore": store | {"path": name.replace("/", ".")}}
         with _whole(path):

@@ -28,7 +28,8 @@ def compare(one, other, *, seed: int = 0) -> dict | None:
         name
         for name in one.after.matrices
         if all(
-            name in w.matrices and w.matrices[name].shape == one.after.matrices[name].shape
+            name in w.matrices
+            and w.matrices[name].shape == one.after.matrices[name].shape
             for w in (one.before, other.before, other.after)
         )
     ]

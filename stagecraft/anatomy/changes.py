@@ -1,8 +1,8 @@
 """What changed between versions of a model: tables, and the files they are kept in.
 
-    FOLDER/matrices.jsonl   a line for each matrix that was compared, as it was; what is
-                            there is not computed again
-    FOLDER/anatomy.json     the same in short, with pooled figures
+FOLDER/matrices.jsonl   a line for each matrix that was compared, as it was; what is
+                        there is not computed again
+FOLDER/anatomy.json     the same in short, with pooled figures
 """
 
 import html
@@ -63,25 +63,17 @@ class Anatomy(dict):
 
 
 HEAD = (
-    "stage",
-    "against",
-    "relative change",
-    "noise",
-    "unchanged in bfloat16",
-    "noise",
-    "effective rank",
-    "noise",
-    "rotation",
-    "noise",
+    *("stage", "against", "moved", "same in bf16", "noise"),
+    *("eff. rank", "noise", "turn", "noise"),
 )
-_SHOWN = ("relative_change", "unchanged_bf16", "effective_rank", "rotation_write")
+_SHOWN = ("unchanged_bf16", "effective_rank", "rotation_write")
 
 
 def table(anatomy: dict) -> list[tuple[str, ...]]:
     """Returns the comparisons as text under the heads of `HEAD`."""
     rows = []
     for one in anatomy["comparisons"]:
-        cells = []
+        cells = [_text(one["relative_change"])]
         for key in _SHOWN:
             null = one["null"].get(weights.ISOTROPIC, {}).get(key)
             cells += [_text(one.get(key)), _text(null and null[1])]
@@ -119,7 +111,7 @@ def of_run(
     config = runs.read_config(root)
     if config is None:
         raise UserError(f"{root}: no run here (no config.json)")
-    names = list(config["stages"])
+    names = [stage.name for stage in runs.read(root).stages]  # parents first
     for name in stages:
         if name not in names:
             raise UserError(schema.unknown("--stages", name, names))
@@ -227,8 +219,8 @@ def _with_null(pairs, name, opened):
         out.append(pair)
     if not fits:
         raise UserError(
-            f"--null={name}: started from no parent of a stage that is compared; a null "
-            "starts where the stage did"
+            f"--null={name}: started from no parent of a stage that is compared; a "
+            "null starts where the stage did"
         )
     return out
 
@@ -280,7 +272,9 @@ def write(
     journal = storage.AppendedLines(folder / LINES)
     done = {one["key"]: one["line"] for one in journal.values if "line" in one}
     jobs = [
-        (pair, name) for pair in pairs for name in weights.shared(pair.before, pair.after)
+        (pair, name)
+        for pair in pairs
+        for name in weights.shared(pair.before, pair.after)
     ]
     lines = {pair: [] for pair in map(id, pairs)}
     for pair, name in _shown(jobs, "matrices"):
@@ -335,13 +329,15 @@ def _dtype_notes(pairs):
     notes = []
     for pair in pairs:
         names = weights.shared(pair.before, pair.after)
-        kinds = [{m.matrices[n].dtype for n in names} for m in (pair.before, pair.after)]
+        kinds = [
+            {m.matrices[n].dtype for n in names} for m in (pair.before, pair.after)
+        ]
         one, other = (" and ".join(sorted(kind)) for kind in kinds)
         if one != other:
             notes.append(
-                f"{pair.against} is stored in {one}, {pair.stage} in {other}: where the "
-                "two differ, the cast alone is a change (dtype_floor), and shares of "
-                "unchanged weights are left out."
+                f"{pair.against} is stored in {one}, {pair.stage} in {other}: where "
+                "the two differ, the cast alone may be a change (dtype_floor), and "
+                "shares of unchanged weights are left out."
             )
     return notes
 

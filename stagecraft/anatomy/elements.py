@@ -101,7 +101,9 @@ class Sums:
             "before_norm": self.before**0.5,
             "change_norm": self.moved**0.5,
             # Biases begin at zero: a move from there has no relative size.
-            "relative_change": (self.moved / self.before) ** 0.5 if self.before else None,
+            "relative_change": (self.moved / self.before) ** 0.5
+            if self.before
+            else None,
             "cosine": _ratio(self.dot, (self.before * self.after) ** 0.5),
             "along": _ratio(self.along, (self.before * self.moved) ** 0.5),
             "dtype_floor": None,

@@ -107,8 +107,9 @@ def ranks(values: np.ndarray, shape: tuple[int, int], edge: float) -> dict:
         edge: `noise_edge` of the matrix that changed.
 
     Returns:
-        rank: singular values above 3 edges. effective_rank: exp of the entropy of s^2 / sum(s^2). effective_rank_rv: of
-            s / sum(s), as Roy and Vetterli (2007) have it. stable_rank: sum(s^2) /
+        rank: singular values above 3 edges. effective_rank: exp of the entropy of
+            s^2 / sum(s^2). effective_rank_rv: of s / sum(s), as Roy and Vetterli
+            (2007) have it. stable_rank: sum(s^2) /
             max(s^2). top_energy: share of s^2 in the first 8. full_rank: what ranks are
             at most. stable_rank_gaussian: of noise of that shape, m / (sqrt m +
             sqrt n)^2 n. A change of zero has ranks 0, and no share.
@@ -120,7 +121,9 @@ def ranks(values: np.ndarray, shape: tuple[int, int], edge: float) -> dict:
     energies = values**2
     total = energies.sum()
     if not total:
-        zero = dict.fromkeys(("effective_rank", "effective_rank_rv", "stable_rank"), 0.0)
+        zero = dict.fromkeys(
+            ("effective_rank", "effective_rank_rv", "stable_rank"), 0.0
+        )
         return out | zero | {"top_energy": None}
     return out | {
         "effective_rank": _exp_entropy(energies / total),
@@ -167,7 +170,9 @@ def rotation(before: Directions, after: Directions, k: int) -> dict:
         out[f"rotation_{side}"] = float(angles.max())
         out[f"rotation_{side}_median"] = float(np.median(angles))
     s = before.values
-    out["gap"] = float((s[k - 1] - s[k]) / s[k - 1]) if len(s) > k and s[k - 1] else None
+    out["gap"] = (
+        float((s[k - 1] - s[k]) / s[k - 1]) if len(s) > k and s[k - 1] else None
+    )
     return out
 
 
@@ -229,7 +234,12 @@ def intruders(before: Before, after: Directions) -> dict:
 
 
 def compare(
-    before: Before, after: np.ndarray, relative: float | None, *, edge: float, full: bool
+    before: Before,
+    after: np.ndarray,
+    relative: float | None,
+    *,
+    edge: float,
+    full: bool,
 ) -> dict:
     """Compares the spectra of W0 and W1, and measures that of their difference D.
 

@@ -289,4 +289,3 @@ def _as_matrix(kind, name, array):
         return array
     out, in_ = _shape(kind, name, array.shape)
     return array.reshape(in_, out).T
-

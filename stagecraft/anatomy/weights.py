@@ -85,10 +85,10 @@ def check_lineage(before: Weights, after: Weights) -> float:
     median = float(np.median(cosines)) if cosines else 1.0
     if median < KIN:
         raise UserError(
-            f"{after.name}: shares no lineage with {before.name}: the median cosine of "
-            f"their weights is {median:.3f}, expected at least {KIN}; figures weight by "
-            "weight mean nothing between models that began apart (or whose heads and "
-            "channels are in another order)"
+            f"{after.name}: shares no lineage with {before.name}: the median cosine "
+            f"of their weights is {median:.3f}, expected at least {KIN}; figures "
+            "weight by weight mean nothing between models that began apart (or whose "
+            "heads and channels are in another order)"
         )
     return median
 
@@ -117,7 +117,7 @@ def _pools():
 def one_thread():
     """Returns a context in which linear algebra runs on one thread.
 
-    More are slower for matrices of a layer, ten times so where they wait for other work.
+    More are slower for matrices of a layer, much so where they wait for other work.
     """
     return _pools().limit(limits=1, user_api="blas")
 
@@ -291,7 +291,7 @@ def gini(shares: Iterable[float]) -> float:
 
 
 def band(null: Mapping[str, list[dict]], key: str) -> dict:
-    """Returns {name: [least, mean, largest]} of a figure over the draws of each null."""
+    """Returns {null: [least, mean, largest]} of a figure over its draws."""
     out = {}
     for name, draws in null.items():
         values = [draw[key] for draw in draws if draw.get(key) is not None]
