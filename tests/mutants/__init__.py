@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    anatomy,
     contact,
     curation,
     data,
@@ -27,7 +28,7 @@ MUTANTS = (
     *(families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
-    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.
