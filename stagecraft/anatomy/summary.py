@@ -18,6 +18,7 @@ from stagecraft.anatomy import (
     heldout_figures,
     roles,
     signal_figures,
+    stored,
     verdicts,
     weights,
     world_figures,
@@ -80,7 +81,8 @@ def _weights(run):
         parent = stage.start_from
         here = parent in run.config.stages and run.finished(parent)
         if here and roles.of(stage.kind).trains:
-            changes[name] = weights.compare(run.model(parent), run.model(name))
+            before, after = (stored.weights_of(run.source(n)) for n in (parent, name))
+            changes[name] = weights.summary(before, after)
     return changes
 
 

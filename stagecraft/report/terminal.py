@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stagecraft import runs
-from stagecraft.anatomy import evaluate, figures, refusal, statistics
+from stagecraft.anatomy import changes, evaluate, figures, refusal, statistics
 from stagecraft.metrics import is_number
 from stagecraft.report import compare, verdict
 
@@ -207,6 +207,19 @@ def _rate(rate):
 
 
 # -- runs side by side -----------------------------------------------------------------
+
+
+def show_anatomy(tables: dict, file=None) -> None:
+    """Prints what changed in the weights, each figure beside that of noise."""
+    console = Console(file=file, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, head in enumerate(changes.HEAD):
+        table.add_column(head, justify="left" if number < 2 else "right")
+    for row in changes.table(tables):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for note in tables["notes"]:
+        console.print(Text(note))
 
 
 def show_comparison(comparison: dict, file=None) -> None:

@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     adapters,
+    anatomy,
     constitutional,
     contact,
     curation,
@@ -29,7 +30,7 @@ MUTANTS = (
     *(families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
-    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS),
 )
 
