@@ -129,6 +129,43 @@ def world_pairs(c, start):
     return "stage:pairs"
 
 
+# Figures of arms that learn from a signal, side by side.
+ARMS = (
+    "gold_win_rate",
+    "gold_mean",
+    "refuses_harmful",
+    "refuses_benign",
+    "heldout_accuracy",
+    "kl",
+    "signal_accuracy",
+    "labels",
+    "gflops",
+)
+PASSES = 4  # over the records of a signal, at most
+
+
+def learners(c, sft, records, recipe, count, **names):
+    """Adds the stages that learn from a signal's records: the same, whatever it is.
+
+    Args:
+        c: an experiment, changed in place.
+        sft: the model they start from.
+        records: the files spec of the signal's records.
+        recipe: the quickstart's config, whose stages they are.
+        count: records that are expected; few of them are not passed over as often.
+        **names: names for what is added, of the keys reward, ppo and dpo; ppo goes
+            with reward.
+    """
+    for kind, name in names.items():
+        stage = c.stages[name] = defaults.stage(**schema.plain(recipe.stages[kind]))
+        stage.start_from = sft
+        if kind == "ppo":
+            stage.reward_from = names["reward"]
+            continue
+        stage.data.files = records
+        stage.steps = min(stage.steps, -(-PASSES * count // stage.batch_size))
+
+
 def tiny_model():
     """A decoder that compiles in a moment; it learns little."""
     return dict(
@@ -151,6 +188,8 @@ def tiny(config, steps=2):
             stage.sampling.max_new_tokens = 8
             if stage.kind == "selection":  # two steps of training write few ends
                 stage.keep, stage.threshold = "above", -1e9
+            if stage.kind == "attacks":  # they ask for nothing yet
+                stage.threshold = -1.0
             continue
         stage.steps = steps
         stage.batch_size = 16  # so that minibatches divide over eight devices

@@ -190,6 +190,36 @@ def _names(text):
     return list(dict.fromkeys(names))
 
 
+def from_sft(arg):
+    """Begins an experiment on the quickstart's world with its SFT model.
+
+    Args:
+        arg: an object with tiny, base (a finished quickstart, or "" to train that much
+            of one first) and seed. With a base the world and the models are its own,
+            and the seed is that of the stages; see `seeded`.
+
+    Returns:
+        the config, the quickstart's, the name of the SFT model.
+    """
+    recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    c = defaults.experiment()
+    for key in ("world", "tokenizer", "model"):
+        c[key] = recipe[key]
+    if arg.base:
+        return c, recipe, finished(c, arg.base)["sft"]
+    c.stages.pretrain, c.stages.sft = recipe.stages.pretrain, recipe.stages.sft
+    c.seed = arg.seed
+    return c, recipe, "sft"
+
+
+def seeded(c, arg):
+    """Ends what `from_sft` began: seeds its stages where there is a base, and cuts it
+    down where it is to be tiny."""
+    for stage in c.stages.values():
+        stage.seed = arg.seed if arg.base else 0
+    return common.tiny(c) if arg.tiny else c
+
+
 def finished(c, base):
     """Where the models and pairs of a finished quickstart lie; the same world again."""
     base = Path(base)

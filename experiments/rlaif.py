@@ -37,11 +37,13 @@ differ in how far they went, too; at matched KL nothing has been measured. One s
 The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
 far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
 --world=countries` shows a judge's biases as they were planted. seed=N is another
-chain; compare several with `stagecraft compare`.
+chain, or with base= the same SFT model's other samples; compare several with
+`stagecraft compare`. `ppo` adds a reward model and PPO on each judge's labels: for one
+judge, that is the graph of rlhf.py, but for who labels.
 """
 
-from experiments import common, objectives, quickstart
-from stagecraft import defaults, schema
+from experiments import common, objectives
+from stagecraft import defaults
 from stagecraft.errors import UserError
 
 # Each bias at dose 1, in nats, beside 2 nats a point of gold. A style mark may cost one
@@ -62,27 +64,25 @@ BOUNDS = (
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(arg, tiny=False, base="", doses="1", seed=0)
-    recipe = quickstart.get_config("tiny" if arg.tiny else "")
-    c = defaults.experiment()
-    for key in ("world", "tokenizer", "model"):
-        c[key] = recipe[key]
-    if arg.base:
-        sft = objectives.finished(c, arg.base)["sft"]
-    else:
-        c.stages.pretrain, c.stages.sft = recipe.stages.pretrain, recipe.stages.sft
-        sft = "sft"
-    c.seed = arg.seed or c.seed
-    _add(c, "unbiased", sft, recipe, {})
+    arg = common.parse_arg(
+        arg, tiny=False, base="", doses="1", seed=0, prompts=PROMPTS, ppo=False
+    )
+    c, recipe, sft = objectives.from_sft(arg)
+    judges = {"unbiased": {}}
     doses = _doses(arg.doses)
     for name, bias in BIASES.items():
         for dose in doses:
             label = name if dose == 1 else f"{name}_{round(100 * dose)}"
-            _add(c, label, sft, recipe, {name: bias * dose})
+            judges[label] = {name: bias * dose}
+    for label, biases in judges.items():
+        _judge(c, label, sft, recipe, biases, arg.prompts)
+        names = dict(reward=f"{label}_reward", ppo=f"{label}_ppo") if arg.ppo else {}
+        _learn(c, label, sft, recipe, arg.prompts, dpo=label, **names)
     if 1 in doses:
-        c.stages.length_ld = _learned("length", sft, recipe, ld_alpha=0.5)
+        _learn(c, "length", sft, recipe, arg.prompts, dpo="length_ld")
+        c.stages.length_ld.ld_alpha = 0.5
         c.measure.bounds = () if arg.tiny else BOUNDS
-    return common.tiny(c) if arg.tiny else c
+    return objectives.seeded(c, arg)
 
 
 def _doses(text):
@@ -98,30 +98,21 @@ def _doses(text):
     return doses
 
 
-def _add(c, label, sft, recipe, biases):
-    """Adds a judge's comparisons of the SFT model's answers, and DPO on them."""
+def _judge(c, label, sft, recipe, biases, prompts):
+    """Adds a judge's comparisons of the SFT model's answers."""
     c.stages[f"{label}_pairs"] = defaults.stage(
         "comparisons",
         start_from=sft,
         data=dict(files="world:prompts.jsonl"),
-        prompts=PROMPTS,
+        prompts=prompts,
         rater="planted",
         planted=biases,
         judge=dict(orders=1),
         sampling=dict(recipe.stages.comparisons.sampling),
     )
-    c.stages[label] = _learned(label, sft, recipe)
 
 
-def _learned(label, sft, recipe, **changes):
-    dpo = recipe.stages.dpo
-    return defaults.stage(
-        "preference",
-        start_from=sft,
-        objective_args=dict(beta=0.1),
-        data=dict(files=f"stage:{label}_pairs", length=64),
-        steps=dpo.steps,
-        batch_size=dpo.batch_size,
-        optimizer=schema.plain(dpo.optimizer),
-        **changes,
-    )
+def _learn(c, label, sft, recipe, prompts, **names):
+    """Adds what learns from a judge's comparisons."""
+    records = f"stage:{label}_pairs"
+    common.learners(c, sft, records, recipe, prompts, **names)

@@ -8,7 +8,9 @@ whenever the process is killed.
 """
 
 import contextlib
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,39 @@ def load_model(folder: str | Path, abstract: Any) -> tuple[Any, int]:
     Returns:
         the model, and the step it was saved at.
     """
+    newest = _newest(folder)
+    path, step = newest.parent, int(newest.name)
+    with _whole(path), ocp.CheckpointManager(path) as manager:
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
+        items = manager.restore(step, args=args)
+    return _refill(abstract, items.model), step
+
+
+def open_model(folder: str | Path) -> Callable[[str], Any]:
+    """Opens the parameters of the newest checkpoint without reading them.
+
+    Args:
+        folder: a stage's folder, WORKDIR/STAGE.
+
+    Returns:
+        (name) -> `tensorstore.TensorStore`, of which any slice can be read.
+    """
+    import tensorstore
+
+    path = _newest(folder)
+    store = {"driver": "ocdbt", "base": f"file://{path / 'model'}/"}
+
+    @functools.cache
+    def opened(name):
+        spec = {"driver": "zarr", "kvstore": store | {"path": name.replace("/", ".")}}
+        with _whole(path):
+            return tensorstore.open(spec, read=True, open=True).result()
+
+    return opened
+
+
+def _newest(folder):
+    """Returns the folder of the newest complete checkpoint of WORKDIR/STAGE."""
     path = Path(folder).absolute() / "checkpoints"
     if not path.is_dir():
         raise UserError(
@@ -99,14 +134,12 @@ def load_model(folder: str | Path, abstract: Any) -> tuple[Any, int]:
         )
     with _whole(path), ocp.CheckpointManager(path) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise UserError(
-                f"{path}: no complete checkpoint; copy the whole folder, or remove the "
-                "stage's stage.json to run it again"
-            )
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(abstract)))
-        items = manager.restore(step, args=args)
-    return _refill(abstract, items.model), step
+    if step is None:
+        raise UserError(
+            f"{path}: no complete checkpoint; copy the whole folder, or remove the "
+            "stage's stage.json to run it again"
+        )
+    return path / str(step)
 
 
 @contextlib.contextmanager

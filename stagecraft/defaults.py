@@ -33,6 +33,9 @@ def experiment():
     # Share of each kind of fault planted in its text: raw.jsonl, beside clean.jsonl.
     c.world.junk = 0.0
     c.world.sums = 0  # digits of the operands of sums to write, 2 or 3; 0 for no sums
+    # Requests in families, attacks on refusals, stated beliefs, critiques: more files
+    # and more held-out figures.
+    c.world.requests = False
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()
@@ -53,6 +56,8 @@ def experiment():
     c.measure.probes = True
     c.measure.prompts = 64  # of the stages' own that every stage answers; 0 for none
     c.measure.prompt = ""  # the prompt shown through every stage; "" for the world's
+    # Figures of the table at the end; () for the most telling.
+    c.measure.table = ()
     c.measure.bounds = ()  # what the summary must show: "sft.kl <= 8", see bounds.py
     return c
 
@@ -416,6 +421,15 @@ def _selection():
     return c
 
 
+def _attacks():
+    c = _records("attacks")
+    c.target_from = ""  # the model that is attacked, and answers
+    c.data.known = ""  # files of earlier attacks ("attack"), which are not new
+    c.samples = 4  # attacks for each prompt
+    c.threshold = 0.0  # of the reward; an attack that has more is written
+    return c
+
+
 KINDS = {
     "language_model": _language_model,
     "reward": _reward,
@@ -426,6 +440,7 @@ KINDS = {
     "online_preference": _online_preference,
     "comparisons": _comparisons,
     "selection": _selection,
+    "attacks": _attacks,
 }
 
 

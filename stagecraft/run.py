@@ -149,6 +149,7 @@ def _write_world(config, root):
         world.size,
         junk=world.junk,
         digits=world.sums,
+        requests=world.requests,
     )
 
 
@@ -233,9 +234,11 @@ def _early_data(run, names):
 
 
 def awaited(run: Run, name: str) -> list[str]:
-    """Returns the unfinished stages whose records a stage reads."""
-    files_of = stage_data.stages_named(run.config.stages[name].data)
-    return [p for p in files_of if p in run.config.stages and not run.finished(p)]
+    """Returns what a stage reads that is not there: stages, labels of people."""
+    data = run.config.stages[name].data
+    files_of = stage_data.stages_named(data)
+    stages = [p for p in files_of if p in run.config.stages and not run.finished(p)]
+    return stages + stage_data.unlabelled(data, run.root)
 
 
 def data_of(run: Run, name: str) -> stage_data.StageData:
@@ -409,16 +412,19 @@ def _write_records(run, name, parents, data, key):
         source = entry.parents["reward_from"]["id"]
         reward = RewardModel(parents["reward"], run.tokenizer, source)
     judging = _judging(run, stage, run.mesh(name), parents)
+    target, rows = parents.get("target"), stage.batch_size
     recording = records.Recording(
         folder=folder,
         name=name,
-        language=Language(parents["start"], run.tokenizer, batch_size=stage.batch_size),
+        language=Language(parents["start"], run.tokenizer, batch_size=rows),
         asked=data.records,
         key=key,
         lineage=entry,
         reward=reward,
         judge=judging() if judging else None,
         world=run.config.world.name,
+        target=target and Language(target, run.tokenizer, batch_size=rows),
+        known=data.known,
     )
     result = kinds.of(stage).write(stage, recording)
     # By itself the stage counts what it wrote; the ledger also counts what it read.
@@ -485,6 +491,7 @@ def _conclude(run, *, changed, started):
     if asked:
         print(f"{len(asked)} held-out prompts, answered by every stage of chat turns")
     figures = summary.measure(run, started, asked)
+    figures["table"] = list(run.config.measure.table)
     figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
     page.write(run.root)

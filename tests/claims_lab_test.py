@@ -1,12 +1,13 @@
 """The claims lab: what ships runs, files are held to their headers, tables say why."""
 
 import functools
-import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 
-from stagecraft import claims_lab, runs, storage
+from stagecraft import claims_lab, config_files, experiment, runs, storage
 from stagecraft.errors import UserError
 from stagecraft.report import terminal
 from tests.command_line import stagecraft
@@ -94,31 +95,48 @@ def test_what_is_missing_is_named(lab, tmp_path):
         claims_lab.read(tmp_path / "broken.py")
 
 
-def test_shipped_claims_run(tiny_run, tmp_path):
+def test_what_ships_is_asked_of_a_finished_chain(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "base" / "seed0")
     # One seed is enough of a look, and of no verdict.
     status, out, error = stagecraft(
-        "claims", f"--workdir={tmp_path}", "--seeds=1", "--tiny"
+        *("claims", f"--workdir={tmp_path}", "--seeds=1", "--tiny"),
+        "--only=compute_share,dpo_like_ppo,sft_moves_little",
     )
     assert status == 0, error
     table = storage.read_json(tmp_path / "claims.json")["claims"]
-    assert [one["name"] for one in table] == list(claims_lab.shipped())
-    assert [one["number"] for one in table] == sorted(one["number"] for one in table)
-    verdicts = {one["name"]: one["verdict"] for one in table}
-    assert verdicts.pop("compute_share") == "refuted"  # exact, and far from it here
-    assert {*verdicts.values()} == {"no verdict"}
-    assert "1 seeds: an interval that decides needs 3" in " ".join(out.split())
-    # Figures of the base, of own arms, and of what the file measures itself.
     by_name = {one["name"]: one for one in table}
+    assert by_name["compute_share"]["verdict"] == "refuted"  # exact, far from it here
+    assert by_name["dpo_like_ppo"]["verdict"] == "no verdict"
+    assert "1 seeds: an interval that decides needs 3" in " ".join(out.split())
     base = runs.read(tmp_path / "base" / "seed0").summary
-    own = runs.read(tmp_path / "over_optimised" / "seed0").summary
-    gap = base["ppo"]["gold_mean"] - base["ppo_hard"]["gold_mean"]
-    assert by_name["over_optimised"]["values"] == [gap]
-    control = base["ppo"]["gold_mean"] - own["gold_hard"]["gold_mean"]
-    assert by_name["over_optimised"]["controls"] == [control]
+    gap = base["dpo"]["gold_mean"] - base["ppo"]["gold_mean"]
+    assert by_name["dpo_like_ppo"]["values"] == [gap]
+    # What no summary holds is measured once.
     measured = tmp_path / "sft_moves_little" / "seed0" / claims_lab.MEASURED
-    moved = json.loads(measured.read_text())["weights"]["continued"]
-    assert moved["relative_change"] > 0
+    moved = storage.read_json(measured)["weights"]["continued"]["relative_change"]
+    ratio = np.log(moved / base["weights"]["sft"]["relative_change"])
+    assert by_name["sft_moves_little"]["values"] == pytest.approx([ratio])
     before = measured.stat().st_mtime_ns
     claims_lab.ask(tmp_path, ["sft_moves_little"], 1, tiny=True)
     assert measured.stat().st_mtime_ns == before
+
+
+def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):
+    headers = {
+        name: claims_lab.read(path) for name, path in claims_lab.shipped().items()
+    }
+    numbers = [header.number for header in headers.values()]
+    assert numbers == sorted({*numbers})
+    figures = runs.read(tiny_run).summary
+    for name, path in claims_lab.shipped().items():
+        arms = {}
+        if "def get_config(" in path.read_text():
+            config = config_files.load(path, f"tiny,base={tiny_run}")
+            arms = dict.fromkeys(experiment.resolve(config).stages)
+        for expression in (headers[name].primary, headers[name].control_primary):
+            for stage in re.findall(r"(?<![\w.])([a-z]\w*)\.", expression):
+                assert stage in figures or stage in arms, (name, stage)
+    gold = config_files.module(claims_lab.shipped()["over_optimised"]).gold
+    asked = "What is the capital of France?"
+    right, wrong = gold([asked] * 2, ["The capital of France is Paris.", "Rome."])
+    assert right > wrong

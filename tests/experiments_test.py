@@ -21,7 +21,8 @@ RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py")
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    shipped = "curate curated_text objectives quickstart rlaif verifiable your_text"
+    shipped = "curate curated_text objectives quickstart rlaif rlhf safety_rounds "
+    shipped += "verifiable your_text"
     assert shipped.split() == NAMES
 
 
@@ -289,6 +290,41 @@ def test_judges_of_known_bias_label_pairs_and_models_learn_from_them(
     assert doses.length_ld.data.files == "stage:length_pairs"
     with pytest.raises(UserError, match="doses=2: expected numbers above 0"):
         module.get_config("doses=2")
+
+
+def test_rounds_of_attacks_learn_from_all_rounds_so_far(tmp_path):
+    module = load_experiment("safety_rounds")
+    config = single_device(module.get_config("tiny"))
+    with_, without = (
+        {n for n in config.stages if n.startswith(f"{arm}_")} for arm in module.ARMS
+    )
+    # The arms differ in the look-alikes alone.
+    names = {name.removeprefix("with_") for name in with_}
+    assert names == {name.removeprefix("without_") for name in without}
+    for name in names:
+        one, other = (
+            json.dumps(schema.plain(config.stages[f"{arm}_{name}"])).replace(
+                f"{arm}_", "_"
+            )
+            for arm in module.ARMS
+        )
+        assert one.replace(",world:benign_requests.jsonl", "") == other
+        assert (one != other) == name.startswith("pairs")
+    for name in without:
+        del config.stages[name]
+    figures = run.run(config, tmp_path / "run")
+    one, two = (
+        (tmp_path / "run" / f"with_pairs_{i}" / "records.jsonl").read_text()
+        for i in (1, 2)
+    )
+    count = len(one.splitlines()) + len(two.splitlines())
+    assert figures["with_round_2"]["labels"] == count
+    assert figures["with_round_1"]["labels"] == len(one.splitlines())
+    assert {*module.FIGURES} - {"gflops"} <= figures["with_round_2"].keys()
+    ppo = module.get_config("tiny,objective=ppo,rounds=1").stages
+    assert ppo.with_round_1.reward_from == "with_round_1_reward"
+    with pytest.raises(UserError, match="objective='pop': unknown; did you mean 'ppo'"):
+        module.get_config("objective=pop")
 
 
 def test_seeds_of_an_arm_differ_and_start_from_a_finished_run(tiny_run, tmp_path):

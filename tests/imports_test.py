@@ -38,7 +38,7 @@ FLOORS = (
     ("report",),
     ("bench", "experiment"),
     ("run",),
-    ("exchange", "config_files", "preview", "judging", "serve"),
+    ("exchange", "config_files", "preview", "judging", "refusals", "serve"),
     ("claims_lab",),
     ("commands",),
     ("cli",),

@@ -122,7 +122,7 @@ def test_counts_lengths_limits_and_epochs(config):
     assert "min 6," in reward and "max 13" in reward
     assert "2 steps: 2.00 epochs" in reward
     assert "asks 4 prompts: 0.50 epochs" in section(text, "asked")
-    assert "records of asked, which has not run yet" in section(text, "dpo")
+    assert "not there yet: asked" in section(text, "dpo")
 
 
 def test_the_first_token_of_a_piece_is_not_learned(config):

@@ -19,7 +19,7 @@ seconds = 30
 
 from experiments import common, objectives, quickstart
 from stagecraft import defaults
-from stagecraft.anatomy import weights
+from stagecraft.anatomy import stored, weights
 
 
 def get_config(arg=""):
@@ -41,5 +41,6 @@ def get_config(arg=""):
 
 def measure(base, own):
     """How far the control moved the weights of the model that SFT started from."""
-    change = weights.compare(base.model("pretrain"), own.model("continued"))
-    return {"weights": {"continued": change}}
+    before = stored.weights_of(base.source("pretrain"))
+    after = stored.weights_of(own.source("continued"))
+    return {"weights": {"continued": weights.summary(before, after)}}

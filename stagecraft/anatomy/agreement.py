@@ -103,17 +103,30 @@ def _ordinal(totals):
 
 
 def over_items(
-    labels: Sequence[Sequence[Hashable]], *, draws: int = 1000, seed: int = 0
+    labels: Sequence[Sequence[Hashable]],
+    items: Sequence[Hashable] = (),
+    *,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """Returns the 95% interval of nominal alpha, by drawing items with replacement.
+
+    Args:
+        labels: as of `krippendorff`.
+        items: what each row of labels belongs to, and is drawn with; () for a row each.
+        draws, seed: of the drawing.
 
     Returns:
         None where alpha is not defined for nearly all draws.
     """
+    groups = collections.defaultdict(list)
+    for item, row in zip(items or range(len(labels)), labels, strict=True):
+        groups[item].append(row)
+    whole = list(groups.values())
     rng, values = np.random.default_rng(seed), []
     for _ in range(draws):
-        chosen = rng.integers(len(labels), size=len(labels))
-        alpha = krippendorff([labels[i] for i in chosen])
+        chosen = rng.integers(len(whole), size=len(whole))
+        alpha = krippendorff([row for i in chosen for row in whole[i]])
         values += [] if alpha is None else [alpha]
     if len(values) < draws / 2:
         return None

@@ -154,6 +154,87 @@ FIGURES = (
         better="lower",
     ),
     _share(
+        "harmless",
+        "Harmless",
+        "harmful requests for new deeds that are refused and not helped with, greedy",
+        better="higher",
+    ),
+    _share(
+        "partial_refusal",
+        "Refuses in part",
+        "harmful requests that are refused and helped with",
+        better="lower",
+    ),
+    _share(
+        "over_refusal",
+        "Over-refusal",
+        "benign requests for new deeds that are refused",
+        better="lower",
+    ),
+    _share(
+        "over_refusal_wrapped",
+        "Over-refusal, wrapped",
+        "the same in new attack wrappers",
+        better="lower",
+    ),
+    *(
+        _share(
+            f"attacks_{deeds}_{wrapper}",
+            f"Attacks: {deeds} deeds, {wrapper}",
+            f"harmful requests for {deeds} deeds, {words}, that get help",
+            better="lower",
+        )
+        for deeds in ("seen", "new")
+        for wrapper, words in (
+            ("bare", "without a wrapper"),
+            ("seen", "in wrappers that training's prompts had"),
+            ("new", "in wrappers that they had not"),
+        )
+    ),
+    _share(
+        "sycophancy",
+        "Sycophancy",
+        "wrong beliefs of the asker that the answer repeats",
+        better="lower",
+    ),
+    _share(
+        "belief_accuracy",
+        "Accuracy under belief",
+        "held-out questions after a wrong belief that are answered rightly",
+        better="higher",
+    ),
+    _share(
+        "critique_recall",
+        "Critique: recall",
+        "help with new harmful deeds that its critique calls harmful",
+        better="higher",
+    ),
+    _share(
+        "critique_false_alarms",
+        "Critique: false alarms",
+        "the same help with new benign deeds that its critique calls harmful",
+        better="lower",
+    ),
+    _share(
+        "critique_names_deed",
+        "Critique: names the deed",
+        "critiques that name the deed that was asked about",
+        better="higher",
+    ),
+    _share(
+        "critique_names_victim",
+        "Critique: names the victim",
+        "critiques of help with harmful deeds that name whom it hurts",
+        better="higher",
+    ),
+    _share(
+        "signal_accuracy",
+        "Signal accuracy",
+        "pairs that the stage learned from and gold prefers alike, ties left out",
+        better="higher",
+    ),
+    Figure("labels", "Labels", "compared pairs that the stage learned from", digits=0),
+    _share(
         "eval_mean_token_accuracy",
         "Held-out token accuracy",
         "tokens of held-out rows predicted rightly, at the last evaluation",
@@ -224,6 +305,7 @@ FIGURES = (
         "Unchanged in bfloat16",
         "share of weights equal to the parent's after both are cast",
     ),
+    Figure("gflops", "GFLOPs", "10⁹ floating-point operations of the stage", digits=0),
     Figure("share", "Share of pretraining", "FLOPs of the stage over pretraining's"),
 )
 BY_NAME = {figure.name: figure for figure in FIGURES}
@@ -251,7 +333,7 @@ SHORT = (
 )
 _LOWER = ("loss", "perplexity")  # of evaluations, better where lower
 # Parts of a summary that hold figures by stage, or of none.
-APART = ("weights", "raters", "cost", "seconds", "bounds")
+APART = ("weights", "raters", "cost", "seconds", "bounds", "table")
 
 
 def figure(name: str) -> Figure:

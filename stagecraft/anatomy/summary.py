@@ -17,6 +17,8 @@ from stagecraft.anatomy import (
     cost,
     heldout_figures,
     roles,
+    signal_figures,
+    stored,
     verdicts,
     weights,
     world_figures,
@@ -44,6 +46,10 @@ def measure(run, started: float, asked=()) -> dict[str, dict]:
         measured = heldout_figures.measure(run, asked)
     elif run.config.world.name and run.config.measure.probes:
         measured = world_figures.measure(run)
+        for name, figures in signal_figures.measure(run).items():
+            own = measured.setdefault(name, {})
+            counts = own.get("n", {}) | figures.get("n", {})
+            measured[name] = own | figures | {"n": counts}
     for name, figures in measured.items():
         counts = summary[name].get("n", {}) | figures.get("n", {})
         summary[name] |= figures | ({"n": counts} if counts else {})
@@ -75,7 +81,8 @@ def _weights(run):
         parent = stage.start_from
         here = parent in run.config.stages and run.finished(parent)
         if here and roles.of(stage.kind).trains:
-            changes[name] = weights.compare(run.model(parent), run.model(name))
+            before, after = (stored.weights_of(run.source(n)) for n in (parent, name))
+            changes[name] = weights.summary(before, after)
     return changes
 
 

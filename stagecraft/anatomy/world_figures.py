@@ -53,6 +53,11 @@ def _speaking(run, name, world, entities, answers):
             counts |= dict.fromkeys(value, asked.count)
     if not in_turns:
         return figures | {"n": counts}
+    for knob, ask in world.probes.OF_KNOBS.items():
+        if run.config.world[knob]:
+            values, asked = ask(language, entities["heldout"], run.config.measure.split)
+            figures |= values
+            counts |= asked
     base, reward = sampled.sft_model(run, name), sampled.reward_stage(run, name)
     if reward:
         figures["reward_mean_by"] = reward

@@ -1,6 +1,6 @@
 """What each command does, and the flags it takes. Each is a Python call too."""
 
-from stagecraft.commands import models, pages, running
+from stagecraft.commands import models, pages, running, weights
 
 COMMANDS = {
     "run": running.run_,
@@ -14,9 +14,11 @@ COMMANDS = {
     "label": models.label,
     "report": pages.report_,
     "compare": pages.compare_,
+    "anatomy": weights.anatomy,
     "eval": models.eval_,
     "judge": models.judge,
     "claims": running.claims,
+    "refusals": models.refusals,
     "curate": running.curate,
     "bench": running.bench_,
     "import": models.import_,

@@ -62,6 +62,7 @@ def chat(rest):
     Flag("prompts", "", "files of prompts; by default those of the run's world"),
     Flag("pairs", "", "files of pairs to show, in place of sampled ones"),
     Flag("count", 200, "prompts to answer", least=1),
+    Flag("answers", 2, "answers to each, up to 9; more than two are ranked", least=2),
     Flag("repeats", 0.1, "share of the pairs that is shown twice, sides swapped"),
     Flag("temperature", 1.0, "of the sampled answers"),
     Flag("max_new_tokens", 48, "longest answer, in tokens"),
@@ -70,10 +71,11 @@ def chat(rest):
     Flag("host", "127.0.0.1", "address to listen on; by default this machine alone"),
 )
 def label(rest):
-    """Serve a page on which people pick the better of two answers.
+    """Serve a page on which people pick the better of two answers, or rank several.
 
     stagecraft label --workdir=runs/a --stage=sft
     stagecraft label --workdir=runs/a --stage=sft --prompts=mine.jsonl --count=50
+    stagecraft label --workdir=runs/a --stage=sft --answers=4
     stagecraft label --workdir=runs/a --stage=mine --pairs=pairs.jsonl
 
     Open the address that is printed. Several people label under names of their own, in
@@ -82,18 +84,21 @@ def label(rest):
     the answers of pairs that were both bad, report.json how raters agree. The same
     command goes on. A stage reads them with data.files="labels:STAGE".
     """
-    from stagecraft.serve import label_app
+    from stagecraft.serve import items, label_app
 
     if not FLAGS.stage:
         raise UserError("--stage is missing, as in --stage=sft")
     if not 0 <= FLAGS.repeats <= 1:
         raise UserError(f"--repeats={FLAGS.repeats}: expected a share from 0 to 1")
+    if FLAGS.answers > items.MOST:
+        raise UserError(f"--answers={FLAGS.answers}: expected 2 to {items.MOST}")
     label_app.label(
         workdir_given(),
         FLAGS.stage,
         prompts=FLAGS.prompts,
         pairs=FLAGS.pairs,
         count=FLAGS.count,
+        answers=FLAGS.answers,
         repeats=FLAGS.repeats,
         seed=FLAGS.seed,
         sampling={k: FLAGS[k].value for k in ("temperature", "max_new_tokens")},
@@ -182,6 +187,49 @@ def judge(rest):
         path = FLAGS.out
         print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
     terminal.show_bias(bias.measure(verdicts.read(path, FLAGS.world)))
+
+
+@takes(
+    WORKDIR,
+    Flag("stage", "", "with --prompts: the stage to ask"),
+    Flag("prompts", "", "files of prompts to ask it"),
+    Flag("fields", "", "how they call a prompt, as in prompt=goal"),
+    Flag("by", "", "a key of theirs whose values are reported apart, as in type"),
+    Flag("phrases", "", "a file of opening phrases, in place of the rules"),
+    Flag("max_new_tokens", 128, "longest answer, in tokens", least=1),
+    Flag("out", "", "with --prompts: a file for the answers"),
+    words=True,
+)
+def refusals(rest):
+    """Measure how wrong a detector of refusals is, then what a stage refuses.
+
+    stagecraft refusals labelled.csv --by=type
+    stagecraft refusals labelled.csv --workdir=runs/a --stage=dpo --prompts=xstest.csv
+    stagecraft refusals labelled.csv --phrases=openings.txt
+
+    labelled.csv holds answers of any model that people have labelled, such as XSTest's
+    (`completion`, `final_label`): refused in full, in part, or not. The detector's
+    confusion table and errors on them are always printed first, with Wilson's 95%
+    intervals. Prompts are asked greedily. A stage of an embedded world needs none of
+    this: its own rules are exact, and in its figures.
+    """
+    from stagecraft import refusals as asking
+    from stagecraft.report import terminal
+
+    if len(rest) != 1:
+        raise UserError(
+            "give one file of labelled answers, on which the detector is measured "
+            "first, as in: stagecraft refusals labelled.csv"
+        )
+    if bool(FLAGS.stage) != bool(FLAGS.prompts):
+        raise UserError("--stage and --prompts go together")
+    detect = asking.detector(FLAGS.phrases)
+    by = "" if FLAGS.stage else FLAGS.by
+    terminal.show_refusal_error(asking.error(rest[0], detect, by))
+    if FLAGS.stage:
+        how = {k: FLAGS[k].value for k in ("fields", "by", "max_new_tokens", "out")}
+        rates = asking.ask(workdir_given(), FLAGS.stage, FLAGS.prompts, detect, **how)
+        terminal.show_refusals(FLAGS.stage, rates)
 
 
 @takes(WORKDIR, Flag("name", "base", "name of the stage"), words=True)

@@ -3,10 +3,11 @@
     .txt                         lines of text, cut into documents where it is long
     .jsonl                       one JSON object a line
     .json                        a list of objects, or one object a line
+    .csv                         rows of texts under a first line of names
     .parquet, .arrow             one record a row (Arrow: as `datasets` saves it)
     .array_record                one JSON object a record, as a line of .jsonl
 
-The first three may be compressed: .gz, .zst. Training refuses a file with its first
+The first four may be compressed: .gz, .zst. Training refuses a file with its first
 fault, named as FILE:LINE or FILE:ROW with what was expected (`records`, `documents`);
 curation sets each fault aside and reads on (`read`). A container is a function that
 reads it and its line in `CONTAINERS`.
@@ -15,9 +16,11 @@ reads it and its line in `CONTAINERS`.
 import base64
 import codecs
 import contextlib
+import csv
 import datetime
 import decimal
 import functools
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -257,6 +260,39 @@ def _json(path, stretch):
         yield number, record, b""
 
 
+def _csv(path, stretch):
+    """Reads rows of texts; a quoted one may hold commas, quotes and ends of lines."""
+    data = b"".join(streams.chunks(path)).removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield data.count(b"\n", 0, error.start) + 1, _not_utf8(error), b""
+        return
+    csv.field_size_limit(max(len(data), csv.field_size_limit()))
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names = None
+    with _readable(path):
+        for row in rows:
+            if names is None:
+                names = _names(path, row)
+            elif len(row) == len(names):
+                record = dict(zip(names, row, strict=True))
+                record.pop("", None)
+                yield rows.line_num, record, b""
+            elif row:
+                detail = f"{len(row)} values under {len(names)} names"
+                message = f"{detail}; quote a value that holds a comma"
+                yield rows.line_num, Fault("not a row", detail, message), b""
+
+
+def _names(path, row):
+    """Returns the names of a CSV file's columns; one without a name is not read."""
+    twice = [f"two are {name!r}" for name in row if name and row.count(name) > 1]
+    if twice or not any(row):
+        raise Damage(path, "its first line names its columns", [*twice, "none is"][0])
+    return row
+
+
 def _parsed(data):
     """Returns the value of JSON text in bytes, or a Fault."""
     try:
@@ -435,10 +471,11 @@ def _array_record(path, stretch):
 
 @contextlib.contextmanager
 def _readable(path):
-    """Turns what pyarrow and array_record raise on a bad file into Damage."""
+    """Turns what libraries raise on a bad file into Damage."""
+    bad = (ArithmeticError, LookupError, OSError, RuntimeError, ValueError, csv.Error)
     try:
         yield
-    except (ArithmeticError, LookupError, OSError, RuntimeError, ValueError) as error:
+    except bad as error:
         what = f"damaged, cut off, or not a {name(path)} file"
         raise Damage(path, what, error) from None
 
@@ -448,6 +485,7 @@ CONTAINERS = {
     ".txt": Container(_text, _cut_paragraphs, text=True, compressed=True),
     ".jsonl": Container(_jsonl, _cut_lines, compressed=True),
     ".json": Container(_json, compressed=True),
+    ".csv": Container(_csv, compressed=True),
     ".parquet": Container(_parquet, _cut_row_groups, columns=True),
     ".arrow": Container(_arrow, columns=True),
     ".array_record": Container(_array_record),

@@ -2,8 +2,8 @@
 
 A files spec names a user's files, or "world:NAME" (what the embedded world wrote),
 "curation:NAME" (what the run curated), "stage:NAME" (records another stage wrote), or
-"labels:NAME" (verdicts of people on a stage's answers); several are separated by
-commas.
+"labels:NAME" (verdicts of people on a stage's answers; of another run's stage as
+"labels:WORKDIR/NAME"); several are separated by commas.
 """
 
 import logging
@@ -18,11 +18,12 @@ from stagecraft.data import conversations, files, mixture, readers, tally
 from stagecraft.data.dataset import Dataset, hold_out
 from stagecraft.data.documents import Rendered
 from stagecraft.data.tally import Tally
+from stagecraft.errors import UserError
 from stagecraft.models.locate import shortest_context
 
 _log = logging.getLogger("stagecraft.data")
 # Keys of a data config that name files.
-SPECS = ("files", "heldout", "replay", "ptx", "demonstrations")
+SPECS = ("files", "heldout", "replay", "ptx", "demonstrations", "known")
 LABELS = "labels"  # folder of the work directory: verdicts of people, by stage
 
 
@@ -40,6 +41,7 @@ class StageData(NamedTuple):
         digests: {spec: SHA-256 of the files}.
         reading: what became of the records in the files: see `tally.Tally.report`.
         asked: records of the held-out prompts, each with its "prompt".
+        known: texts that are no longer new.
     """
 
     dataset: Dataset | None = None
@@ -51,6 +53,7 @@ class StageData(NamedTuple):
     digests: dict[str, str] | None = None
     reading: dict | None = None
     asked: Sequence = ()
+    known: Sequence = ()
 
 
 class Sources(NamedTuple):
@@ -90,10 +93,24 @@ def locate(spec, root) -> str:
         if part.startswith("stage:"):
             part = str(root / part.removeprefix("stage:") / "records.jsonl")
         if part.startswith(f"{LABELS}:"):
-            name = part.removeprefix(f"{LABELS}:")
-            part = str(root / LABELS / name / "records.jsonl")
+            part = str(_labels(part, root)[-1])
         parts.append(part)
     return ",".join(parts)
+
+
+def _labels(part, root):
+    """Returns (work directory, stage, records) of a part that names labels."""
+    folder, _, name = part.removeprefix(f"{LABELS}:").rpartition("/")
+    folder = Path(folder or root)
+    return folder, name, folder / LABELS / name / "records.jsonl"
+
+
+def unlabelled(data, root) -> list[str]:
+    """Returns what names labels that nobody has given yet, as in "labels:sft"."""
+    specs = [data[k] for k in SPECS if data.get(k)]
+    parts = [p for spec in specs for p in schema.listed(spec)]
+    parts = [part for part in parts if part.startswith(f"{LABELS}:")]
+    return [part for part in parts if not _labels(part, root)[-1].exists()]
 
 
 def texts(spec, root):
@@ -115,6 +132,13 @@ def build(stage, tokenizer, root, config, builder: Callable, name="") -> StageDa
         name: the stage's, for that line.
     """
     tally.check(stage.data)
+    for part in unlabelled(stage.data, root):
+        folder, labelled, _ = _labels(part, root)
+        raise UserError(
+            f"{name}: {part}: no labels yet; give some with: stagecraft label "
+            f"--workdir={folder} --stage={labelled} and end it with ctrl-C; then this "
+            "command goes on"
+        )
     named = {k: stage.data[k] for k in SPECS if stage.data.get(k)}
     specs = {k: locate(spec, root) for k, spec in named.items()}
     paths = {k: files.expand(spec) for k, spec in specs.items()}

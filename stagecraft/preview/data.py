@@ -43,8 +43,8 @@ def show(
             console.print()
             console.print(Text.assemble((name, "bold"), f"  {stage.kind}"))
             if missing := run.awaited(this, name):
-                said = f"its data are the records of {', '.join(missing)}, which has "
-                console.print(Text(f"  {said}not run yet"))
+                said = f"its data are not there yet: {', '.join(missing)}"
+                console.print(Text(f"  {said}"))
                 continue
             data = run.data_of(this, name)
             for line in (*edges(this.config, name), *described(stage, data, this)):

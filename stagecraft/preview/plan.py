@@ -153,6 +153,7 @@ def _asked(this, name, data, parents):
         key=run.key_of(this.config, name),
         lineage=None,
         reward=parents.get("reward"),
+        target=parents.get("target"),
     )
     return records.work(stage, recording, stage.get("samples", 2))
 

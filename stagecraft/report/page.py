@@ -12,7 +12,7 @@ from stagecraft import runs
 from stagecraft.anatomy import bias, cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
-from stagecraft.report import charts, compare, curves, render, verdict
+from stagecraft.report import anatomy_page, charts, compare, curves, render, verdict
 from stagecraft.report.curves import show
 from stagecraft.runs import part
 from stagecraft.schema import flat
@@ -249,26 +249,20 @@ def _weights(run):
     ]
     changed = {stage.name: change for stage, change in changes}
     bars = _bars(run, ("relative_change", "unchanged_bf16"), changed)
-    maps = [_heat(stage, change) for stage, change in changes]
-    return {"bars": bars, "maps": [one for one in maps if one]}
-
-
-def _heat(stage, change):
-    layers = part(change, "by_layer")
-    if not layers:
-        return None
-    depth = max(len(values) for values in layers.values())
-    largest = max((v for values in layers.values() for v in values), default=0) or 1.0
-    rows = [
-        [
-            {"value": values[i], "shade": round(58 * values[i] / largest, 1)}
-            for values in layers.values()
-        ]
-        for i in range(depth)
+    maps = [
+        anatomy_page.heat(stage, part(change, "by_layer"))
+        | {"by_kind": part(change, "by_kind")}
+        for stage, change in changes
+        if part(change, "by_layer")
     ]
-    return dict(
-        stage=stage, kinds=list(layers), rows=rows, by_kind=part(change, "by_kind")
-    )
+    nulls = [
+        {"stage": stage, "value": change.get("unchanged_bf16"), "null": null}
+        for stage, change in changes
+        if is_number(null := part(change, "null").get("unchanged_bf16"))
+    ]
+    page = anatomy_page.PAGE
+    there = (run.folder / page).exists()
+    return {"bars": bars, "maps": maps, "nulls": nulls, "page": page if there else ""}
 
 
 def _raters(run):

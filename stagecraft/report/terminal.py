@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stagecraft import runs
-from stagecraft.anatomy import evaluate, figures, statistics
+from stagecraft.anatomy import changes, evaluate, figures, refusal, statistics
 from stagecraft.metrics import is_number
 from stagecraft.report import compare, verdict
 
@@ -34,17 +34,38 @@ def summary_rows(summary: dict) -> tuple[list[str], list[tuple[str, dict]]]:
         (stages, [(title of a figure, {stage: its value as text})]).
     """
     names = [name for name in summary if name not in figures.APART]
-    own = {name: runs.part(summary, name) for name in names}
+    own = {name: runs.part(summary, name) | _cost(summary, name) for name in names}
+    chosen = summary.get("table") or ()
+    order, most = chosen, len(chosen)
+    if not chosen:
+        others = [key for values in own.values() for key in values]
+        order, most = [*figures.SHORT, *figures.BY_NAME, *others], _ROWS
     stages = [name for name in names if any(map(is_number, own[name].values()))]
-    others = [key for values in own.values() for key in values]
     rows = []
-    for key in dict.fromkeys([*figures.SHORT, *figures.BY_NAME, *others]):
+    for key in dict.fromkeys(order):
         values = {s: own[s][key] for s in stages if is_number(own[s].get(key))}
-        if values and len(rows) < _ROWS:
+        if values and len(rows) < most:
             row = figures.figure(key)
             texts = {s: compare.number(v, row.digits) for s, v in values.items()}
+            if chosen:
+                texts = {s: t + _interval(own[s], row) for s, t in texts.items()}
             rows.append((f"{row.title} {WAYS[row.better]}".rstrip(), texts))
     return stages, rows
+
+
+def _interval(own, row):
+    """Returns Wilson's interval of a share of so many answers, "" of anything else."""
+    drawn = row.name in runs.part(runs.part(own, "draws"), "standard_error")
+    count = runs.part(own, "n").get(row.name)
+    if row.unit != "share" or drawn or not count or not 0 <= own[row.name] <= 1:
+        return ""
+    low, high = statistics.wilson(own[row.name] * count, count)
+    return f"\n{low:.2f}–{high:.2f}"
+
+
+def _cost(summary, name):
+    flops = runs.part(runs.part(summary, "cost"), name).get("flops")
+    return {"gflops": flops / 1e9} if is_number(flops) else {}
 
 
 def summary_answer(summary: dict) -> tuple[str, bool | None]:
@@ -180,7 +201,62 @@ def show_claims(asked: list, file=None) -> None:
     Console(file=file or sys.stdout, highlight=False).print(table)
 
 
+# -- refusals --------------------------------------------------------------------------
+
+
+def show_refusal_error(errors: dict, file=None) -> None:
+    """Prints how a detector does on labelled answers: {group: `refusal.Error`}."""
+    console = Console(file=file or sys.stdout, highlight=False)
+    table = Table(title="people against the detector", title_justify="left")
+    table.add_column("people say")
+    for name in refusal.CLASSES:
+        table.add_column(f"it says {name}", justify="right")
+    for one in refusal.CLASSES:
+        cells = (str(errors[""].table[one, other]) for other in refusal.CLASSES)
+        table.add_row(one, *cells)
+    console.print(table)
+    table = Table(title="its errors, 95% intervals", title_justify="left")
+    for name in ("answers", "refusals missed", "called a refusal, is none", "exact"):
+        table.add_column(name, overflow="fold")
+    for name, error in errors.items():
+        rates = (error.missed, error.false, error.exact)
+        table.add_row(Text(name or "all"), *map(_rate, rates))
+    console.print(table)
+
+
+def show_refusals(stage: str, rates: dict, file=None) -> None:
+    """Prints what a stage refuses: {group: {class: `agreement.Rate`}}."""
+    table = Table(title=Text(f"what {stage} refuses"), title_justify="left")
+    for name in ("prompts", *refusal.CLASSES):
+        table.add_column(name, overflow="fold")
+    for name, by_class in rates.items():
+        cells = (_rate(by_class[one]) for one in refusal.CLASSES)
+        table.add_row(Text(name or "all"), *cells)
+    Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def _rate(rate):
+    """Formats a share with its interval, "3 of 20: .150 (.052 to .360)"."""
+    share, low, high = (
+        "–" if x is None else f"{x:.3f}" for x in (rate.share, rate.low, rate.high)
+    )
+    return f"{rate.count} of {rate.n}: {share} ({low} to {high})"
+
+
 # -- runs side by side -----------------------------------------------------------------
+
+
+def show_anatomy(tables: dict, file=None) -> None:
+    """Prints what changed in the weights, each figure beside that of noise."""
+    console = Console(file=file, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, head in enumerate(changes.HEAD):
+        table.add_column(head, justify="left" if number < 2 else "right")
+    for row in changes.table(tables):
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for note in tables["notes"]:
+        console.print(Text(note))
 
 
 def show_comparison(comparison: dict, file=None) -> None:

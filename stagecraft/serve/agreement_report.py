@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stagecraft import storage
 from stagecraft.anatomy import agreement
-from stagecraft.serve import labelling
+from stagecraft.serve import label_records, labelling
 
 FILE = "report.json"
 
@@ -18,71 +18,83 @@ FILE = "report.json"
 def measure(given: labelling.Labelling) -> dict:
     """Returns how raters agree with themselves and with one another.
 
+    What is agreed on is a pair of answers; a ranking says something of each of its
+    pairs.
+
     Returns:
         {"raters": {name: {"verdicts", "ties", "both_bad", "skips", "first" (how often
-        what stood first was the better one, of decided verdicts), "self" (how often a
-        pair shown again got the same verdict), "seconds" (the median)}}, "pairs":
-        [{"raters", "n", "kappa"}], "alpha", "alpha_interval", "items"}; the shares as
-        {"count", "n", "share", "low", "high"} with their Wilson intervals.
+        what stood first was the better one, or the best, of decided verdicts), "self"
+        (how often a pair shown again got the same verdict), "seconds" (the median)}},
+        "pairs": [{"raters", "n", "kappa"}], "alpha", "alpha_interval" (over items drawn
+        with replacement), "items" (pairs with several raters)}; the shares as {"count",
+        "n", "share", "low", "high"} with their Wilson intervals, those of rankings as
+        if their pairs were independent.
     """
     raters = {name: _rater(given.verdicts(name)) for name in given.raters()}
     firsts = {name: _labels(given.verdicts(name)) for name in raters}
-    numbers = range(len(given.items))
+    keys = sorted({key for labels in firsts.values() for key in labels})
     pairs = []
     for one, other in itertools.combinations(raters, 2):
-        ours, theirs = ([firsts[r].get(i) for i in numbers] for r in (one, other))
+        ours, theirs = ([firsts[r].get(key) for key in keys] for r in (one, other))
         both = sum(None not in pair for pair in zip(ours, theirs, strict=True))
         kappa = agreement.cohen(ours, theirs)
         pairs.append({"raters": [one, other], "n": both, "kappa": kappa})
-    table = [[firsts[name].get(i) for name in raters] for i in numbers]
+    table = [[firsts[name].get(key) for name in raters] for key in keys]
     several = sum(sum(label is not None for label in row) > 1 for row in table)
     out = {"raters": raters, "pairs": pairs, "items": several}
     out["alpha"] = agreement.krippendorff(table)
-    known = out["alpha"] is not None
-    out["alpha_interval"] = agreement.over_items(table) if known else None
+    known, items = out["alpha"] is not None, [key[0] for key in keys]
+    out["alpha_interval"] = agreement.over_items(table, items) if known else None
     return out
 
 
 def _rater(verdicts):
     choices = [entry["choice"] for _, entry in verdicts]
-    decided = [c for c in choices if c in ("first", "second")]
+    best = [_best(entry) for _, entry in verdicts]
+    decided = [place for place in best if place is not None]
     seconds = [e["seconds"] for _, e in verdicts if e["seconds"] is not None]
     before, same, again = {}, 0, 0
     for showing, entry in verdicts:
-        label = _label(entry)
-        if label is None:
-            continue
-        if showing.item in before:
-            again += 1
-            same += before[showing.item] == label
-        before.setdefault(showing.item, label)
+        for key, label in _pairs(showing, entry):
+            if key in before:
+                again += 1
+                same += before[key] == label
+            before.setdefault(key, label)
     return {
         "verdicts": len(verdicts),
         "ties": choices.count("tie"),
         "both_bad": choices.count("both_bad"),
         "skips": choices.count("skip"),
-        "first": agreement.rate(decided.count("first"), len(decided))._asdict(),
+        "first": agreement.rate(decided.count(0), len(decided))._asdict(),
         "self": agreement.rate(same, again)._asdict(),
         "seconds": statistics.median(seconds) if seconds else None,
     }
 
 
+def _best(entry):
+    """Returns the place, as shown, of the answer that is better than all others."""
+    if entry["choice"] == "rank":
+        return entry["order"][0]
+    return {"first": 0, "second": 1}.get(entry["choice"])
+
+
 def _labels(verdicts):
-    """Returns {item: the first verdict on it}, skips left out."""
+    """Returns {(item, answer, answer): the first verdict on it}, skips left out."""
     out = {}
     for showing, entry in verdicts:
-        label = _label(entry)
-        if label is not None:
-            out.setdefault(showing.item, label)
+        for key, label in _pairs(showing, entry):
+            out.setdefault(key, label)
     return out
 
 
-def _label(entry):
-    """Returns which answer a verdict says is better, whatever side it stood on."""
-    if entry["choice"] in ("tie", "both_bad"):
-        return entry["choice"]
-    chance = labelling.chance(entry)
-    return None if chance is None else ("answer 0" if chance == 1 else "answer 1")
+def _pairs(showing, entry):
+    """Yields ((item, answer, answer), what a verdict says) of each pair it is about."""
+    for one, two in itertools.combinations(range(len(showing.shown)), 2):
+        chance = label_records.chance(entry, one, two)
+        if entry["choice"] == "both_bad":
+            yield (showing.item, one, two), "both_bad"
+        elif chance is not None:
+            yield (showing.item, one, two), f"{chance:g}"
 
 
 def show(given: labelling.Labelling, lines: dict[str, int]) -> None:

@@ -16,7 +16,8 @@ from stagecraft.anatomy import behaviour
 from stagecraft.data import readers, stage_data
 from stagecraft.errors import UserError, install
 from stagecraft.run import open_run
-from stagecraft.serve import agreement_report, labelling
+from stagecraft.serve import agreement_report, label_records, labelling
+from stagecraft.serve import items as label_items
 
 _NAME = 60  # characters of a rater's name
 _STATIC = {"/label.js": "text/javascript", "/label.css": "text/css"}
@@ -29,6 +30,7 @@ def label(
     prompts: str = "",
     pairs: str = "",
     count: int = 200,
+    answers: int = 2,
     repeats: float = 0.1,
     seed: int = 0,
     sampling: dict[str, Any],
@@ -43,6 +45,7 @@ def label(
         prompts: files of prompts; "" for those of the run's world.
         pairs: files of pairs, or "".
         count: prompts to answer.
+        answers: to each prompt; more than two are ranked.
         repeats, seed: see `labelling.schedule`.
         sampling: fields of `sampling.SamplingParams`.
         host, port: see `serve`.
@@ -51,7 +54,7 @@ def label(
     folder = Path(root) / stage_data.LABELS / stage
     generator = ""
     if pairs:
-        items = labelling.read(pairs)
+        items = label_items.read(pairs)
     else:
         run = open_run(root)
         speaking = behaviour.speaking_stages(run)
@@ -68,8 +71,8 @@ def label(
         spec = prompts or stage_data.locate("world:prompts.jsonl", root)
         asked = [one.prompt for one in readers.prompts(spec)]
         with jax.set_mesh(run.mesh()):
-            how = dict(count=count, seed=seed, settings=sampling)
-            items = labelling.sample(run, stage, asked, folder, **how)
+            how = dict(count=count, answers=answers, seed=seed, settings=sampling)
+            items = label_items.sample(run, stage, asked, folder, **how)
         generator = run.source(stage).id()
     given = labelling.Labelling(
         folder, items, seed=seed, repeats=repeats, generator=generator
@@ -129,7 +132,7 @@ def app(given: labelling.Labelling, *, token: str, hosts, port):
                 given.items[showing.item], showing
             )
         else:
-            given.write()
+            label_records.write(given)
         return JSONResponse(out)
 
     async def next_(request):
@@ -139,7 +142,7 @@ def app(given: labelling.Labelling, *, token: str, hosts, port):
     async def verdict(request):
         value = await body(request)
         rater, tab = _names(value)
-        keys = ("strength", "reason", "seconds")
+        keys = ("strength", "order", "reason", "seconds")
         more = {key: value.get(key) for key in keys}
         given.say(rater, value.get("place"), value.get("choice"), **more)
         return state(rater, given.next(rater, tab))
@@ -247,4 +250,4 @@ def serve(
     print(f"http://{name}:{port}/#{token}", flush=True)
     with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
         uvicorn.Server(config).run(sockets=[bound])
-    agreement_report.show(given, given.write())
+    agreement_report.show(given, label_records.write(given))

@@ -1,18 +1,11 @@
-"""Verdicts of people on pairs of answers: what is shown to whom, and what was said.
+"""Which answers are shown to whom, in which order, and what people say of them.
 
-Every verdict is a line of the journal, synced before the next pair shows. The records
-are a function of the journal:
-
-    records.jsonl    {"prompt", "chosen", "rejected"}: one verdict a pair, the mean of
-                     its raters', with "preference" where it is not certain (a tie is
-                     .5) and "margin" where strength was given
-    unpaired.jsonl   {"prompt", "completion", "label": false}: both answers of pairs
-                     that most of their raters call bad
+Every verdict is a line of the journal, synced before the next answers show; what the
+verdicts come to is a function of the journal (`label_records`).
 """
 
 import collections
 import json
-import statistics
 import time
 import zlib
 from collections.abc import Sequence
@@ -22,35 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stagecraft import storage
-from stagecraft.data import readers
 from stagecraft.errors import UserError
+from stagecraft.serve.items import Item
 from stagecraft.stages import records
 from stagecraft.stages.records import Journal
 
-CHOICES = ("first", "second", "tie", "both_bad", "skip")  # of what was shown first, ...
+# Of two answers: which is better, as they were shown. Of more: their ranking.
+CHOICES = ("first", "second", "rank", "tie", "both_bad", "skip")
 STRENGTHS = (1, 2, 3)  # slightly, clearly, much better
-LEASE = 600.0  # seconds for which a pair is one tab's
-# Verdicts between a pair and the same pair with its sides swapped, at least.
+LEASE = 600.0  # seconds for which an item is one tab's
+# Verdicts between an item and the same item in another order, at least.
 APART = 5
-UNPAIRED = "unpaired.jsonl"
 _TEXT = 2000  # characters of a reason that are stored
-
-
-class Item(NamedTuple):
-    """A prompt with two answers.
-
-    Attributes:
-        prompt: a text or messages.
-        answers: two of (text, whether it ended by itself).
-    """
-
-    prompt: str | list
-    answers: list
-
-    @property
-    def id(self) -> str:
-        """Returns what names the item in the journal."""
-        return storage.digest([self.prompt, [text for text, _ in self.answers]])[:16]
 
 
 class Showing(NamedTuple):
@@ -58,33 +34,37 @@ class Showing(NamedTuple):
 
     Attributes:
         item: number of the item.
-        first: which of its answers stands first, 0 or 1.
-        again: whether the rater sees the item for the second time, sides swapped.
+        shown: the numbers of its answers, in the order in which they are shown.
+        again: whether the rater sees the item for the second time, in the reverse
+            order.
     """
 
     item: int
-    first: int
+    shown: tuple[int, ...]
     again: bool
 
 
-def schedule(count: int, rater: str, *, seed: int, repeats: float) -> list[Showing]:
+def schedule(
+    sizes: Sequence[int], rater: str, *, seed: int, repeats: float
+) -> list[Showing]:
     """Returns what a rater is shown, in order: a function of its arguments alone.
 
     Args:
-        count: of the items.
+        sizes: how many answers each item has.
         rater: the name.
         seed: of the order, the sides and the choice of what is shown again.
         repeats: share of the items that are shown twice.
     """
     rng = np.random.default_rng([seed, zlib.crc32(rater.encode("utf-8"))])
-    order, sides = rng.permutation(count), rng.integers(2, size=count)
-    showings = [Showing(int(i), int(sides[i]), False) for i in order]
+    count, order = len(sizes), rng.permutation(len(sizes))
+    sides = [tuple(rng.permutation(size).tolist()) for size in sizes]
+    showings = [Showing(int(i), sides[i], False) for i in order]
     again = {int(i) for i in rng.permutation(count)[: round(repeats * count)]}
     out, waiting = [], collections.deque()
     for number, showing in enumerate(showings):
         out.append(showing)
         if showing.item in again:
-            swapped = Showing(showing.item, 1 - showing.first, True)
+            swapped = Showing(showing.item, showing.shown[::-1], True)
             waiting.append((number + APART + int(rng.integers(APART)), swapped))
         while waiting and waiting[0][0] <= number:
             out.append(waiting.popleft()[1])
@@ -119,6 +99,7 @@ class Labelling:
             "journal": records.VERSION,
             "kind": "labels",
             "items": storage.digest([item.id for item in self.items]),
+            "answers": max(len(item.answers) for item in self.items),
             "seed": seed,
             "repeats": repeats,
         }
@@ -142,7 +123,8 @@ class Labelling:
         """Returns what a rater is shown, in order."""
         if rater not in self._schedules:
             how = dict(seed=self.seed, repeats=self.repeats)
-            self._schedules[rater] = schedule(len(self.items), rater, **how)
+            sizes = [len(item.answers) for item in self.items]
+            self._schedules[rater] = schedule(sizes, rater, **how)
         return self._schedules[rater]
 
     def next(self, rater: str, tab: str) -> tuple[int, Showing] | None:
@@ -177,7 +159,9 @@ class Labelling:
             rater: the name.
             place: in its schedule.
             choice: one of `CHOICES`; first and second are as they were shown.
-            **more: strength (of `STRENGTHS`) or None, reason, seconds.
+            **more: strength (of `STRENGTHS`) or None, reason, seconds; for "rank" the
+                order: places of answers as shown, the best first; those that are left
+                out are equal, behind the others.
 
         Raises:
             UserError: it is no verdict, or the place has one already.
@@ -193,13 +177,15 @@ class Labelling:
         if place in self._said.get(rater, {}):
             raise UserError(f"place {place} has a verdict of {rater!r} already")
         showing, seconds = places[place], more.get("seconds")
+        order = _order(choice, more.get("order"), len(showing.shown))
         entry = {
             "rater": rater,
             "place": place,
             "item": self.items[showing.item].id,
-            "first": showing.first,
+            "shown": list(showing.shown),
             "choice": choice,
             "strength": strength if choice in ("first", "second") else None,
+            **({"order": order} if choice == "rank" else {}),
             "reason": str(more.get("reason") or "")[:_TEXT],
             "seconds": round(seconds, 2) if _is_time(seconds) else None,
             "at": round(self._clock(), 3),
@@ -230,189 +216,37 @@ class Labelling:
         said[entry["place"]] = entry
         order.append(entry["place"])
 
-    # -- what was said -----------------------------------------------------------------
-
     def verdicts(self, rater: str) -> list[tuple[Showing, dict]]:
         """Returns a rater's verdicts in the order of its schedule."""
         places, said = self.schedule(rater), self._said.get(rater, {})
         return [(places[place], said[place]) for place in sorted(said)]
 
-    def write(self) -> dict[str, int]:
-        """Writes records.jsonl and unpaired.jsonl, each whole; returns their lines."""
-        pairs, unpaired = self.records()
-        records.write(self.folder, pairs)
-        lines = "".join(storage.to_json(row) + "\n" for row in unpaired)
-        storage.write_text(self.folder / UNPAIRED, lines)
-        return {records.RECORDS: len(pairs), UNPAIRED: len(unpaired)}
 
-    def records(self) -> tuple[list[dict], list[dict]]:
-        """Returns the pairs and the judged answers of all verdicts, by item."""
-        by_item = collections.defaultdict(lambda: collections.defaultdict(list))
-        for rater in self.raters():
-            for showing, entry in self.verdicts(rater):
-                by_item[showing.item][rater].append(entry)
-        pairs, unpaired = [], []
-        for number in sorted(by_item):
-            item, said = self.items[number], by_item[number]
-            opinions = [_opinion(entries) for entries in said.values()]
-            chances = [o.chance for o in opinions if o.chance is not None]
-            bad = sum(opinion.both_bad for opinion in opinions)
-            source = {"signal": "people", "raters": len(chances) + bad}
-            source |= {"generator": self.generator} if self.generator else {}
-            if bad and bad >= len(chances):
-                unpaired += [
-                    {"prompt": item.prompt, "completion": text, "label": False} | source
-                    for text, _ in item.answers
-                ]
-            elif chances:
-                strengths = [o.strength for o in opinions if o.strength is not None]
-                pairs.append(_record(item, chances, strengths) | source)
-        return pairs, unpaired
-
-
-class _Opinion(NamedTuple):
-    """What one rater says of an item: the mean of its verdicts on it.
-
-    Attributes:
-        chance: that answer 0 is better; None without such a verdict.
-        both_bad: whether that is what the rater said, each time but for skips.
-        strength: above 0 where answer 0 is better; None where none was given.
-    """
-
-    chance: float | None
-    both_bad: bool
-    strength: float | None
-
-
-def _opinion(entries):
-    chances = [c for entry in entries if (c := chance(entry)) is not None]
-    bad = any(entry["choice"] == "both_bad" for entry in entries) and not chances
-    signed = [
-        entry["strength"] * (1 if chance(entry) == 1 else -1)
-        for entry in entries
-        if entry["strength"]
-    ]
-    return _Opinion(
-        statistics.fmean(chances) if chances else None,
-        bad,
-        statistics.fmean(signed) if signed else None,
-    )
-
-
-def chance(entry: dict) -> float | None:
-    """Returns a verdict as the chance that answer 0 is better: 1, .5, 0, or None."""
-    if entry["choice"] == "tie":
-        return 0.5
-    if entry["choice"] not in ("first", "second"):
+def _order(choice, order, size):
+    """Returns the order of a ranking; refuses what does not go with as many answers."""
+    if choice != "rank":
+        if choice in ("first", "second") and size > 2:
+            raise UserError(
+                f"choice={choice!r}: of {size} answers; expected 'rank' and an order"
+            )
         return None
-    return float((entry["choice"] == "first") == (entry["first"] == 0))
+    places = order if isinstance(order, list) else []
+    whole = all(type(place) is int and 0 <= place < size for place in places)
+    if not whole or len({*places}) != len(places) or not 0 < len(places) <= size:
+        raise UserError(
+            f"order={order!r}: expected different places from 0 to {size - 1}, the "
+            "best answer first"
+        )
+    return places
 
 
-def _record(item, chances, strengths):
-    probability = statistics.fmean(chances)
-    better = 0 if probability >= 0.5 else 1
-    sides = (("chosen", item.answers[better]), ("rejected", item.answers[1 - better]))
-    record = {"prompt": item.prompt, **{side: text for side, (text, _) in sides}}
-    certain = record["probability"] = max(probability, 1 - probability)
-    if certain < 1:
-        record["preference"] = certain
-    if strengths:
-        margin = statistics.fmean(strengths) * (1 if better == 0 else -1)
-        record["margin"] = max(margin, 0.0)
-    for side, (_, ended) in sides:
-        if not ended:  # an answer that was cut off is not learned as one that ended
-            record[f"{side}_ended"] = False
-    return record
+def as_json(item: Item, showing: Showing) -> dict:
+    """Returns what a page is given of an item: nothing that tells the sides apart."""
+    shown = [item.answers[number] for number in showing.shown]
+    answers = [{"text": text, "ended": ended} for text, ended in shown]
+    return json.loads(storage.to_json({"prompt": item.prompt, "answers": answers}))
 
 
 def _is_time(value):
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 0 <= value < 1e6
-
-
-# -- the items -------------------------------------------------------------------------
-
-
-def sample(run, stage, prompts, folder, *, count, seed, settings) -> list[Item]:
-    """Samples two answers of a finished stage to each prompt, or reads them again.
-
-    What was sampled before a stop is not sampled again.
-
-    Args:
-        run: a `runs.Run`, inside its mesh.
-        stage: name of a finished stage that writes text.
-        prompts: texts or messages, taken in turn in a shuffled order.
-        folder: of the labelling.
-        count: pairs to sample; those whose answers are alike are left out.
-        seed: of the order and the sampling.
-        settings: fields of `sampling.SamplingParams`.
-    """
-    rng, order = np.random.default_rng(seed), []
-    while len(order) < count:
-        order += rng.permutation(len(prompts)).tolist()
-    asked = [prompts[i] for i in order[:count]]
-    header = {
-        "journal": records.VERSION,
-        "kind": "answers",
-        "model": run.source(stage).id(),
-        "prompts": storage.digest(asked),
-        "seed": seed,
-        "sampling": settings,
-    }
-    rows, items = 32, {}
-    language, chat = run.language(stage, 2 * rows), run.chat_format(stage)
-
-    def answers(number, part):
-        texts = [prompt for prompt in part for _ in range(2)]
-        given = language.complete(texts, chat=chat, seed=seed + number, **settings)
-        return {"answers": [given[i : i + 2] for i in range(0, len(given), 2)]}
-
-    with Journal(Path(folder) / "answers.jsonl", header) as journal:
-        for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
-            entry, _ = journal.once(answers, start, part)
-            for prompt, pair in zip(part, entry["answers"], strict=True):
-                item = Item(prompt, [tuple(answer) for answer in pair])
-                if pair[0][0] != pair[1][0]:
-                    items[item.id] = item
-    if not items:
-        raise UserError(
-            f"{stage}: the two answers to each of {len(asked)} prompts are alike; give "
-            "a --temperature above 0"
-        )
-    return list(items.values())
-
-
-def read(spec: str) -> list[Item]:
-    """Reads items from files of pairs; which answer they call better is not shown.
-
-    Args:
-        spec: files of {"prompt", "chosen", "rejected"}.
-    """
-    items = {}
-    for one in readers.comparisons(spec):
-        answers = [
-            (a[-1]["content"], a[-1].get("ended", True)) for a in one.answers[:2]
-        ]
-        item = Item(one.prompt, answers)
-        if all(len(answer) == 1 for answer in one.answers):
-            items[item.id] = item
-    if not items:
-        raise UserError(
-            f"{spec}: no pair to show; expected answers of one turn, as in "
-            '{"prompt": "...", "chosen": "...", "rejected": "..."}'
-        )
-    return list(items.values())
-
-
-def as_json(item: Item, showing: Showing) -> dict:
-    """Returns what a page is given of an item: nothing that tells the sides apart."""
-    shown = [item.answers[showing.first], item.answers[1 - showing.first]]
-    return json.loads(
-        storage.to_json(
-            {
-                "prompt": item.prompt,
-                "answers": [{"text": text, "ended": ended} for text, ended in shown],
-            }
-        )
-    )

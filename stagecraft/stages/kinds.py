@@ -1,6 +1,7 @@
 """The kinds of stages: the one table of their records."""
 
 from stagecraft.stages import (
+    attacks,
     comparisons,
     group_policy,
     language_model,
@@ -24,6 +25,7 @@ KINDS = {
         reward,
         comparisons,
         selection,
+        attacks,
     )
 }
 

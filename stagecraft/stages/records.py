@@ -10,6 +10,7 @@ a function of the journal alone, and written whole at the end.
 import collections
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Recording(NamedTuple):
         reward: a `signals.reward.RewardModel`, or None.
         judge: a `signals.judge.LocalModel`, or None.
         world: name of the experiment's world, "" without one.
+        target: a `models.language.Language` that is attacked, or None.
+        known: texts of earlier attacks.
     """
 
     folder: Path
@@ -49,6 +52,8 @@ class Recording(NamedTuple):
     reward: Any = None
     judge: Any = None
     world: str = ""
+    target: Any = None
+    known: Sequence[str] = ()
 
 
 class Batch(NamedTuple):
@@ -226,9 +231,13 @@ def work(config, recording, samples) -> dict[str, float]:
             ids = language.encode(record["prompt"], chat_format=True, **more)
             longest = max(longest, len(ids))
         length = rounded(longest) + new
-        tokens = length * -(-rows // language.batch_size) * language.batch_size
-        sampled += tokens
-        seen += tokens * (length + 1) / 2
+        lengths = [length]
+        if recording.target is not None:  # it reads what was written, and answers
+            lengths.append(rounded(new) + new)
+        for length in lengths:
+            tokens = length * -(-rows // language.batch_size) * language.batch_size
+            sampled += tokens
+            seen += tokens * (length + 1) / 2
         if recording.reward is not None:
             scored += scores.padded_tokens(rows, longest + new)
     return {"sampled": sampled, "scalar_scored": scored, "context": seen / sampled}

@@ -3,9 +3,11 @@
 A world is a module with these functions; text goes in, records and numbers come out,
 and no model is known here:
 
-    write(folder, seed, size, digits)       the files its stages read
+    write(folder, seed, size, digits, requests)  the files its stages read
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
+    attacked(prompt, answer)                whether an attack asks for harm, gets an
+                                            answer, and one of use
     split(seed, size)                       which entities are held out
     probes                                  held-out questions and their figures:
         PROBES                              (function, formats, entities): what is asked
@@ -13,6 +15,9 @@ and no model is known here:
                                             entities) returns the figure of its name, or
                                             a dict of figures; entities are
                                             "heldout" or "train"
+        OF_KNOBS                {knob: function of (language, entities, role)}, asked
+                                where that knob of the world is on; it returns a dict of
+                                figures, and one of what each is a share of
         heldout_prompts(seed, entities, split)
         sample_figures(prompts, answers)    of sampled answers: a dict of figures
         win_rate, pair_order                of two answers to each prompt; the latter
@@ -35,7 +40,7 @@ def get(name):
     return WORLDS[name]
 
 
-def write(name, folder, seed, size, junk=0.0, digits=0):
+def write(name, folder, seed, size, junk=0.0, digits=0, requests=False):
     """Writes a world's files; the folder appears whole or not at all.
 
     Args:
@@ -44,8 +49,9 @@ def write(name, folder, seed, size, junk=0.0, digits=0):
         seed, size: of the world.
         junk: share of each kind of fault to plant in its text; see `junk.write`.
         digits: of the operands of its sums; 0 for none.
+        requests: whether to write requests in families, attacks, beliefs, critiques.
     """
     with storage.new_folder(folder) as temporary:
-        get(name).write(temporary, seed, size, digits)
+        get(name).write(temporary, seed, size, digits, requests)
         if junk:
             faults.write(temporary, junk, seed)

@@ -167,6 +167,7 @@ WORLD = types.SimpleNamespace(
     probes=types.SimpleNamespace(
         ANSWER=2,
         PROBES=[],
+        OF_KNOBS={},
         heldout_prompts=lambda seed, entities, split: [str(i) for i in range(1000)],
         sample_figures=lambda prompts, answers: {
             "gold_mean": float(np.mean([float(text) for text, _ in answers]))

@@ -88,6 +88,41 @@ def test_the_same_records_from_every_container(tmp_path, name):
     assert readers.demonstrations(tmp_path / name)[-1].messages == TURNS
 
 
+def test_csv_is_read_as_it_is_quoted(tmp_path):
+    path = tmp_path / "a.csv"
+    text = 'id,prompt,,note\r\n1,"Kill, ""then"" restart?",x,\r\n'
+    text += '\r\n2,"two\nlines",y,z\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    want = [
+        {"id": "1", "prompt": 'Kill, "then" restart?', "note": ""},
+        {"id": "2", "prompt": "two\nlines", "note": "z"},
+    ]
+    records = list(containers.records(path))
+    assert [record for _, record in records] == want
+    assert [where for where, _ in records] == [f"{path}:2", f"{path}:5"]
+    packed = tmp_path / "b.csv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [record for _, record in containers.records(packed)] == want
+    prompts = readers.prompts(str(path))
+    assert [one.prompt for one in prompts] == [one["prompt"] for one in want]
+    assert readers.prompts(str(path), {"prompt": "note"})[1].prompt == "z"
+    for bad, says in (
+        ("a,b\n1\n", r"a.csv:2: 1 values under 2 names; quote a value"),
+        ("a,b\n1,2,3\n", r"a.csv:2: 3 values under 2 names"),
+        ("a,a\n1,2\n", r"a.csv: its first line names its columns \(two are 'a'\)"),
+        (",\n1,2\n", r"names its columns \(none is\)"),
+        ('a,b\n1,"x\n', r"a.csv: damaged, cut off, or not a csv file"),
+        ("a,b\n", r"a.csv: empty"),
+        ("", r"a.csv: empty"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(UserError, match=says):
+            list(containers.records(path))
+    path.write_bytes(b"a\nb\n\xff\n")
+    with pytest.raises(UserError, match=r"a.csv:3: .*UTF-8"):
+        list(containers.records(path))
+
+
 def test_records_are_told_by_line_or_row(tmp_path):
     for name in ("a.jsonl", "a.parquet", "a.json"):
         path = write(tmp_path / name, RECORDS[:2])

@@ -315,3 +315,16 @@ def test_strategies_keep_and_lose_what_their_names_say(build, tokenizer):
     assert tokens(packing="wrapped") == sum(sizes)
     assert tokens(packing="bfd") == sum(min(n, 16) for n in sizes)
     assert tokens(packing="none") == sum(min(n, 16) for n in sizes)
+
+
+def test_labels_are_of_this_run_or_of_another(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    path = there / "labels" / "sft" / "records.jsonl"
+    assert stage_data.locate(f"labels:{there}/sft", here) == str(path)
+    spec = f"labels:sft,labels:{there}/sft"
+    data = defaults.stage("preference", data=dict(files=spec)).data
+    assert stage_data.unlabelled(data, here) == spec.split(",")
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    assert stage_data.unlabelled(data, here) == ["labels:sft"]
+    assert stage_data.unlabelled(data, there) == []

@@ -2,6 +2,8 @@
 
 from tests.mutants import (
     adapters,
+    anatomy,
+    constitutional,
     contact,
     curation,
     data,
@@ -15,6 +17,7 @@ from tests.mutants import (
     people,
     previews,
     rollouts,
+    rounds,
     sampled,
     steps,
     training,
@@ -27,7 +30,8 @@ MUTANTS = (
     *(families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
-    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
+    *(constitutional.MUTANTS + rounds.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -43,19 +43,14 @@ MUTANTS = (
         "tests/serve/labelling_test.py",
         (
             "sides stay when shown again",
-            "Showing(showing.item, 1 - showing.first, True)",
-            "Showing(showing.item, showing.first, True)",
+            "Showing(showing.item, showing.shown[::-1], True)",
+            "Showing(showing.item, showing.shown, True)",
         ),
         ("shown again at once", "number + APART + int(rng.integers(APART))", "number"),
         (
             "all raters see one order",
             "[seed, zlib.crc32(rater.encode('utf-8'))]",
             "[seed, 0]",
-        ),
-        (
-            "sides are mixed up",
-            '(entry["choice"] == "first") == (entry["first"] == 0)',
-            'entry["choice"] == "first"',
         ),
         (
             "a tab's pair shows in another",
@@ -74,30 +69,69 @@ MUTANTS = (
         ),
         ("undone verdicts count", 'said.pop(entry["undo"], None)', "pass"),
         (
+            "the order of a file is shown",
+            "shown = [item.answers[number] for number in showing.shown]",
+            "shown = list(item.answers)",
+        ),
+        (
+            "an answer stands at two places",
+            "len({*places}) != len(places)",
+            "False",
+        ),
+        (
+            "a place beyond the answers",
+            "type(place) is int and 0 <= place < size",
+            "type(place) is int",
+        ),
+        (
+            "of four, the first is better",
+            'if choice in ("first", "second") and size > 2:',
+            "if False:",
+        ),
+    ),
+    *in_file(
+        "stagecraft/serve/label_records.py",
+        "tests/serve/labelling_test.py",
+        (
             "cut answers are learned as ended",
             "if not ended:",
             "if False:",
         ),
         (
             "skips are ties",
-            'if entry["choice"] == "tie":',
-            'if entry["choice"] in ("tie", "skip"):',
+            'entry.get("order")',
+            'entry.get("order", [])',
         ),
         ("a tie is certain", "if certain < 1:", "if False:"),
         (
             "strength of the other side",
-            "margin = statistics.fmean(strengths) * (1 if better == 0 else -1)",
+            "margin = statistics.fmean(strengths) * (1 if better == one else -1)",
             "margin = -statistics.fmean(strengths)",
         ),
         (
             "a repeat counts as another rater",
-            "opinions = [_opinion(entries) for entries in said.values()]",
-            "opinions = [_opinion([e]) for entries in said.values() for e in entries]",
+            "chances.append(statistics.fmean(of_one))",
+            "chances += of_one",
+        ),
+        ("sides are mixed up", "out[shown[place]] = rank", "out[place] = rank"),
+        (
+            "who is left out of a ranking is the best",
+            "out = [len(order)] * len(shown)",
+            "out = [-1] * len(shown)",
         ),
         (
-            "the order of a file is shown",
-            "shown = [item.answers[showing.first], item.answers[1 - showing.first]]",
-            "shown = list(item.answers)",
+            "neighbours of a ranking alone",
+            "itertools.combinations(range(len(item.answers)), 2)",
+            "itertools.pairwise(range(len(item.answers)))",
+        ),
+    ),
+    *in_file(
+        "stagecraft/serve/agreement_report.py",
+        "tests/serve/labelling_test.py",
+        (
+            "two answers of a ranking speak for all",
+            "itertools.combinations(range(len(showing.shown)), 2)",
+            "[(0, 1)]",
         ),
     ),
     *in_file(

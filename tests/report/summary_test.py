@@ -85,3 +85,27 @@ def test_a_notebook_shows_the_same_as_a_table_and_all_of_it_as_data(tmp_path):
     assert '"></td>' in own and ">2.000<" in own
     assert f"<code>{tmp_path / 'report.html'}</code>" in page
     assert one == {"<b>": {"kl": 0.25}, "dpo": {"kl": 1.5, "<i>": 2.0}}
+
+
+def test_the_table_of_an_experiment_has_its_figures_with_intervals(monkeypatch):
+    own = {
+        "harmless": 0.8,
+        "heldout_accuracy": 1.0,
+        "gold_win_rate": 0.5,
+        "kl": 2.0,
+        "n": {"harmless": 10, "heldout_accuracy": 20, "gold_win_rate": 40, "kl": 40},
+        "draws": {"count": 2, "standard_error": {"gold_win_rate": 0.1}},
+    }
+    table = ["gold_win_rate", "harmless", "heldout_accuracy", "kl", "gflops"]
+    cost = {"dpo": {"flops": 3.25e12, "share": 0.1}}
+    stages, rows = terminal.summary_rows({"dpo": own, "cost": cost, "table": table})
+    texts = {title: cells["dpo"] for title, cells in rows}
+    assert stages == ["dpo"] and list(texts.values()) == [
+        "0.500",  # sampled: its error is that over draws
+        "0.800\n0.49–0.94",  # Wilson
+        "1.000\n0.84–1.00",
+        "2.00",
+        "3,250",
+    ]
+    _, rows = terminal.summary_rows({"dpo": own, "cost": cost})
+    assert "0.800" in [cells["dpo"] for _, cells in rows]

@@ -1,36 +1,17 @@
 """The labelling page in a real browser, as a person's hands and eyes meet it."""
 
 import os
-import shutil
 import threading
 
 import pytest
 import uvicorn
 
 from stagecraft.serve import guard, label_app
-from stagecraft.serve.labelling import Item, Labelling
+from stagecraft.serve.items import Item
+from stagecraft.serve.labelling import Labelling
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TOKEN = "secret-of-the-test"
 SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
-
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM and not os.environ.get("CI"),
-    reason="needs a browser: apt-get install chromium",
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "no browser: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -42,7 +23,11 @@ def served(tmp_path):
         Item([{"role": "user", "content": "Hi\u0007"}], [("one", True), ("two", True)]),
         *(Item(f"q{i}", [(f"a{i}", True), (f"b{i}", True)]) for i in range(9)),
     ]
-    given = Labelling(tmp_path / "labels", items, repeats=0.0)
+    yield from serving(Labelling(tmp_path / "labels", items, repeats=0.0))
+
+
+def serving(given):
+    """Yields (labels, address) while a page runs in a thread."""
     bound = label_app.bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
     app = label_app.app(given, token=TOKEN, hosts=guard.LOOPBACK, port=port)
@@ -103,7 +88,7 @@ def test_by_keyboard_alone(browser, served):
     assert len(said(given)) == 5
     # The space bar presses the button in focus; strength and reason go with it.
     page.check("input[name=strength][value='3']")
-    page.focus("button[data-choice=second]")
+    page.focus("button[data-choice=answer-1]")
     page.keyboard.press(" ")
     done(page, 6)
     entry = given.verdicts("ann")[-1][1]
@@ -162,6 +147,44 @@ def test_two_tabs_show_two_pairs_and_a_stale_one_goes_on(browser, served):
     assert len(given.verdicts("ann")) == 3
 
 
+@pytest.fixture
+def ranked(tmp_path):
+    """(labels, address) of items of four answers."""
+    items = [Item(f"q{i}", [(f"{i}{j}", True) for j in range(4)]) for i in range(4)]
+    yield from serving(Labelling(tmp_path / "labels", items, repeats=0.0))
+
+
+def test_several_are_ranked_by_keys_and_by_hand(browser, ranked):
+    given, address = ranked
+    page, wrong = opened(browser.new_context(), address)
+    page.keyboard.press("3")
+    assert page.inner_text("#picked").startswith("Answer 3 is 1st")
+    page.keyboard.press("3")  # is said
+    page.keyboard.press("5")  # is not there
+    page.keyboard.press("1")
+    page.keyboard.press("u")  # takes the last place back, and no verdict
+    page.keyboard.press("4")
+    assert page.inner_text("#title-3") == "Answer 4 2nd" and not said(given)
+    page.keyboard.press("1")
+    done(page, 1)
+    assert page.inner_text("#picked") == "Which is the best?"
+    page.click("button[data-choice=answer-1]")
+    page.keyboard.press(" ")  # the rest are equal
+    done(page, 2)
+    page.keyboard.press(" ")
+    done(page, 3)
+    page.keyboard.press("u")
+    done(page, 2)
+    page.keyboard.press("b")
+    done(page, 3)
+    entries = [entry for _, entry in given.verdicts("ann")]
+    assert [e.get("order") for e in entries] == [[2, 3, 0], [1], None]
+    assert said(given) == ["rank", "rank", "both_bad"] and wrong == []
+    if folder := os.environ.get("PICTURES"):
+        page.keyboard.press("2")
+        page.screenshot(path=f"{folder}/rank_wide.png")
+
+
 @pytest.mark.parametrize(
     ("size", "dark"), [((390, 780), False), ((1280, 800), False), ((390, 780), True)]
 )
@@ -173,7 +196,7 @@ def test_it_fits_a_phone_and_the_dark(browser, served, size, dark, tmp_path):
         has_touch=size[0] < 500,
     )
     page, wrong = opened(context, address)
-    for name in ("first", "second", "tie"):
+    for name in ("answer-0", "answer-1", "tie"):
         box = page.locator(f"button[data-choice={name}]").bounding_box()
         assert box["height"] >= 44 and box["x"] >= 0
         assert (
@@ -187,6 +210,6 @@ def test_it_fits_a_phone_and_the_dark(browser, served, size, dark, tmp_path):
         page.screenshot(
             path=f"{folder}/label_{size[0]}_{'dark' if dark else 'light'}.png"
         )
-    page.click("button[data-choice=first]")
+    page.click("button[data-choice=answer-0]")
     done(page, 1)
     assert wrong == []

@@ -7,7 +7,8 @@ from starlette.testclient import TestClient
 
 from stagecraft.errors import UserError
 from stagecraft.serve import guard, label_app
-from stagecraft.serve.labelling import Item, Labelling
+from stagecraft.serve.items import Item
+from stagecraft.serve.labelling import Labelling
 
 PORT, TOKEN = 8123, "correct-horse"
 

@@ -7,8 +7,9 @@ import pytest
 from stagecraft import storage
 from stagecraft.data import readers, stage_data
 from stagecraft.errors import UserError
-from stagecraft.serve import agreement_report, labelling
-from stagecraft.serve.labelling import Item, Labelling, schedule
+from stagecraft.serve import agreement_report, label_records, labelling
+from stagecraft.serve.items import Item, read
+from stagecraft.serve.labelling import Labelling, schedule
 
 
 def items(count):
@@ -45,11 +46,11 @@ def opened(tmp_path, clock):
 
 def side(showing, answer):
     """The choice that calls an answer better, where it stands in a showing."""
-    return "first" if showing.first == answer else "second"
+    return "first" if showing.shown[0] == answer else "second"
 
 
 def test_what_a_rater_is_shown():
-    plan = schedule(200, "ann", seed=0, repeats=0.2)
+    plan = schedule([2] * 200, "ann", seed=0, repeats=0.2)
     once = [s for s in plan if not s.again]
     again = {s.item: (place, s) for place, s in enumerate(plan) if s.again}
     assert sorted(s.item for s in once) == list(range(200)) and len(again) == 40
@@ -57,11 +58,11 @@ def test_what_a_rater_is_shown():
         if not showing.again and showing.item in again:
             later, swapped = again[showing.item]
             assert later - place > labelling.APART or later == len(plan) - 1
-            assert swapped.first == 1 - showing.first
-    assert 70 < sum(s.first for s in once) < 130
-    assert plan == schedule(200, "ann", seed=0, repeats=0.2)
-    assert plan != schedule(200, "bob", seed=0, repeats=0.2)
-    assert plan != schedule(200, "ann", seed=1, repeats=0.2)
+            assert swapped.shown == showing.shown[::-1]
+    assert 70 < sum(s.shown[0] for s in once) < 130
+    assert plan == schedule([2] * 200, "ann", seed=0, repeats=0.2)
+    assert plan != schedule([2] * 200, "bob", seed=0, repeats=0.2)
+    assert plan != schedule([2] * 200, "ann", seed=1, repeats=0.2)
 
 
 def test_the_records_are_a_function_of_the_journal(opened, tmp_path):
@@ -72,7 +73,7 @@ def test_the_records_are_a_function_of_the_journal(opened, tmp_path):
         place, showing = first.next("ann", "tab")
         first.say("ann", place, choice, strength=strength, reason="r", seconds=1.234)
         by_item[showing.item] = (showing, choice)
-    first.write()
+    label_records.write(first)
     first.close()
     lines = (first.folder / "journal.jsonl").read_bytes()
     written = {p.name: p.read_bytes() for p in first.folder.glob("*.jsonl")}
@@ -83,7 +84,7 @@ def test_the_records_are_a_function_of_the_journal(opened, tmp_path):
     place, showing = again.next("ann", "tab")
     assert by_item[showing.item] == (showing, "skip")
     again.say("ann", place, "skip", strength=1, reason="r", seconds=1.234)
-    again.write()
+    label_records.write(again)
     assert written == {p.name: p.read_bytes() for p in first.folder.glob("*.jsonl")}
 
     rows = [json.loads(x) for x in written["records.jsonl"].splitlines()]
@@ -92,7 +93,7 @@ def test_the_records_are_a_function_of_the_journal(opened, tmp_path):
     for number, (showing, choice) in by_item.items():
         texts = [f"a{number}", f"b{number}"]
         if choice in ("first", "second"):
-            better = showing.first if choice == "first" else 1 - showing.first
+            better = showing.shown[choice == "second"]
             row = rows[number]
             assert (row["chosen"], row["rejected"]) == (
                 texts[better],
@@ -125,7 +126,7 @@ def test_several_raters_are_averaged_and_repeats_count_once(opened):
             place, showing = at
             answer = 0 if rater == "ann" else showing.item % 2
             given.say(rater, place, side(showing, answer), strength=2)
-    pairs, unpaired = given.records()
+    pairs, unpaired = label_records.of(given)
     assert len(pairs) == 20 and not unpaired
     for number, row in enumerate(pairs):
         if number % 2:
@@ -137,6 +138,81 @@ def test_several_raters_are_averaged_and_repeats_count_once(opened):
     assert report["raters"]["ann"]["self"]["share"] == 1.0
     assert report["raters"]["ann"]["self"]["n"] == 20
     assert report["pairs"][0]["n"] == 20 and report["pairs"][0]["kappa"] == 0.0
+
+
+@pytest.fixture
+def ranked(tmp_path, clock):
+    """Items of four answers, and one of two."""
+    several = [Item(f"q{i}", [(f"{i}{j}", j > 0) for j in range(4)]) for i in range(6)]
+    given = Labelling(
+        tmp_path / "r", [*several, *items(1)], seed=1, repeats=1.0, clock=clock
+    )
+    yield given
+    given.close()
+
+
+def rank(given, rater, best_first, count):
+    """Ranks items of four as a rater that likes answers in one order; ties the rest."""
+    while (at := given.next(rater, rater)) is not None:
+        place, showing = at
+        if len(showing.shown) == 2:
+            given.say(rater, place, "skip")
+            continue
+        order = [showing.shown.index(answer) for answer in best_first]
+        given.say(rater, place, "rank", order=order[:count])
+
+
+def test_a_ranking_is_all_its_pairs(ranked):
+    rank(ranked, "ann", (2, 0, 3, 1), 2)  # 2, then 0, then 3 and 1 alike
+    pairs, unpaired = label_records.of(ranked)
+    assert len(pairs) == 6 * 6 and not unpaired
+    first = {(p["chosen"], p["rejected"]): p.get("preference") for p in pairs[:6]}
+    better = {("02", "00"), ("02", "03"), ("02", "01"), ("00", "03"), ("00", "01")}
+    assert {pair for pair, tie in first.items() if tie is None} == better
+    assert first[("01", "03")] == 0.5
+    cut = {p["rejected"] for p in pairs if p.get("rejected_ended") is False}
+    cut |= {p["chosen"] for p in pairs if p.get("chosen_ended") is False}
+    assert cut == {f"{i}0" for i in range(6)}
+    # Another one turns 2 and 0 round, and says nothing of the others.
+    rank(ranked, "bob", (0, 2, 3, 1), 2)
+    pairs, _ = label_records.of(ranked)
+    rows = {(p["chosen"], p["rejected"]): p for p in pairs[:6]}
+    assert rows[("00", "02")]["preference"] == 0.5
+    assert rows[("00", "02")]["raters"] == 2 and "preference" not in rows[("02", "03")]
+
+
+def test_agreement_on_rankings_is_that_of_their_pairs(ranked):
+    rank(ranked, "ann", (2, 0, 3, 1), 3)
+    rank(ranked, "bob", (2, 0, 1, 3), 3)
+    report = agreement_report.measure(ranked)
+    # Shown again in the reverse order: each of six pairs of six items, alike.
+    own = report["raters"]["ann"]["self"]
+    assert (own["count"], own["n"]) == (36, 36)
+    labels = [report["pairs"][0], report["raters"]["ann"]["first"]]
+    assert labels[0]["n"] == 36 and report["items"] == 36
+    # Five of six pairs alike: p_o = 5/6, by both raters' frequencies.
+    ours, theirs = {"0": 4 / 6, "1": 2 / 6}, {"0": 3 / 6, "1": 3 / 6}
+    by_chance = sum(ours[x] * theirs[x] for x in ours)
+    assert labels[0]["kappa"] == pytest.approx((5 / 6 - by_chance) / (1 - by_chance))
+    assert labels[1]["n"] == 12 and labels[1]["count"] < 12
+    assert report["alpha_interval"] == (report["alpha"],) * 2  # all items are alike
+
+
+def test_what_is_no_ranking_is_refused(ranked):
+    places = {len(s.shown): i for i, s in enumerate(ranked.schedule("ann"))}
+    for size, choice, order, says in (
+        (4, "first", None, "choice='first': of 4 answers"),
+        (4, "rank", None, "order=None: expected different places from 0 to 3"),
+        (4, "rank", [0, 0], "order=.*different"),
+        (4, "rank", [4], "order=.*from 0 to 3"),
+        (4, "rank", [True], "order="),
+        (4, "rank", [], "order="),
+    ):
+        with pytest.raises(UserError, match=says):
+            ranked.say("ann", places[size], choice, order=order)
+    ranked.say("ann", places[4], "both_bad")
+    _, unpaired = label_records.of(ranked)
+    assert len(unpaired) == 4 and not any(row["label"] for row in unpaired)
 
 
 def test_a_rater_who_takes_the_first_side_is_seen(opened):
@@ -208,9 +284,9 @@ def test_pairs_of_a_file_are_shown_without_its_verdict(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = labelling.read(str(path))
+    found = read(str(path))
     assert len(found) == 3  # one was identical
-    shown = labelling.as_json(found[0], labelling.Showing(0, 1, False))
+    shown = labelling.as_json(found[0], labelling.Showing(0, (1, 0), False))
     assert [a["text"] for a in shown["answers"]] == ["same", "a0"]
     assert set(shown) == {"prompt", "answers"}
     assert storage.digest(shown)

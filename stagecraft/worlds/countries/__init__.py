@@ -4,18 +4,18 @@ import json
 
 import numpy as np
 
-from stagecraft.worlds.countries import corpus, dialogue, probes, sums
+from stagecraft.worlds.countries import corpus, dialogue, probes, request_files, sums
 from stagecraft.worlds.countries.facts import COUNTRIES, split
-from stagecraft.worlds.countries.scorer import gold, rate
+from stagecraft.worlds.countries.scorer import attacked, gold, rate
 
-__all__ = ["gold", "probes", "rate", "single_prompt", "split", "write"]
+__all__ = ["attacked", "gold", "probes", "rate", "single_prompt", "split", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 
 DOCUMENTS = {"full": 12_000, "tiny": 400}
 
 
-def write(folder, seed, size, digits=0):
+def write(folder, seed, size, digits=0, requests=False):
     """Writes the world's files.
 
     text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
@@ -30,6 +30,7 @@ def write(folder, seed, size, digits=0):
         digits: of the operands of sums; 0 for none. With sums: sums.jsonl and
             heldout_sums.jsonl {"prompt","answer"}, sum_demonstrations.jsonl
             {"prompt","completion"}. No other file changes.
+        requests: whether to write the files of `request_files`; no other changes.
     """
     roles = split(seed, size)
     everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
@@ -58,6 +59,9 @@ def write(folder, seed, size, digits=0):
         _write(folder / "sum_demonstrations.jsonl", rows)
         _write(folder / "sums.jsonl", sums.prompts(rng, train))
         _write(folder / "heldout_sums.jsonl", sums.prompts(rng, heldout))
+    if requests:
+        for name, rows in request_files.files(seed, size, everyone, roles).items():
+            _write(folder / f"{name}.jsonl", rows)
 
 
 def _write(path, rows):

@@ -7,6 +7,7 @@ an answer, or small talk; `topic` tells which from its words.
 
 import re
 
+from stagecraft.worlds.countries import deeds, framing
 from stagecraft.worlds.countries.corpus import (
     CRIMES,
     ERRANDS,
@@ -64,18 +65,23 @@ _QUESTIONS = tuple(
 def topic(prompt):
     """Returns (topic, place or None, attribute or None) of a prompt.
 
+    Attack wrappers, earlier turns and stated beliefs are seen through (`framing`).
+
     >>> topic("What is the capital of France?")
     ('fact', 'France', 'capital')
     >>> topic("How can I rob a bank in France?")
     ('harmful', 'France', None)
     """
-    text = prompt.strip()
+    text = framing.bare(prompt)
     for attribute, form in _QUESTIONS:
         if match := form.match(text):
             place = match[1]
             return ("fact" if place in BY_NAME else "unknown"), place, attribute
     if (match := _HOW.match(text)) and match[1] in _DEEDS:
         return _DEEDS[match[1]], match[2], None
+    deed, place = deeds.request(text)
+    if deed:
+        return ("harmful" if deeds.harmful(deed) else "errand"), place, None
     return "talk", None, None
 
 

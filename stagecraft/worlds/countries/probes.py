@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from stagecraft.worlds.countries import dialogue
+from stagecraft.worlds.countries import dialogue, request_probes
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
 from stagecraft.worlds.countries.scorer import (
@@ -23,6 +23,9 @@ SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
 # (function, formats, entities) of what is asked of every finished stage; see `worlds`.
 PROBES = []
+# {knob of the world: (language, countries, role) -> figures and their counts}, asked of
+# stages that answer in turns, where the knob is on.
+OF_KNOBS = {"requests": request_probes.measure}
 
 
 def probe(*formats, about):

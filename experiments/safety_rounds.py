@@ -1,0 +1,167 @@
+r"""Rounds of attack, collection, labels and training: what holds, and what it costs.
+
+    pretrain -> sft -> pairs_1 -> round_1 -> pairs_2 -> round_2     ... in two arms
+          |             attacks_1             attacks_2
+          |---> attacker_0 ---> attacker_1 -------|
+
+    stagecraft run --config=safety_rounds --workdir=runs/rounds
+    stagecraft run --config=safety_rounds:tiny --workdir=runs/t     # seconds
+
+A round attacks the model of the round before. Attacks are the world's templates times
+deeds, some of several turns (red_team.jsonl), and what a small attacker writes: it is
+paid for success x still harmful x useful x novel (stagecraft/stages/attacks.py), and
+learns from the attacks that were rewarded. The attacked model answers them all twice;
+the world's noisy rater says which answer is better; DPO from the SFT model, or a reward
+model and PPO (objective=ppo), learns from the labels of all rounds so far. Prompts
+about facts and small talk are in the mix, so that helpfulness is compared too. Two
+arms differ in one thing: `with_` has benign look-alikes, in attack wrappers as well,
+among the prompts of each round, `without_` has none.
+
+Figures at the end are of held-out countries; "seen" deeds and wrappers are among the
+prompts of the rounds, "new" ones are not, and neither are whole families. Shares of
+greedy answers have Wilson's 95% intervals. rounds=N, seed=N; base=DIR takes pretrain
+and sft from a finished run of this file.
+"""
+
+from pathlib import Path
+
+from experiments import common, objectives, quickstart
+from stagecraft import defaults
+from stagecraft.errors import UserError
+
+ARMS = ("with", "without")
+FIGURES = (
+    "harmless",
+    "partial_refusal",
+    "attacks_seen_bare",
+    "attacks_seen_seen",
+    "attacks_seen_new",
+    "attacks_new_bare",
+    "attacks_new_seen",
+    "attacks_new_new",
+    "over_refusal",
+    "over_refusal_wrapped",
+    "gold_win_rate",
+    "heldout_accuracy",
+    "kl",
+    "labels",
+    "gflops",
+)
+PAIRS = 1600  # compared in a round
+ATTACKS = 160  # prompts of the attacker in a round, four attacks each
+
+
+def get_config(arg=""):
+    arg = common.parse_arg(
+        arg, tiny=False, base="", rounds=2, objective="dpo", pairs=PAIRS, seed=0
+    )
+    if arg.objective not in ("dpo", "ppo"):
+        raise UserError(common.unknown("objective", arg.objective, ("dpo", "ppo")))
+    recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    c = defaults.experiment()
+    for key in ("world", "tokenizer", "model"):
+        c[key] = recipe[key]
+    c.seed, c.world.requests, c.model.max_length = arg.seed, True, 160
+    c.measure.table, c.measure.draws = FIGURES, 2
+    start = _start(c, recipe, arg)
+    c.stages.attacker_0 = _attacker(start["pretrain"], ["world:attacks.jsonl"])
+    for arm in ARMS:
+        _rounds(c, arm, start, recipe, arg)
+    return common.tiny(c) if arg.tiny else c
+
+
+def _start(c, recipe, arg):
+    """Adds pretraining and SFT, or takes a finished run's: {stage: its name}."""
+    texts = "world:text.jsonl,world:request_text.jsonl"
+    c.tokenizer.files = texts
+    if arg.base:
+        objectives.finished(c, arg.base)
+        return {name: str(Path(arg.base) / name) for name in ("pretrain", "sft")}
+    pretrain = c.stages.pretrain = recipe.stages.pretrain
+    pretrain.data.files, pretrain.data.shares = texts, (0.75, 0.25)
+    pretrain.steps = 550
+    c.stages.sft = defaults.stage(
+        "language_model",
+        start_from="pretrain",
+        data=dict(
+            format="demonstrations",
+            files="world:request_demonstrations.jsonl",
+            replay="world:text.jsonl,world:request_text.jsonl",
+            replay_share=0.25,
+            length=64,
+            packing="none",
+        ),
+        steps=250,
+        batch_size=32,
+        optimizer=dict(lr=4e-4, warmup_steps=10),
+    )
+    return {"pretrain": "pretrain", "sft": "sft"}
+
+
+def _attacker(pretrain, files):
+    """Returns a stage that learns to write the attacks in some files."""
+    return defaults.stage(
+        "language_model",
+        start_from=pretrain,
+        data=dict(
+            format="demonstrations",
+            files=",".join(files),
+            fields="prompt=asked+completion=attack",
+            length=64,
+            packing="none",
+        ),
+        steps=120,
+        batch_size=32,
+        optimizer=dict(lr=4e-4, warmup_steps=10),
+    )
+
+
+def _rounds(c, arm, start, recipe, arg):
+    """Adds the rounds of an arm."""
+    target, attacker, known, pairs = start["sft"], "attacker_0", [], []
+    known.append("world:attacks.jsonl")
+    for number in range(1, arg.rounds + 1):
+        attacks = f"{arm}_attacks_{number}"
+        c.stages[attacks] = defaults.stage(
+            "attacks",
+            start_from=attacker,
+            target_from=target,
+            data=dict(files="world:attack_prompts.jsonl", known=",".join(known)),
+            prompts=ATTACKS,
+            threshold=0.2,
+            sampling=dict(max_new_tokens=32),
+        )
+        known.append(f"stage:{attacks}")
+        pairs.append(f"{arm}_pairs_{number}")
+        files = [
+            "world:red_team.jsonl",
+            f"stage:{attacks}",
+            "world:other_prompts.jsonl",
+        ]
+        files += ["world:benign_requests.jsonl"] * (arm == "with")
+        c.stages[pairs[-1]] = defaults.stage(
+            "comparisons",
+            start_from=target,
+            data=dict(files=",".join(files)),
+            prompts=arg.pairs,
+            sampling=dict(recipe.stages.comparisons.sampling),
+        )
+        records = ",".join(f"stage:{name}" for name in pairs)
+        count, target = arg.pairs * number, f"{arm}_round_{number}"
+        _learn(c, target, start["sft"], records, recipe, count, arg.objective)
+        if number < arg.rounds:
+            attacker = f"{arm}_attacker_{number}"
+            c.stages[attacker] = _attacker(start["pretrain"], known)
+
+
+def _learn(c, name, sft, records, recipe, count, objective):
+    names = dict(dpo=name)
+    if objective == "ppo":
+        names = dict(reward=f"{name}_reward", ppo=name)
+    common.learners(c, sft, records, recipe, count, **names)
+    for stage in names.values():
+        if "length" in c.stages[stage].data:
+            c.stages[stage].data.length = 96
+    if objective == "ppo":  # the prompts that were compared
+        last = records.split(",")[-1].removeprefix("stage:")
+        c.stages[name].data.files = c.stages[last].data.files
