@@ -5,6 +5,7 @@ from stagecraft.text import chat
 from stagecraft.text.template import texts
 
 # What is said of prompts whose completion changes their last token.
+OFFERED = "offer tools that the tokenizer's template leaves out"
 JOINED = "have a token of both the prompt and the completion, which is learned whole"
 
 
@@ -26,12 +27,14 @@ class Rendering:
         self._count(messages)
         if self.data.get("render") == "text":
             return self._continued(messages, tools)
+        self._see_tools(messages, tools)
         settings = {"tools": tools} if tools else {}
         return chat.render(messages, self.tokenizer, turns=turns, **settings)
 
     def prompt(self, messages, tools=None):
         """Returns ids and mask of a prompt that an answer begins after."""
         self._count(messages)
+        self._see_tools(messages, tools)
         settings = {"tools": tools} if tools else {}
         ids = chat.generation_prompt(messages, self.tokenizer, **settings)
         return ids, [False] * len(ids)
@@ -40,6 +43,22 @@ class Rendering:
         """Counts a conversation that spells control tokens in its messages."""
         if any(map(self.tokenizer.spells, texts(messages))):
             self.notes[spelled(self.tokenizer)] += 1
+
+    def _see_tools(self, messages, tools):
+        """Refuses calls, and counts tools, of which the template writes nothing."""
+        template = self.tokenizer.template
+        if template is None:
+            return
+        called = any(message.get("tool_calls") for message in messages)
+        bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+        if called and _alike(template, (messages, tools), (bare, tools)):
+            raise UserError(
+                "has tool_calls that the tokenizer's template leaves out, so that an "
+                "empty answer would be learned; name a template that writes them in "
+                "tokenizer.template=FILE"
+            )
+        if tools and _alike(template, (messages, tools), (messages, None)):
+            self.notes[OFFERED] += 1
 
     def _continued(self, messages, tools):
         roles = [message["role"] for message in messages]
@@ -56,6 +75,14 @@ class Rendering:
         if joined:
             self.notes[JOINED] += 1
         return tuple(document)
+
+
+def _alike(template, one, other):
+    """Returns whether a template writes the same text of two (messages, tools)."""
+    try:
+        return template.text(*one) == template.text(*other)
+    except UserError:
+        return False  # a template that stops at one of them does look at it
 
 
 def spelled(tokenizer) -> str:

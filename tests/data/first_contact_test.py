@@ -11,6 +11,8 @@ import pytest
 from stagecraft.data import forms
 from stagecraft.errors import UserError
 from stagecraft.text import chat
+from stagecraft.text.tokenizer import load
+from tests.text import families
 
 
 def shown(tokenizer, made):
@@ -173,6 +175,28 @@ def test_two_systems_are_refused(data):
     record = {"messages": [{"role": "system", "content": "t"}, USER, ANSWER]}
     with pytest.raises(UserError, match="data.jsonl:1: has a system message, and"):
         data("language_model", [record | {"system": "s"}])
+
+
+def test_what_a_template_leaves_out_of_tools_is_said(data, tmp_path):
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    noon = [{"role": "tool", "content": "12:00"}, {**ANSWER, "content": "Noon."}]
+    schema = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    records = [{"messages": [USER, calling, *noon], "tools": [schema]}]
+    told = r"data.jsonl:1: has tool_calls that the tokenizer's template leaves out"
+    with pytest.raises(UserError, match=told):
+        data("language_model", records)
+    good = [{"messages": [USER, ANSWER]}] * 9
+    made, _ = data("language_model", good + records, bad="drop")
+    assert made.reading["read"] == 10 and sum(made.reading["dropped"].values()) == 1
+    # Tools that nobody calls are offered in vain.
+    offered = [{"messages": [USER, ANSWER], "tools": [schema]}, *good]
+    _, said = data("language_model", offered)
+    assert "1 offer tools that the tokenizer's template leaves out" in said[-1]
+    # A template that writes both is asked for neither.
+    writes = load(families.folder(tmp_path / "f", "qwen3"))
+    _, said = data("language_model", records, tokenizer=writes, length=256)
+    assert "tools" not in said[-1]
 
 
 # -- what is not read, and what is lost ------------------------------------------------

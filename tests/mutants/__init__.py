@@ -3,6 +3,7 @@
 from tests.mutants import (
     adapters,
     anatomy,
+    claims,
     constitutional,
     contact,
     curation,
@@ -31,7 +32,7 @@ MUTANTS = (
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
-    *(constitutional.MUTANTS + rounds.MUTANTS),
+    *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

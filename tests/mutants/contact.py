@@ -75,6 +75,20 @@ _CONTACT = (
         ),
     ),
     *in_file(
+        "stagecraft/data/rendering.py",
+        "tests/data/first_contact_test.py -k leaves_out",
+        (
+            "calls that a template leaves out are learned",
+            "called and _alike(template, (messages, tools), (bare, tools))",
+            "False",
+        ),
+        (
+            "tools are held against tools",
+            "_alike(template, (messages, tools), (messages, None))",
+            "_alike(template, (messages, tools), (messages, tools))",
+        ),
+    ),
+    *in_file(
         "stagecraft/stages/records.py",
         "tests/stages/comparisons_test.py -k tools",
         (
