@@ -7,7 +7,7 @@ import threading
 import pytest
 import uvicorn
 
-from stagecraft.serve import guard, label_app
+from stagecraft.serve import guard, label_app, listening
 from stagecraft.serve.labelling import Item, Labelling
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -43,7 +43,7 @@ def served(tmp_path):
         *(Item(f"q{i}", [(f"a{i}", True), (f"b{i}", True)]) for i in range(9)),
     ]
     given = Labelling(tmp_path / "labels", items, repeats=0.0)
-    bound = label_app.bind("127.0.0.1", 0)
+    bound = listening.bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
     app = label_app.app(given, token=TOKEN, hosts=guard.LOOPBACK, port=port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
