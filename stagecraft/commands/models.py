@@ -58,7 +58,7 @@ def chat(rest):
 
 @takes(
     WORKDIR,
-    Flag("stage", "", "a stage; or hf:FOLDER, or a finished stage's folder"),
+    Flag("stage", "", "a stage; or hf:FOLDER, gguf:FILE, or a stage's folder"),
     Flag("port", 8000, "port to listen on; 0 for any that is free", least=0),
     Flag("host", "127.0.0.1", "address to listen on; by default this machine alone"),
     Flag("key", "", "the environment variable with the key that requests must bring"),
@@ -168,7 +168,9 @@ def eval_(rest):
 
 
 @takes(
-    Flag("judge", "", "a judge to ask: hf:FOLDER, or a finished stage, as runs/a/sft"),
+    Flag(
+        "judge", "", "a judge to ask: hf:FOLDER, gguf:FILE, or a stage, as runs/a/sft"
+    ),
     Flag("url", "", "or the address of an OpenAI-compatible endpoint"),
     Flag("model", "", "its name of the model"),
     Flag("api", "chat", "of the endpoint: chat, or completions"),
@@ -224,6 +226,7 @@ def import_(rest):
 
     stagecraft import models/Qwen3-0.6B --workdir=runs/qwen
     stagecraft import models/reward --workdir=runs/reward --name=reward
+    stagecraft import gguf:models/SmolLM2.gguf --workdir=runs/smol
 
     prompt, chat and export work on it, and other experiments may start from it with
     start_from="runs/qwen/base". (start_from="hf:FOLDER" reads a folder directly.)

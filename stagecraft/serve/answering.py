@@ -44,10 +44,8 @@ class _Choice:
         ]
         text = "" if self._begun else self._echo
         self._begun, finish, writer = True, part.finish, self._writer
-        for number, token in enumerate(part.tokens, 1):
+        for token in part.tokens:
             shown.append(Shown(token, len(self._echo) + writer.offset))
-            if finish == "stop" and number == len(part.tokens):
-                break  # the token that ends a text is none of its text
             text += writer.add(token.id)
             if writer.stopped:
                 break

@@ -16,6 +16,7 @@ from tests.mutants import (
     previews,
     rollouts,
     sampled,
+    serving,
     steps,
     training,
     verified,
@@ -27,7 +28,7 @@ MUTANTS = (
     *(families.MUTANTS + adapters.MUTANTS),
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
-    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS),
+    *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + serving.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

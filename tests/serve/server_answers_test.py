@@ -217,6 +217,24 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(live):
     assert (abs(seen / total - want) < 4.5 * error).all()
 
 
+def test_tokens_of_one_text_are_drawn_apart(live):
+    ids, spell = ids_of(live, "apart"), Speller(live.language.tokenizer).spell
+    names = {spell(i): i for i in range(live.language.tokenizer.vocab_size)}
+    got = live.ask(prompt=ids, n=128, max_tokens=3, logprobs=0, seed=2)
+    drawn = [
+        [names[text] for text in one["logprobs"]["tokens"]]
+        for one in got["choices"]
+        if len(one["logprobs"]["tokens"]) == 3
+    ]
+    places = []  # of each token in the distribution it was drawn from
+    for tokens in drawn:
+        rows = np.exp(table(live, [*ids, *tokens[:2]])[len(ids) - 1 :])
+        before = np.cumsum(rows, axis=-1) - rows / 2
+        places.append([before[step, token] for step, token in enumerate(tokens)])
+    correlated = np.corrcoef(np.array(places).T)
+    assert len(drawn) > 100 and (abs(correlated[~np.eye(3, dtype=bool)]) < 0.4).all()
+
+
 def test_32_clients_at_once_get_what_each_gets_alone(live):
     def asked(number):
         body = dict(prompt=f"{number}" * (1 + number % 7), logprobs=2, seed=number)

@@ -67,7 +67,7 @@ def refused(answer, param, says, status=400):
         (dict(prompt="a", echo=1), "echo", "true or false"),
         (dict(prompt="a", stream_options={}), "stream_options", "with stream"),
         (dict(prompt="a" * CONTEXT), "prompt", f"context of {CONTEXT} tokens"),
-        (dict(prompt="a", max_tokens=CONTEXT), "prompt", f"max_tokens={CONTEXT} exc"),
+        (dict(prompt="a", max_tokens=CONTEXT - 1), "prompt", "max_tokens=159 exceed"),
         (dict(prompt="a", model="gpt"), "model", "one model, 'tiny'"),
     ],
 )
