@@ -148,7 +148,7 @@ def judge():
 
 
 def _judged(c):
-    c.judge_from = ""  # a stage that writes text, a finished one's folder, hf:FOLDER
+    c.judge_from = ""  # a stage that writes text, or its folder, hf:FOLDER, gguf:FILE
     c.judge = judge()
     return c
 
@@ -161,7 +161,7 @@ def _base(kind, objective):
     c.objective = objective
     c.objective_weights = ()  # one for each of several losses; () for 1 each
     c.objective_args = ConfigDict()  # keyword arguments of the losses that take them
-    c.start_from = ""  # a stage here, a finished one's folder, or "hf:FOLDER"
+    c.start_from = ""  # a stage here, a finished one's folder, hf:FOLDER, gguf:FILE
     c.seed = 0  # added to the experiment's: another order, other samples
     c.steps = 100
     c.batch_size = 32

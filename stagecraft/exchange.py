@@ -23,7 +23,7 @@ def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> P
     """Makes a work directory with one finished stage out of a Hugging Face folder.
 
     Args:
-        folder: config.json, *.safetensors and a tokenizer.
+        folder: config.json, *.safetensors and a tokenizer; or "gguf:FILE".
         root: the work directory, which must not hold a run.
         name: of the stage.
 
@@ -31,10 +31,12 @@ def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> P
         WORKDIR/NAME, for another experiment's start_from.
     """
     started = time.perf_counter()
-    folder, root = Path(folder), Path(root)
+    root, text = Path(root), str(folder)
     if runs.read_config(root) is not None:
         raise UserError(f"{root}: holds a run already; choose another --workdir")
-    source = locate.locate(f"{locate.PREFIX}{folder}")
+    if not text.startswith(locate.GGUF):
+        text = f"{locate.PREFIX}{folder}"
+    source = locate.locate(text)
     info = source.info()
     tokenizer = tokenizers.load(source.tokenizer())
     check_vocabulary(folder, info["model"]["vocab_size"], tokenizer)

@@ -14,6 +14,7 @@ FLOORS = (
     (
         "errors",
         "hub",
+        "gguf_file",
         "process",
         "masked",
         "tree",

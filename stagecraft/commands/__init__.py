@@ -11,6 +11,7 @@ COMMANDS = {
     "new": running.new,
     "prompt": models.prompt,
     "chat": models.chat,
+    "serve": models.serve,
     "label": models.label,
     "report": pages.report_,
     "compare": pages.compare_,

@@ -58,6 +58,43 @@ def chat(rest):
 
 @takes(
     WORKDIR,
+    Flag("stage", "", "a stage; or hf:FOLDER, gguf:FILE, or a stage's folder"),
+    Flag("port", 8000, "port to listen on; 0 for any that is free", least=0),
+    Flag("host", "127.0.0.1", "address to listen on; by default this machine alone"),
+    Flag("key", "", "the environment variable with the key that requests must bring"),
+    Flag("rows", 16, "texts that are decoded at once", least=1),
+    Flag(
+        "context", 0, "tokens of a prompt and its answer; 0 for all it holds", least=0
+    ),
+)
+def serve(rest):
+    """Serve a model behind OpenAI's protocol.
+
+    stagecraft serve --workdir=runs/a --stage=dpo
+    stagecraft serve --stage=hf:models/SmolLM2 --port=0
+    SECRET=... stagecraft serve --workdir=runs/a --stage=dpo --host=0.0.0.0 --key=SECRET
+
+    The address is printed once the model is read. Below it are /v1/completions,
+    /v1/chat/completions and /v1/models, which clients of OpenAI's protocol ask. What
+    arrives together is decoded together. Ctrl-C ends.
+    """
+    from stagecraft.serve import model_app
+
+    if not (FLAGS.workdir or FLAGS.stage):
+        raise UserError("--workdir is missing, as in --workdir=runs/a --stage=dpo")
+    model_app.serve(
+        workdir_given() if FLAGS.workdir else None,
+        FLAGS.stage,
+        host=FLAGS.host,
+        port=FLAGS.port,
+        key=FLAGS.key,
+        rows=FLAGS.rows,
+        context=FLAGS.context,
+    )
+
+
+@takes(
+    WORKDIR,
     Flag("stage", "", "the stage whose answers are compared"),
     Flag("prompts", "", "files of prompts; by default those of the run's world"),
     Flag("pairs", "", "files of pairs to show, in place of sampled ones"),
@@ -136,7 +173,9 @@ def eval_(rest):
 
 
 @takes(
-    Flag("judge", "", "a judge to ask: hf:FOLDER, or a finished stage, as runs/a/sft"),
+    Flag(
+        "judge", "", "a judge to ask: hf:FOLDER, gguf:FILE, or a stage, as runs/a/sft"
+    ),
     Flag("url", "", "or the address of an OpenAI-compatible endpoint"),
     Flag("model", "", "its name of the model"),
     Flag("api", "chat", "of the endpoint: chat, or completions"),
@@ -238,6 +277,7 @@ def import_(rest):
 
     stagecraft import models/Qwen3-0.6B --workdir=runs/qwen
     stagecraft import models/reward --workdir=runs/reward --name=reward
+    stagecraft import gguf:models/SmolLM2.gguf --workdir=runs/smol
 
     prompt, chat and export work on it, and other experiments may start from it with
     start_from="runs/qwen/base". (start_from="hf:FOLDER" reads a folder directly.)

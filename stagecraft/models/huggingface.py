@@ -160,13 +160,32 @@ def examine(
             f"is a {needs[model_info['module']]}"
         )
     model_info["model"] |= changes
+    read = tensors.read_folder(folder)
+    if others := tensors.unread(folder):
+        file = tensors.files(folder)[0].name
+        say(f"{folder}: reads {file}, as transformers does; {others[0]} is not read")
+    return plan(folder, model_info, read, mesh)
+
+
+def plan(where: str | Path, model_info: dict, read: dict, mesh: Mesh) -> Plan:
+    """Checks that tensors are those of a model.
+
+    Args:
+        where: their folder or file, for messages.
+        model_info: as `info` returns it.
+        read: {name: Tensor}.
+        mesh: of the parameters.
+    """
     abstract = saved.abstract(model_info, mesh)
     shapes = tree.named(abstract)
     weights = {k: v for k, v in shapes.items() if k != "bias"}
     model = ModelConfig(**model_info["model"])
     family = families.FAMILIES[model.family]
     wanted = layouts.of_model(family, model, weights)
-    return Plan(abstract, wanted, _checked_tensors(folder, family, wanted, shapes))
+    present = _plain_names(read, family)
+    return Plan(
+        abstract, wanted, _checked_tensors(where, family, present, wanted, shapes)
+    )
 
 
 def load(
@@ -186,7 +205,12 @@ def load(
     Raises:
         UserError: the folder is incomplete, or does not fit its config.json.
     """
-    plan = examine(folder, mesh, module=module, **changes)
+    bias = read_json(folder, "config.json").get(BIAS, 0.0)
+    return filled(examine(folder, mesh, module=module, **changes), mesh, bias=bias)
+
+
+def filled(plan: Plan, mesh: Mesh, *, bias: float = 0.0) -> Any:
+    """Reads the tensors of a plan; a reward model gets this bias."""
     abstract = plan.abstract
     empty = sharding.init_sharded(
         lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), mesh
@@ -198,19 +222,14 @@ def load(
         stack = arrays.pop(layout.ours)
         arrays[layout.ours] = _fill(stack, plan.tensors[layout.key], layout)
     if "bias" in arrays:
-        bias = read_json(folder, "config.json").get(BIAS, 0.0)
         arrays["bias"] = jax.device_put(jnp.float32(bias), arrays["bias"].sharding)
     leaves = [arrays[name] for name in names]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _checked_tensors(folder, family, wanted, shapes):
-    """Returns {key: Tensor} of the folder: all are present, with the right shapes."""
-    present = _plain_names(tensors.read_folder(folder), family)
+def _checked_tensors(folder, family, present, wanted, shapes):
+    """Returns {key: Tensor}: all are present, with the right shapes."""
     wanted = {layout.key: layout for layout in wanted}
-    if others := tensors.unread(folder):
-        file = tensors.files(folder)[0].name
-        say(f"{folder}: reads {file}, as transformers does; {others[0]} is not read")
     head = None if "unembed" in shapes else present.pop(HEAD, None)
     if head is not None and "embed" in shapes:
         # A tied table may be there twice, or under the second name alone.

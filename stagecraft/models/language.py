@@ -199,7 +199,7 @@ class Language:
             key=lambda i: len(rows[i]),
         )
         for part in _batches(order, self.batch_size):
-            length = min(_step(len(rows[part[-1]])), limit)
+            length = min(padded(len(rows[part[-1]])), limit)
             prompts = self.left_padded([rows[i] for i in part], length)
             logps = sampling.continuation_logps(self.model, *prompts, tokens, mask)
             out[part] = np.asarray(logps)[: len(part)]
@@ -246,10 +246,10 @@ def rounded(length: int) -> int:
     return -(-length // ROUND) * ROUND
 
 
-def _step(length):
+def padded(length: int) -> int:
     """Returns the next of 16, 24, 32, 48, 64, 96, ...: two lengths each doubling.
 
-    >>> [_step(n) for n in (1, 17, 25, 48, 49, 65)]
+    >>> [padded(n) for n in (1, 17, 25, 48, 49, 65)]
     [16, 24, 32, 48, 64, 96]
     """
     step = ROUND

@@ -15,11 +15,12 @@ import jax
 from stagecraft import checkpoint, hub
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, StageRecord
-from stagecraft.models import huggingface, lora, peft, saved
+from stagecraft.models import gguf, huggingface, lora, peft, saved
 from stagecraft.models.translation import HOW
 
 # What a name begins with when it stands for a Hugging Face folder, or its hub's id.
 PREFIX = "hf:"
+GGUF = "gguf:"  # or for a GGUF file
 TOKENIZER = "tokenizer"  # its folder in a work directory
 
 
@@ -31,21 +32,24 @@ class Source:
         name: the name.
         where: "here", a stage of this run; "stage", a finished stage of another run, by
             its folder; "folder", a Hugging Face folder; "adapter", one with a PEFT
-            adapter; "nowhere", neither a stage of this run nor a path.
-        folder: WORKDIR/STAGE, or the Hugging Face folder.
+            adapter; "gguf", a GGUF file; "nowhere", neither a stage of this run nor a
+            path.
+        folder: WORKDIR/STAGE, or the Hugging Face folder, or the file.
     """
 
     name: str
-    where: Literal["here", "stage", "folder", "adapter", "nowhere"]
+    where: Literal["here", "stage", "folder", "adapter", "gguf", "nowhere"]
     folder: Path
 
     @property
     def outward(self) -> bool:
-        """Whether it is a Hugging Face folder, with an adapter or a whole model."""
-        return self.where in ("folder", "adapter")
+        """Whether it is no stage: a Hugging Face folder or a GGUF file."""
+        return self.where in ("folder", "adapter", "gguf")
 
     @property
     def _reader(self):
+        if self.where == "gguf":
+            return gguf
         if hub.is_id(self.folder):
             raise UserError(hub.absent(self.folder))
         return peft if self.where == "adapter" else huggingface
@@ -90,7 +94,7 @@ class Source:
             mesh: the mesh the parameters must divide over.
             module: "transformer" or "scalar", where only one will do.
         """
-        if self.where == "folder":
+        if self.where in ("folder", "gguf"):
             self._reader.examine(self.folder, mesh, module=module)
             return
         has = self._reader.info(self.folder)["module"]
@@ -133,6 +137,8 @@ class Source:
         Stages of one run are named relative to each other, so that the run may be
         moved.
         """
+        if self.where == "gguf":
+            return f"{GGUF}{self.folder.absolute()}"
         if self.outward:
             path = self.name.removeprefix(PREFIX)
             return self.name if hub.is_id(path) else f"{PREFIX}{Path(path).absolute()}"
@@ -148,7 +154,8 @@ def locate(
 
     Args:
         name: a stage of this run, the folder WORKDIR/STAGE of another, "hf:FOLDER", or
-            "hf:ORG/NAME" for a model in the cache of the Hugging Face hub.
+            "hf:ORG/NAME" for a model in the cache of the Hugging Face hub, or
+            "gguf:FILE".
         root: this run's work directory.
         stages: names of this run's stages.
 
@@ -158,6 +165,8 @@ def locate(
     'stage'
     """
     text = str(name)
+    if text.startswith(GGUF):
+        return Source(text, "gguf", Path(text.removeprefix(GGUF)))
     if text.startswith(PREFIX):
         path = text.removeprefix(PREFIX)
         folder = hub.find(path) or Path(path)
@@ -248,7 +257,7 @@ def base_of(folder: str | Path, record: StageRecord) -> Source:
     base = locate(record.base["name"])
     if not base.outward:
         base = dataclasses.replace(base, folder=Path(folder) / base.name)
-    if not base.folder.is_dir():
+    if not base.folder.exists():
         lost = hub.absent(base.folder) if hub.is_id(base.folder) else ""
         raise UserError(
             f"{folder}: is an adapter (LoRA) on {base.folder}, which is not there; "

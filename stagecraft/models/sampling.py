@@ -151,7 +151,7 @@ def continuation_logps(
     (count, length), prompt_mask = tokens.shape, prompt_mask.astype(bool)
     samples = count if length > 1 else 1
     hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, length - 1)
-    first = jax.nn.log_softmax(_last_logits(model, hidden[::samples]), axis=-1)
+    first = jax.nn.log_softmax(last_logits(model, hidden[::samples]), axis=-1)
     total = first[:, tokens[:, 0]]
     if length == 1:
         return total
@@ -165,8 +165,8 @@ def continuation_logps(
         visible = prompt_slots | ((slots >= prompt_mask.shape[1]) & (slots <= slot))
         token = jnp.tile(tokens[:, step], rows)
         positions = (lengths + step)[:, None]
-        hidden, cache = _decode(model, token, positions, visible, slot, cache)
-        logps = jax.nn.log_softmax(_last_logits(model, hidden), axis=-1)
+        hidden, cache = decode(model, token, positions, visible, slot, cache)
+        logps = jax.nn.log_softmax(last_logits(model, hidden), axis=-1)
         following = jnp.tile(tokens[:, step + 1], rows)
         logps = jnp.take_along_axis(logps, following[:, None], axis=-1)
         return cache, logps.reshape(rows, count)
@@ -228,7 +228,7 @@ def _decode_loop(model, state, cache, key, until, params) -> tuple[DecodeState, 
         slot = prompt_length + step - 1
         visible = prompt_slots | ((slots >= prompt_length) & (slots <= slot))
         positions = (lengths + step - 1)[:, None]
-        hidden, cache = _decode(model, state.token, positions, visible, slot, cache)
+        hidden, cache = decode(model, state.token, positions, visible, slot, cache)
         live = ~sample.ended
         token, logps, ended = _next_token(
             model, key, step, hidden, sample.ended, params
@@ -253,7 +253,7 @@ _decode_loop_jit = jax.jit(
 
 def _next_token(model, key, step, hidden, ended, params):
     """Samples each row's next token: the tokens, their log-probs, which rows ended."""
-    logits = _last_logits(model, hidden)
+    logits = last_logits(model, hidden)
     choice = params.temperature, params.top_k, params.top_p
     token, logps = _draw(jax.random.fold_in(key, step), logits, *choice)
     token = jnp.where(ended, 0, token)
@@ -274,6 +274,25 @@ def _prefill(model, ids, mask, samples, room):
     """Runs each prompt once; returns the last hidden state [B G, 1, D] and the cache.
 
     The cache is keys and values of each layer, [B G, K, P + room, C].
+    """
+    x, cache = read_prompts(model, ids, mask, samples, room)
+    return model.norm(_repeat(x[:, -1:], samples, axis=0)), cache
+
+
+def read_prompts(
+    model: Transformer, ids: Array, mask: Array, samples: int = 1, room: int = 0
+) -> tuple[Array, Any]:
+    """Runs prompts, each once, wherever their padding is.
+
+    Args:
+        ids: i32[B, P].
+        mask: bool[B, P], True on real tokens.
+        samples: G, rows of the cache for each prompt.
+        room: slots of the cache behind the prompt's.
+
+    Returns:
+        [B, P, D] hidden states before the final norm; the cache: keys and values of
+        each layer, [B G, K, P + room, C].
     """
     c = model.config
     segments = mask.astype(jnp.int32)
@@ -297,11 +316,23 @@ def _prefill(model, ids, mask, samples, room):
 
     padding = ((0, 0), (0, 0), (0, room), (0, 0))
     cache = tuple(map(cached, range(c.layers)))
-    return model.norm(_repeat(x[:, -1:], samples, axis=0)), _shard_cache(cache)
+    return x, shard_cache(cache)
 
 
-def _decode(model, token, positions, visible, slot, cache):
-    """Runs one token a row, i32[B]; returns [B, 1, D] and the cache with it added.
+def decode(
+    model: Transformer, token: Array, positions: Array, visible: Array, slot, cache
+) -> tuple[Array, Any]:
+    """Runs one token a row.
+
+    Args:
+        token: i32[B].
+        positions: i32[B, 1].
+        visible: bool[B, S], True where a slot of the cache may be read.
+        slot: i32[] or i32[B], where the token's keys and values go.
+        cache: keys and values of each layer, [B, K, S, C].
+
+    Returns:
+        [B, 1, D] hidden states after the final norm; the cache with the token added.
 
     Layers are unrolled, each with arrays of its own for the cache: these are updated in
     place and read where they lie. One array for all layers would be copied, a layer's
@@ -310,16 +341,16 @@ def _decode(model, token, positions, visible, slot, cache):
     c = model.config
     angles = model.angles(positions, None)
     slots = jnp.arange(visible.shape[1])
-    x, caches = model.lookup(token[:, None], positions), []
+    x, caches, slot = model.lookup(token[:, None], positions), [], jnp.asarray(slot)
     for (spec, layer), old in zip(model.each_layer(), cache, strict=True):
         # Slots lie as far apart as the positions they hold, also behind padding.
-        near = visible & (slot - slots < spec.window) if spec.window else visible
+        near = visible
+        if spec.window:
+            near = visible & (slot[..., None] - slots < spec.window)
 
         def attend(query, key, value, old=old, near=near):
             new = jax.tree.map(
-                lambda slots, one: jax.lax.dynamic_update_slice(
-                    slots, one.swapaxes(1, 2), (0, 0, slot, 0)
-                ),
+                lambda slots, one: _put(slots, one.swapaxes(1, 2), slot),
                 old,
                 (key, value),
             )
@@ -334,17 +365,26 @@ def _decode(model, token, positions, visible, slot, cache):
 
         x, new, _ = layer(x, angles[spec], attend)
         caches.append(new)
-    return model.norm(x), _shard_cache(tuple(caches))
+    return model.norm(x), shard_cache(tuple(caches))
 
 
-def _shard_cache(cache):
+def _put(slots, one, slot):
+    """Writes [B, K, 1, C] into [B, K, S, C] at one slot, or at one of each row."""
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice(slots, one, (0, 0, slot, 0))
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, at))
+    zero = jnp.zeros_like(slot)
+    return put(slots, one, (zero, slot, zero))
+
+
+def shard_cache(cache):
     """Fixes the sharding of a cache: rows over the batch axes, heads over `tensor`."""
     return jax.tree.map(
         lambda x: sharding.constrain(x, "batch", "kv_heads", None, None), cache
     )
 
 
-def _last_logits(model, hidden):
+def last_logits(model, hidden):
     """Computes [B, 1, D] -> f32[B, V], each row's vocabulary on one device."""
     logits = model.project_out(hidden[:, 0])
     return sharding.constrain(logits, "batch", None)
@@ -354,27 +394,45 @@ def _draw(key, logits, temperature, top_k, top_p):
     """Samples one token a row: f32[B, V] -> (i32[B], f32[B] log-probs)."""
     greedy = temperature == 0
     logits = logits if greedy else logits / temperature
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
     if greedy:
         token = logits.argmax(axis=-1).astype(jnp.int32)
     elif top_k or top_p < 1:
         count = min(top_k, logits.shape[1]) if top_k else logits.shape[1]
-        values, indices = jax.lax.top_k(logits, count)
-        weights = jax.nn.softmax(values, axis=-1)
-        before = jnp.cumsum(weights, axis=-1) - weights
-        # The first token is always kept; a token is dropped once those before it
-        # already reach top_p.
-        values = jnp.where(before < top_p, values, -jnp.inf)
-        choice = _categorical(key, values)
-        token = jnp.take_along_axis(indices, choice[:, None], axis=-1)[:, 0]
+        token = nucleus(keys, logits, count, top_p)
     else:
-        token = _categorical(key, logits)
+        token = categorical(keys, logits)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _categorical(key, logits):
-    """Samples from each row with one uniform number from the row's own key."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+def nucleus(keys: Array, logits: Array, count: int, top_p) -> Array:
+    """Samples from the fewest of the `count` likeliest tokens that reach `top_p`.
+
+    Args:
+        keys: [B] random keys.
+        logits: f32[B, V].
+        count: tokens to choose from at most.
+        top_p: a number, or f32[B, 1].
+
+    Returns:
+        i32[B].
+    """
+    values, indices = jax.lax.top_k(logits, count)
+    weights = jax.nn.softmax(values, axis=-1)
+    before = jnp.cumsum(weights, axis=-1) - weights
+    # The first token is always kept; a token is dropped once those before it already
+    # reach top_p.
+    values = jnp.where(before < top_p, values, -jnp.inf)
+    choice = categorical(keys, values)
+    return jnp.take_along_axis(indices, choice[:, None], axis=-1)[:, 0]
+
+
+def categorical(keys: Array, logits: Array) -> Array:
+    """Samples from each row with one uniform number from the row's own key.
+
+    Args: [B] random keys; f32[B, V]. Returns i32[B].
+    """
     # In (0, 1]: a token of probability zero is never the first to reach it.
     uniform = 1.0 - jax.vmap(jax.random.uniform)(keys)[:, None]
     reached = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)

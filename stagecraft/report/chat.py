@@ -40,7 +40,7 @@ def chat(
             and most stages led up to, the first of several.
         temperature, max_new_tokens, seed: of the sampling.
     """
-    name = _stage(run, name)
+    name = stage_to_ask(run, name)
     with jax.set_mesh(run.mesh()):
         language = run.language(name, 1)
         in_turns, messages = run.chat_format(name), []
@@ -69,8 +69,13 @@ def chat(
                 messages = [*asked, {"role": "assistant", "content": reply}]
 
 
-def _stage(run, name):
-    """Returns the stage to talk to, which is finished and writes text."""
+def stage_to_ask(run, name):
+    """Returns the stage to talk to, which is finished and writes text.
+
+    Args:
+        run: a `runs.Run`.
+        name: as of `chat`.
+    """
     speaking = behaviour.speaking_stages(run)
     if name in speaking:
         return name

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MOST = 2**16  # bytes of a request's body
+DRAINED = 2**26  # bytes of one that is too long, read so that its sender hears why
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -43,10 +44,13 @@ class Guard:
     Args:
         app: what it guards.
         token: what opens a session.
-        hosts: names by which the server may be called, without the port.
+        hosts: names by which the server may be called, without the port; () for any.
         port: the port.
         open_paths: may be read without a session.
     """
+
+    most = MOST
+    closed = "no session: open the address that the command printed"
 
     def __init__(self, app, *, token, hosts=LOOPBACK, port, open_paths=()):
         self.app, self.token = app, token
@@ -60,14 +64,21 @@ class Guard:
         refused = self._refusal(scope)
         if refused:
             status, text = refused
-            await _answer(JSONResponse({"error": text}, status), scope, receive, send)
+            if status == 413:
+                await _drained(receive)
+            answer = self.answer(status, text)
+            await answer(scope, receive, _with_headers(send))
             return
-        await self.app(scope, _limited(receive), _with_headers(send))
+        await self.app(scope, _limited(receive, self.most), _with_headers(send))
+
+    def answer(self, status, text):
+        """Returns the response that refuses a request."""
+        return JSONResponse({"error": text}, status)
 
     def _refusal(self, scope):
         """Returns (status, one line), or None for a request that may pass."""
         headers = Headers(scope=scope)
-        if headers.get("host") not in self.names:
+        if self.names and headers.get("host") not in self.names:
             return 421, "another name than this server's: open the address it printed"
         origin = headers.get("origin")
         if origin is not None and origin.removeprefix("http://") not in self.names:
@@ -79,13 +90,13 @@ class Guard:
             length = headers.get("content-length", "")
             if not length.isdecimal():
                 return 411, "expected Content-Length"
-            if int(length) > MOST:
-                return 413, f"a request holds at most {MOST} bytes"
+            if len(length) > 18 or int(length) > self.most:
+                return 413, f"a request holds at most {self.most} bytes"
         elif scope["method"] not in ("GET", "HEAD"):
             return 405, "expected GET or POST"
         if scope["path"] in self.open_paths or self.holds(headers):
             return None
-        return 401, "no session: open the address that the command printed"
+        return 401, self.closed
 
     def holds(self, headers):
         """Returns whether a request's cookie is the session's."""
@@ -96,7 +107,34 @@ class Guard:
         return False
 
 
-def _limited(receive):
+class KeyGuard(Guard):
+    """ASGI middleware of an OpenAI-compatible server: a key, or none, opens it.
+
+    Args: as of `Guard`; token is the key, "" for none.
+    """
+
+    most = 2**22
+    closed = "expected the server's key, as in Authorization: Bearer KEY"
+
+    def answer(self, status, text):
+        """Returns the response that refuses a request, in OpenAI's form."""
+        code = "invalid_api_key" if status == 401 else None
+        return JSONResponse(error(text, code=code), status)
+
+    def holds(self, headers):
+        """Returns whether a request brings the key."""
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        return not self.token or hmac.compare_digest(given, self.token.encode())
+
+
+def error(text: str, *, param: str | None = None, code: str | None = None) -> dict:
+    """Returns an error in OpenAI's form."""
+    kind = "invalid_request_error"
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def _limited(receive, most):
     """Returns a receive that ends a body which is longer than it said."""
     seen = 0
 
@@ -104,11 +142,20 @@ def _limited(receive):
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))
-        if seen > MOST:
+        if seen > most:
             return {"type": "http.disconnect"}
         return message
 
     return limited
+
+
+async def _drained(receive):
+    """Reads a body away; a sender that is cut off may never see the answer."""
+    seen, more = 0, True
+    while more and seen < DRAINED:
+        message = await receive()
+        seen += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def _with_headers(send):
@@ -121,7 +168,3 @@ def _with_headers(send):
         await send(message)
 
     return sending
-
-
-async def _answer(response, scope, receive, send):
-    await response(scope, receive, _with_headers(send))

@@ -1,9 +1,6 @@
 """The labelling page and what it asks for; run by `stagecraft label`."""
 
-import asyncio
-import contextlib
 import hmac
-import socket
 import sys
 from importlib import resources
 from pathlib import Path
@@ -14,9 +11,9 @@ import jax
 from stagecraft import schema
 from stagecraft.anatomy import behaviour
 from stagecraft.data import readers, stage_data
-from stagecraft.errors import UserError, install
+from stagecraft.errors import UserError
 from stagecraft.run import open_run
-from stagecraft.serve import agreement_report, label_records, labelling
+from stagecraft.serve import agreement_report, label_records, labelling, listening
 from stagecraft.serve import items as label_items
 
 _NAME = 60  # characters of a rater's name
@@ -50,7 +47,7 @@ def label(
         sampling: fields of `sampling.SamplingParams`.
         host, port: see `serve`.
     """
-    check()
+    listening.check("label")
     folder = Path(root) / stage_data.LABELS / stage
     generator = ""
     if pairs:
@@ -193,61 +190,23 @@ def _names(value):
     return rater.strip(), tab.strip()
 
 
-def check() -> None:
-    """Refuses to serve where what it needs is not installed."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"label: needs starlette and uvicorn: {install('serve')}"
-        ) from None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens, so that the port is known and taken.
-
-    Args:
-        host: an address of this machine.
-        port: 0 for any that is free.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise UserError(
-            f"--port={port}: cannot listen on {host}:{port} ({error.strerror}); give "
-            "another --port, or 0 for any that is free"
-        ) from None
-    bound.listen()
-    return bound
-
-
 def serve(
     given: labelling.Labelling, *, host: str = "127.0.0.1", port: int = 0
 ) -> None:
     """Serves the page until it is stopped, then writes the records and a report."""
-    import uvicorn
-
     from stagecraft.serve import guard
 
     hosts = guard.LOOPBACK
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in listening.OWN:
         print(
             f"stagecraft: --host={host}: whoever reaches this machine and has the "
             "address can label; nothing is encrypted",
             file=sys.stderr,
         )
         hosts = (*hosts, host)
-    bound, token = bind(host, port), guard.new_token()
+    bound, token = listening.bind(host, port), guard.new_token()
     port = bound.getsockname()[1]
-    name = f"[{host}]" if ":" in host else host
     page = app(given, token=token, hosts=hosts, port=port)
-    config = uvicorn.Config(page, log_level="warning", access_log=False)
-    print(f"http://{name}:{port}/#{token}", flush=True)
-    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
-        uvicorn.Server(config).run(sockets=[bound])
+    print(f"{listening.address(host, port)}/#{token}", flush=True)
+    listening.run(page, bound)
     agreement_report.show(given, label_records.write(given))

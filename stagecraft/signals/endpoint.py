@@ -79,7 +79,7 @@ class Endpoint:
                 f"judge.url={config.url!r}: an endpoint is asked from one process, and "
                 f"this run has {jax.process_count()}; judge in a run of its own"
             )
-        self.config, self._key = config, _key(config.key)
+        self.config, self._key = config, key_of("judge.key", config.key)
         self.identity = protocol.identity(
             url=config.url, model=config.model, api=config.api
         )
@@ -252,7 +252,7 @@ def check(where, config, asks):
             f"{where}.url={config.url!r}: a key would cross the network for all to "
             "read; use https, or an endpoint of this machine"
         )
-    _key(config.key)
+    key_of("judge.key", config.key)
 
 
 def _is_loopback(host):
@@ -262,15 +262,20 @@ def _is_loopback(host):
         return host == "localhost"
 
 
-def _key(name):
-    """Returns the key in the environment variable `name`; "" for none."""
+def key_of(where: str, name: str) -> str:
+    """Returns the key in an environment variable; "" for none.
+
+    Args:
+        where: the setting that names the variable, for messages.
+        name: of the variable; "" for none.
+    """
     if not name:
         return ""
     key = os.environ.get(name, "")
     if not key:
-        raise UserError(f"judge.key={name!r}: there is no such environment variable")
+        raise UserError(f"{where}={name!r}: there is no such environment variable")
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"judge.key={name!r}: what it holds is no key (odd characters)")
+        raise UserError(f"{where}={name!r}: what it holds is no key (odd characters)")
     return key
 
 

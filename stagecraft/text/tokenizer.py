@@ -16,7 +16,7 @@ import sentencepiece as spm
 
 from stagecraft import hub, storage
 from stagecraft.errors import UserError
-from stagecraft.text import byte_tokenizer
+from stagecraft.text import byte_tokenizer, tokenizer_gguf
 from stagecraft.text.template import Template
 from stagecraft.text.tokenizer_json import MAIN, HuggingFaceTokenizer
 
@@ -87,18 +87,20 @@ def load(path: str | Path) -> Tokenizer:
 
     Args:
         path: a SentencePiece .model, a Hugging Face folder or tokenizer.json, the
-            folder of one that was kept, the id of a model in the hub's cache, or the
-            word "bytes".
+            folder of one that was kept, a .gguf file, the id of a model in the hub's
+            cache, or the word "bytes".
     """
     if str(path) == "bytes":
         return byte_tokenizer.ByteTokenizer()
-    name = str(path).removeprefix("hf:")
+    name = str(path).removeprefix("hf:").removeprefix("gguf:")
     path = hub.find(name, files=("tokenizer*",)) or Path(name)
     if not path.exists():
         more = f"; {hub.absent(name)}" if "/" in name and hub.is_id(name) else ""
         raise UserError(f"{path}: no such tokenizer file or folder{more}")
     if path.name == MAIN:  # what lies beside it belongs to it
         path = path.parent
+    if path.suffix == tokenizer_gguf.SUFFIX:
+        return tokenizer_gguf.load(path)
     if path.is_file():
         is_json = path.suffix == ".json"
         reader = HuggingFaceTokenizer if is_json else SentencePiece

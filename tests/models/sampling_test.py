@@ -133,13 +133,13 @@ def test_rows_stop_at_the_first_of_the_stop_tokens(count):
 
 def count_steps(monkeypatch, **settings):
     counts = []
-    decode = sampling._decode
+    decode = sampling.decode
 
     def counted(*args):
         jax.debug.callback(lambda: counts.append(1))
         return decode(*args)
 
-    monkeypatch.setattr(sampling, "_decode", counted)
+    monkeypatch.setattr(sampling, "decode", counted)
     generate_ = functools.partial(sampling.generate.__wrapped__, **settings)
     sample = jax.jit(generate_)(model(), *prompts(FULL), KEY)
     jax.block_until_ready(sample)

@@ -20,6 +20,7 @@ from tests.mutants import (
     rollouts,
     rounds,
     sampled,
+    serving,
     steps,
     training,
     verified,
@@ -32,7 +33,7 @@ MUTANTS = (
     *(curation.MUTANTS + measuring.MUTANTS + draws.MUTANTS),
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
-    *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS),
+    *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

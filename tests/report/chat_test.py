@@ -116,17 +116,20 @@ def test_the_end_of_the_longest_chain_that_answers_in_turns_by_default(monkeypat
     monkeypatch.setattr(Run, "config", ConfigDict({"stages": stages}))
     monkeypatch.setattr(chat.behaviour, "speaking_stages", lambda run: names)
     run = Run(None, bare=("pretrain", "more_text"))
-    assert chat._stage(run, "") == "dpo" and chat._stage(run, "pretrain") == "pretrain"
-    assert chat._stage(Run(None, bare=names), "") == "more_text"
+    assert (
+        chat.stage_to_ask(run, "") == "dpo"
+        and chat._stage(run, "pretrain") == "pretrain"
+    )
+    assert chat.stage_to_ask(Run(None, bare=names), "") == "more_text"
     names.remove("dpo")
-    assert chat._stage(run, "") == "ppo"
+    assert chat.stage_to_ask(run, "") == "ppo"
     names.remove("ppo")
-    assert chat._stage(run, "") == "sft"  # and not sft_scratch, which comes later
+    assert chat.stage_to_ask(run, "") == "sft"  # and not sft_scratch, which comes later
     with pytest.raises(UserError, match="--stage=dpo: expected a finished stage"):
-        chat._stage(run, "dpo")
+        chat.stage_to_ask(run, "dpo")
     names.clear()
     with pytest.raises(UserError, match="none is finished"):
-        chat._stage(run, "")
+        chat.stage_to_ask(run, "")
 
 
 def test_the_banner_has_two_lines(monkeypatch):

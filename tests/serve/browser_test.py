@@ -6,7 +6,7 @@ import threading
 import pytest
 import uvicorn
 
-from stagecraft.serve import guard, label_app
+from stagecraft.serve import guard, label_app, listening
 from stagecraft.serve.items import Item
 from stagecraft.serve.labelling import Labelling
 
@@ -28,7 +28,7 @@ def served(tmp_path):
 
 def serving(given):
     """Yields (labels, address) while a page runs in a thread."""
-    bound = label_app.bind("127.0.0.1", 0)
+    bound = listening.bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
     app = label_app.app(given, token=TOKEN, hosts=guard.LOOPBACK, port=port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

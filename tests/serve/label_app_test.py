@@ -6,7 +6,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from stagecraft.errors import UserError
-from stagecraft.serve import guard, label_app
+from stagecraft.serve import guard, label_app, listening
 from stagecraft.serve.items import Item
 from stagecraft.serve.labelling import Labelling
 
@@ -112,8 +112,8 @@ def test_bad_requests_get_a_line(signed, given):
 
 
 def test_a_port_in_use_is_one_line():
-    bound = label_app.bind("127.0.0.1", 0)
+    bound = listening.bind("127.0.0.1", 0)
     port = bound.getsockname()[1]
     with pytest.raises(UserError, match=f"--port={port}: cannot listen on 127.0.0.1"):
-        label_app.bind("127.0.0.1", port)
+        listening.bind("127.0.0.1", port)
     bound.close()
