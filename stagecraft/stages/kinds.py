@@ -7,6 +7,7 @@ from stagecraft.stages import (
     online_preference,
     policy,
     preference,
+    revisions,
     reward,
     selection,
     unpaired_preference,
@@ -23,6 +24,7 @@ KINDS = {
         group_policy,
         reward,
         comparisons,
+        revisions,
         selection,
     )
 }

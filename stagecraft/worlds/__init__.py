@@ -6,6 +6,8 @@ and no model is known here:
     write(folder, seed, size, digits, requests)  the files its stages read
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
+    revise(prompt, answer, rng)             the harmless answer, where a world has such
+    revision_figures(prompts, answers, critiques)  figures of revised answers, likewise
     split(seed, size)                       which entities are held out
     probes                                  held-out questions and their figures:
         PROBES                              (function, formats, entities): what is asked
