@@ -48,6 +48,7 @@ def get_config(arg=""):
     for name in ("", *ARMS):
         _supervised(c, helpful, arg, name)
     _reinforced(c, helpful, arg)
+    c.measure.draws = 2
     c.measure.bounds = () if arg.tiny else BOUNDS
     return common.tiny(c) if arg.tiny else c
 
@@ -177,4 +178,9 @@ BOUNDS = (
     "sl.heldout_accuracy >= helpful.heldout_accuracy - 0.08",
     "dpo.harmless >= sl.harmless - 0.05",
     "ppo.harmless >= sl.harmless - 0.05",
+    # No collapse: answers end, and differ from each other.
+    "dpo.eos_rate >= sl.eos_rate - 0.03",
+    "ppo.eos_rate >= sl.eos_rate - 0.03",
+    "dpo.distinct_2 >= 0.7 * sl.distinct_2",
+    "ppo.distinct_2 >= 0.7 * sl.distinct_2",
 )

@@ -19,7 +19,7 @@ from stagecraft.signals import constitution, protocol
 from stagecraft.signals import world as world_rater
 from stagecraft.stages import checks, records
 from stagecraft.stages.kind import START, Kind
-from stagecraft.text import chat
+from stagecraft.text import chat, diversity
 
 TOO_LONG = ("", False)  # what stands for a reply that there was no room for
 
@@ -257,7 +257,7 @@ def _by_revision(rows, measured):
         figures = {
             "ended": float(np.mean([ended for *_, ended in part])),
             "words": float(np.mean([len(text.split()) for text in texts])),
-            "distinct_2": distinct_2(texts),
+            "distinct_2": diversity.distinct_2(texts),
         }
         if number:
             before = [_before(row, number - 1) for row in rows]
@@ -293,16 +293,6 @@ def _by_principle(rows, measured):
             figures |= measured(asked, revised, critiques)
         out[name] = figures
     return out
-
-
-def distinct_2(texts) -> float:
-    """Returns the share of different pairs of neighbouring words among all of them."""
-    pairs = [
-        pair
-        for text in texts
-        for pair in zip(text.split(), text.split()[1:], strict=False)
-    ]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _check(where, config, experiment, mesh):

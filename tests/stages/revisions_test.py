@@ -311,8 +311,3 @@ def test_settings_that_cannot_be(changes, says):
     config = defaults.stage("revisions", **base | changes)
     with pytest.raises(UserError, match=says):
         revisions.KIND.check("x", config, defaults.experiment(), None)
-
-
-def test_distinct_pairs_of_words():
-    assert revisions.distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
-    assert revisions.distinct_2(["one"]) == 0.0
