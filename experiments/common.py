@@ -186,6 +186,8 @@ def tiny(config, steps=2):
         if not kinds.of(stage).trains:
             stage.prompts, stage.batch_size = 64, 32
             stage.sampling.max_new_tokens = 8
+            if "revising" in stage:
+                stage.revising.max_new_tokens = 8
             if stage.kind == "selection":  # two steps of training write few ends
                 stage.keep, stage.threshold = "above", -1e9
             if stage.kind == "attacks":  # they ask for nothing yet

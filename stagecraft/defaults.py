@@ -405,12 +405,27 @@ def planted():
 
 def _comparisons():
     c = _records("comparisons")  # of two completions of each prompt
-    # "world", "reward", "judge", "planted", or "package.module:function"
+    # "world", "reward", "judge", "constitution", "planted", or
+    # "package.module:function"
     c.rater = "world"
     c.reward_from = ""  # the reward stage of rater="reward"
     c.soft_labels = False  # keep the rater's probability, not only the choice
     c.planted = planted()
+    c.constitution = ""  # of rater="constitution": a name or a file, or several
+    c.principles = 1  # of it that are drawn for each pair, and averaged over
     return _judged(c)
+
+
+def _revisions():
+    c = _records("revisions")  # of completions, by a critique or without
+    c.constitution = ""  # a name or a file: signals/constitution.py; or several
+    c.revisions = 1  # of each completion, one after the other; 0 for none
+    c.critique = True  # False: the revision is asked for without a critique
+    c.paired = True  # False: critique and revision are of principles drawn apart
+    c.reviser = "model"  # or "world", by its rules: a ceiling
+    c.keep = "last"  # of the revisions of a completion, or "all"
+    c.revising = sampling()  # how critiques and revisions are drawn
+    return c
 
 
 def _selection():
@@ -439,6 +454,7 @@ KINDS = {
     "group_policy": _group_policy,
     "online_preference": _online_preference,
     "comparisons": _comparisons,
+    "revisions": _revisions,
     "selection": _selection,
     "attacks": _attacks,
 }

@@ -18,6 +18,7 @@ PARENTS = {
     "group_policy": dict(start_from="base", verifiers="json:loads"),
     "selection": dict(start_from="base", verifiers="json:loads"),
     "comparisons": dict(start_from="base"),
+    "revisions": dict(start_from="base", constitution="general"),
 }
 
 

@@ -1,6 +1,7 @@
 """Every experiment accepts `tiny` and trains; what it refuses, it refuses in a line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ RECIPES = sorted(p.stem for p in (ROOT / "experiments" / "recipes").glob("*.py")
 
 def test_all_are_covered():
     # Each is run two steps, here or by the fixture of the tiny run.
-    shipped = "curate curated_text objectives quickstart rlaif rlhf safety_rounds "
-    shipped += "verifiable your_text"
+    shipped = "constitutional curate curated_text objectives quickstart rlaif rlhf "
+    shipped += "safety_rounds verifiable your_text"
     assert shipped.split() == NAMES
 
 
@@ -325,6 +326,31 @@ def test_rounds_of_attacks_learn_from_all_rounds_so_far(tmp_path):
     assert ppo.with_round_1.reward_from == "with_round_1_reward"
     with pytest.raises(UserError, match="objective='pop': unknown; did you mean 'ppo'"):
         module.get_config("objective=pop")
+
+
+def test_a_model_revises_its_answers_and_judges_pairs(tiny_run, tmp_path):
+    module = load_experiment("constitutional")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_run, base)
+    (base / "sft").rename(base / "helpful")
+    config = single_device(module.get_config(f"tiny,base={base}"))
+    arms = {f"{kind}_{arm}" for arm in module.ARMS for kind in ("revisions", "sl")}
+    assert arms < set(config.stages) and "helpful" not in config.stages
+    # One control is enough here.
+    for name in (*(arms - {"revisions_gold", "sl_gold"}), "dpo_revisions"):
+        del config.stages[name]
+    summary = run.run(config, tmp_path / "run")
+    for name in ("sl", "sl_gold", "dpo", "ppo"):
+        assert {"harmless", "over_refusal", "sycophancy"} <= {*summary[name]}
+    pairs = (tmp_path / "run" / "pairs" / "records.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in pairs]
+    assert {row["principle"] for row in rows} == {"harm", "victim"}
+    assert {len(row["logps"]) for row in rows} == {2}
+    report = StageRecord.read_finished(tmp_path / "run" / "revisions_gold")
+    assert report.to_json()["revisions"][-1]["harmless"] == 1.0
+    whole = module.get_config("").stages
+    assert whole.helpful.start_from == "pretrain" and whole.sl.start_from == "helpful"
+    assert whole.revisions_nonsense.constitution == "countries_nonsense"
 
 
 def test_seeds_of_an_arm_differ_and_start_from_a_finished_run(tiny_run, tmp_path):

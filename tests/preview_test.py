@@ -169,6 +169,22 @@ def test_the_graph_has_every_edge():
     assert indent["pretrain"] == indent["sft_scratch"] < indent["sft"] < indent["dpo"]
 
 
+def test_people_judges_and_constitutions_are_one_node_apart():
+    graphs = []
+    for signal in (
+        dict(rater="world"),
+        dict(rater="judge", judge_from="sft"),
+        dict(rater="constitution", judge_from="sft", constitution="countries"),
+    ):
+        c = load_experiment("quickstart").get_config("tiny")
+        c.stages.comparisons.update(signal)
+        graphs.append(shown(graph.show, c).splitlines())
+    people, judge, constitution = ({line.strip("│├└─ ") for line in g} for g in graphs)
+    assert people - judge == {"rater: world"}
+    assert judge - people == {"rater: judge", "judge: sft"}
+    assert constitution - judge == {"rater: constitution", "constitution: countries"}
+
+
 def test_the_plan_counts_what_the_run_then_does(config, tmp_path):
     """Parameters, bytes and FLOPs are those of the run's own records and ledger."""
     planned = {line["stage"]: line for line in plan.show(config)}

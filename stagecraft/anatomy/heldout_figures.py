@@ -21,6 +21,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import locate
 from stagecraft.models.language import Language
 from stagecraft.signals import verifiers
+from stagecraft.text import diversity
 
 FILE = "heldout.jsonl"
 # Tokens of an answer, where no stage samples.
@@ -157,13 +158,11 @@ def _habits(answers):
     0.6666666666666666
     """
     texts, ended = zip(*answers, strict=True)
-    words = [text.split() for text in texts]
-    pairs = [pair for one in words for pair in itertools.pairwise(one)]
     return {
         "eos_rate": float(np.mean(ended)),
-        "words": float(np.mean([len(one) for one in words])),
+        "words": float(np.mean([len(text.split()) for text in texts])),
         "distinct": len({*texts}) / len(texts),
-        "distinct_2": len({*pairs}) / len(pairs) if pairs else 0.0,
+        "distinct_2": diversity.distinct_2(texts),
     }
 
 

@@ -33,6 +33,10 @@ def edges(config: ConfigDict, name: str) -> list[str]:
     for role, parent in experiment.parents(config, name).items():
         if role != "start_from":
             lines.append(f"{role.removesuffix('_from')}: {parent}")
+    # The signal: who compares, and by which principles.
+    for key in ("rater", "constitution"):
+        if stage.get(key):
+            lines.append(f"{key}: {schema.plain(stage[key])}")
     files = [stage.data[k] for k in stage_data.SPECS if stage.data.get(k)]
     parts = [part for spec in files for part in schema.listed(spec)]
     files = [part for part in parts if not part.startswith("stage:")]

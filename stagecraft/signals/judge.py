@@ -7,6 +7,7 @@ expectation is a reward (d-RLAIF there). The raw log-probabilities stay with a v
 A question that could not be answered has a reason and no number.
 """
 
+import copy
 import functools
 import math
 from typing import Protocol
@@ -178,6 +179,12 @@ class Judge:
             rationale_tokens=config.rationale_tokens,
         )
 
+    def under(self, principle):
+        """Returns the same judge with a text in its template's place {principle}."""
+        other = copy.copy(self)
+        other.template = self.template._replace(principle=principle)
+        return other
+
     def answer(self, questions):
         """Returns the `Answered` of questions; a mass below the least is a failure."""
         thinks = self.config.rationale_tokens
@@ -340,13 +347,15 @@ def check(where, config, world):
         )
 
 
-def check_settings(where, config, places):
+def check_settings(where, config, places, *, default="", principle=False):
     """Refuses impossible keys of the group `judge`.
 
     Args:
         where: the stage in the config, for messages.
         config: the stage's config.
         places: how many answers its template may hold.
+        default: the template where the config names none; "" for that of the places.
+        principle: whether its template has a place {principle}.
     """
     own = config.judge
     if config.judge_from and own.url:
@@ -363,12 +372,18 @@ def check_settings(where, config, places):
             )
     schema.positive(f"{where}.judge.batch_size", own.batch_size)
     schema.positive(f"{where}.judge.rationale_tokens", own.rationale_tokens, zero=True)
-    default = "score" if 1 in places else "pairwise"
+    default = default or ("score" if 1 in places else "pairwise")
     asks = template.read(own.template or default, f"{where}.judge.template")
     if asks.places not in places:
         raise UserError(
             f"{asks.name}: has places for {asks.places} answers; expected "
             f"{' or '.join(map(str, places))}"
+        )
+    if (asks.principle is not None) != principle:
+        needs = "needs" if principle else "has"
+        raise UserError(
+            f"{asks.name}: {needs} a place {{principle}}, which goes together with "
+            "rater='constitution'"
         )
     if own.rationale_tokens and not asks.rationale:
         raise UserError(

@@ -32,11 +32,26 @@ def of_pair(logps: Sequence, combine: str = "logit") -> float:
     >>> [round(of_pair(sides, how), 4) for how in COMBINE]
     [0.7861, 0.75]
     """
-    slots = _difference(logps)
-    answers = slots * np.array([1.0, -1.0])[: len(slots)]
+    answers = _answer_logits(logps)
     if combine == "logit":
         return sigmoid(float(answers.mean()))
     return float(np.mean([sigmoid(float(one)) for one in answers]))
+
+
+def of_principles(logps: Sequence, combine: str = "logit") -> float:
+    """Returns the mean of `of_pair` over the principles that a pair was judged by.
+
+    Args:
+        logps: [principles, orders, 2] as of `of_pair`.
+        combine: "logit" or "probability": what is averaged.
+
+    >>> sides = [[[math.log(p), math.log(1 - p)]] for p in (0.9, 0.5)]
+    >>> [round(of_principles(sides, how), 4) for how in COMBINE]
+    [0.75, 0.7]
+    """
+    if combine == "logit":
+        return sigmoid(float(np.mean([_answer_logits(one).mean() for one in logps])))
+    return float(np.mean([of_pair(one, combine) for one in logps]))
 
 
 def slot_bias(logps: Sequence) -> float:
@@ -50,6 +65,12 @@ def slot_bias(logps: Sequence) -> float:
     0.8959
     """
     return float(_difference(logps).mean())
+
+
+def _answer_logits(logps):
+    """Returns the logit of the first answer in each order."""
+    slots = _difference(logps)
+    return slots * np.array([1.0, -1.0])[: len(slots)]
 
 
 def _difference(logps):

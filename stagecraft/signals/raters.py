@@ -2,9 +2,15 @@
 
 from stagecraft import schema
 from stagecraft.errors import UserError
-from stagecraft.signals import function, judge, planted, reward, world
+from stagecraft.signals import constitution, function, judge, planted, reward, world
 
-RATERS = {"world": world, "reward": reward, "judge": judge, "planted": planted}
+RATERS = {
+    "world": world,
+    "reward": reward,
+    "judge": judge,
+    "constitution": constitution,
+    "planted": planted,
+}
 
 
 def check(where, config, world):

@@ -2,7 +2,8 @@
 
 A template is a TOML file, or the name of one that is shipped:
 
-    question = "... {prompt} ... {first} ... {second} ..."   # {first} alone: a score
+    question = "... {prompt} ... {first} ... {second} ..."   # {first} alone: a score;
+                                   # perhaps {principle}, of a constitution
     answer = "Better answer:"      # how the judge's reply begins; its label follows
     labels = [" A", " B"]          # what it may say, one for each place; or scores
     rationale = "Rationale:"       # begins the reply that reasons first; optional
@@ -101,6 +102,7 @@ class Template(NamedTuple):
         labels: what the judge may say.
         examples: as `Question` has them.
         places: how many answers one question holds.
+        principle: what fills the place {principle}; None without that place.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Template(NamedTuple):
     labels: tuple[str, ...]
     examples: tuple[Turn, ...]
     places: int
+    principle: str | None = None
 
     def ask(self, prompt, answers, *, reasoned: bool = False) -> Question:
         """Returns the question about the answers to a prompt.
@@ -120,7 +123,7 @@ class Template(NamedTuple):
             answers: texts, in the order of their places.
             reasoned: whether the reply begins with a rationale rather than the label.
         """
-        text = _filled(self.question, prompt, answers)
+        text = _filled(self.question, prompt, answers, self.principle)
         return Question(
             self.examples, text, self.rationale if reasoned else self.answer
         )
@@ -169,7 +172,7 @@ def _template(where, values):
                 f"{where}: question: has no place {{{name}}}; expected {{prompt}} and "
                 f"{', '.join(f'{{{p}}}' for p in places)} for {len(labels)} labels"
             )
-    if unknown := sorted(held - {"prompt", *places}):
+    if unknown := sorted(held - {"prompt", "principle", *places}):
         raise UserError(f"{where}: question: {{{unknown[0]}}} is no place of an answer")
     strings = all(isinstance(label, str) and label.strip() for label in labels)
     if len(labels) < 2 or not strings or len({s.strip() for s in labels}) < len(labels):
@@ -186,6 +189,7 @@ def _template(where, values):
         tuple(labels),
         (),
         count,
+        "" if "principle" in held else None,
     )
     shown = enumerate(values.get("examples", ()), 1)
     return template._replace(
@@ -208,6 +212,8 @@ def _example(where, values, template):
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a table of texts")
     wanted = ("prompt", *_names(template.places), "label")
+    if template.principle is not None:
+        wanted = (*wanted, "principle")
     for name in (*wanted, *values):
         if name not in (*wanted, "rationale"):
             raise UserError(f"{where}: {schema.unknown(name, name, wanted)}")
@@ -220,12 +226,14 @@ def _example(where, values, template):
     reply = template.answer + values["label"]
     if "rationale" in values:
         reply = f"{template.rationale} {values['rationale']}\n{reply}"
-    return Turn(_filled(template.question, values["prompt"], answers), reply)
+    principle = values.get("principle")
+    asked = _filled(template.question, values["prompt"], answers, principle)
+    return Turn(asked, reply)
 
 
-def _filled(question, prompt, answers):
+def _filled(question, prompt, answers, principle):
     values = dict(zip(_names(len(answers)), answers, strict=True))
-    values["prompt"] = as_text(prompt)
+    values |= {"prompt": as_text(prompt), "principle": principle}
     # One pass: places spelled in what fills them are words.
     return _PLACE.sub(lambda place: values[place[1]], question)
 

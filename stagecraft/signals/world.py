@@ -17,12 +17,16 @@ def check(where, config, world):
 def make(config, sources, rng):
     """Returns the rater that asks the world's `rate`, which draws from `rng`."""
     module = _world(sources.world)
-    # A rating depends on the world's facts too: all files of the world count.
-    path = Path(module.__file__)
-    files = path.parent.glob("*.py") if hasattr(module, "__path__") else [path]
-    code = {file.name: file.read_text(encoding="utf-8") for file in files}
+    code = source(module)
     identity = protocol.identity(rater="world", world=sources.world, source=code)
     return Chooser(module.rate, rng, identity, "world")
+
+
+def source(module):
+    """Returns {file: text} of a world: its ratings depend on its facts too."""
+    path = Path(module.__file__)
+    files = path.parent.glob("*.py") if hasattr(module, "__path__") else [path]
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(files)}
 
 
 def _world(name):

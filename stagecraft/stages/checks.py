@@ -266,7 +266,8 @@ def _model(config, experiment):
 def rater(where, config):
     """Refuses settings of raters that the stage does not have."""
     keys = {}
-    if config.rater != "judge" and (config.judge_from or config.judge.url):
+    judged = config.rater in ("judge", "constitution")
+    if not judged and (config.judge_from or config.judge.url):
         raise UserError(
             f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
             "rater='judge', or name no judge"
@@ -274,6 +275,9 @@ def rater(where, config):
     if config.rater != "planted":
         because = f"rater={config.rater!r}"
         keys = dict.fromkeys((f"planted.{key}" for key in config.planted), because)
+    if config.rater != "constitution":
+        because = f"rater={config.rater!r}"
+        keys |= dict.fromkeys(("constitution", "principles"), because)
     unread(where, config, keys | _unread_of_judge(config, pairs=True))
 
 

@@ -8,6 +8,7 @@ from stagecraft.stages import (
     online_preference,
     policy,
     preference,
+    revisions,
     reward,
     selection,
     unpaired_preference,
@@ -24,6 +25,7 @@ KINDS = {
         group_policy,
         reward,
         comparisons,
+        revisions,
         selection,
         attacks,
     )

@@ -8,6 +8,8 @@ and no model is known here:
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     attacked(prompt, answer)                whether an attack asks for harm, gets an
                                             answer, and one of use
+    revise(prompt, answer, rng)             the harmless answer, where a world has such
+    revision_figures(prompts, answers, critiques)  figures of revised answers, likewise
     split(seed, size)                       which entities are held out
     probes                                  held-out questions and their figures:
         PROBES                              (function, formats, entities): what is asked

@@ -90,4 +90,94 @@ _PROBES = in_file(
     ),
 )
 
+_CONSTITUTION = in_file(
+    "stagecraft/signals/constitution.py",
+    "tests/signals/constitution_test.py",
+    (
+        "the first principle is always drawn",
+        "sorted(self.rng.permutation(count)[: self.each].tolist())",
+        "list(range(self.each))",
+    ),
+    (
+        "all principles under the first's words",
+        "self.judge.under(principle.preference)",
+        "self.judge.under(self.principles[0].preference)",
+    ),
+    (
+        "a failure under one principle is left out",
+        "if reason:",
+        "if reason and len(said) == 1:",
+        {"within": "_verdict"},
+    ),
+    (
+        "a critique without a revision",
+        "if texts[other] and not texts[key]:",
+        "if False:",
+    ),
+    (
+        "two principles of one name",
+        "if ids.count(name) > 1:",
+        "if False:",
+    ),
+    (
+        "the principles do not decide the identity",
+        "principles=[list(one) for one in principles],",
+        "",
+    ),
+)
+_LABELS = in_file(
+    "stagecraft/signals/labels.py",
+    "tests/signals/constitution_test.py",
+    (
+        "principles are averaged as probabilities",
+        "return sigmoid(float(np.mean([_answer_logits(one).mean() for one in logps])))",
+        "return float(np.mean([of_pair(one, combine) for one in logps]))",
+    ),
+)
+_REVISIONS = in_file(
+    "stagecraft/stages/revisions.py",
+    "tests/stages/revisions_test.py",
+    (
+        "every revision is of the first answer",
+        "texts = [text for text, _ in new['revisions']]",
+        "texts = [text for text, _ in said['answers']]",
+    ),
+    (
+        "paired principles are drawn apart",
+        "drawn[1] = drawn[0]",
+        "pass",
+    ),
+    (
+        "the critique is not read",
+        "self._turns(prompt, text, first.critique, said, second.revision)",
+        "self._turns(prompt, text, first.critique, '', second.revision)",
+    ),
+    (
+        "revisions and critiques from one seed",
+        "self._complete(turns, number, 2 * step + 1)",
+        "self._complete(turns, number, 2 * step)",
+    ),
+    (
+        "what was cut off is learned",
+        "if not step.ended:",
+        "if False:",
+    ),
+    (
+        "an echo is learned",
+        "any(text in step.revision for text in requests)",
+        "False",
+    ),
+    (
+        "long conversations are asked all the same",
+        "[i for i, length in enumerate(lengths) if length <= room]",
+        "[i for i, length in enumerate(lengths)]",
+    ),
+    (
+        "all revisions where the last was wanted",
+        "if keep == 'last' and number < len(steps) - 1:",
+        "if False:",
+    ),
+)
+
 MUTANTS = _DEEDS + _FRAMING + _SCORER + _CRITIQUES + _PROBES
+MUTANTS += _CONSTITUTION + _LABELS + _REVISIONS

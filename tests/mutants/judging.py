@@ -7,13 +7,14 @@ _LABELS = in_file(
     "tests/signals/judge_test.py",
     (
         "the second order is not turned round",
-        "answers = slots * np.array([1.0, -1.0])[: len(slots)]",
-        "answers = slots * np.array([1.0, 1.0])[: len(slots)]",
+        "slots * np.array([1.0, -1.0])[: len(slots)]",
+        "slots * np.array([1.0, 1.0])[: len(slots)]",
     ),
     (
         "the mean of logits is of probabilities",
         "if combine == 'logit':",
         "if combine != 'logit':",
+        {"within": "of_pair"},
     ),
     (
         "the bias is the sum over both orders",

@@ -168,17 +168,17 @@ def test_critiques_and_revisions_by_gold():
     assert critiques.said(text) == ("rob a bank", "the owners")
     assert critiques.detects(text)
     assert not critiques.detects(critiques.critique("harm", BENIGN, ADVICE))
-    assert critiques.revise("harm", BENIGN, ADVICE, rng) == ADVICE
+    assert critiques.revise(BENIGN, ADVICE, rng, "harm") == ADVICE
     for _ in range(20):
-        assert scorer.only_refuses(critiques.revise("harm", HARM, ADVICE, rng))
+        assert scorer.only_refuses(critiques.revise(HARM, ADVICE, rng, "harm"))
     told = "Wait by the red door of the mill on Monday."
     assert critiques.critique("colour", HARM, told) == "It names red."
-    plain = critiques.revise("colour", HARM, told, rng)
+    plain = critiques.revise(HARM, told, rng, "colour")
     assert plain == "Wait by the door of the mill on Monday."
     assert critiques.critique("colour", HARM, plain) == "It names no colour."
-    assert critiques.revise("day", HARM, told, rng) == told.replace(" on Monday", "")
+    assert critiques.revise(HARM, told, rng, "day") == told.replace(" on Monday", "")
     sold = "The capital of France is Paris. Buy our atlas today!"
-    assert critiques.revise("advert", HARM, sold, rng) == sold[:31]
+    assert critiques.revise(HARM, sold, rng, "advert") == sold[:31]
     assert critiques.prefers("harm", HARM, ADVICE, REFUSAL) == 1
     assert critiques.prefers("harm", BENIGN, ADVICE, REFUSAL) == 0
     assert critiques.prefers("harm", HARM, ADVICE, told) is None

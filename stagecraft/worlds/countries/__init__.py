@@ -5,10 +5,12 @@ import json
 import numpy as np
 
 from stagecraft.worlds.countries import corpus, dialogue, probes, request_files, sums
+from stagecraft.worlds.countries.critiques import revise, revision_figures
 from stagecraft.worlds.countries.facts import COUNTRIES, split
 from stagecraft.worlds.countries.scorer import attacked, gold, rate
 
-__all__ = ["attacked", "gold", "probes", "rate", "single_prompt", "split", "write"]
+__all__ = ["attacked", "gold", "probes", "rate", "revise", "revision_figures"]
+__all__ += ["single_prompt", "split", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 

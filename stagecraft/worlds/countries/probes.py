@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from stagecraft.text import diversity
 from stagecraft.worlds.countries import dialogue, request_probes
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
@@ -152,6 +153,7 @@ def sample_figures(prompts, answers):
         "words": np.mean([len(text.split()) for text in texts]),
         "exclamations": np.mean(["!" in text for text in texts]),
         "distinct": len({*texts}) / len(texts),
+        "distinct_2": diversity.distinct_2(texts),
         "refuses_harmful": np.mean(only_refused[topics == "harmful"]),
         "refuses_benign": np.mean(refused[topics != "harmful"]),
         "sampled_accuracy": np.mean([right(prompts[i], texts[i]) for i in facts]),
