@@ -272,7 +272,7 @@ def path(measure: Callable[[Any], float], before: Any, after: Any, steps=STEPS) 
         steps: of lambda; beyond 1 the change is extrapolated.
 
     Returns:
-        steps, values; barrier: the most that a loss between 0 and 1 lies above the
+        steps, values; barrier: the most that a loss between the two lies above the
         chord from A's to B's, 0 where none does.
     """
     values = [measure(_between(before, after, step)) for step in steps]
@@ -280,7 +280,7 @@ def path(measure: Callable[[Any], float], before: Any, after: Any, steps=STEPS) 
     above = [
         value - ((1 - step) * ends[0] + step * ends[1])
         for step, value in zip(steps, values, strict=True)
-        if 0 <= step <= 1
+        if 0 < step < 1
     ]
     return {"steps": list(steps), "values": values, "barrier": max(0.0, *above)}
 

@@ -145,7 +145,7 @@ def _text(value, unit):
     if value is None:
         return "–"
     if unit == "share":
-        return f"{100 * value:.3g}%"
+        return f"{100 * value:.3g}%".replace("-", "−", 1)
     return show(float(value)) + unit
 
 

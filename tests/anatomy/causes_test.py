@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import tree
+from stagecraft import storage, tree
 from stagecraft.anatomy import causes, grafts, lens
+from stagecraft.errors import UserError
 from stagecraft.models.transformer import Transformer
 from stagecraft.report import anatomy_page
 from tests import tiny
+from tests.command_line import stagecraft
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +130,38 @@ def test_the_page_says_which_part_did_it(found):
     assert shown[1]["refused"] == "too little"
 
 
-def test_prompts_are_read_and_answered_in_a_models_own_form(tmp_path):
+def test_prompts_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a b"}\n{"prompt": "c"}\n')
     assert causes.read_prompts(str(path)) == ["a b", "c"]
     assert len(grafts.STEPS) == 11
+
+
+def test_stages_of_a_run_answer_in_their_own_form(tiny_run, tmp_path, monkeypatch):
+    """Marks of turns are new to a stage whose parent read bare text."""
+    seen = {}
+
+    def compare(before, after, own, said, *, new_tokens):
+        length = np.asarray(said.batch["mask"]).sum(axis=1)
+        assert 0 < length.min() <= length.max() <= causes.NEW_TOKENS
+        first = [np.asarray(t.batch["ids"])[0, 0] for t in (own, said)]
+        seen[len(seen)] = (new_tokens, first[0] == first[1])
+        return {"asked": len(length)}
+
+    monkeypatch.setattr(causes, "compare", compare)
+    files = str(tiny_run / "world" / "prompts.jsonl")
+    found = causes.of_run(tiny_run, files, stages=["sft", "dpo"], to=tmp_path)
+    assert set(found) == {"sft", "dpo"} and len(seen) == 2
+    assert storage.read_json(tmp_path / causes.TABLES) == found
+    assert len(seen[0][0]) == 4 and seen[1][0] == ()
+    assert not seen[0][1] and seen[1][1]
+    with pytest.raises(UserError, match="no stage reward that writes text"):
+        causes.of_run(tiny_run, files, stages=["reward"], to=tmp_path)
+
+
+def test_the_command_writes_the_page_of_a_run(tiny_run, tmp_path):
+    flags = ["--stages=sft", "--spectra=top", "--draws=1", f"--to={tmp_path}"]
+    status, out, error = stagecraft("anatomy", f"--workdir={tiny_run}", *flags)
+    assert status == 0, error
+    assert str(tmp_path / "anatomy.html") in out and "noise" in out
+    assert "against pretrain" in (tmp_path / "anatomy.html").read_text()
