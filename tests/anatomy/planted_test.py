@@ -381,13 +381,14 @@ def test_a_value_that_is_no_number_is_named():
     w = gaussian(51)
     broken = w.copy()
     broken[3, 4] = np.nan
-    with pytest.raises(UserError, match="layers/0/attention/query: holds values that"):
-        compared(w, broken)
+    for pair in ((w, broken), (broken, w)):
+        with pytest.raises(UserError, match="layers/0/attention/query: holds values"):
+            compared(*pair)
 
 
 def test_memory_is_two_matrices_and_their_gram_matrix(tmp_path):
     """Of a tall matrix on disk: a copy in float64, or a third, would not fit."""
-    shape = (1 << 16, D)
+    shape = (1 << 15, D)
     arrays = {}
     for seed, name in enumerate(("before", "after")):
         path = tmp_path / name
