@@ -157,6 +157,45 @@ def of_pair(
     return write([pair], to, **settings)
 
 
+class Spoken(NamedTuple):
+    """A stage that writes text and started from one that does.
+
+    Attributes:
+        name: the stage's.
+        before, after: `locate.Source`s of the parent and of the stage.
+        chat: whether each answers in turns of a chat.
+    """
+
+    name: str
+    before: locate.Source
+    after: locate.Source
+    chat: tuple[bool, bool]
+
+
+def speaking(root: Path, tokenizer) -> list[Spoken]:
+    """Lists the finished stages of a run whose weights can be asked what they do."""
+    config = runs.read_config(root)
+    names = [stage.name for stage in runs.read(root).stages]
+    opened, out = _Opened(root, names), []
+    for name in names:
+        if not opened.finished(name) or not opened.parents(name):
+            continue
+        before, after = opened.parents(name)[0], locate.locate(name, root, names)
+        records = [source.record() for source in (before, after)]
+        kinds = [config["stages"][name]["kind"], *(r.kind for r in records if r)]
+        if all(roles.of(kind).speaks for kind in kinds):
+            chat = (chats(before, tokenizer), chats(after, tokenizer))
+            out.append(Spoken(name, before, after, chat))
+    return out
+
+
+def chats(source: locate.Source, tokenizer) -> bool:
+    """Tells whether a model answers in turns of a chat."""
+    if source.outward:
+        return tokenizer.template is not None
+    return source.record().format != "text"
+
+
 def _targets(parents):
     """[(role, source)] of what a stage is compared with: its parent, and the root."""
     if not parents:

@@ -46,6 +46,15 @@ def blocks(*arrays: np.ndarray):
         yield tuple(array[start : start + rows] for array in arrays)
 
 
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Raises a UserError that names a matrix with NaN or infinity in it."""
+    if not all(np.isfinite(block).all() for (block,) in blocks(values)):
+        raise UserError(
+            f"{name}: holds values that are not finite (NaN or infinity); a model that "
+            "broke cannot be compared: go back to an earlier checkpoint"
+        )
+
+
 def quantiles(values: np.ndarray, shares: tuple[float, ...]) -> list[float]:
     """Returns exact quantiles of |values|, by two counts of the bits of a float32.
 
@@ -126,9 +135,7 @@ def _ratio(part, whole):
     return float(part / whole) if whole else None
 
 
-def measure(
-    before: np.ndarray, after: np.ndarray, dtypes: tuple[str, str], name: str = ""
-) -> Sums:
+def measure(before: np.ndarray, after: np.ndarray, dtypes: tuple[str, str]) -> Sums:
     """Compares two versions of a matrix, weight by weight.
 
     The figures of the sums are, with N weights:
@@ -149,10 +156,6 @@ def measure(
     Args:
         before, after: f32 of one shape.
         dtypes: that of each as stored, such as ("F32", "BF16").
-        name: for messages.
-
-    Raises:
-        UserError: a value is NaN or infinite.
     """
     sums, same = Sums(), dtypes[0] == dtypes[1]
     low, high = quantiles(before, (0.3, 0.7)) if same else (0.0, 0.0)
@@ -161,11 +164,6 @@ def measure(
         change = np.subtract(b, a, dtype=np.float64)
         one = Sums()
         one.count, one.moved = a.size, float(np.vdot(change, change))
-        if not np.isfinite(one.moved):
-            raise UserError(
-                f"{name}: holds values that are not finite (NaN or infinity); a model "
-                "that broke cannot be compared: go back to an earlier checkpoint"
-            )
         a64, b64 = a.astype(np.float64), b.astype(np.float64)
         one.before, one.after = float(np.vdot(a64, a64)), float(np.vdot(b64, b64))
         one.dot, one.along = float(np.vdot(a64, b64)), float(np.vdot(change, a64))

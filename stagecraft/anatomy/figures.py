@@ -303,7 +303,8 @@ FIGURES = (
     _share(
         "unchanged_bf16",
         "Unchanged in bfloat16",
-        "share of weights equal to the parent's after both are cast",
+        "share of weights equal to the parent's after both are cast; to be read beside "
+        "what noise of that size leaves",
     ),
     Figure("gflops", "GFLOPs", "10⁹ floating-point operations of the stage", digits=0),
     Figure("share", "Share of pretraining", "FLOPs of the stage over pretraining's"),

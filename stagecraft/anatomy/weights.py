@@ -150,15 +150,21 @@ def compare(
         return _compare(before, after, depth, draws, seed, others or {})
 
 
+def _read(matrix):
+    values = matrix.read()
+    elements.check_finite(values, matrix.name)
+    return values
+
+
 def _compare(before, after, depth, draws, seed, others):
-    a, dtypes = before.read(), (before.dtype, after.dtype)
+    a, dtypes = _read(before), (before.dtype, after.dtype)
     coarse, matrix = elements.coarser(*dtypes), len(before.shape) == 2
     start, edge = None, spectra.noise_edge(a, coarse) if matrix else 0.0
     if matrix and depth in ("all", "top"):
         start = spectra.Before(a, full=depth == "all")
 
     def figures(b, stored):
-        sums = elements.measure(a, b, (before.dtype, stored), before.name)
+        sums = elements.measure(a, b, (before.dtype, stored))
         found = sums.figures()
         if start is not None:
             relative = found["relative_change"]
@@ -170,7 +176,7 @@ def _compare(before, after, depth, draws, seed, others):
 
     line = {"kind": before.kind, "layer": before.layer, "name": before.name}
     line |= {"shape": list(before.shape), "dtypes": list(dtypes)}
-    b = after.read()
+    b = _read(after)
     line |= figures(b, after.dtype)
     del b  # before the next is made: two matrices at a time
     null = {ISOTROPIC: []}
@@ -184,7 +190,7 @@ def _compare(before, after, depth, draws, seed, others):
         null[ISOTROPIC].append(figures(noise, after.dtype))
         del noise
     for name, other in others.items():
-        null[name] = [figures(other.read(), other.dtype)]
+        null[name] = [figures(_read(other), other.dtype)]
     return line | {"null": {name: rows for name, rows in null.items() if rows}}
 
 

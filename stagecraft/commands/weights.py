@@ -14,6 +14,7 @@ from stagecraft.errors import UserError
     Flag("spectra", "all", "all, top (the first directions) or none"),
     Flag("draws", 2, "isotropic changes that each matrix is held against", least=0),
     Flag("seed", 0, "of their noise"),
+    Flag("prompts", "", "files of prompts: also asks which weights did it, by grafts"),
     Flag("to", "", "folder to write into; by default WORKDIR/anatomy"),
 )
 def anatomy(rest):
@@ -21,13 +22,16 @@ def anatomy(rest):
 
     stagecraft anatomy --workdir=runs/a
     stagecraft anatomy --workdir=runs/a --stages=dpo --null=dpo_shuffled
+    stagecraft anatomy --workdir=runs/a --prompts=runs/a/world/prompts.jsonl
     stagecraft anatomy --before=hf:base --after=hf:tuned --to=anatomy
 
     Every stage is compared with its parent and with pretraining, matrix by matrix, and
     all stages with one another. Written are anatomy.json and the page anatomy.html. It
     needs no training code and at most two matrices of memory; a second call goes on.
+    With --prompts both models are read whole, and weights of one are grafted into the
+    other to see which of them change the answers (causes.json).
     """
-    from stagecraft.anatomy import changes
+    from stagecraft.anatomy import causes, changes
     from stagecraft.report import anatomy_page, terminal
 
     if bool(FLAGS.before) != bool(FLAGS.after):
@@ -36,14 +40,21 @@ def anatomy(rest):
         raise UserError("give --workdir=RUN, or --before=A --after=B")
     settings = {"depth": FLAGS.spectra, "draws": FLAGS.draws, "seed": FLAGS.seed}
     settings["nulls"] = schema.listed(FLAGS.null)
+    asked = None
     if FLAGS.workdir:
         stages = schema.listed(FLAGS.stages)
         tables = changes.of_run(FLAGS.workdir, stages=stages, to=FLAGS.to, **settings)
+        if FLAGS.prompts:
+            own = {"stages": stages, "to": FLAGS.to}
+            asked = causes.of_run(FLAGS.workdir, FLAGS.prompts, **own)
     else:
         if not FLAGS.to:
             raise UserError("--to is missing: the folder to write into")
         if FLAGS.stages:
             raise UserError("--stages is of a run: leave it away with --before")
-        tables = changes.of_pair(FLAGS.before, FLAGS.after, to=FLAGS.to, **settings)
+        pair = (FLAGS.before, FLAGS.after)
+        tables = changes.of_pair(*pair, to=FLAGS.to, **settings)
+        if FLAGS.prompts:
+            asked = causes.of_pair(*pair, FLAGS.prompts, to=FLAGS.to)
     terminal.show_anatomy(tables)
-    print(anatomy_page.write(tables))
+    print(anatomy_page.write(tables, asked))

@@ -70,9 +70,17 @@ FIGURES = (
 )
 
 
-def write(tables: changes.Anatomy) -> Path:
-    """Writes FOLDER/anatomy.html beside the tables; returns its path."""
-    names = dict.fromkeys(one["stage"] for one in tables["comparisons"])
+def write(tables: changes.Anatomy, causes: dict | None = None) -> Path:
+    """Writes FOLDER/anatomy.html beside the tables; returns its path.
+
+    Args:
+        tables: what changed.
+        causes: {stage: what `causes.compare` returns, or {"refused": why}}: which
+            weights did it.
+    """
+    names = dict.fromkeys(
+        [*(one["stage"] for one in tables["comparisons"]), *(causes or ())]
+    )
     stages = {name: {"name": name, "index": i} for i, name in enumerate(names)}
     first = _first(tables["comparisons"])
     text = render.render(
@@ -90,6 +98,7 @@ def write(tables: changes.Anatomy) -> Path:
         kinds=[_kinds(one, stages) for one in first],
         ulps=_ulps(first, stages),
         between=tables["between"],
+        causes=_causes(causes or {}, stages),
     )
     path = tables.folder / "anatomy.html"
     storage.write_text(path, text)
@@ -136,7 +145,7 @@ def _text(value, unit):
     if value is None:
         return "–"
     if unit == "share":
-        return f"{100 * value:.3g}%"
+        return f"{100 * value:.3g}%".replace("-", "−", 1)
     return show(float(value)) + unit
 
 
@@ -329,3 +338,64 @@ def _ulps(first, stages):
         for one in first
         if one["ulps"] is not None
     ]
+
+
+_BROKEN = 0.1  # nats above the chord at which a graft is no language model any more
+
+
+def _causes(causes, stages):
+    """Which weights did it, a stage each: the findings and their tables."""
+    return [
+        {"stage": stages[name], "refused": found["refused"]}
+        if "refused" in found
+        else {
+            "stage": stages[name],
+            "refused": "",
+            "divergence": found["divergence"],
+            "error": found["standard_error"],
+            "answers": found["answers"],
+            "tables": [
+                _players(found[key]["players"], name, what)
+                for key, what in (("layers", "Part"), ("kinds", "Kind"))
+            ],
+            "path": found["path"],
+            "subspaces": found["subspaces"],
+            "gains": _gains(found["gains"]),
+            "lenses": found["lenses"],
+        }
+        for name, found in causes.items()
+    ]
+
+
+def _players(players, stage, what):
+    rows = [
+        {
+            "name": name,
+            "shapley": row["shapley"],
+            "left": 98 * min(max(row["norm_share"], 0.0), 1.0),
+            "at": 98 * min(max(row["shapley"], 0.0), 1.0),
+            "text": _text(row["shapley"], "share"),
+            "norm": _text(row["norm_share"], "share"),
+            "sufficiency": _text(row["sufficiency"], "share"),
+            "necessity": _text(row["necessity"], "share"),
+            "density": show(row["density"]) if row["density"] is not None else "–",
+            "excess": row["loss_excess"],
+            "broken": row["loss_excess"] > _BROKEN,
+        }
+        for name, row in players.items()
+    ]
+    top = max(rows, key=lambda row: row["shapley"])
+    title = (
+        f"{stage}: {top['name']} did {top['text']} of it with {top['norm']} of the "
+        "squared change"
+    )
+    return {"what": what, "title": title, "rows": rows}
+
+
+def _gains(gains):
+    """The logit gain by kind, layers together: [(kind, least, largest)]."""
+    kinds = {}
+    for name, gain in gains.items():
+        if gain is not None:
+            kinds.setdefault(name.rsplit("/", 1)[-1], []).append(gain)
+    return [(kind, min(values), max(values)) for kind, values in kinds.items()]

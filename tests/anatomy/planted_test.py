@@ -1,5 +1,7 @@
 """Changes whose every figure is known beforehand, judged by numpy in float64."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -379,5 +381,35 @@ def test_a_value_that_is_no_number_is_named():
     w = gaussian(51)
     broken = w.copy()
     broken[3, 4] = np.nan
-    with pytest.raises(UserError, match="layers/0/attention/query: holds values that"):
-        compared(w, broken)
+    for pair in ((w, broken), (broken, w)):
+        with pytest.raises(UserError, match="layers/0/attention/query: holds values"):
+            compared(*pair)
+
+
+def test_memory_is_two_matrices_and_their_gram_matrix(tmp_path):
+    """Of a tall matrix on disk: a copy in float64, or a third, would not fit."""
+    shape = (1 << 15, D)
+    arrays = {}
+    for seed, name in enumerate(("before", "after")):
+        path = tmp_path / name
+        mapped = np.memmap(path, ml_dtypes.bfloat16, "w+", shape=shape)
+        random = np.random.default_rng(seed)
+        mapped[...] = 0.02 * random.standard_normal(shape, np.float32)
+        if name == "after":
+            mapped[...] = 0.01 * mapped[...] + arrays["before"][...]
+        mapped.flush()
+        arrays[name] = np.memmap(path, ml_dtypes.bfloat16, "r", shape=shape)
+    pair = [
+        Matrix(
+            "embed", "embed", None, shape, "BF16", lambda a=a: np.asarray(a, np.float32)
+        )
+        for a in arrays.values()
+    ]
+    tracemalloc.start()
+    try:
+        weights.compare(*pair, draws=1, others={"control": pair[1]})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    one = 4 * shape[0] * shape[1]
+    assert peak < 2 * one + 2 * 8 * D**2 + (64 << 20)

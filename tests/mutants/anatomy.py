@@ -35,7 +35,7 @@ _ELEMENTS = in_file(
     ),
     (
         "NaN is compared",
-        "not np.isfinite(one.moved)",
+        "not all(np.isfinite(block).all() for (block,) in blocks(values))",
         "False",
         f"{_PLANTED} -k no_number",
     ),
@@ -180,7 +180,86 @@ _CHANGES = in_file(
     ),
 )
 
+_GRAFTED = "tests/anatomy/grafts_test.py"
+
+_GRAFTS = in_file(
+    "stagecraft/anatomy/grafts.py",
+    _GRAFTED,
+    (
+        "necessity is of the part alone",
+        "1 - value(frozenset(names) - {name})",
+        "value(frozenset([name]))",
+        f"{_GRAFTED} -k needed",
+    ),
+    (
+        "coalitions weigh alike",
+        "math.factorial(len(some))\n * math.factorial(n - len(some) - 1)"
+        "\n / math.factorial(n)",
+        "1 / 2 ** (n - 1)",
+        f"{_GRAFTED} -k orders",
+    ),
+    (
+        "noise is attributed",
+        "abs(change) < 3 * error or not change",
+        "not change",
+        f"{_GRAFTED} -k within_its_error",
+    ),
+    (
+        "a graft takes whole arrays",
+        "if index is None:",
+        "if True:",
+        f"{_GRAFTED} -k only_new",
+    ),
+    (
+        "the chord is the loss before",
+        "(1 - own[name]) * losses[0] + own[name] * losses[1]",
+        "losses[0]",
+        f"{_GRAFTED} -k broke",
+    ),
+    (
+        "a barrier is above the start and not the chord",
+        "(1 - step) * ends[0] + step * ends[1]",
+        "ends[0]",
+        f"{_GRAFTED} -k barrier",
+    ),
+)
+
+_LENS = in_file(
+    "stagecraft/anatomy/lens.py",
+    _GRAFTED,
+    (
+        "what all logits share counts",
+        "rows = (rows - p @ rows) * np.asarray(scale, np.float64)",
+        "rows = rows * np.asarray(scale, np.float64)",
+        f"{_GRAFTED} -k gain",
+    ),
+    (
+        "a lens has no offset",
+        "mean_y - mean_x @ weights",
+        "0 * mean_y",
+        f"{_GRAFTED} -k affine",
+    ),
+)
+
+_CAUSES = in_file(
+    "stagecraft/anatomy/causes.py",
+    "tests/anatomy/causes_test.py",
+    (
+        "the divergence is the other way round",
+        "jnp.sum(jnp.exp(p) * (p - q), axis=-1)",
+        "jnp.sum(jnp.exp(q) * (q - p), axis=-1)",
+        "tests/anatomy/causes_test.py -k divergence",
+    ),
+    (
+        "a lens of a few positions",
+        "fitted.shape[1] > 2 * fitted.shape[2]",
+        "True",
+        "tests/anatomy/causes_test.py -k last_layer",
+    ),
+)
+
 MUTANTS = (
     *(_ELEMENTS + _SPECTRA + _NULLS + _STORED),
     *(_WEIGHTS + _BETWEEN + _CHANGES),
+    *(_GRAFTS + _LENS + _CAUSES),
 )
