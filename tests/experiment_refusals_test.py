@@ -18,6 +18,7 @@ PARENTS = {
     "group_policy": dict(start_from="base", verifiers="json:loads"),
     "selection": dict(start_from="base", verifiers="json:loads"),
     "comparisons": dict(start_from="base"),
+    "attacks": dict(start_from="base", target_from="base"),
 }
 
 
