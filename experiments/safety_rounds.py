@@ -47,7 +47,8 @@ FIGURES = (
     "labels",
     "gflops",
 )
-PAIRS = 1600  # compared in a round
+PAIRS = 1000  # compared in a round
+STEPS = 60  # of DPO, or of the reward model
 ATTACKS = 160  # prompts of the attacker in a round, four attacks each
 
 
@@ -159,9 +160,9 @@ def _learn(c, name, sft, records, recipe, count, objective):
     if objective == "ppo":
         names = dict(reward=f"{name}_reward", ppo=name)
     common.learners(c, sft, records, recipe, count, **names)
-    for stage in names.values():
-        if "length" in c.stages[stage].data:
-            c.stages[stage].data.length = 96
+    for stage in (c.stages[name] for name in names.values()):
+        if "length" in stage.data:  # wrappers are long
+            stage.data.length, stage.steps = 96, min(STEPS, stage.steps)
     if objective == "ppo":  # the prompts that were compared
         last = records.split(",")[-1].removeprefix("stage:")
         c.stages[name].data.files = c.stages[last].data.files

@@ -19,6 +19,7 @@ PARENTS = {
     "selection": dict(start_from="base", verifiers="json:loads"),
     "comparisons": dict(start_from="base"),
     "revisions": dict(start_from="base", constitution="general"),
+    "attacks": dict(start_from="base", target_from="base"),
 }
 
 

@@ -311,17 +311,23 @@ def test_rounds_of_attacks_learn_from_all_rounds_so_far(tmp_path):
         )
         assert one.replace(",world:benign_requests.jsonl", "") == other
         assert (one != other) == name.startswith("pairs")
-    for name in without:
+    stages = config.stages
+    both = "stage:with_pairs_1,stage:with_pairs_2"
+    assert stages.with_round_2.data.files == both
+    assert stages.with_round_2.start_from == "sft"
+    assert stages.with_pairs_2.start_from == "with_round_1"
+    assert stages.with_attacks_2.target_from == "with_round_1"
+    assert stages.with_attacks_2.data.known.endswith("stage:with_attacks_1")
+
+    config = single_device(module.get_config("tiny,rounds=1"))
+    for name in [name for name in config.stages if name.startswith("without_")]:
         del config.stages[name]
     figures = run.run(config, tmp_path / "run")
-    one, two = (
-        (tmp_path / "run" / f"with_pairs_{i}" / "records.jsonl").read_text()
-        for i in (1, 2)
-    )
-    count = len(one.splitlines()) + len(two.splitlines())
-    assert figures["with_round_2"]["labels"] == count
-    assert figures["with_round_1"]["labels"] == len(one.splitlines())
-    assert {*module.FIGURES} - {"gflops"} <= figures["with_round_2"].keys()
+    rows = (tmp_path / "run" / "with_pairs_1" / "records.jsonl").read_text()
+    assert figures["with_round_1"]["labels"] == len(rows.splitlines())
+    assert {*module.FIGURES} - {"gflops"} <= figures["with_round_1"].keys()
+    attacks = json.loads((tmp_path / "run/with_attacks_1/stage.json").read_text())
+    assert 0 < attacks["kept"] <= attacks["attacks"] == 64 * 4
     ppo = module.get_config("tiny,objective=ppo,rounds=1").stages
     assert ppo.with_round_1.reward_from == "with_round_1_reward"
     with pytest.raises(UserError, match="objective='pop': unknown; did you mean 'ppo'"):

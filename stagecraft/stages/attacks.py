@@ -51,7 +51,9 @@ def write(config, recording):
         size = config.samples
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    rules = protocol.identity(world=recording.world, source=protocol.source(rate))
+    rules = protocol.identity(
+        world=recording.world, source=protocol.source(world.attacked)
+    )
     batches, seconds = records.collect(
         config,
         recording,

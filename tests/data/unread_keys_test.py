@@ -45,6 +45,7 @@ CASES = {
     ("reward", ""): "pairs",
     ("comparisons", ""): "prompts",
     ("selection", ""): "prompts",
+    ("attacks", ""): "prompts",
 }
 
 

@@ -33,7 +33,7 @@ class Seeded:
     def __init__(self):
         self.seeds = []
 
-    def complete(self, prompts, *, seed, **sampling):
+    def complete(self, prompts, *, seed=0, **sampling):
         self.seeds.append(seed)
         rng = np.random.default_rng(seed)
         return [

@@ -16,7 +16,7 @@ import pytest
 
 from stagecraft import defaults, storage
 from stagecraft.errors import UserError
-from stagecraft.stages import comparisons, records, selection
+from stagecraft.stages import attacks, comparisons, records, selection
 from tests.stages.answers import LINEAGE, PROMPTS, Seeded, recording
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,6 +43,15 @@ def select(folder, language):
     return selection.write(config, recording(folder, language, "best"))
 
 
+def attack(folder, language):
+    config = defaults.stage(
+        "attacks", prompts=10, batch_size=6, samples=2, threshold=-1.0
+    )
+    whole = recording(folder, language, "best")
+    target = Seeded()  # asked greedily: its own answers are not counted
+    return attacks.write(config, whole._replace(world="countries", target=target))
+
+
 def other(**changes):
     return dataclasses.replace(LINEAGE, **changes)
 
@@ -54,7 +63,7 @@ def journal(folder):
     return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
 
 
-@pytest.mark.parametrize("write", [compare, select])
+@pytest.mark.parametrize("write", [compare, select, attack])
 def test_cut_off_at_any_byte_it_ends_the_same(tmp_path, write):
     straight = tmp_path / "straight"
     whole = Seeded()
