@@ -26,6 +26,21 @@ def table(live, ids):
     return out - np.logaddexp.reduce(out, axis=-1, keepdims=True)
 
 
+def assert_near(one, other):
+    """Both are the same but for rounding: texts are read together or alone."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[key] for key in one]
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_near(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=1e-4)
+    else:
+        assert one == other
+
+
 def ids_of(live, text):
     tokenizer = live.language.tokenizer
     return [tokenizer.bos, *tokenizer.encode(text)]
@@ -72,7 +87,7 @@ def test_a_prompt_is_a_text_or_ids_one_or_several(live):
     texts = ["one", "another one"]
     alone = [live.ask(prompt=text, **asked)["choices"][0] for text in texts]
     ids = [ids_of(live, text) for text in texts]
-    assert live.ask(prompt=ids[0], **asked)["choices"] == alone[:1]
+    assert_near(live.ask(prompt=ids[0], **asked)["choices"], alone[:1])
     for prompts in (texts, ids):
         got = live.ask(prompt=prompts, n=2, **asked)
         assert [one["index"] for one in got["choices"]] == [0, 1, 2, 3]
@@ -158,7 +173,7 @@ def test_pieces_are_the_whole(live, path, stops):
             assert "".join(one["text"] for one in own) == choice["text"]
         said = [one["logprobs"] for one in own if one["logprobs"]]
         for key, values in choice["logprobs"].items():
-            assert sum((part[key] for part in said), []) == values
+            assert_near(sum((part[key] for part in said), []), values)
 
 
 def test_a_stop_ends_a_text_before_it(live):
