@@ -181,9 +181,14 @@ def test_a_stop_ends_a_text_before_it(live):
     whole = live.ask(**asked)
     text = whole["choices"][0]["text"]
     offsets = whole["choices"][0]["logprobs"]["text_offset"]
-    stop = text[17:20]  # over tokens, and over the engine's blocks of steps
-    place = text.index(stop)
-    for stops in (stop, ["never there", stop, text[place : place + 4]]):
+    # Over tokens, over the engine's blocks of steps, and new, as is its end.
+    place = next(
+        i
+        for i in range(15, 40)
+        if text.index(text[i : i + 3]) == i and text.index(text[i + 1 : i + 3]) == i + 1
+    )
+    stop = text[place : place + 3]
+    for stops in (stop, ["never there", stop + "x", stop[1:], stop]):
         got = live.ask(**asked, stop=stops)
         (choice,) = got["choices"]
         assert choice["text"] == text[:place] and choice["finish_reason"] == "stop"
