@@ -26,6 +26,21 @@ def table(live, ids):
     return out - np.logaddexp.reduce(out, axis=-1, keepdims=True)
 
 
+def assert_near(one, other):
+    """Both are the same but for rounding: texts are read together or alone."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[key] for key in one]
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_near(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=1e-4)
+    else:
+        assert one == other
+
+
 def ids_of(live, text):
     tokenizer = live.language.tokenizer
     return [tokenizer.bos, *tokenizer.encode(text)]
@@ -72,7 +87,7 @@ def test_a_prompt_is_a_text_or_ids_one_or_several(live):
     texts = ["one", "another one"]
     alone = [live.ask(prompt=text, **asked)["choices"][0] for text in texts]
     ids = [ids_of(live, text) for text in texts]
-    assert live.ask(prompt=ids[0], **asked)["choices"] == alone[:1]
+    assert_near(live.ask(prompt=ids[0], **asked)["choices"], alone[:1])
     for prompts in (texts, ids):
         got = live.ask(prompt=prompts, n=2, **asked)
         assert [one["index"] for one in got["choices"]] == [0, 1, 2, 3]
@@ -117,18 +132,18 @@ def test_a_chat_is_written_by_the_template(live):
 
 
 def test_a_control_token_ends_a_turn_and_is_none_of_its_text(live):
-    t, ended = live.language.tokenizer, None
+    t, ended, names = live.language.tokenizer, None, []
     for seed in range(200):
         asked = dict(messages=MESSAGES, seed=seed, max_tokens=60, logprobs=True)
         ended = live.ask("chat/completions", **asked)
-        if ended["choices"][0]["finish_reason"] == "stop":
+        said = ended["choices"][0]["logprobs"]["content"]
+        names = [one["token"] for one in said]
+        if t.name(t.end) in names:
             break
-    (choice,) = ended["choices"]
-    tokens = choice["logprobs"]["content"]
-    assert tokens[-1]["token"] == t.name(t.end) and len(tokens) < 60
-    assert len(tokens) == ended["usage"]["completion_tokens"]
-    assert t.name(t.end) not in choice["message"]["content"]
-    assert t.name(t.end) not in [one["token"] for one in tokens[:-1]]
+    assert names.index(t.name(t.end)) == len(names) - 1 < 59
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    assert len(names) == ended["usage"]["completion_tokens"]
+    assert t.name(t.end) not in ended["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
@@ -158,7 +173,7 @@ def test_pieces_are_the_whole(live, path, stops):
             assert "".join(one["text"] for one in own) == choice["text"]
         said = [one["logprobs"] for one in own if one["logprobs"]]
         for key, values in choice["logprobs"].items():
-            assert sum((part[key] for part in said), []) == values
+            assert_near(sum((part[key] for part in said), []), values)
 
 
 def test_a_stop_ends_a_text_before_it(live):
@@ -166,9 +181,14 @@ def test_a_stop_ends_a_text_before_it(live):
     whole = live.ask(**asked)
     text = whole["choices"][0]["text"]
     offsets = whole["choices"][0]["logprobs"]["text_offset"]
-    stop = text[17:20]  # over tokens, and over the engine's blocks of steps
-    place = text.index(stop)
-    for stops in (stop, ["never there", stop, text[place : place + 4]]):
+    # Over tokens, over the engine's blocks of steps, and new, as is its end.
+    place = next(
+        i
+        for i in range(15, 40)
+        if text.index(text[i : i + 3]) == i and text.index(text[i + 1 : i + 3]) == i + 1
+    )
+    stop = text[place : place + 3]
+    for stops in (stop, ["never there", stop + "x", stop[1:], stop]):
         got = live.ask(**asked, stop=stops)
         (choice,) = got["choices"]
         assert choice["text"] == text[:place] and choice["finish_reason"] == "stop"

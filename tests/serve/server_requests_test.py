@@ -5,6 +5,7 @@ import re
 import socket
 import time
 
+import jax
 import pytest
 from starlette.testclient import TestClient
 
@@ -246,12 +247,15 @@ def test_more_than_can_wait_is_refused_for_now(live, monkeypatch):
     assert live.ask(prompt="a", max_tokens=2) and live.idle()
 
 
-def test_what_the_device_cannot_do_fails_alone(live, monkeypatch):
-    def broken(*_, **__):
+@pytest.mark.parametrize("program", ["advance", "insert"])
+def test_what_the_device_cannot_do_fails_alone(live, monkeypatch, program):
+    def broken(*arguments, **_):
+        if program == "insert":  # whose first argument is given away
+            jax.tree.map(lambda array: array.delete(), arguments[0])
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines.slots, "advance", broken)
+        patch.setattr(engines.slots, program, broken)
         answer = live.client.post("completions", json={"prompt": "a", "max_tokens": 9})
         error = answer.json()["error"]
         assert (answer.status_code, error["type"]) == (500, "server_error")
