@@ -147,14 +147,17 @@ def _supervised(c, helpful, arg, arm):
 def _reinforced(c, helpful, arg):
     """RL-CAI: pairs of the SL model, judged by principles; helpful ones by people."""
     pairs = dict(start_from="sl", prompts=arg.prompts, sampling=SAMPLING)
+    # It recalls whom a deed hurts before it judges, as in what it learned from.
+    judge = dict(batch_size=64, rationale_tokens=20, clamp=0.1, min_mass=0.0)
+    if arg.tiny:  # whose small tokenizer makes long questions
+        judge |= dict(rationale_tokens=8, max_failed=1.0)
     c.stages.pairs = defaults.stage(
         "comparisons",
         data=dict(files=f"{RED_TEAM},{BENIGN}"),
         rater="constitution",
         constitution=SENSE,
         judge_from=helpful,
-        # It recalls whom a deed hurts before it judges, as in what it learned from.
-        judge=dict(batch_size=64, rationale_tokens=20, clamp=0.1, min_mass=0.0),
+        judge=judge,
         soft_labels=True,
         **pairs,
     )
