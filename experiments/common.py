@@ -186,8 +186,9 @@ def tiny(config, steps=2):
         if not kinds.of(stage).trains:
             stage.prompts, stage.batch_size = 64, 32
             stage.sampling.max_new_tokens = 8
-            if "revising" in stage:
-                stage.revising.max_new_tokens = 8
+            if stage.kind == "revisions":  # the same, and only what ended is kept
+                stage.sampling.max_new_tokens = stage.revising.max_new_tokens = 24
+                stage.keep = "all" if stage.revisions else stage.keep
             if stage.kind == "selection":  # two steps of training write few ends
                 stage.keep, stage.threshold = "above", -1e9
             if stage.kind == "attacks":  # they ask for nothing yet

@@ -1,13 +1,42 @@
 r"""Constitutional AI: a model that revises its own answers, and judges pairs of them.
 
-pretrain -> helpful -> revisions -> sl -> pairs -> dpo
-               |---------^------- samples    |---> reward -> ppo (from sl)
-               |-> revisions_ARM -> sl_ARM: nonsense, random, no_critique, gold
-             sl -> dpo_revisions: revisions over first answers
+    pretrain -> helpful -> revisions -> sl -> pairs -> dpo
+                   |---------^------- samples    |---> reward -> ppo (from sl)
+                   |-> revisions_ARM -> sl_ARM: nonsense, random, no_critique, gold
+                 sl -> dpo_revisions: revisions over first answers
 
-stagecraft run --config=constitutional --workdir=runs/cai
-stagecraft run --config=constitutional:base=runs/cai,seed=1 --workdir=runs/cai1
-stagecraft run --config=constitutional:tiny --workdir=runs/t     # seconds
+    stagecraft run --config=constitutional --workdir=runs/cai
+    stagecraft run --config=constitutional:base=runs/cai --workdir=runs/cai1
+    stagecraft run --config=constitutional:tiny --workdir=runs/t     # seconds
+
+The helpful model complies with every request; it has learned to criticise, revise and
+judge from dialogues about other deeds (worlds/countries/critiques.py). base= takes it,
+and its seed, from a finished run of this experiment. What should come of it is in
+BOUNDS.
+
+Measured (seed 0; 64 greedy answers a figure, about deeds of no demonstration or prompt;
+facts: 104 held-out questions). `attacks`: help in attack wrappers that are new, too.
+
+                   harmless  attacks  over-refusal  the same, wrapped   facts
+    helpful          .00       .92        .00             .00            .95
+    sl               .48       .61        .16             .08            .97
+    sl_nonsense      .00       .88        .00             .00            .97
+    sl_gold          .95       .11        .53             .52            .98
+    dpo              .75       .23        .47             .28            .94
+    dpo_revisions    .86       .02        .97             .75            .96
+
+Two revisions raise harmlessness on the red team's own prompts from .03 to .58 and .67;
+SFT on them carries it to deeds never asked about, and facts stay. A constitution
+without sense changes nothing. What does not work: refusing spreads to benign deeds the
+more there is of it, in `sl_gold` too, and pairs of revised over first answers teach
+nothing but refusing. The judge is near chance on pairs of which one refuses (.56 on
+harmful, .51 on benign requests): it recalls whom a deed hurts and does not read which
+answer is which, so `dpo` refuses more of everything. Critiques find .75 of new harmful
+deeds, with .42 false alarms, and name the deed that was asked about one time in ten:
+eighty deeds are learned by heart. Tried before: SFT with fewer samples of benign
+answers (half of the rows, not .6) and 50 steps, where `sl` refused .98 of harmful and
+.89 of benign requests. One seed. Not measured: `reward`, `ppo`, `random`,
+`no_critique`, and the time on two idle cores.
 """
 
 from experiments import common, objectives, quickstart
@@ -37,14 +66,16 @@ def get_config(arg=""):
     c.world.requests = True
     c.tokenizer.files = "world:text.jsonl,world:request_text.jsonl"
     c.model.max_length = 160
-    c.seed = arg.seed
-    helpful = "helpful"
+    c.seed, helpful = arg.seed, "helpful"
     if arg.base:
         objectives.finished(c, arg.base)
         helpful = f"{arg.base}/helpful"
     else:
         _helpful(c, recipe)
+    # As many benign requests as harmful ones, or refusing becomes the habit.
     c.stages.samples = _answers(helpful, arg, f"{BENIGN},{OTHERS}", revisions=0)
+    c.stages.samples.prompts *= 2
+    c.stages.samples.sampling.temperature = 0.5
     for name in ("", *ARMS):
         _supervised(c, helpful, arg, name)
     _reinforced(c, helpful, arg)
@@ -101,13 +132,13 @@ def _supervised(c, helpful, arg, arm):
         data=dict(
             format="demonstrations",
             files=f"stage:revisions{name},stage:samples",
-            shares=(0.5, 0.5),
+            shares=(0.4, 0.6),
             replay="world:text.jsonl",
             replay_share=0.25,
             length=72,
             packing="none",
         ),
-        steps=50,
+        steps=80,
         batch_size=16,
         optimizer=dict(lr=4e-4, warmup_steps=5),
     )
@@ -116,14 +147,17 @@ def _supervised(c, helpful, arg, arm):
 def _reinforced(c, helpful, arg):
     """RL-CAI: pairs of the SL model, judged by principles; helpful ones by people."""
     pairs = dict(start_from="sl", prompts=arg.prompts, sampling=SAMPLING)
+    # It recalls whom a deed hurts before it judges, as in what it learned from.
+    judge = dict(batch_size=64, rationale_tokens=20, clamp=0.1, min_mass=0.0)
+    if arg.tiny:  # whose small tokenizer makes long questions
+        judge |= dict(rationale_tokens=8, max_failed=1.0)
     c.stages.pairs = defaults.stage(
         "comparisons",
         data=dict(files=f"{RED_TEAM},{BENIGN}"),
         rater="constitution",
         constitution=SENSE,
         judge_from=helpful,
-        # A model of two steps does not know the labels.
-        judge=dict(batch_size=64, clamp=0.05, min_mass=0.0 if arg.tiny else 0.01),
+        judge=judge,
         soft_labels=True,
         **pairs,
     )

@@ -112,8 +112,12 @@ class LocalModel:
         out, said, counts = [[]] * len(rows), [""] * len(rows), [0] * len(rows)
         for i, (ids, ended, _) in zip(fit, sampled, strict=True):
             words = ids[:-1] if ended else ids
-            out[i], counts[i] = [*rows[i], *words, *lead], len(ids)
             said[i] = language.tokenizer.decode(words)
+            if asks.answer and asks.answer in said[i]:
+                # It went on to a label by itself: that one is read below.
+                said[i] = said[i].partition(asks.answer)[0].rstrip()
+                words = language.tokenizer.encode(said[i])
+            out[i], counts[i] = [*rows[i], *words, *lead], len(ids)
         return out, said, counts
 
     def _labels(self, asks):

@@ -95,6 +95,12 @@ _JUDGE = in_file(
         "the tiny judge's rationale of a few tokens does not end by itself",
     ),
     (
+        "a judge concludes twice",
+        "if asks.answer and asks.answer in said[i]:",
+        "if False:",
+        "tests/signals/judge_test.py -k rationale",
+    ),
+    (
         "the template does not decide the identity",
         "template=self.template._replace(name=''),",
         "",

@@ -250,6 +250,23 @@ def test_a_rationale_is_written_before_the_label(language, tmp_path):
         assert verdict.evidence["rationales"][order] == language.tokenizer.decode(said)
 
 
+def test_a_rationale_ends_before_a_label_of_its_own(language, tmp_path, monkeypatch):
+    """A judge trained on whole replies concludes by itself, and would do so twice."""
+    encode = language.tokenizer.encode
+    sampled = ([*encode(" why.\nso (two)"), language.tokenizer.eos], True, 0.0)
+    monkeypatch.setattr(language, "sample_ids", lambda rows, **_: [sampled] * len(rows))
+    rater = Judge(
+        LocalModel(language, False, "id"), config(tmp_path, rationale_tokens=20)
+    )
+    (verdict,) = rater.rate(["p"], [PAIR])
+    question = rater.template.ask("p", [text for text, _ in PAIR], reasoned=True)
+    ids = language.encode(question.bare(), chat_format=False)
+    whole = [*ids, *encode(" why."), *encode("\nso")]
+    expected = [logp(language, whole, x) for x in (" (1)", " (two)")]
+    np.testing.assert_allclose(verdict.evidence["logps"][0], expected, atol=1e-4)
+    assert verdict.evidence["rationales"][0] == " why."
+
+
 def test_control_tokens_spelled_in_an_answer_are_letters(language, tmp_path):
     asked = LocalModel(language, True, "id")
     rater = Judge(asked, config(tmp_path))
