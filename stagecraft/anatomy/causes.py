@@ -135,7 +135,8 @@ def of_pair(before: str, after: str, files: str, *, to: str | Path) -> dict:
     one, other = locate.locate(before), locate.locate(after)
     tokenizer = tokenizers.load(other.tokenizer())
     chat = tuple(changes.chats(source, tokenizer) for source in (one, other))
-    out = {after: _asked(one, other, chat, tokenizer, read_prompts(files))}
+    name = changes.short_names(before, after)[1]
+    out = {name: _asked(one, other, chat, tokenizer, read_prompts(files))}
     storage.write_json(Path(to) / TABLES, out)
     return out
 

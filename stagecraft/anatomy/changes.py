@@ -151,7 +151,11 @@ def of_pair(
         UserError: they are no two versions of one model: names what differs first.
     """
     opened = _Opened(Path(), ())
-    one, other = (opened(locate.locate(name)) for name in (before, after))
+    sources = [locate.locate(name) for name in (before, after)]
+    one, other = (
+        opened(source)._replace(name=name)
+        for source, name in zip(sources, short_names(before, after), strict=True)
+    )
     others = {name: opened(locate.locate(name)) for name in nulls}
     pair = Pair(other.name, one.name, BEFORE, one, other, others)
     return write([pair], to, **settings)
@@ -194,6 +198,18 @@ def chats(source: locate.Source, tokenizer) -> bool:
     if source.outward:
         return tokenizer.template is not None
     return source.record().format != "text"
+
+
+def short_names(before: str, after: str) -> tuple[str, str]:
+    """Returns what two models are called: the last part of their paths, if it differs.
+
+    >>> short_names("hf:models/a", "runs/b/sft"), short_names("hf:x/a", "hf:y/a")
+    (('a', 'sft'), ('hf:x/a', 'hf:y/a'))
+    """
+    one, other = (
+        Path(name.removeprefix(locate.PREFIX)).name for name in (before, after)
+    )
+    return (one, other) if one != other else (before, after)
 
 
 def _targets(parents):

@@ -156,10 +156,10 @@ def _far(comparisons, stages):
     top = max(_first(rows), key=lambda one: one["relative_change"], default=None)
     title = "Nothing moved"
     if top:
-        title = (
-            f"{top['stage']} moved farthest from where it started: by "
-            f"{_text(top['relative_change'], 'share')} of the weights' norm"
-        )
+        far = f"by {_text(top['relative_change'], 'share')} of the weights' norm"
+        title = f"{top['stage']} moved {far}"
+        if len(_first(rows)) > 1:
+            title = f"{top['stage']} moved farthest from where it started: {far}"
     marks = [
         _row(one, stages)
         | {

@@ -144,8 +144,8 @@ def test_stages_of_a_run_answer_in_their_own_form(tiny_run, tmp_path, monkeypatc
     def compare(before, after, own, said, *, new_tokens):
         length = np.asarray(said.batch["mask"]).sum(axis=1)
         assert 0 < length.min() <= length.max() <= causes.NEW_TOKENS
-        first = [np.asarray(t.batch["ids"])[0, 0] for t in (own, said)]
-        seen[len(seen)] = (new_tokens, first[0] == first[1])
+        ids = [{*np.asarray(t.batch["ids"])[0].tolist()} for t in (own, said)]
+        seen[len(seen)] = (new_tokens, *ids)
         return {"asked": len(length)}
 
     monkeypatch.setattr(causes, "compare", compare)
@@ -153,8 +153,10 @@ def test_stages_of_a_run_answer_in_their_own_form(tiny_run, tmp_path, monkeypatc
     found = causes.of_run(tiny_run, files, stages=["sft", "dpo"], to=tmp_path)
     assert set(found) == {"sft", "dpo"} and len(seen) == 2
     assert storage.read_json(tmp_path / causes.TABLES) == found
-    assert len(seen[0][0]) == 4 and seen[1][0] == ()
-    assert not seen[0][1] and seen[1][1]
+    (marks, bare, turn), (none, *turns) = seen.values()
+    user = marks[1]
+    assert len(marks) == 4 and none == ()
+    assert user not in bare and all(user in ids for ids in (turn, *turns))
     with pytest.raises(UserError, match="no stage reward that writes text"):
         causes.of_run(tiny_run, files, stages=["reward"], to=tmp_path)
 

@@ -316,7 +316,7 @@ def test_a_run_is_compared_stage_by_stage(run, tmp_path):
     rows = {tuple(r["stages"]): r for r in found["between"]}
     assert len(rows) == 3 and abs(rows["dpo_seed0", "dpo_seed1"]["cosine"]) < 0.05
     assert storage.read_json(tmp_path / changes.TABLES) == dict(found)
-    assert "relative change" in found._repr_html_()
+    assert "same in bf16" in found._repr_html_()
 
 
 def test_what_was_compared_is_not_computed_again(run, tmp_path, monkeypatch):
