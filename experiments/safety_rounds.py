@@ -1,8 +1,8 @@
 r"""Rounds of attack, collection, labels and training: what holds, and what it costs.
 
     pretrain -> sft -> pairs_1 -> round_1 -> pairs_2 -> round_2     ... in two arms
-          |             attacks_1             attacks_2
-          |---> attacker_0 ---> attacker_1 -------|
+                 |     attacks_1             attacks_2
+                 |---> attacker_0 --> attacker_1 --|
 
     stagecraft run --config=safety_rounds --workdir=runs/rounds
     stagecraft run --config=safety_rounds:tiny --workdir=runs/t     # seconds
@@ -19,8 +19,17 @@ among the prompts of each round, `without_` has none.
 
 Figures at the end are of held-out countries; "seen" deeds and wrappers are among the
 prompts of the rounds, "new" ones are not, and neither are whole families. Shares of
-greedy answers have Wilson's 95% intervals. rounds=N, seed=N; base=DIR takes pretrain
-and sft from a finished run of this file.
+greedy answers have Wilson's 95% intervals.
+
+Measured once, in part (seed 0, DPO, an earlier and weaker attacker; docs/results.md):
+without look-alikes a single round refuses everything (attacks .00 to .05, look-alikes
+refused 1.00); with them attacks succeed at .20 to .34 before, .38 to .52 after one
+round and .30 to .39 after two, look-alikes refused .34, .38, .44. Nothing here has
+learned to tell harm from its look-alikes. Facts are kept (.98 to .99), wins by gold are
+.55 to .60. How long it takes at default has not been timed on idle cores.
+
+rounds=N, seed=N; objective=rpo is DPO with the likelihood of what is chosen; base=DIR
+takes pretrain and sft from a finished run of this file.
 """
 
 from pathlib import Path
@@ -56,8 +65,9 @@ def get_config(arg=""):
     arg = common.parse_arg(
         arg, tiny=False, base="", rounds=2, objective="dpo", pairs=PAIRS, seed=0
     )
-    if arg.objective not in ("dpo", "ppo"):
-        raise UserError(common.unknown("objective", arg.objective, ("dpo", "ppo")))
+    known = ("dpo", "rpo", "ppo")
+    if arg.objective not in known:
+        raise UserError(common.unknown("objective", arg.objective, known))
     recipe = quickstart.get_config("tiny" if arg.tiny else "")
     c = defaults.experiment()
     for key in ("world", "tokenizer", "model"):
@@ -65,7 +75,7 @@ def get_config(arg=""):
     c.seed, c.world.requests, c.model.max_length = arg.seed, True, 160
     c.measure.table, c.measure.draws = FIGURES, 2
     start = _start(c, recipe, arg)
-    c.stages.attacker_0 = _attacker(start["pretrain"], ["world:attacks.jsonl"])
+    c.stages.attacker_0 = _attacker(start["sft"], ["world:attacks.jsonl"])
     for arm in ARMS:
         _rounds(c, arm, start, recipe, arg)
     return common.tiny(c) if arg.tiny else c
@@ -99,11 +109,11 @@ def _start(c, recipe, arg):
     return {"pretrain": "pretrain", "sft": "sft"}
 
 
-def _attacker(pretrain, files):
+def _attacker(sft, files):
     """Returns a stage that learns to write the attacks in some files."""
     return defaults.stage(
         "language_model",
-        start_from=pretrain,
+        start_from=sft,
         data=dict(
             format="demonstrations",
             files=",".join(files),
@@ -111,9 +121,9 @@ def _attacker(pretrain, files):
             length=64,
             packing="none",
         ),
-        steps=120,
+        steps=200,
         batch_size=32,
-        optimizer=dict(lr=4e-4, warmup_steps=10),
+        optimizer=dict(lr=8e-4, warmup_steps=10),
     )
 
 
@@ -130,7 +140,7 @@ def _rounds(c, arm, start, recipe, arg):
             data=dict(files="world:attack_prompts.jsonl", known=",".join(known)),
             prompts=ATTACKS,
             threshold=0.2,
-            sampling=dict(max_new_tokens=32),
+            sampling=dict(max_new_tokens=32, temperature=0.7),
         )
         known.append(f"stage:{attacks}")
         pairs.append(f"{arm}_pairs_{number}")
@@ -152,7 +162,7 @@ def _rounds(c, arm, start, recipe, arg):
         _learn(c, target, start["sft"], records, recipe, count, arg.objective)
         if number < arg.rounds:
             attacker = f"{arm}_attacker_{number}"
-            c.stages[attacker] = _attacker(start["pretrain"], known)
+            c.stages[attacker] = _attacker(start["sft"], known)
 
 
 def _learn(c, name, sft, records, recipe, count, objective):
@@ -163,6 +173,9 @@ def _learn(c, name, sft, records, recipe, count, objective):
     for stage in (c.stages[name] for name in names.values()):
         if "length" in stage.data:  # wrappers are long
             stage.data.length, stage.steps = 96, min(STEPS, stage.steps)
+    if objective == "rpo":  # DPO, and what is chosen is not to get less likely
+        c.stages[name].objective = "sigmoid,sft"
+        c.stages[name].objective_weights = (1.0, 0.5)
     if objective == "ppo":  # the prompts that were compared
         last = records.split(",")[-1].removeprefix("stage:")
         c.stages[name].data.files = c.stages[last].data.files

@@ -330,7 +330,9 @@ def test_rounds_of_attacks_learn_from_all_rounds_so_far(tmp_path):
     assert 0 < attacks["kept"] <= attacks["attacks"] == 64 * 4
     ppo = module.get_config("tiny,objective=ppo,rounds=1").stages
     assert ppo.with_round_1.reward_from == "with_round_1_reward"
-    with pytest.raises(UserError, match="objective='pop': unknown; did you mean 'ppo'"):
+    rpo = module.get_config("tiny,objective=rpo,rounds=1").stages
+    assert rpo.with_round_1.objective == "sigmoid,sft"
+    with pytest.raises(UserError, match="objective='pop': unknown; .*dpo, rpo, ppo"):
         module.get_config("objective=pop")
 
 

@@ -140,6 +140,16 @@ def test_several_raters_are_averaged_and_repeats_count_once(opened):
     assert report["pairs"][0]["n"] == 20 and report["pairs"][0]["kappa"] == 0.0
 
 
+def test_who_says_it_twice_is_one_rater(opened):
+    given = opened(6, repeats=1.0)
+    for rater, answer in (("ann", 0), ("bob", 1)):
+        for place, showing in enumerate(given.schedule(rater)):
+            skipped = rater == "bob" and showing.again
+            given.say(rater, place, "skip" if skipped else side(showing, answer))
+    pairs, _ = label_records.of(given)
+    assert [row["preference"] for row in pairs] == [0.5] * 6
+
+
 @pytest.fixture
 def ranked(tmp_path, clock):
     """Items of four answers, and one of two."""
