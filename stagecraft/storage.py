@@ -12,6 +12,7 @@ WORKDIR/STAGE/               stage.json, checkpoints/, metrics.jsonl, samples.js
                              heldout.jsonl, TensorBoard events; journal.jsonl and
                              records.jsonl of a stage that writes records, beside
                              them answers.jsonl of a judge behind an endpoint
+WORKDIR/anatomy/             matrices.jsonl, anatomy.json, causes.json, anatomy.html
 WORKDIR/summary.json, prompt.json, evaluations.json, report.html
 """
 
