@@ -47,7 +47,7 @@ def test_the_knob_moves_no_other_file(folders):
     assert added == {
         *("request_text", "red_team", "benign_requests", "heldout_requests"),
         *("other_prompts", "helpful_demonstrations", "request_demonstrations"),
-        *("critiques", "judgements"),
+        *("critiques", "judgements", "attacks", "attack_prompts"),
     }
     assert all(on[f"{name}.jsonl"] for name in added)
     digest = hashlib.sha256()
