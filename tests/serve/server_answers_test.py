@@ -5,7 +5,8 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from stagecraft.serve.writing import Speller
+from stagecraft.serve.writing import Speller, Writer
+from stagecraft.text import tokenizer as tokenizers
 from tests.models import numpy_decoder
 from tests.serve.live import CONTEXT, Live, language
 
@@ -195,6 +196,16 @@ def test_a_stop_ends_a_text_before_it(live):
         needed = sum(offset < place + len(stop) for offset in offsets)
         assert got["usage"]["completion_tokens"] == needed
     assert live.ask(**asked, stop="never there")["choices"][0]["text"] == text
+
+
+def test_a_stop_that_comes_in_pieces_is_held_back():
+    tokenizer = tokenizers.load("bytes")
+    writer = Writer(tokenizer, ["abc", "bd"])
+    assert [writer.add(i) for i in b"xabab"] == ["x", "", "", "ab", ""]
+    assert writer.add(ord("c")) == "" and writer.stopped and writer.text == "xab"
+    writer = Writer(tokenizer, ["abc", "bd"])
+    assert [writer.add(i) for i in b"xab"] == ["x", "", ""]
+    assert writer.finish() == "ab" and not writer.stopped
 
 
 def test_a_seed_says_what_is_drawn(live):
