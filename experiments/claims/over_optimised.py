@@ -33,7 +33,6 @@ def get_config(arg=""):
     places = objectives.finished(c, arg.base)
     hard = {k: v for k, v in recipe.ppo_hard.to_dict().items() if k != "kind"}
     hard |= dict(start_from=places["sft"], reward_from="")
-    c.stages.gold_hard = defaults.stage(
-        "policy", verifiers="experiments.claims.over_optimised:gold", **hard
-    )
+    hard |= dict(verifiers="experiments.claims.over_optimised:gold")
+    c.stages.gold_hard = defaults.stage("policy", **hard)
     return common.tiny(c) if arg.tiny else c

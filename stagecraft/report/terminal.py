@@ -169,36 +169,35 @@ def show_bias(figures: dict, file=None) -> None:
 
 def show_claims(asked: list, file=None) -> None:
     """Prints the verdicts that `claims_lab.ask` returned, and why."""
-    table = Table(title="claims", title_justify="left", box=box.SIMPLE)
-    columns = ("", "claim", "verdict", "primary", "95% interval", "effect", "seeds")
-    for name in columns:
-        table.add_column(name, overflow="fold", justify="left")
+    table = Table(
+        title="claims", title_justify="left", box=box.SIMPLE, show_header=False
+    )
+    for name in ("number", "verdict"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("what was found", overflow="fold")
     for one in asked:
         claim, outcome = one.claim, one.outcome
-        interval = ""
-        if outcome.low is not None:
-            interval = f"{outcome.low:.3g} to {outcome.high:.3g}"
-        verdict = Text(outcome.verdict, style="bold")
         notes = [outcome.reason]
         if outcome.verdict == "undecided":
             seeds = outcome.seeds_needed
-            notes.append(f"needs {seeds} seeds" if seeds else "over 1,000 seeds")
+            notes.append(f"{seeds} seeds would do" if seeds else "over 1,000 seeds")
         if not one.registered:
-            notes.append("header in no commit when first asked")
-        for note in filter(None, notes):
-            verdict.append(f"\n{note}", style="not bold")
-        mean = "" if outcome.mean is None else f"{outcome.mean:.3g}"
-        effect = f"{'±' if claim.alike else '>'} {claim.effect:g}"
-        table.add_row(
-            str(claim.number),
-            Text(f"{claim.claim}\n{claim.primary}"),
-            verdict,
-            mean,
-            interval,
-            effect,
-            str(outcome.seeds),
-        )
+            notes.append("its header was in no commit when it was first asked")
+        lines = [claim.claim, _measured(claim, outcome), *filter(None, notes)]
+        verdict = Text(outcome.verdict, style="bold")
+        table.add_row(str(claim.number), verdict, Text("\n".join(lines)))
     Console(file=file or sys.stdout, highlight=False).print(table)
+
+
+def _measured(claim, outcome):
+    """Formats a primary figure, its interval and the effect it is held against."""
+    effect = f"{'within ±' if claim.alike else 'beyond '}{claim.effect:g}"
+    if outcome.mean is None:
+        return f"{claim.primary}: {effect}?"
+    interval = ""
+    if outcome.low is not None:
+        interval = f" ({outcome.low:.3g} to {outcome.high:.3g}, {outcome.seeds} seeds)"
+    return f"{claim.primary} = {outcome.mean:.3g}{interval}; {effect}?"
 
 
 # -- refusals --------------------------------------------------------------------------
