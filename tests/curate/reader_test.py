@@ -187,11 +187,11 @@ def test_a_text_of_parquet_that_is_not_utf8(tmp_path):
 
 
 def test_what_is_not_there_or_not_known_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "a.xls").write_text("a,b\n")
     for spec, says in (
         (tmp_path / "b.jsonl", "no such file"),
         (tmp_path, "holds no"),
-        (tmp_path / "a.csv", "expected a .txt"),
+        (tmp_path / "a.xls", "expected a .txt"),
         ("", "names no file"),
     ):
         with pytest.raises(UserError, match=says):

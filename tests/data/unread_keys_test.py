@@ -46,6 +46,7 @@ CASES = {
     ("comparisons", ""): "prompts",
     ("selection", ""): "prompts",
     ("attacks", ""): "prompts",
+    ("revisions", ""): "prompts",
 }
 
 

@@ -118,7 +118,7 @@ def test_the_end_of_the_longest_chain_that_answers_in_turns_by_default(monkeypat
     run = Run(None, bare=("pretrain", "more_text"))
     assert (
         chat.stage_to_ask(run, "") == "dpo"
-        and chat._stage(run, "pretrain") == "pretrain"
+        and chat.stage_to_ask(run, "pretrain") == "pretrain"
     )
     assert chat.stage_to_ask(Run(None, bare=names), "") == "more_text"
     names.remove("dpo")
