@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from stagecraft import bounds, schema
 from stagecraft.anatomy.statistics import CONFIDENCE
@@ -34,6 +34,7 @@ from stagecraft.errors import UserError
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"
 NOT_HERE, NONE = "cannot be asked here", "no verdict"
 LEAST_SEEDS = 3
+_QUANTILE = (1 + CONFIDENCE) / 2
 _MOST_SEEDS = 1000  # beyond which a number of seeds is no advice
 _OPERATORS = {
     ast.Add: operator.add,
@@ -256,7 +257,7 @@ def _of_values(values, effect, alike, exact):
         holds = abs(mean) < effect if alike else mean > effect
         return Outcome(HOLDS if holds else REFUTED, "", mean, mean, mean, None, count)
     error = spread / math.sqrt(count)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    half = float(special.stdtrit(count - 1, _QUANTILE)) * error
     low, high = mean - half, mean + half
     if alike:
         # Two one-sided tests (Schuirmann 1987): the larger p.
@@ -268,17 +269,17 @@ def _of_values(values, effect, alike, exact):
     else:
         margin, inside, outside = mean - effect, low > effect, high < effect
     verdict = HOLDS if inside else REFUTED if outside else UNDECIDED
-    p = float(stats.t.sf(margin / error, count - 1))
+    p = float(special.stdtr(count - 1, -margin / error))
     needed = None if verdict != UNDECIDED else _needed(spread, abs(margin), count)
     return Outcome(verdict, "", mean, low, high, p, count, needed)
 
 
 def _needed(spread, margin, count):
     """Returns the least number of seeds whose half width is below the margin."""
-    for n in range(count + 1, _MOST_SEEDS + 1):
-        if stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread / math.sqrt(n) < margin:
-            return n
-    return None
+    counts = np.arange(count + 1, _MOST_SEEDS + 1)
+    halves = special.stdtrit(counts - 1, _QUANTILE) * spread / np.sqrt(counts)
+    enough = counts[halves < margin]
+    return int(enough[0]) if len(enough) else None
 
 
 def holm(p_values: Sequence[float | None]) -> list[bool]:

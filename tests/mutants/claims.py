@@ -12,8 +12,8 @@ _VERDICTS = in_file(
     ),
     (
         "a normal quantile in place of t",
-        "stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)",
-        "stats.norm.ppf((1 + CONFIDENCE) / 2)",
+        "special.stdtrit(count - 1, _QUANTILE)",
+        "special.ndtri(_QUANTILE)",
     ),
     (
         "an interval of one side",
