@@ -11,6 +11,7 @@ from stagecraft import claims_lab, config_files, experiment, runs, storage
 from stagecraft.errors import UserError
 from stagecraft.report import terminal
 from tests.command_line import stagecraft
+from tests.conftest import ROOT
 
 CLAIM = '''"""A claim.
 
@@ -40,6 +41,8 @@ def lab(tmp_path, monkeypatch):
         file.write_text(text)
         fake = functools.partial(run, figures=figures)
         monkeypatch.setattr(claims_lab.run, "run", fake)
+        base = str(ROOT / "experiments" / "quickstart.py")
+        monkeypatch.setattr(claims_lab, "BASE", base)
         return claims_lab.ask(tmp_path / root, [str(file)], len(figures))
 
     ask.ran = ran
@@ -89,11 +92,14 @@ def test_what_is_missing_is_named(lab, tmp_path):
         lab(CLAIM.replace("b.x - a.x", "b.y - a.x"), figures(2.5, 2.6, 2.4))
     with pytest.raises(UserError, match="'c.x > 0': no such figures"):
         lab(CLAIM.replace("a.x > 0", "c.x > 0"), figures(2.5, 2.6, 2.4), "other")
-    with pytest.raises(UserError, match="over_optimized: no such claim; did you mean"):
-        claims_lab.ask(tmp_path, ["over_optimized"])
     (tmp_path / "broken.py").write_text("def")
     with pytest.raises(UserError, match="broken.py: cannot be read as Python"):
         claims_lab.read(tmp_path / "broken.py")
+
+
+def test_an_unknown_claim_is_named(tmp_path):
+    with pytest.raises(UserError, match="over_optimized: no such claim; did you mean"):
+        claims_lab.ask(tmp_path, ["over_optimized"])
 
 
 def test_what_ships_is_asked_of_a_finished_chain(tiny_run, tmp_path):
