@@ -16,7 +16,7 @@ EXACT = 1024
 TOP = 8  # directions of a principal subspace
 INTRUDERS = 10  # directions of W1 that may be intruders, as 2410.21228 counts
 ALIEN = 0.5  # and the cosine below which they are
-_BYTES = 1 << 24  # of a block in float64
+_BYTES = 1 << 23  # of a block in float64
 
 
 class Directions(NamedTuple):
