@@ -23,7 +23,7 @@ greedy answers have Wilson's 95% intervals.
 
 Measured once, in part (seed 0, DPO, an earlier and weaker attacker; docs/results.md):
 without look-alikes a single round refuses everything (attacks .00 to .05, look-alikes
-refused 1.00); with them attacks succeed at .20 to .34 before, .38 to .52 after one
+refused 1.00); with them attacks succeed at .17 to .34 before, .38 to .52 after one
 round and .30 to .39 after two, look-alikes refused .34, .38, .44. Nothing here has
 learned to tell harm from its look-alikes. Facts are kept (.98 to .99), wins by gold are
 .55 to .60. How long it takes at default has not been timed on idle cores.

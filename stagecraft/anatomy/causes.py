@@ -175,10 +175,10 @@ def answers(language: Language, prompts: Sequence, chat: bool) -> Texts:
     stops = language.stop_ids(chat_format=chat)
     how = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "stop_ids": stops}
     sampled = [ids for ids, _, _ in language.sample_ids(rows, **how)]
-    kept = [(row, ids) for row, ids in zip(rows, sampled, strict=True) if ids]
-    if len(kept) < 2:
+    answered = [(row, ids) for row, ids in zip(rows, sampled, strict=True) if ids]
+    if len(answered) < 2:
         raise UserError("the model answers nothing to these prompts; give others")
-    return Texts.of(kept)
+    return Texts.of(answered)
 
 
 def compare(
@@ -285,7 +285,7 @@ def subspaces(
     own = np.linalg.eigh(written.T @ written)[1][:, ::-1]
     read = np.linalg.eigh(metric)[1][:, ::-1]
     random = np.random.default_rng(seed)
-    drawn = [np.linalg.qr(random.normal(size=(width, width)))[0] for _ in range(DRAWS)]
+    turned = [np.linalg.qr(random.normal(size=(width, width)))[0] for _ in range(DRAWS)]
     start, end = behaviour(before)[0], behaviour(after)[0]
 
     def sufficiency(basis):
@@ -297,7 +297,7 @@ def subspaces(
 
     ks = [k for k in DIRECTIONS if k < width]
     out = {"full": sufficiency(np.eye(width)), "directions": ks}
-    for name, bases in (("logits", [read]), ("change", [own]), ("random", drawn)):
+    for name, bases in (("logits", [read]), ("change", [own]), ("random", turned)):
         out[name] = [
             float(np.mean([sufficiency(basis[:, :k]) for basis in bases])) for k in ks
         ]

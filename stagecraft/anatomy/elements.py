@@ -64,7 +64,7 @@ def quantiles(values: np.ndarray, shares: tuple[float, ...]) -> list[float]:
     high = np.zeros(1 << 16, np.int64)
     for (block,) in blocks(values):
         high += np.bincount(_bits(block) >> 16, minlength=1 << 16)
-    found = []
+    limits = []
     for share in shares:
         rank = max(1, int(np.ceil(share * values.size)))
         bucket = int(np.searchsorted(np.cumsum(high), rank))
@@ -76,8 +76,8 @@ def quantiles(values: np.ndarray, shares: tuple[float, ...]) -> list[float]:
             low += np.bincount(inside & 0xFFFF, minlength=1 << 16)
         last = int(np.searchsorted(np.cumsum(low), rank))
         bits = np.uint32(bucket << 16 | last)
-        found.append(float(bits.view(np.float32)))
-    return found
+        limits.append(float(bits.view(np.float32)))
+    return limits
 
 
 def _bits(block):

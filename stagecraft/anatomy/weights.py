@@ -165,14 +165,14 @@ def _compare(before, after, depth, draws, seed, others):
 
     def figures(b, stored):
         sums = elements.measure(a, b, (before.dtype, stored))
-        found = sums.figures()
+        measured = sums.figures()
         if start is not None:
-            relative = found["relative_change"]
+            relative = measured["relative_change"]
             full = depth == "all"
-            found |= spectra.compare(start, b, relative, edge=edge, full=full)
+            measured |= spectra.compare(start, b, relative, edge=edge, full=full)
         elif matrix and depth == "ranks":
-            found |= spectra.ranks(spectra.Product(b, a).values(), b.shape, edge)
-        return found
+            measured |= spectra.ranks(spectra.Product(b, a).values(), b.shape, edge)
+        return measured
 
     line = {"kind": before.kind, "layer": before.layer, "name": before.name}
     line |= {"shape": list(before.shape), "dtypes": list(dtypes)}

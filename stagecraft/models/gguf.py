@@ -198,14 +198,14 @@ def _config(content):
 def _head_dim(content, name, default):
     """Returns the channels of a head, all of which rotate and are alike."""
     keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    found = {
+    channels = {
         f"{name}.{key}": content.get(f"{name}.{key}", int)
         for key in keys
         if f"{name}.{key}" in content.values
     }
-    sizes = set(found.values()) or {default}
+    sizes = set(channels.values()) or {default}
     if len(sizes) > 1:
-        said = ", ".join(f"{key}={size}" for key, size in found.items())
+        said = ", ".join(f"{key}={size}" for key, size in channels.items())
         raise UserError(
             f"{content.path}: {said}: heads that rotate in part are not read here"
         )

@@ -53,9 +53,9 @@ class _Choice:
             text += writer.finish()
         if writer.stopped:
             finish = "stop"
-        drawn = len(shown) - len(part.prompt)
-        kept = () if self._asked.logprobs is None else tuple(shown)
-        return Piece(self.index, text, kept, drawn, finish)
+        written = len(shown) - len(part.prompt)
+        tokens = () if self._asked.logprobs is None else tuple(shown)
+        return Piece(self.index, text, tokens, written, finish)
 
 
 class Answer:

@@ -19,13 +19,12 @@ arxiv.org/abs/2212.08073). rater="constitution" asks a judge (`signals.judge`) a
 each pair under principles that are drawn for it, and averages over them.
 """
 
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 from stagecraft import schema
 from stagecraft.errors import UserError
-from stagecraft.signals import endpoint, judge, labels, protocol
+from stagecraft.signals import endpoint, judge, labels, protocol, template
 from stagecraft.signals.protocol import Verdict
 
 FOLDER = Path(__file__).parent / "constitutions"
@@ -95,19 +94,7 @@ def _shipped():
 
 
 def _read(spec, where):
-    path = FOLDER / f"{spec}.toml"
-    if not path.exists():
-        path = Path(spec)
-    if not path.is_file():
-        names = [one.stem for one in FOLDER.glob("*.toml")]
-        raise UserError(
-            f"{where}: no such file; {schema.hint(spec, names)}expected a TOML file, "
-            f"or one of {_shipped()}"
-        )
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not a TOML file ({error})") from error
+    values = template.read_toml(spec, FOLDER, where)
     for name, value in values.items():
         if name not in ("principles", "examples"):
             known = ("principles", "examples")

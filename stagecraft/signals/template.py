@@ -136,20 +136,31 @@ def read(spec: str, key: str = "judge.template") -> Template:
         spec: the name or path.
         key: of the config, for messages.
     """
-    path = FOLDER / f"{spec}.toml"
+    where = f"{key}={spec!r}"
+    return _template(where, read_toml(spec, FOLDER, where))
+
+
+def read_toml(spec: str, folder: Path, where: str) -> dict:
+    """Returns what a TOML file holds: one that ships, by its name, or a path.
+
+    Args:
+        spec: the name or path.
+        folder: where those that ship lie.
+        where: the key of the config, for messages.
+    """
+    path = folder / f"{spec}.toml"
     if not path.exists():
         path = Path(spec)
     if not path.is_file():
-        shipped = sorted(one.stem for one in FOLDER.glob("*.toml"))
+        shipped = sorted(one.stem for one in folder.glob("*.toml"))
         raise UserError(
-            f"{key}={spec!r}: no such file; {schema.hint(spec, shipped)}"
-            f"expected a TOML file, or one of {', '.join(shipped)}"
+            f"{where}: no such file; {schema.hint(spec, shipped)}expected a TOML file, "
+            f"or one of {', '.join(shipped)}"
         )
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}={spec!r}: not a TOML file ({error})") from error
-    return _template(f"{key}={spec!r}", values)
+        raise UserError(f"{where}: not a TOML file ({error})") from error
 
 
 def _template(where, values):

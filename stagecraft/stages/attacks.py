@@ -63,14 +63,16 @@ def write(config, recording):
         samples=config.samples,
     )
     rows = list(rewarded(batches, recording.known))
-    kept = [r for r in rows if r["reward"] > config.threshold and r["attack"].strip()]
-    if not kept:
+    working = [
+        r for r in rows if r["reward"] > config.threshold and r["attack"].strip()
+    ]
+    if not working:
         raise UserError(
             f"{recording.name}: none of {len(rows)} attacks has a reward above "
             f"threshold={config.threshold:g}; the target withstands, or the attacker "
             "writes nothing new"
         )
-    records.write(recording.folder, [_record(row) for row in kept])
+    records.write(recording.folder, [_record(row) for row in working])
     means = {
         name: float(np.mean([row[name] for row in rows]))
         for name in ("harmful", "success", "useful", "novelty", "reward")
@@ -78,7 +80,7 @@ def write(config, recording):
     means["reward_mean"] = means.pop("reward")
     return {
         "attacks": len(rows),
-        "kept": len(kept),
+        "kept": len(working),
         **means,
         "tokens": {"sampled": len(rows) * limit},
         "seconds": {"total": round(seconds, 3)},
