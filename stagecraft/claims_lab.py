@@ -5,7 +5,7 @@ that states it (`anatomy.claims`), and its get_config, where it has one, returns
 arms that it needs beside the base chain, the quickstart of that seed, which all claims
 share. Figures of both are read by the header's expressions, and with them what the
 file's measure(base, own) returns, where it has one: nested dicts of numbers of two
-`runs.Run`s, for what no summary holds.
+`runs.Run`s (the second None where the file adds no arms), for what no summary holds.
 
 In the work directory
 
@@ -162,20 +162,25 @@ def _base(root, seed, tiny):
 
 
 def _own(root, path, seed, tiny):
-    """Returns the figures of a claim's own arms; {} where the base chain is enough."""
+    """Returns the figures of a claim's own arms and measurements; {} where it has none.
+
+    measure(base, own) is given None for `own` where no get_config adds arms.
+    """
     text, base = path.read_text(encoding="utf-8"), root / "base" / f"seed{seed}"
-    if "\ndef get_config(" not in text:
-        return {}
-    own = root / path.stem / f"seed{seed}"
-    argument = f"base={base}" + (",tiny" if tiny else "")
-    summary = _summary(config_files.load(path, argument), own)
+    own, summary = root / path.stem / f"seed{seed}", {}
+    has_arms = "\ndef get_config(" in text
+    if has_arms:
+        argument = f"base={base}" + (",tiny" if tiny else "")
+        summary = _summary(config_files.load(path, argument), own)
     if "\ndef measure(" not in text:
         return summary
     measured = storage.read_json(own / MEASURED)
     if measured is None:
-        parent, child = run.open_run(base), run.open_run(own)
-        with jax.set_mesh(child.mesh()):
+        parent = run.open_run(base)
+        child = run.open_run(own) if has_arms else None
+        with jax.set_mesh((child or parent).mesh()):
             measured = config_files.module(path).measure(parent, child)
+        own.mkdir(parents=True, exist_ok=True)
         storage.write_json(own / MEASURED, measured)
     return _merged(summary, measured)
 

@@ -128,6 +128,20 @@ def test_what_ships_is_asked_of_a_finished_chain(tiny_run, tmp_path):
     assert measured.stat().st_mtime_ns == before
 
 
+def test_claims_that_measure_find_what_their_headers_name(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "base" / "seed0")
+    names = [
+        name
+        for name, path in claims_lab.shipped().items()
+        if "def measure(base, own)" in path.read_text() and name != "sft_moves_little"
+    ]
+    assert len(names) == 6
+    for one in claims_lab.ask(tmp_path, names, 1, tiny=True):
+        assert np.isfinite(one.values).all() and one.outcome.verdict == "no verdict"
+        assert bool(one.claim.control_primary) == bool(one.controls)
+        assert (tmp_path / one.claim.name / "seed0" / claims_lab.MEASURED).exists()
+
+
 def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):
     headers = {
         name: claims_lab.read(path) for name, path in claims_lab.shipped().items()
@@ -140,6 +154,8 @@ def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):
         if "def get_config(" in path.read_text():
             config = config_files.load(path, f"tiny,base={tiny_run}")
             arms = dict.fromkeys(experiment.resolve(config).stages)
+        if "def measure(" in path.read_text():  # its figures: the test above
+            continue
         for expression in (headers[name].primary, headers[name].control_primary):
             for stage in re.findall(r"(?<![\w.])([a-z]\w*)\.", expression):
                 assert stage in figures or stage in arms, (name, stage)

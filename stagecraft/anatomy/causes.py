@@ -1,4 +1,4 @@
-"""Which weights did it: grafts, paths and lenses between a stage and its parent.
+"""Which weights did it, and to which tokens: a stage's answers beside its parent.
 
 Two models A (before) and B (after) are read whole, side by side. B answers prompts; how
 far a graft is from B is the mean KL(B || graft) in nats a token over those answers,
@@ -8,54 +8,28 @@ exact from logits. What A says to the same prompts tells whether a graft still s
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stagecraft import losses, sharding, storage, tree
-from stagecraft.anatomy import changes, grafts, lens
-from stagecraft.data import readers
+from stagecraft.anatomy import changes, grafts, lens, token_shift
+from stagecraft.anatomy.texts import Texts, answers, read_prompts
 from stagecraft.errors import UserError
 from stagecraft.models import locate
-from stagecraft.models.language import Language, rounded
+from stagecraft.models.language import Language
 from stagecraft.models.transformer import Transformer
 from stagecraft.text import tokenizer as tokenizers
 
 TABLES = "causes.json"
-NEW_TOKENS = 48  # of an answer
-PROMPTS = 64  # read of a file, at most
 DIRECTIONS = (1, 2, 4, 8, 16, 32, 64)
 DRAWS = 4  # of random subspaces
 
 
-class Texts(NamedTuple):
-    """Answers of one model as a batch: i32 or bool [B, T] arrays by name."""
-
-    batch: dict
-
-    @classmethod
-    def of(cls, rows: list[tuple[list[int], list[int]]]) -> "Texts":
-        """Packs (prompt, answer) ids, a row each."""
-        length = rounded(max(len(a) + len(b) for a, b in rows))
-        batch = {
-            k: np.zeros((len(rows), length), np.int32) for k in ("ids", "segments")
-        }
-        batch["mask"] = np.zeros((len(rows), length), bool)
-        positions = np.arange(length, dtype=np.int32)
-        batch["positions"] = np.tile(positions, (len(rows), 1))
-        for i, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            batch["ids"][i, :end] = [*prompt, *answer]
-            batch["mask"][i, len(prompt) : end] = True
-            batch["segments"][i, :end] = 1
-        return cls({name: jnp.asarray(array) for name, array in batch.items()})
-
-
 @jax.jit
-def _divergence(model, other, batch):
-    """KL(other || model) in nats a token of each row's answer: f32[B]."""
+def divergence(model: Transformer, other: Transformer, batch: dict) -> jax.Array:
+    """Returns KL(other || model) in nats a token of each row's answer: f32[B]."""
     _, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     rows = batch["ids"], batch["positions"], batch["segments"]
     p, q = (jax.nn.log_softmax(m.logits(*rows)) for m in (other, model))
@@ -64,8 +38,8 @@ def _divergence(model, other, batch):
 
 
 @jax.jit
-def _loss(model, batch):
-    """Nats a token of all answers."""
+def answer_loss(model: Transformer, batch: dict) -> jax.Array:
+    """Returns the nats a token of all answers."""
     targets, mask = losses.shift(batch["ids"], batch["mask"], batch["segments"])
     hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     logps = model.token_logps(hidden, targets).logps
@@ -100,7 +74,7 @@ def of_run(
         to: the folder to write causes.json into; WORKDIR/anatomy by default.
 
     Returns:
-        {stage: what `compare` returns, or {"refused": why}}.
+        {stage: what `compare` returns, or {"refused": why}; and "shift", `shifts`}.
     """
     root = Path(root)
     tokenizer = tokenizers.load(root / locate.TOKENIZER)
@@ -141,14 +115,6 @@ def of_pair(before: str, after: str, files: str, *, to: str | Path) -> dict:
     return out
 
 
-def read_prompts(files: str) -> list:
-    """Reads at most `PROMPTS` prompts."""
-    prompts = [one.prompt for one in readers.prompts(files)][:PROMPTS]
-    if not prompts:
-        raise UserError(f"--prompts={files}: holds no prompt")
-    return prompts
-
-
 def _asked(before, after, chat, tokenizer, prompts):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -162,23 +128,49 @@ def _asked(before, after, chat, tokenizer, prompts):
                 answers(Language(m, tokenizer, batch_size=len(prompts)), prompts, own)
                 for m, own in zip(models, chat, strict=True)
             ]
-            return compare(*models, *texts, new_tokens=new)
         except UserError as error:
             return {"refused": str(error)}
+        shift = {"shift": shifts(*models, *texts, tokenizer.name)}
+        try:
+            return compare(*models, *texts, new_tokens=new) | shift
+        except UserError as error:
+            return {"refused": str(error)} | shift
 
 
-def answers(language: Language, prompts: Sequence, chat: bool) -> Texts:
-    """Answers prompts greedily, as `Texts`."""
-    if not chat:
-        prompts = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
-    rows = [language.encode(prompt, chat_format=chat) for prompt in prompts]
-    stops = language.stop_ids(chat_format=chat)
-    how = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "stop_ids": stops}
-    sampled = [ids for ids, _, _ in language.sample_ids(rows, **how)]
-    answered = [(row, ids) for row, ids in zip(rows, sampled, strict=True) if ids]
-    if len(answered) < 2:
-        raise UserError("the model answers nothing to these prompts; give others")
-    return Texts.of(answered)
+def shifts(before: Transformer, after: Transformer, own: Texts, said: Texts, name):
+    """Returns which tokens A would not have written, and the other way round.
+
+    Args:
+        before, after: A and B.
+        own, said: answers of A and of B to the same prompts.
+        name: the text of a token.
+
+    Returns:
+        {"said", "own": `token_shift.measure`}: B's answers as A reads them, and A's as
+        B does.
+    """
+    return {
+        "said": token_shift.measure(after, before, said.batch, name),
+        "own": token_shift.measure(before, after, own.batch, name),
+    }
+
+
+def nearness(after: Transformer, said: Texts) -> grafts.Behaviour:
+    """Returns the behaviour that grafts are asked for: minus how far a model is from B.
+
+    Args:
+        after, said: B, and what it answered.
+
+    Returns:
+        model -> (minus the mean of KL(B || model) in nats a token, its standard error
+        over answers).
+    """
+
+    def behaviour(model):
+        rows = np.asarray(divergence(model, after, said.batch), np.float64)
+        return -float(rows.mean()), float(rows.std(ddof=1) / len(rows) ** 0.5)
+
+    return behaviour
 
 
 def compare(
@@ -204,12 +196,10 @@ def compare(
         lenses: `lenses`.
     """
 
-    def behaviour(model):
-        rows = np.asarray(_divergence(model, after, said.batch), np.float64)
-        return -float(rows.mean()), float(rows.std(ddof=1) / len(rows) ** 0.5)
+    behaviour = nearness(after, said)
 
     def loss(model):
-        return float(_loss(model, own.batch))
+        return float(answer_loss(model, own.batch))
 
     names, config = list(tree.named(before)), before.config
     value, error = behaviour(before)

@@ -42,6 +42,7 @@ class Part(NamedTuple):
 
 
 Players = Mapping[str, Sequence[Part]]
+Behaviour = Callable[[Any], tuple[float, float]]  # tree -> (m, its standard error)
 
 
 def layer_players(names: Iterable[str], config: ModelConfig, new_tokens=()) -> Players:
@@ -192,7 +193,7 @@ def shapley(value: Callable[[frozenset], float], players: Sequence[str]) -> dict
 
 
 def attribute(
-    behaviour: Callable[[Any], tuple[float, float]],
+    behaviour: Behaviour,
     before: Any,
     after: Any,
     players: Players,

@@ -14,7 +14,11 @@ from stagecraft.errors import UserError
     Flag("spectra", "all", "all, top (the first directions) or none"),
     Flag("draws", 2, "isotropic changes that each matrix is held against", least=0),
     Flag("seed", 0, "of their noise"),
-    Flag("prompts", "", "files of prompts: also asks which weights did it, by grafts"),
+    Flag(
+        "prompts",
+        "",
+        "files of prompts: also asks which weights did it, and to which tokens",
+    ),
     Flag("to", "", "folder to write into; by default WORKDIR/anatomy"),
 )
 def anatomy(rest):
@@ -29,7 +33,7 @@ def anatomy(rest):
     all stages with one another. Written are anatomy.json and the page anatomy.html. It
     needs no training code and at most two matrices of memory; a second call goes on.
     With --prompts both models are read whole, and weights of one are grafted into the
-    other to see which of them change the answers (causes.json).
+    other to see which of them change the answers, and which tokens (causes.json).
     """
     from stagecraft.anatomy import causes, changes
     from stagecraft.report import anatomy_page, terminal

@@ -1,9 +1,10 @@
 """Writes anatomy.html: what changed in the weights, each figure beside its nulls."""
 
+import math
 from pathlib import Path
 
 from stagecraft import storage
-from stagecraft.anatomy import changes, weights
+from stagecraft.anatomy import changes, token_shift, weights
 from stagecraft.report import render
 from stagecraft.report.curves import show
 
@@ -75,8 +76,7 @@ def write(tables: changes.Anatomy, causes: dict | None = None) -> Path:
 
     Args:
         tables: what changed.
-        causes: {stage: what `causes.compare` returns, or {"refused": why}}: which
-            weights did it.
+        causes: what `causes.of_run` returns: which weights did it, and to which tokens.
     """
     names = dict.fromkeys(
         [*(one["stage"] for one in tables["comparisons"]), *(causes or ())]
@@ -99,6 +99,7 @@ def write(tables: changes.Anatomy, causes: dict | None = None) -> Path:
         ulps=_ulps(first, stages),
         between=tables["between"],
         causes=_causes(causes or {}, stages),
+        shifts=_shifts(causes or {}, stages),
     )
     path = tables.folder / "anatomy.html"
     storage.write_text(path, text)
@@ -346,25 +347,76 @@ _BROKEN = 0.1  # nats above the chord at which a graft is no language model any 
 def _causes(causes, stages):
     """Which weights did it, a stage each: the findings and their tables."""
     return [
-        {"stage": stages[name], "refused": found["refused"]}
-        if "refused" in found
+        {"stage": stages[name], "refused": one["refused"]}
+        if "refused" in one
         else {
             "stage": stages[name],
             "refused": "",
-            "divergence": found["divergence"],
-            "error": found["standard_error"],
-            "answers": found["answers"],
+            "divergence": one["divergence"],
+            "error": one["standard_error"],
+            "answers": one["answers"],
             "tables": [
-                _players(found[key]["players"], name, what)
+                _players(one[key]["players"], name, what)
                 for key, what in (("layers", "Part"), ("kinds", "Kind"))
             ],
-            "path": found["path"],
-            "subspaces": found["subspaces"],
-            "gains": _gains(found["gains"]),
-            "lenses": found["lenses"],
+            "path": one["path"],
+            "subspaces": one["subspaces"],
+            "gains": _gains(one["gains"]),
+            "lenses": one["lenses"],
         }
-        for name, found in causes.items()
+        for name, one in causes.items()
     ]
+
+
+def _shifts(causes, stages):
+    """Which tokens shift, a stage each: shares, places, words and answers."""
+    shown = []
+    for name, one in causes.items():
+        said = one.get("shift", {}).get("said", {})
+        if said.get("tokens"):
+            rows = [_classes(one["shift"][key], key) for key in ("said", "own")]
+            title = (
+                f"{name}: its parent would have written "
+                f"{_text(said['unshifted'], 'share')} of its tokens as well; "
+                f"{_text(said['shifted'], 'share')} are shifted"
+            )
+            if said["early"] is not None:
+                times = math.exp(said["early"])
+                title += f", the first three {times:.3g} times as far as later ones"
+            shown.append(
+                {"stage": stages[name], "title": title, "rows": [r for r in rows if r]}
+                | {"places": said["places"], "words": said["words"]}
+                | {"examples": [[_token(t) for t in e] for e in said["examples"]]}
+            )
+    return shown
+
+
+def _classes(side, key):
+    if not side.get("tokens"):
+        return None
+    title = {"said": "its own answers", "own": "its parent’s answers"}[key]
+    shares = [side[label] for label in token_shift.CLASSES]
+    return {
+        "title": title,
+        "shares": [
+            {"label": label, "width": 100 * share, "text": _text(share, "share")}
+            for label, share in zip(token_shift.CLASSES, shares, strict=True)
+        ],
+        "tokens": side["tokens"],
+        "divergence": side["divergence"],
+    }
+
+
+def _token(token):
+    """A token of an answer: marks of leading spaces in its vocabulary become spaces."""
+    text = token["token"].replace("\u2581", " ").replace("\u0120", " ")
+    label = token_shift.classify(token["rank"])
+    return {
+        "text": text.replace("\u010a", "\n"),
+        "label": label,
+        "rank": token["rank"],
+        "about": f"rank {token['rank']}, KL {token['divergence']:.2g} nats",
+    }
 
 
 def _players(players, stage, what):

@@ -6,6 +6,7 @@ import pytest
 
 from stagecraft import storage, tree
 from stagecraft.anatomy import causes, grafts, lens
+from stagecraft.anatomy.texts import NEW_TOKENS, Texts, read_prompts
 from stagecraft.errors import UserError
 from stagecraft.models.transformer import Transformer
 from stagecraft.report import anatomy_page
@@ -38,7 +39,7 @@ def texts():
         (random.integers(1, 64, n).tolist(), random.integers(1, 64, m).tolist())
         for n, m in ((3, 9), (5, 4), (2, 10), (4, 8)) * 3
     ]
-    return causes.Texts.of(rows), rows
+    return Texts.of(rows), rows
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_the_last_layer_says_what_the_model_says(models, texts, found):
         for kind in ("linear", "logit"):
             values = found["lenses"][model][kind]
             assert len(values) == 2 and values[-1] < 1e-4 < values[0]
-    few = causes.Texts.of(texts[1][:2])
+    few = Texts.of(texts[1][:2])
     assert causes.lenses(*models, few, texts[0])["before"]["linear"] is None
     streams = np.asarray(causes._streams(models[0], texts[0].batch))
     expected = models[0].hidden(
@@ -133,7 +134,7 @@ def test_the_page_says_which_part_did_it(found):
 def test_prompts_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a b"}\n{"prompt": "c"}\n')
-    assert causes.read_prompts(str(path)) == ["a b", "c"]
+    assert read_prompts(str(path)) == ["a b", "c"]
     assert len(grafts.STEPS) == 11
 
 
@@ -143,7 +144,7 @@ def test_stages_of_a_run_answer_in_their_own_form(tiny_run, tmp_path, monkeypatc
 
     def compare(before, after, own, said, *, new_tokens):
         length = np.asarray(said.batch["mask"]).sum(axis=1)
-        assert 0 < length.min() <= length.max() <= causes.NEW_TOKENS
+        assert 0 < length.min() <= length.max() <= NEW_TOKENS
         ids = [{*np.asarray(t.batch["ids"])[0].tolist()} for t in (own, said)]
         seen[len(seen)] = (new_tokens, *ids)
         return {"asked": len(length)}

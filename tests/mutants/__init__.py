@@ -3,6 +3,7 @@
 from tests.mutants import (
     adapters,
     anatomy,
+    behaviour,
     claims,
     constitutional,
     contact,
@@ -34,6 +35,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
+    *behaviour.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.

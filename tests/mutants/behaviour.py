@@ -1,0 +1,52 @@
+"""Mistakes in token shifts, gradients of objectives, and steps along directions."""
+
+from tests.mutants.mutant import in_file
+
+_SHIFT = in_file(
+    "stagecraft/anatomy/token_shift.py",
+    "tests/anatomy/token_shift_test.py",
+    ("ties take the worse rank", "logits > own", "logits >= own"),
+    (
+        "ranks from 0",
+        "1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)",
+        "jnp.sum(logits > own, axis=-1, dtype=jnp.int32)",
+    ),
+    ("the writer reads itself", "ranks(q, targets)", "ranks(p, targets)"),
+    ("the divergence turned round", "divergence(p, q)", "divergence(q, p)"),
+    ("rank 3 counts as shifted", "rank <= MARGINAL", "rank < MARGINAL"),
+    ("tokens of the prompt count", "column[mask]", "column[mask | True]"),
+)
+_GRADIENTS = in_file(
+    "stagecraft/anatomy/gradients.py",
+    "tests/anatomy/gradients_test.py",
+    ("rejected answers are demonstrations", "v[0::2]", "v[1::2]"),
+    (
+        "answers of two prompts as a pair",
+        "jnp.sum(logps * mask, axis=1).reshape(-1, 2)",
+        "jnp.sum(logps * mask, axis=1).reshape(2, -1).T",
+    ),
+    (
+        "a reference that moves",
+        "losses.dpo(both, jax.lax.stop_gradient(both), beta=BETA)",
+        "losses.dpo(both, both, beta=BETA)",
+    ),
+    (
+        "halves that share their noise",
+        "(cosine(a[one], b[other]) + cosine(b[one], a[other])) / 2",
+        "(cosine(a[one], a[other]) + cosine(b[one], b[other])) / 2",
+    ),
+    ("no root of the reliabilities", "math.sqrt(own[0] * own[1])", "own[0] * own[1]"),
+)
+_STEPS = in_file(
+    "stagecraft/anatomy/sensitivity.py",
+    "tests/anatomy/sensitivity_test.py",
+    ("backwards", "a + factor * d", "a - factor * d"),
+    ("a step of its own norm", "size * norm(model) / norm(direction)", "size"),
+    ("one noise for all seeds", "jax.random.key(seed)", "jax.random.key(0)"),
+    (
+        "the divergence of a step turned round",
+        "causes.divergence(moved, model, said.batch)",
+        "causes.divergence(model, moved, said.batch)",
+    ),
+)
+MUTANTS = _SHIFT + _GRADIENTS + _STEPS
