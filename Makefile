@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 SEED ?= 0
+TIER ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-peers mutants notebooks lint format clean
+.PHONY: help quickstart quick test test-peers mutants notebooks claims lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
+	@echo "make claims       ask every claim over four seeds (TIER=2: eight): hours; it resumes"
 	@echo "make notebooks    run the notebooks and store what they show"
 	@echo "make lint         ruff and types, as the tests expect it;  make format  puts it right"
 	@echo "make clean        remove .venv and caches (runs/ stays)"
@@ -54,6 +56,9 @@ test-peers: $(VENV)/.peers
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)
+
+claims: $(VENV)/.report
+	$(BIN)/stagecraft claims --workdir=runs/claims --tier=$(TIER)
 
 notebooks: $(VENV)/.dev
 	$(BIN)/python -m tests.notebooks

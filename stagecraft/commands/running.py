@@ -87,6 +87,7 @@ def graph(rest):
     Flag("tier", 1, "1: four seeds; 2: eight", least=1),
     Flag("seeds", 0, "seeds in place of the tier's", least=0),
     Flag("tiny", False, "tiny stages: does everything run?"),
+    Flag("markdown", False, "print the table as Markdown"),
 )
 def claims(rest):
     """Ask claims about what stages do, over several seeds, and give verdicts.
@@ -99,15 +100,21 @@ def claims(rest):
     quickstart a seed. The verdict is from the 95% interval over seeds: holds, refuted,
     undecided (with the seeds it would need), or cannot be asked here. Given again, the
     same command goes on where it stopped; a header that has changed since is refused.
+    Written are claims.json and the page claims.html.
     """
     from stagecraft import claims_lab
-    from stagecraft.report import terminal
+    from stagecraft.report import claims_page, terminal
 
     if FLAGS.tier not in claims_lab.TIERS:
         raise UserError(f"--tier={FLAGS.tier}: expected 1 or 2")
     seeds = FLAGS.seeds or claims_lab.TIERS[FLAGS.tier]
     root, names = workdir_given(), schema.listed(FLAGS.only)
-    terminal.show_claims(claims_lab.ask(root, names, seeds, FLAGS.tiny))
+    asked = claims_lab.ask(root, names, seeds, FLAGS.tiny)
+    if FLAGS.markdown:
+        print(claims_page.markdown(asked))
+        return
+    terminal.show_claims(asked)
+    print(claims_page.write(Path(root), asked, seeds))
 
 
 @takes(WORKDIR)
