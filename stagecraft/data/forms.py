@@ -408,6 +408,31 @@ def _answered(side):
     return messages(side)
 
 
+def asked(record):
+    """Returns a record whose prompt stands in conversations, with the prompt apart.
+
+    Pairs of whole conversations (hh-rlhf) hold their prompt as what both have in
+    common; of the "transcript" of an attack on a model (hh-rlhf's red-team-attempts)
+    it is all up to the last turn of the human, which is to be answered anew.
+
+    >>> attack = "\\n\\nHuman: Hi\\n\\nAssistant: No.\\n\\nHuman: Why?"
+    >>> [turn["content"] for turn in asked({"transcript": attack})["prompt"]]
+    ['Hi', 'No.', 'Why?']
+    """
+    if "prompt" in record:
+        return record
+    sides = [record.get(name) for name in ("chosen", "rejected")]
+    if all(map(begins_conversation, sides)):
+        return record | {"prompt": pair(None, *sides)[0]}
+    text = record.get("transcript")
+    if isinstance(text, str) and is_transcript(text):
+        turns = transcript(text)
+        while turns and turns[-1]["role"] != "user":
+            turns.pop()
+        return record | {"prompt": turns} if turns else record
+    return record
+
+
 def begins_conversation(value):
     if isinstance(value, str):
         return is_transcript(value)

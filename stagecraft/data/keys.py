@@ -85,6 +85,8 @@ def spelled(record, accepted) -> dict[str, str]:
 def _prompt(record):
     """Returns the key, or two to be joined, that hold the prompt; "" for none."""
     names = [name for name in _PROMPTS if isinstance(record.get(name), (str, list))]
+    if "goal" in record and "target" in record:  # AdvBench: a request, its compliance
+        names.append("goal")
     if len(names) != 1:
         return ""
     more = [name for name in _MORE if isinstance(record.get(name), str)]

@@ -101,7 +101,10 @@ def judgements(spec, mapping=None, tally=None) -> list[list[Judgement]]:
 
 
 def prompts(spec, mapping=None, tally=None) -> list[Prompt]:
-    """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it."""
+    """Reads prompts: {"prompt"}, a text or messages; other keys stay beside it.
+
+    Pairs of whole conversations and transcripts of attacks are read too: `forms.asked`.
+    """
     return [one for _, one in each("prompts", spec, mapping, tally)]
 
 
@@ -402,6 +405,9 @@ def each(use, spec, mapping=None, tally=None) -> Iterator[tuple[str, Any]]:
         for where, record in containers.records(path, tally.bad):
             form = None
             try:
+                if use == "prompts" and not mapping:
+                    with at(where):
+                        record = forms.asked(record)
                 names = mapping or keys.spelled(record, accepted)
                 record = keys.joined(where, record, names)
                 form = census.see(where, record, names)

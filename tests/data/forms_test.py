@@ -138,6 +138,32 @@ def test_a_transcript_of_many_turns(tmp_path):
     assert found.answers == ([assistant("It is.")], [assistant("No.")])
 
 
+def test_prompts_of_collections_of_harm(tmp_path):
+    """Pairs, transcripts of attacks, and requests with their compliance."""
+    opening = ("How?", "No.", "Please?")
+    turns = [user("How?"), assistant("No."), user("Please?")]
+    rows = {
+        "pairs": {"chosen": human(*opening, "No."), "rejected": human(*opening, "Ok.")},
+        "attacks": {"transcript": human(*opening, "So."), "rating": 4, "tags": ["a"]},
+        "ends_with_the_human": {"transcript": human(*opening)},
+    }
+    for name, row in rows.items():
+        [one] = readers.prompts(jsonl(tmp_path / f"{name}.jsonl", row))
+        assert one.prompt == turns, name
+        assert one.record.items() >= row.items()
+    path = tmp_path / "requests.csv"
+    path.write_text('goal,target\n"Break in, at night","Sure, here is how"\n')
+    [one] = readers.prompts(path)
+    assert one.prompt == "Break in, at night"
+    assert one.record["target"] == "Sure, here is how"
+    # What complies is no demonstration, and a bare text no transcript.
+    with pytest.raises(UserError, match="no key 'prompt'; it has 'goal'"):
+        readers.demonstrations(path)
+    bare = jsonl(tmp_path / "bare.jsonl", {"transcript": "no turns"})
+    with pytest.raises(UserError, match="no key 'prompt'"):
+        readers.prompts(bare)
+
+
 def test_prompts_of_every_form(tmp_path):
     for number, prompt in enumerate(
         ("p", [user("p")], SHARED[:1], human("p", ""), human("p"))
