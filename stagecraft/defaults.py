@@ -64,7 +64,12 @@ def experiment():
 
 def mesh():
     """Devices along each axis; -1 takes all that remain."""
-    return schema.group(data=-1, fsdp=1, tensor=1)
+    return schema.group(data=-1, fsdp=1, tensor=1, context=1, expert=1)
+
+
+def stage_mesh():
+    """Those of one stage; 0: as the experiment."""
+    return schema.group(data=0, fsdp=0, tensor=0, context=0, expert=0)
 
 
 def model():
@@ -170,7 +175,7 @@ def _base(kind, objective):
     c.lora = lora()  # a policy's critic gets an adapter of its own
     c.ema_decay = 0.0  # of an average of the weights, kept in their place; 0 for none
     c.every = every()
-    c.mesh = schema.group(data=0, fsdp=0, tensor=0)  # 0: as the experiment
+    c.mesh = stage_mesh()
     return c
 
 
@@ -388,7 +393,7 @@ def _records(kind):
     c.prompts = 1000  # how many prompts
     c.batch_size = 128
     c.sampling = sampling()
-    c.mesh = schema.group(data=0, fsdp=0, tensor=0)
+    c.mesh = stage_mesh()
     return c
 
 

@@ -1,11 +1,13 @@
 """Sharding: one device mesh, and one table from the axes of arrays to its axes.
 
 Parameters name their logical axes next to their shape
-(`nnx.Param(array, axes=("embed", "ff"))`); `RULES` maps those names to the three mesh
-axes, and every sharding in the library is read from there:
+(`nnx.Param(array, axes=("embed", "ff"))`); `RULES` maps those names to the mesh axes,
+and every sharding in the library is read from there:
 
 - `data` splits the batch and keeps a copy of the parameters;
 - `fsdp` splits the batch and the parameters (gathered where they are used);
+- `expert` splits the batch, and a mixture's experts among its devices;
+- `context` splits the tokens of a row, which meet in attention alone;
 - `tensor` splits heads, feed-forward and vocabulary of one token.
 
 Everything that trains, samples or restores runs inside `with jax.set_mesh(mesh):`, set
@@ -28,11 +30,14 @@ from jax.sharding import PartitionSpec as P
 
 from stagecraft.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: neighbours along the last axis talk most.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH = ("data", "fsdp", "expert")  # those that split rows
 
 RULES = {
     None: None,
-    "batch": ("data", "fsdp"),
+    "batch": BATCH,
+    "length": "context",
     "layers": None,
     "embed": "fsdp",
     "ff": "tensor",
@@ -40,27 +45,38 @@ RULES = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "positions": None,
-    "experts": None,
+    "experts": "expert",
 }
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    devices: list | None = None,
 ) -> Mesh:
-    """Makes a mesh with axes `("data", "fsdp", "tensor")`.
+    """Makes a mesh with the axes `AXES`.
 
     Args:
         data: number of replicas that split the batch; -1 means all devices that remain.
         fsdp: number of shards of batch and parameters; -1 likewise.
         tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
+        context: number of parts of each row of tokens; -1 likewise.
+        expert: number of shards of batch and experts; -1 likewise.
         devices: the devices to use; all of `jax.devices()` when None.
 
     Raises:
         UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
+    asked = ", ".join(
+        f"{name}={size}"
+        for name, size in sizes.items()
+        if size != 1 or name in ("data", "fsdp", "tensor")
+    )
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
         raise UserError(
@@ -80,7 +96,10 @@ def make_mesh(
             f"for one of them"
         )
     return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        tuple(sizes[axis] for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices,
     )
 
 
@@ -189,7 +208,7 @@ def with_shardings(shapes: Any, placement: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
-    """Returns the sharding of a batch array: rows over `data` and `fsdp`."""
+    """Returns the sharding of a batch array: rows over `BATCH`."""
     return NamedSharding(mesh, spec(("batch",) + (None,) * (ndim - 1)))
 
 
@@ -201,7 +220,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             rows that belong to this process.
 
     Raises:
-        UserError: the rows do not divide over `data` times `fsdp`.
+        UserError: the rows do not divide over `BATCH`.
     """
 
     def shard(array):
@@ -224,8 +243,14 @@ def on_mesh(batch: Any) -> Any:
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Returns into how many parts the rows of a batch are split: data times fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Returns into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def rows_split_by(mesh: Mesh | AbstractMesh) -> str:
+    """Returns what splits rows, in words: "data * fsdp = 4"."""
+    axes = [axis for axis in BATCH if axis != "expert" or mesh.shape[axis] > 1]
+    return f"{' * '.join(axes)} = {row_shards(mesh)}"
 
 
 def check_rows(rows: int, mesh: Mesh | AbstractMesh) -> None:
@@ -233,7 +258,7 @@ def check_rows(rows: int, mesh: Mesh | AbstractMesh) -> None:
     shards = row_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"batch_size: {rows} rows do not divide over data * fsdp = {shards} "
+            f"batch_size: {rows} rows do not divide over {rows_split_by(mesh)} "
             f"shards; use a multiple of {shards}"
         )
 
@@ -269,6 +294,22 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def length_axis(tokens: int) -> str | None:
+    """Returns "length" where rows of so many tokens divide over `context`, else None.
+
+    Rows that do not, such as the single tokens of decoding, are whole on each device.
+    """
+    mesh = current_mesh()
+    if mesh is None or tokens % mesh.shape["context"]:
+        return None
+    return "length"
+
+
+def constrain_tokens(x: Array) -> Array:
+    """Fixes [B, T, ...] to rows over `BATCH` and, where they divide, tokens apart."""
+    return constrain(x, "batch", length_axis(x.shape[1]), *(None,) * (x.ndim - 2))
 
 
 def constrain_rows(tree: Any) -> Any:

@@ -10,7 +10,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
 from stagecraft.models import blockwise, kernels, linear
@@ -57,7 +56,9 @@ def attention(
     """
     t, channels = query.shape[1], query.shape[3]
     scale = channels**-0.5 if scale is None else scale
-    request = kernels.Request(t, channels, query.dtype.name, softcap)
+    mesh = sharding.current_mesh()
+    parts = mesh.shape["context"] if mesh and sharding.length_axis(t) else 1
+    request = kernels.Request(t, channels, query.dtype.name, softcap, parts)
     choice = kernels.choose(kernel, request, strict=strict)
     window = window if window < t else 0
     span = f" in a window of {window}" if window else ""
@@ -65,9 +66,9 @@ def attention(
     run = functools.partial(
         KERNELS[choice.kernel], window=window, softcap=softcap, scale=scale
     )
-    if choice.kernel == "xla":
+    if choice.kernel == "xla" and parts == 1:
         return run(query, key, value, segments)
-    return _on_each_device(run, query, key, value, segments)
+    return _on_each_device(run, query, key, value, segments, parts)
 
 
 def cached_attention(
@@ -114,8 +115,14 @@ def _attend(query, keys, values, visible, softcap, scale):
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
 
 
-def _xla(query, key, value, segments, *, window, softcap, scale):
-    """Attends in chunks of rows, each only to the keys up to its end: half the work."""
+def _xla(query, key, value, segments, *, window, softcap, scale, start=None):
+    """Attends in chunks of rows, each only to the keys up to its end: half the work.
+
+    Where queries are a part of the row, `start` is the place of the first: no chunks
+    then, since that place is known only as it runs.
+    """
+    if start is not None:
+        return _part(query, key, value, segments, start, window, softcap, scale)
     t = segments.shape[1]
     chunks = max(1, min(CHUNKS, t // LEAST))
     edges = [t * i // chunks for i in range(chunks + 1)]
@@ -131,6 +138,16 @@ def _xla(query, key, value, segments, *, window, softcap, scale):
         keys, values = key[:, :, seen], value[:, :, seen]
         out.append(_attend(query[:, rows], keys, values, visible, softcap, scale))
     return jnp.concatenate(out, axis=1) if chunks > 1 else out[0]
+
+
+def _part(query, key, value, segments, start, window, softcap, scale):
+    """Attends from a part of the row to all of it."""
+    own = jax.lax.dynamic_slice_in_dim(segments, start, query.shape[1], axis=1)
+    apart = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+    visible = own[:, :, None] == segments[:, None, :]
+    visible &= (apart >= 0) & (apart < window) if window else apart >= 0
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return _attend(query, key, value, visible, softcap, scale)
 
 
 def _cudnn(query, key, value, segments, *, window, softcap, scale):
@@ -182,18 +199,35 @@ def _splash(query, key, value, segments, *, window, softcap, scale, interpret=Fa
 KERNELS = dict(xla=_xla, blockwise=blockwise.attention, cudnn=_cudnn, splash=_splash)
 
 
-def _on_each_device(run, query, key, value, segments):
-    """Runs a kernel under a mesh on each device's own rows and heads."""
+def _on_each_device(run, query, key, value, segments, parts):
+    """Runs a kernel under a mesh on each device's own rows and heads.
+
+    Over `context` each device has the queries of a part of the row and collects the
+    keys and values of all parts, whose gradients go back as sums.
+
+    Args:
+        parts: of a row, that lie on different devices.
+    """
     if sharding.current_mesh() is None:
         return run(query, key, value, segments)
-    rows = sharding.spec(("batch",))
+    tokens = "length" if parts > 1 else None
+
+    def on_device(query, key, value, segments):
+        if parts == 1:
+            return run(query, key, value, segments)
+        key, value = (
+            jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (key, value)
+        )
+        start = jax.lax.axis_index("context") * query.shape[1]
+        return run(query, key, value, segments, start=start)
+
     query_spec, key_spec = (
-        P(*rows, None, *sharding.spec((name,)), None) for name in ("heads", "kv_heads")
+        sharding.spec(("batch", tokens, name, None)) for name in ("heads", "kv_heads")
     )
     return jax.shard_map(
-        run,
-        in_specs=(query_spec, key_spec, key_spec, P(*rows, None)),
+        on_device,
+        in_specs=(query_spec, key_spec, key_spec, sharding.spec(("batch", None))),
         out_specs=query_spec,
-        # Nothing crosses devices in here, and not every kernel can say so.
+        # Nothing but keys and values crosses devices, and not every kernel can say so.
         check_vma=False,
     )(query, key, value, segments)

@@ -331,7 +331,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Refuses a mesh over which the model's arrays do not divide.
 
     Args:
-        mesh: a mesh with axes `data`, `fsdp`, `tensor`.
+        mesh: a mesh of `sharding.make_mesh`.
 
     Raises:
         UserError: names the key, its value and the mesh axis.
@@ -341,6 +341,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     for axis, names in (
         ("tensor", (*tensor, "expert_width") if sparse else tensor),
         ("fsdp", ("width",)),
+        ("expert", ("experts",) if sparse else ()),
     ):
         for name in names:
             value, size = getattr(config, name), mesh.shape[axis]

@@ -7,7 +7,9 @@ of tokens alone, never on what they chose.
 
 Under a mesh each device sorts its own rows. The experts' widths are split over
 `tensor`, so all of its devices have work whatever is chosen; their weights are gathered
-over `fsdp` as everywhere else.
+over `fsdp` as everywhere else. Over `expert` the experts themselves are split: its
+devices exchange their tokens, each runs its own experts on all of them, and the sums go
+back to where the tokens came from.
 """
 
 import functools
@@ -17,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
 from stagecraft.models import kernels, linear
@@ -120,8 +121,12 @@ def _on_each_device(mix, x, shares, chosen, weights):
         rows = [a.reshape(-1, a.shape[-1]) for a in (x, shares, chosen)]
         return mix(*rows, *weights).reshape(x.shape)
 
-    if sharding.current_mesh() is None:
+    mesh = sharding.current_mesh()
+    if mesh is None:
         return flat(x, shares, chosen, weights)
+    tokens = sharding.length_axis(x.shape[1])
+    apart = ("data", "context") if tokens else ("data",)
+    shards = mesh.shape["expert"]
 
     def on_device(x, shares, chosen, weights):
         gate, up, down = weights
@@ -131,11 +136,23 @@ def _on_each_device(mix, x, shares, chosen, weights):
         down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
         # Marked as varying before their use: the transpose of this mark is the sum
         # over devices, which is then done once for each weight.
-        weights = [jax.lax.pcast(w, "data", to="varying") for w in (gate, up, down)]
+        weights = [jax.lax.pcast(w, apart, to="varying") for w in (gate, up, down)]
         x, shares = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, shares))
-        return jax.lax.psum(flat(x, shares, chosen, weights), "tensor")
+        if shards > 1:
+            x, shares, chosen = (
+                jax.lax.all_gather(a, "expert", axis=0, tiled=True)
+                for a in (x, shares, chosen)
+            )
+            # Expert 0 is this device's first; those of others are below 0, or beyond.
+            chosen = chosen - jax.lax.axis_index("expert") * gate.shape[0]
+        out = flat(x, shares, chosen, weights)
+        if shards > 1:
+            out = jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(out, "tensor")
 
-    rows = P(*sharding.spec(("batch",)), None, None)
+    if shards > 1:
+        mix = functools.partial(mix, some_elsewhere=True)
+    rows = sharding.spec(("batch", tokens, None))
     wide = sharding.spec(("experts", "embed", "ff"))
     narrow = sharding.spec(("experts", "ff", "embed"))
     return jax.shard_map(
@@ -143,7 +160,7 @@ def _on_each_device(mix, x, shares, chosen, weights):
     )(x, shares, chosen, weights)
 
 
-def _mix(x, shares, chosen, gate, up, down, *, activation):
+def _mix(x, shares, chosen, gate, up, down, *, activation, some_elsewhere=False):
     """Sums the chosen experts' outputs, weighted by their shares.
 
     Args:
@@ -153,17 +170,27 @@ def _mix(x, shares, chosen, gate, up, down, *, activation):
         gate, up: [E, D, F].
         down: [E, F, D].
         activation: a name of `linear.ACTIVATIONS`.
+        some_elsewhere: whether `chosen` may name experts that are not here, below 0 or
+            from E on, which add nothing.
 
     Returns:
         [N, D].
     """
+    here, groups = None, gate.shape[0]
+    if some_elsewhere:
+        here = (chosen >= 0) & (chosen < groups)
+        chosen, groups = jnp.where(here, chosen, groups), groups + 1
 
     def work(block, product, x, shares, gate, up, down):
-        layout = _layout(chosen, gate.shape[0], block)
+        layout = _layout(chosen, groups, block)
+        # Rows of experts elsewhere come last, and no product takes them.
+        layout = layout._replace(sizes=layout.sizes[: gate.shape[0]])
         rows = _spread(x, layout)
         activate = linear.ACTIVATIONS[activation]
         inner = activate(product(rows, gate, layout)) * product(rows, up, layout)
         out = _collect(product(inner, down, layout), layout)
+        if here is not None:
+            out = jnp.where(here[..., None], out, 0)
         return (out * shares[..., None]).sum(axis=1)
 
     on_cpu = jax.default_backend() == "cpu"

@@ -75,7 +75,7 @@ def token_logps(
         `TokenStats` of f32[B, T].
 
     Raises:
-        UserError: under a mesh, the rows do not divide over `data` times `fsdp`.
+        UserError: under a mesh, the rows do not divide over it.
     """
     mesh = sharding.current_mesh()
     options = _Options(softcap, stats, squares, entropy_gradient)
@@ -84,19 +84,22 @@ def token_logps(
             hidden, embedding, targets, temperature, block_size, options, axis=None
         )
     sharding.check_rows(targets.shape[0], mesh)
+    names, apart = ["batch", *(None,) * (targets.ndim - 1)], ("data", "expert")
+    if targets.ndim > 1 and (tokens := sharding.length_axis(targets.shape[1])):
+        names[1], apart = tokens, (*apart, "context")
+    rows = sharding.spec(names)
 
     def on_device(hidden, embedding, targets):
         embedding = embedding.astype(hidden.dtype)
         embedding = jax.lax.all_gather(embedding, "fsdp", axis=1, tiled=True)
         # Marked as varying here and not where they are first used: the transpose of
         # this mark is the sum over devices, which belongs outside the loop.
-        embedding = jax.lax.pcast(embedding, "data", to="varying")
+        embedding = jax.lax.pcast(embedding, apart, to="varying")
         hidden = jax.lax.pcast(hidden, "tensor", to="varying")
         return _local(
             hidden, embedding, targets, temperature, block_size, options, axis="tensor"
         )
 
-    rows = sharding.spec(("batch",) + (None,) * (targets.ndim - 1))
     return jax.shard_map(
         on_device,
         in_specs=(P(*rows, None), sharding.spec(("vocab", "embed")), rows),

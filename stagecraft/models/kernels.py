@@ -37,12 +37,14 @@ class Request(NamedTuple):
         channels: C.
         dtype: name of the queries' dtype.
         softcap: 0 for none.
+        parts: of a row that lie on different devices, over the mesh's `context`.
     """
 
     length: int
     channels: int
     dtype: str
     softcap: float
+    parts: int = 1
 
 
 class Choice(NamedTuple):
@@ -64,6 +66,10 @@ def missing(kernel: str, request: Request, platform: str) -> str:
     home = {native: device for device, native in NATIVE.items()}.get(kernel)
     if home is not None and platform != home:
         return f"{kernel} runs on a {home.upper()}, and this is a {platform.upper()}"
+    if home is not None and request.parts > 1:
+        return (
+            f"{kernel} takes whole rows, and mesh.context={request.parts} splits them"
+        )
     if kernel != "cudnn":
         return ""
     if request.softcap:

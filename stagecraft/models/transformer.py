@@ -156,7 +156,7 @@ class Block(nnx.Module):
         else:
             y, routing = self.experts(y)
         x = x + _maybe(self.ff_post_norm, y)
-        return sharding.constrain(x, "batch", None, None), extra, routing
+        return sharding.constrain_tokens(x), extra, routing
 
 
 def _maybe(norm, x):
@@ -363,7 +363,7 @@ class Transformer(nnx.Module):
             table = self.positions[...].astype(self.config.dtype)
             table = sharding.constrain(table, None, None)
             x = x + jnp.take(table, positions, axis=0, mode="clip")
-        return sharding.constrain(x, "batch", None, None)
+        return sharding.constrain_tokens(x)
 
     def angles(self, positions: Array, segments: Array | None) -> dict:
         """Returns {spec: rotary angles, or None} for the specs of this model's layers.

@@ -54,8 +54,8 @@ def training(
     for key, count in (together | (at_once or {})).items():
         if count % across:
             raise UserError(
-                f"{where}.{key}: {count} rows at once do not divide over data * fsdp = "
-                f"{across} devices"
+                f"{where}.{key}: {count} rows at once do not divide over "
+                f"{sharding.rows_split_by(mesh)} devices"
             )
     shape = ModelConfig(vocab_size=experiment.tokenizer.vocab_size, **experiment.model)
     shape.validate()

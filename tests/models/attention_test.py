@@ -1,6 +1,7 @@
 """The attention seam: every kernel does what the reference does, or says it cannot."""
 
 import functools
+import itertools
 import logging
 
 import jax
@@ -147,14 +148,42 @@ def test_cudnn_is_lowered_for_a_gpu(monkeypatch):
     assert r"fmha_scale\22: 0.3" in text and r"mask_type\22: \22CAUSAL" in text
 
 
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=2, tensor=2), dict(tensor=2, context=2), dict(context=4)]
+)
 @pytest.mark.parametrize("kernel", ["xla", "blockwise"])
-def test_each_device_works_on_its_own_rows_and_heads(kernel):
-    settings = {"window": 9, "softcap": 1.5, "scale": 0.25}
+def test_each_device_works_on_its_own_rows_heads_and_tokens(kernel, sizes, window):
+    settings = {"window": window, "softcap": 1.5, "scale": 0.25}
     args = arrays(rows=4)
+    args = [x[:, :72] for x in args]  # of the tests' 75: parts that are no whole block
     run = functools.partial(attention.attention, kernel=kernel)
     expected = gradients(REFERENCE, settings, args)
-    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+    with jax.set_mesh(sharding.make_mesh(**sizes)):
         got = gradients(run, settings, args)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [8, 10])
+@pytest.mark.parametrize("window", [0, 13])
+def test_a_part_of_the_queries_in_blocks(window, block):
+    """Parts that begin within a block of keys, forward and backward."""
+    settings = {"window": window, "softcap": 0.0, "scale": 0.25}
+    query, key, value, segments = args = arrays()
+    expected = gradients(REFERENCE, settings, args)
+
+    def parts(query, key, value, segments, **settings):
+        edges = (0, 21, 40, T)
+        cut = [
+            blockwise.attention(
+                query[:, a:b], key, value, segments, start=a, block=block, **settings
+            )
+            for a, b in itertools.pairwise(edges)
+        ]
+        return jnp.concatenate(cut, axis=1)
+
+    got = gradients(parts, settings, args)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
 

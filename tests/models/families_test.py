@@ -203,13 +203,23 @@ def test_the_layer_loop_changes_no_number(case, monkeypatch):
     close(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", ["gemma 2", "qwen 3 moe", "gpt-2"])
-def test_the_mesh_does_not_matter(case):
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("gemma 2", dict(fsdp=2, tensor=2)),
+        ("qwen 3 moe", dict(fsdp=2, tensor=2)),
+        ("gpt-2", dict(fsdp=2, tensor=2)),
+        ("gemma 2", dict(context=4)),
+        ("qwen 3 moe", dict(fsdp=2, context=2, expert=2)),
+        ("qwen 3 moe", dict(expert=4, tensor=2)),
+    ],
+)
+def test_the_mesh_does_not_matter(case, sizes):
     model = make(case)
     rows = [packed([document(7, i), document(4, i + 9)]) for i in range(8)]
     args = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
     expected, plain = gradient(model, args)
-    made = sharding.make_mesh(2, 2, 2)
+    made = sharding.make_mesh(**sizes)
     with jax.set_mesh(made):
         placed = jax.device_put(model, sharding.shardings(model, made))
         got, sharded = gradient(placed, sharding.shard_batch(args, made))
