@@ -150,3 +150,24 @@ def test_an_answer_too_long_for_the_reward_model_has_no_score():
         alone = scores.of_rows(model, [rows[0], rows[2]], batch_size=2)
     assert math.isnan(found[1])
     assert [found[0], found[2]] == pytest.approx(alone, rel=1e-5)
+
+
+def test_rows_divide_over_context(long):
+    apart = dict(mesh=dict(data=2, context=4), batch_size=8)
+    refused(
+        graph(it=rows(long, 62, **apart)),
+        "stages.it.data.length=62: rows of 62 tokens do not divide over "
+        "mesh.context=4; use a multiple of 4",
+    )
+    experiment.resolve(graph(it=rows(long, 60, **apart)))
+    refused(
+        graph(it=sampled(long, "group_policy", 0, 32, **apart)),
+        "stages.it.data.prompt_length: is not set, so that rows have the length of",
+    )
+    refused(
+        graph(it=sampled(long, "group_policy", 30, 32, **apart)),
+        "data.prompt_length=30 and sampling.max_new_tokens=32: rows of 62 tokens",
+    )
+    experiment.resolve(graph(it=sampled(long, "group_policy", 28, 32, **apart)))
+    # What samples and trains on nothing has no rows to split.
+    experiment.resolve(graph(it=sampled(long, "selection", 0, 31, **apart)))

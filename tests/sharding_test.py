@@ -49,22 +49,23 @@ def arrays(tree):
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"fsdp": 4}, (2, 4, 1)),
-        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"context": 2, "expert": 4}, (1, 1, 4, 2, 1)),
     ],
 )
 def test_make_takes_all_devices(asked, shape):
     made = sharding.make_mesh(**asked)
-    assert made.axis_names == ("data", "fsdp", "tensor")
+    assert made.axis_names == ("data", "fsdp", "expert", "context", "tensor")
     assert tuple(made.shape.values()) == shape
     assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 def test_make_takes_given_devices():
     made = sharding.make_mesh(devices=jax.devices()[:3])
-    assert tuple(made.shape.values()) == (3, 1, 1)
+    assert tuple(made.shape.values()) == (3, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,9 @@ def files(where, config, check_data=mixture.check):
         raise UserError(f"{where}.{error}") from None
 
 
-def length(where, config, experiment):
-    """Refuses rows longer than one of the stage's models holds."""
+def length(where, config, experiment, mesh):
+    """Refuses rows longer than a model holds, or that do not divide over `context`."""
+    _splits(f"{where}.data.length={config.data.length}", config.data.length, mesh)
     _fits(
         where,
         config,
@@ -117,16 +118,36 @@ def length(where, config, experiment):
     )
 
 
-def room(where, config, experiment):
-    """Refuses prompts and completions longer than one of the stage's models holds."""
+def room(where, config, experiment, mesh=None):
+    """Refuses prompts and completions longer than a model holds.
+
+    Where they are trained on, on `mesh`, rows must divide over its `context` as well.
+    """
     data, new = config.data, config.sampling.max_new_tokens
     prompt = data.prompt_length
     what = f"data.prompt_length={prompt} and sampling.max_new_tokens={new}"
+    parts = mesh.shape["context"] if mesh else 1
+    if parts > 1 and not prompt:
+        raise UserError(
+            f"{where}.data.prompt_length: is not set, so that rows have the length of "
+            "the longest prompt, which mesh.context need not divide; set it"
+        )
+    if parts > 1:
+        _splits(f"{where}.{what}", prompt + new, mesh)
     # Without a limit of their own, prompts have what is left, at least a token.
     _fits(where, config, experiment, what, (prompt or 1) + new)
     if data.get("ptx_rows"):
         what = f"data.ptx_length={data.ptx_length}"
         _fits(where, config, experiment, what, data.ptx_length)
+
+
+def _splits(what, tokens, mesh):
+    parts = mesh.shape["context"]
+    if tokens % parts:
+        raise UserError(
+            f"{what}: rows of {tokens} tokens do not divide over mesh.context={parts}; "
+            f"use a multiple of {parts}"
+        )
 
 
 def _fits(where, config, experiment, what, tokens):

@@ -296,7 +296,7 @@ def _check(where, config, experiment, mesh):
             f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
     checks.sampling(where, config, experiment)
-    checks.room(where, config, experiment)
+    checks.room(where, config, experiment, mesh)
     rows = checks.epochs(where, config, config.batch_size * config.group_size)
     # Prompts, before each is sampled from several times.
     prompts = config.batch_size * config.oversample

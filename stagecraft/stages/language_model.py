@@ -153,7 +153,7 @@ def _format(config):
 
 
 def _check(where, config, experiment, mesh):
-    checks.length(where, config, experiment)
+    checks.length(where, config, experiment, mesh)
     parent = experiment.stages.get(config.start_from)
     bare = parent is not None and parent.kind == KIND.name and _format(parent) == "text"
     learns_turns = _format(config) == "chat" and bool(config.lora.rank)

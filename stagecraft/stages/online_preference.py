@@ -130,7 +130,7 @@ def rank_pairs(config, rollouts, samples, rewards):
 def _check(where, config, experiment, mesh):
     checks.rewards(where, config)
     checks.sampling(where, config, experiment)
-    checks.room(where, config, experiment)
+    checks.room(where, config, experiment, mesh)
     loss = checks.training(where, config, experiment, mesh, KIND)
     check_pairs(where, config, loss)
 

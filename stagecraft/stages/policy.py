@@ -404,7 +404,7 @@ def _conclude(config, state, batch, metrics):
 
 def _check(where, config, experiment, mesh):
     checks.sampling(where, config, experiment)
-    checks.room(where, config, experiment)
+    checks.room(where, config, experiment, mesh)
     checks.rewards(where, config)
     rows = checks.epochs(where, config, config.batch_size)
     checks.kl(where, config, {"reward": ("k1", "k3"), "loss": ("k2", "k3")})

@@ -231,7 +231,7 @@ def check_pairs(where: str, config: ConfigDict, loss: objective.Loss) -> None:
 
 
 def _check(where, config, experiment, mesh):
-    checks.length(where, config, experiment)
+    checks.length(where, config, experiment, mesh)
     checks.moving_reference(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
     check_pairs(where, config, loss)

@@ -178,7 +178,7 @@ def flatten_pairs(x):
 
 
 def _check(where, config, experiment, mesh):
-    checks.length(where, config, experiment)
+    checks.length(where, config, experiment, mesh)
     checks.training(where, config, experiment, mesh, KIND)
 
 

@@ -229,7 +229,7 @@ def running_mean(mean, seen, values, mask):
 
 
 def _check(where, config, experiment, mesh):
-    checks.length(where, config, experiment)
+    checks.length(where, config, experiment, mesh)
     checks.moving_reference(where, config)
     loss = checks.training(where, config, experiment, mesh, KIND)
     checks.reference(where, config, loss)

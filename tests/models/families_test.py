@@ -216,7 +216,7 @@ def test_the_layer_loop_changes_no_number(case, monkeypatch):
 )
 def test_the_mesh_does_not_matter(case, sizes):
     model = make(case)
-    rows = [packed([document(7, i), document(4, i + 9)]) for i in range(8)]
+    rows = [packed([document(8, i), document(4, i + 9)]) for i in range(8)]
     args = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
     expected, plain = gradient(model, args)
     made = sharding.make_mesh(**sizes)
@@ -233,6 +233,32 @@ def test_the_mesh_does_not_matter(case, sizes):
     close(sharded, plain, atol=1e-5)
     alone = sampling.generate(model, *prompts, key, **settings)
     np.testing.assert_array_equal(sample.tokens, alone.tokens)
+
+
+def test_context_leaves_each_device_its_part_of_a_row():
+    """Hidden states lie apart, and a gradient needs a part of the memory."""
+    config = dataclasses.replace(BASE, **{**CASES["gemma 2"], "max_length": 512})
+    abstract = jax.eval_shape(
+        lambda key: Transformer(config.validate(), key), jax.random.key(0)
+    )
+    tokens = [jax.ShapeDtypeStruct((1, 512), jnp.int32)] * 3
+
+    def loss(model, ids, positions, segments):
+        return model.hidden(ids, positions, segments).sum()
+
+    def compiled(parts):
+        mesh = sharding.make_mesh(1, context=parts, devices=jax.devices()[:parts])
+        with jax.set_mesh(mesh):
+            model = sharding.with_shardings(
+                abstract, sharding.shardings(abstract, mesh)
+            )
+            hidden = jax.jit(Transformer.hidden).lower(model, *tokens).compile()
+            grad = jax.jit(jax.grad(loss)).lower(model, *tokens).compile()
+        return hidden, grad.memory_analysis().temp_size_in_bytes
+
+    (_, whole), (hidden, part) = compiled(1), compiled(4)
+    assert hidden.output_shardings.spec[1] == "context"
+    assert part < 0.6 * whole  # keys and values of a layer are whole
 
 
 def test_the_names_of_the_parts():

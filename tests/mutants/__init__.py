@@ -15,6 +15,7 @@ from tests.mutants import (
     inputs,
     judging,
     measuring,
+    meshes,
     objectives,
     people,
     previews,
@@ -35,6 +36,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
+    *meshes.MUTANTS,
     *behaviour.MUTANTS,
 )
 

@@ -22,8 +22,8 @@ _BLOCKWISE = in_file(
     ),
     (
         "a block of keys too few under a window",
-        "jnp.maximum(row * block - (window - 1), 0) // block",
-        "jnp.maximum(row * block - (window - 1), 0) // block + 1",
+        "jnp.maximum(begin - (window - 1), 0) // block",
+        "jnp.maximum(begin - (window - 1), 0) // block + 1",
     ),
 )
 

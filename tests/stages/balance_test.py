@@ -41,9 +41,10 @@ def test_the_loss_is_added_and_told():
     assert np.abs(held - free).max() > 1e-5
 
 
-def test_it_is_that_of_the_whole_batch_on_any_mesh():
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 1, 2, 2)])
+def test_it_is_that_of_the_whole_batch_on_any_mesh(sizes):
     alone, one = once(cases.single(), 0.5)
-    split, other = once(sharding.make_mesh(2, 2, 2), 0.5)
+    split, other = once(sharding.make_mesh(*sizes), 0.5)
     for name in ("loss", "aux_loss", "router_load_max"):
         assert split[name] == pytest.approx(alone[name], rel=1e-5)
     np.testing.assert_allclose(other, one, atol=1e-6)

@@ -44,13 +44,15 @@ def alone():
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("language_model", (8, 1, 1)),
+        # data, fsdp, tensor, context, expert
+        ("language_model", (1, 2, 2, 2, 1)),
         ("reward", (1, 8, 1)),
         ("preference", (8, 1, 1)),
-        ("unpaired_preference", (1, 8, 1)),
+        ("preference", (1, 1, 2, 2, 2)),
+        ("unpaired_preference", (1, 1, 1, 4, 2)),
         ("online_preference", (2, 2, 2)),
         # 16 rows in 2 minibatches on 8 shards: one row a device. (2, 2, 2): see below.
-        *(("policy", sizes) for sizes in ((8, 1, 1), (1, 8, 1))),
+        *(("policy", sizes) for sizes in ((8, 1, 1), (1, 2, 1, 2, 2))),
         ("group_policy", (1, 8, 1)),
     ],
 )

@@ -1,0 +1,49 @@
+"""Mistakes in what lies on which device of a mesh."""
+
+from tests.mutants.mutant import in_file
+
+MUTANTS = (
+    *in_file(
+        "stagecraft/models/attention.py",
+        "tests/models/attention_test.py -k each_device",
+        (
+            "every part of a row is its first",
+            "jax.lax.axis_index('context') * query.shape[1]",
+            "0 * query.shape[1]",
+        ),
+        ("windows of a part reach too far", "apart < window", "apart <= window"),
+    ),
+    *in_file(
+        "stagecraft/models/blockwise.py",
+        "tests/models/attention_test.py -k part_of",
+        (
+            "blocks as if the part began the row",
+            "marks[2] + row * block",
+            "row * block",
+        ),
+        (
+            "the segments of the row's beginning",
+            "jax.lax.dynamic_slice_in_dim(segments, start, t, axis=1)",
+            "segments[:, :t]",
+        ),
+    ),
+    *in_file(
+        "stagecraft/models/experts.py",
+        "tests/models/families_test.py -k mesh",
+        (
+            "every device has the first experts",
+            "chosen - jax.lax.axis_index('expert') * gate.shape[0]",
+            "chosen",
+        ),
+        (
+            "experts elsewhere count here",
+            "(chosen >= 0) & (chosen < groups)",
+            "chosen < groups",
+        ),
+    ),
+    *in_file(
+        "stagecraft/stages/checks.py",
+        "tests/lengths_test.py -k context",
+        ("rows that context does not divide", "if tokens % parts:", "if False:"),
+    ),
+)
