@@ -35,11 +35,26 @@ _SCORES = in_file(
 _HEADS = in_file(
     "stagecraft/models/heads.py",
     "tests/models/heads_test.py",
-    ("log-normaliser less its maximum", "log_z=lse + top / temperature", "log_z=lse"),
     (
-        "entropy without the maximum",
-        "entropy=held(lse) - expected",
-        "entropy=-expected",
+        "log-normaliser less its maximum",
+        "log_z=lse + top / options.temperature",
+        "log_z=lse",
+    ),
+    ("entropy without the maximum", "entropy = lse - expected", "entropy = -expected"),
+    (
+        "no gradient of the normaliser",
+        "rest = rest + gradient.log_z",
+        "rest = rest + 0",
+    ),
+    (
+        "logits held whatever their size",
+        "count * vocab <= HELD_ELEMENTS",
+        "count * vocab > 0",
+    ),
+    (
+        "gradient without the temperature",
+        "out = out / options.temperature",
+        "out = out",
     ),
 )
 
