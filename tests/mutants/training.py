@@ -17,6 +17,26 @@ _MODEL = in_file(
     ),
 )
 
+_ATTENTION = in_file(
+    "stagecraft/models/attention.py",
+    "tests/models/attention_test.py",
+    (
+        "gradient of a softmax without its mean",
+        '_product("bkgtc,bksc->bkgts", d_out, values) - mean',
+        '_product("bkgtc,bksc->bkgts", d_out, values)',
+    ),
+    (
+        "gradient of a soft-cap left out",
+        "1 - jnp.square(capped / softcap)",
+        "1",
+    ),
+    (
+        "gradient of values from undivided weights",
+        "d_out = d_out.astype(jnp.float32) / total",
+        "d_out = d_out.astype(jnp.float32)",
+    ),
+)
+
 _SCORES = in_file(
     "stagecraft/models/scores.py",
     "tests/stages/pairs_test.py tests/models/language_test.py",
@@ -298,6 +318,7 @@ _REPORTED = (
 
 MUTANTS = (
     *_MODEL,
+    *_ATTENTION,
     *_SCORES,
     *_HEADS,
     *_SAMPLING,
