@@ -102,17 +102,69 @@ def _attend(query, keys, values, visible, softcap, scale):
     b, t, h, c = query.shape
     k = keys.shape[1]
     # Heads before tokens: both contractions are then batched matmuls, faster on a CPU
-    # than any layout with heads inside. The mask is added, since an addition stores
-    # nothing for the backward pass.
+    # than any layout with heads inside.
     query = (query * scale).reshape(b, t, k, h // k, c).transpose(0, 2, 3, 1, 4)
-    bias = jnp.where(visible, 0.0, MASKED)[:, None, None]
-    scores = jnp.einsum(
-        "bkgtc,bksc->bkgts", query, keys, preferred_element_type=jnp.float32
-    )
-    scores = linear.softcap(scores, softcap)
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bksc->bkgtc", weights, values)
+    out = _mix(query, keys, values, visible, softcap)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, c)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mix(query, keys, values, visible, softcap):
+    """[B, K, G, T, C], 2 x [B, K, S, C], bool[B, T, S] -> [B, K, G, T, C].
+
+    Arrays of [T, S] are what attention costs, so they are few: exponentials are never
+    divided by their sum (what they mix is), and they are all that is kept.
+    """
+    return _mix_forward(query, keys, values, visible, softcap)[0]
+
+
+def _mix_forward(query, keys, values, visible, softcap):
+    capped = linear.softcap(_product("bkgtc,bksc->bkgts", query, keys), softcap)
+    scores = capped + jnp.where(visible, 0.0, MASKED)[:, None, None]
+    exps = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = exps.sum(axis=-1, keepdims=True)
+    mixed = _product("bkgts,bksc->bkgtc", exps.astype(values.dtype), values)
+    out = (mixed / total).astype(query.dtype)
+    saved = (query, keys, values, exps, total, out, capped if softcap else None)
+    return out, saved
+
+
+def _mix_backward(softcap, saved, d_out):
+    query, keys, values, exps, total, out, capped = saved
+    d_out = d_out.astype(jnp.float32) / total
+    # Of the softmax: each score's gradient less their mean under the weights, which is
+    # the product of the output with its gradient.
+    mean = (d_out * out).sum(axis=-1, keepdims=True)
+    d_out = d_out.astype(query.dtype)
+    d_scores = exps * (_product("bkgtc,bksc->bkgts", d_out, values) - mean)
+    if softcap:
+        d_scores = d_scores * (1 - jnp.square(capped / softcap))
+    d_scores = d_scores.astype(query.dtype)
+    d_query = _product("bkgts,bksc->bkgtc", d_scores, keys)
+    d_keys = _of_keys(query, d_scores)
+    d_values = _of_keys(d_out, exps.astype(query.dtype))
+    return (
+        d_query.astype(query.dtype),
+        d_keys.astype(keys.dtype),
+        d_values.astype(values.dtype),
+        None,
+    )
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _of_keys(rows, weights):
+    """[B, K, G, T, C], [B, K, G, T, S] -> f32[B, K, S, C].
+
+    As [C, S] until the end: otherwise XLA transposes the weights, the larger factor.
+    """
+    product = _product("bkgtc,bkgts->bkcs", rows, weights)
+    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
+
+
+def _product(subscripts, *operands):
+    return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
 
 
 def _xla(query, key, value, segments, *, window, softcap, scale, start=None):

@@ -88,6 +88,53 @@ def test_blockwise_equals_the_reference(settings, block):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
 
 
+def plain(query, key, value, segments, *, window, softcap, scale):
+    """Softmax over all of [T, T], for JAX to differentiate."""
+    t, groups = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    scores = scale * jnp.einsum("bthc,bshc->bhts", query, key)
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    apart = jnp.arange(t)[:, None] - jnp.arange(t)[None]
+    seen = (apart >= 0) & (apart < (window or t))
+    seen = seen & (segments[:, :, None] == segments[:, None, :])
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshc->bthc", weights, value)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradients_equal_those_of_plain_attention_in_float64(settings, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST", 30)  # two chunks
+    args = arrays()
+    got = gradients(REFERENCE, settings, args)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.float64(x)) for x in args[:3]]
+        expected = gradients(plain, settings, (*wide, args[3]))
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert b.dtype == np.float64
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_moves_fewer_bytes_than_that_of_plain_attention(monkeypatch):
+    """As the compiler counts them; in one chunk, so that both do the same products."""
+    monkeypatch.setattr(attention, "CHUNKS", 1)
+    rng, settings = np.random.default_rng(0), SETTINGS[0]
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, 128, heads, C)), jnp.float32)
+        for heads in (H, K, K)
+    )
+    segments = jnp.ones((2, 128), jnp.int32)
+
+    def bytes_moved(run):
+        def loss(*inputs):
+            return (run(*inputs, segments, **settings) ** 2).sum()
+
+        step = jax.jit(jax.grad(loss, (0, 1, 2)))
+        compiled = step.lower(query, key, value).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    assert bytes_moved(REFERENCE) < 0.9 * bytes_moved(plain)
+
+
 @pytest.mark.parametrize("settings", SETTINGS[2:], ids=str)
 def test_splash_equals_the_reference_when_interpreted(settings):
     """Not run on hardware: what the TPU kernel would do, step by step on a CPU."""

@@ -12,7 +12,8 @@ from stagecraft.errors import UserError
 from stagecraft.models import heads
 
 B, T, D, V = 8, 5, 16, 24
-SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+# With context: rows that it splits, and rows of another length, which stay whole.
+SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 1, 5), (1, 2, 1, 2, 2)]
 
 
 def arrays(b=B, t=T, d=D, v=V, seed=0):
@@ -283,6 +284,31 @@ def test_default_block_bounds_the_logits(monkeypatch):
     assert max(sizes(trace(10 * V))) <= 10 * V
     jaxpr = trace(B * T * V)
     assert not [e for e, _ in equations(jaxpr) if e.primitive.name == "scan"]
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("stats", [True, False])
+def test_few_logits_are_held_and_many_made_again(blocks, stats, monkeypatch):
+    """Held, the backward pass has no product for them; the numbers are the same."""
+    args = arrays()
+    monkeypatch.setattr(heads, "BLOCK_ELEMENTS", B * T * V // blocks)
+    results, products = [], []
+    for held in (True, False):
+        monkeypatch.setattr(heads, "HELD_ELEMENTS", B * T * V - (not held))
+        step = weighted(WEIGHTS, temperature=0.7, stats=stats)
+        results.append(step(*args))
+        made = [
+            equation.outvars[0].aval.shape
+            for equation, _ in equations(jax.make_jaxpr(step)(*args).jaxpr)
+            if equation.primitive.name == "dot_general"
+        ]
+        products.append(made.count((B * T // blocks, V)))
+    assert products == [1, 2]
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    expected = plain_gradient(*args, 0.7, WEIGHTS)
+    for got, want in zip(results[0][1], expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_no_traffic_in_the_loop_but_per_token_sums():

@@ -17,6 +17,26 @@ _MODEL = in_file(
     ),
 )
 
+_ATTENTION = in_file(
+    "stagecraft/models/attention.py",
+    "tests/models/attention_test.py",
+    (
+        "gradient of a softmax without its mean",
+        '_product("bkgtc,bksc->bkgts", d_out, values) - mean',
+        '_product("bkgtc,bksc->bkgts", d_out, values)',
+    ),
+    (
+        "gradient of a soft-cap left out",
+        "1 - jnp.square(capped / softcap)",
+        "1",
+    ),
+    (
+        "gradient of values from undivided weights",
+        "d_out = d_out.astype(jnp.float32) / total",
+        "d_out = d_out.astype(jnp.float32)",
+    ),
+)
+
 _SCORES = in_file(
     "stagecraft/models/scores.py",
     "tests/stages/pairs_test.py tests/models/language_test.py",
@@ -35,11 +55,26 @@ _SCORES = in_file(
 _HEADS = in_file(
     "stagecraft/models/heads.py",
     "tests/models/heads_test.py",
-    ("log-normaliser less its maximum", "log_z=lse + top / temperature", "log_z=lse"),
     (
-        "entropy without the maximum",
-        "entropy=held(lse) - expected",
-        "entropy=-expected",
+        "log-normaliser less its maximum",
+        "log_z=lse + top / options.temperature",
+        "log_z=lse",
+    ),
+    ("entropy without the maximum", "entropy = lse - expected", "entropy = -expected"),
+    (
+        "no gradient of the normaliser",
+        "rest = rest + gradient.log_z",
+        "rest = rest + 0",
+    ),
+    (
+        "logits held whatever their size",
+        "count * vocab <= HELD_ELEMENTS",
+        "count * vocab > 0",
+    ),
+    (
+        "gradient without the temperature",
+        "out = out / options.temperature",
+        "out = out",
     ),
 )
 
@@ -283,6 +318,7 @@ _REPORTED = (
 
 MUTANTS = (
     *_MODEL,
+    *_ATTENTION,
     *_SCORES,
     *_HEADS,
     *_SAMPLING,
