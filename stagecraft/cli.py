@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
 
-from stagecraft import commands, config_files, process, schema
+from stagecraft import commands, config_files, process, processes, schema
 from stagecraft.commands.flag import CONFIG, Flag
 from stagecraft.errors import UserError
 
@@ -29,8 +30,13 @@ def main(argv=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _dispatch(argv)
+        status = _dispatch(argv)
+        processes.finish()
+        return status
     except UserError as error:
+        if debug:
+            traceback.print_exc()
+        processes.fail(str(error), 2)
         if debug:
             raise
         print(f"stagecraft: {error}", file=sys.stderr)
@@ -39,6 +45,7 @@ def main(argv=None):
         text, number = getattr(stop, "text", ""), getattr(stop, "signal", signal.SIGINT)
         if not text and argv[1] in ("run", "curate"):
             text = "the same command goes on from what is saved"
+        processes.fail("; ".join(filter(None, ["stopped", text])), 128 + number)
         print(
             f"\nstagecraft: {'; '.join(filter(None, ['stopped', text]))}",
             file=sys.stderr,
@@ -47,6 +54,13 @@ def main(argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if processes.several():
+            processes.others_end()
+            traceback.print_exc()
+            line = " ".join(str(error).split())[:300]
+            processes.fail(f"{type(error).__name__}: {line}", 1)
+        raise
 
 
 def _terminate(number, frame):
@@ -77,6 +91,9 @@ def _dispatch(argv):
     _quiet()
     if rest and not command.words:
         raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
+    if "coordinator" in {flag.name for flag in taken}:
+        processes.start(FLAGS.coordinator, FLAGS.process, FLAGS.processes)
+        _quiet()
     command(rest)
     return 0
 
@@ -155,7 +172,9 @@ class _Remarks(logging.Handler):
     """Prints the library's own log lines to standard error."""
 
     def emit(self, record):
-        print(f"stagecraft: {record.getMessage()}", file=sys.stderr)
+        index, _ = processes.here()
+        who = f"process {index}: " if index else ""
+        print(f"stagecraft: {who}{record.getMessage()}", file=sys.stderr)
 
 
 def _quiet():
@@ -165,7 +184,11 @@ def _quiet():
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
     own = logging.getLogger("stagecraft")
-    own.setLevel(logging.INFO)
+    # What all processes would say alike process 0 says; of rewards each has its own.
+    index, _ = processes.here()
+    own.setLevel(logging.ERROR if index else logging.INFO)
+    if index:
+        logging.getLogger("stagecraft.signals").setLevel(logging.WARNING)
     own.propagate = False
     if not own.handlers:
         own.addHandler(_Remarks())

@@ -209,7 +209,8 @@ class Progress:
     def __init__(self, name, steps, *, log=10, unit="tokens", stream=None):
         self.name, self.steps, self.log = name, steps, max(log, 1)
         self.unit = unit
-        self.console = Console(file=stream or sys.stderr, highlight=False)
+        quiet = stream is None and not process.is_first()  # process 0 shows it
+        self.console = Console(file=stream or sys.stderr, highlight=False, quiet=quiet)
         self.started = time.perf_counter()
         self.first = None
         self._count = 0

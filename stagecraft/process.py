@@ -101,6 +101,23 @@ def made_with() -> dict[str, str]:
     return {key: value for key, value in provenance.items() if value}
 
 
+@functools.cache
+def code() -> dict[str, str]:
+    """Returns what decides what a program does: versions, and a digest of the sources."""
+    import importlib.metadata
+
+    total, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        total.update(f"{path.relative_to(root)}\n".encode())
+        total.update(path.read_bytes())
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        versions[name] = importlib.metadata.version(name)
+    commit = _commit()
+    sources = total.hexdigest()[:12] + (f" (commit {commit})" if commit else "")
+    return versions | {"stagecraft": sources}
+
+
 def _commit():
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

@@ -14,23 +14,21 @@ from stagecraft import (
     bounds,
     experiment,
     process,
+    processes,
     runs,
     schema,
+    sources,
     storage,
     trackers,
     train,
-    worlds,
 )
 from stagecraft.anatomy import behaviour, heldout_figures, summary
-from stagecraft.curate import config as curate_config
-from stagecraft.curate import curation
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
-from stagecraft.lineage import Lineage, LineageEntry, StageRecord
-from stagecraft.models import locate, saved
+from stagecraft.lineage import LineageEntry, StageRecord
+from stagecraft.models import saved
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.language import Language
-from stagecraft.report import curation as curation_page
 from stagecraft.report import page, terminal
 from stagecraft.report.notebook import Summary
 from stagecraft.runs import Run
@@ -38,7 +36,6 @@ from stagecraft.signals import judge, verifiers
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, records
 from stagecraft.stages.stage import Context
-from stagecraft.text import tokenizer as tokenizers
 
 
 def open_run(root: str | Path) -> Run:
@@ -60,7 +57,7 @@ def open_run(root: str | Path) -> Run:
         )
     config = experiment.resolve(stored, check=False)
     stages = experiment.order(config)
-    return Run(root, config, _own_tokenizer(root), stages)
+    return Run(root, config, sources.own_tokenizer(root), stages)
 
 
 def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summary:
@@ -82,20 +79,28 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summa
     names = experiment.chosen(config, "--only", only)
     root = Path(root)
     this = Run(root, config, stages=experiment.order(config))
+    processes.check_same("version", process.code())
+    processes.check_same("command", {"--only": list(only)})
+    processes.check_same("config", schema.plain(config))
+    processes.check_shared(root)
     check_same(this)
+    processes.barrier("config")
     runs.write_config(root, schema.plain(config))
     process.reuse_programs()
     unfinished = [name for name in names if not this.finished(name)]
     check_parents(this, names)
+    # Nothing is written before all have seen what there is.
+    processes.barrier("begin")
     if unfinished:
         with jax.set_mesh(this.mesh()):
-            read_sources(this)
+            sources.read(this)
             early = _early_data(this, unfinished)
             for name in unfinished:
                 _run_stage(this, name, early)
+                processes.barrier(f"end of {name}")
                 this.ran.append(name)
     else:
-        this.tokenizer = _own_tokenizer(root)
+        this.tokenizer = sources.own_tokenizer(root)
     with jax.set_mesh(this.mesh()):
         return _conclude(this, changed=bool(unfinished), started=started)
 
@@ -127,101 +132,6 @@ def check_parents(run: Run, names: Sequence[str]) -> None:
                     f"--only: {name} needs {parent}, which is not finished in "
                     f"{run.root}; add it: --only={parent},{name}"
                 )
-
-
-def read_sources(run: Run) -> None:
-    """Writes the world, curates text, and sets the run's tokenizer, each where due."""
-    _write_world(run.config, run.root)
-    _curate(run.config, run.root)
-    run.tokenizer = _tokenizer(run.config, run.root)
-    if prompt := _single_prompt(run.config):
-        behaviour.check_prompt(run, prompt)
-
-
-def _write_world(config, root):
-    if not config.world.name or (root / "world").exists():
-        return
-    world, folder = config.world, root / "world"
-    worlds.write(
-        world.name,
-        folder,
-        config.seed,
-        world.size,
-        junk=world.junk,
-        digits=world.sums,
-        requests=world.requests,
-    )
-
-
-def _curate(config, root):
-    """Curates text into WORKDIR/curation and writes its page, once."""
-    out = root / "curation"
-    if not config.curation or out.exists():
-        return
-    c = curate_config.resolve(config.curation.to_dict() | {"out": str(out)})
-    c.quality.good, c.quality.bad, c.contamination.files, c.files = (
-        stage_data.locate(spec, root)
-        for spec in (c.quality.good, c.quality.bad, c.contamination.files, c.files)
-    )
-    curation.curate(c)
-    curation_page.write(out)
-
-
-def _tokenizer(config, root):
-    """Returns the run's own tokenizer, kept in WORKDIR/tokenizer from then on."""
-    folder, path = root / runs.TOKENIZER, config.tokenizer.path
-    if folder.exists():
-        tokenizer = _own_tokenizer(root)
-        for name in tokenizer.files:  # a template's moment, in an older run
-            if not (folder / name).exists():
-                storage.write_bytes(folder / name, tokenizer.files[name])
-        return tokenizer
-    if path:
-        try:
-            tokenizer = tokenizers.load(path)
-        except UserError as error:
-            raise UserError(f"tokenizer.path: {error}") from None
-    elif config.tokenizer.files:
-        if config.tokenizer.template:
-            raise UserError(tokenizers.NO_TEMPLATE)
-        texts = stage_data.texts(config.tokenizer.files, root)
-        path = folder / tokenizers.FILE
-        return tokenizers.SentencePiece.train(texts, config.tokenizer.vocab_size, path)
-    elif experiment.outside(config):
-        # With a model comes the tokenizer it was trained with.
-        source = locate.locate(experiment.outside(config)[0])
-        tokenizer = tokenizers.load(source.tokenizer())
-    else:
-        raise UserError("tokenizer: set tokenizer.path or tokenizer.files")
-    if config.tokenizer.template:
-        tokenizer = tokenizers.with_template(tokenizer, config.tokenizer.template)
-    tokenizers.keep(tokenizer, folder)
-    return tokenizer
-
-
-def _own_tokenizer(root):
-    """Reads WORKDIR/tokenizer, if it is still the one its stages were trained with."""
-    folder = root / runs.TOKENIZER
-    tokenizer = tokenizers.load(folder)
-    for name, entry in Lineage.read(root).stages.items():
-        if entry.tokenizer not in (None, tokenizer.digest):
-            raise UserError(
-                f"{folder}: is not the tokenizer that {name} was trained with (a file "
-                "is missing, or was changed); copy the whole folder"
-            )
-    return tokenizer
-
-
-def _check_vocabulary(roles, tokenizer):
-    """Refuses a model with fewer rows in its embedding than the tokenizer has ids."""
-    for role, model in roles.items():
-        rows = getattr(model, "body", model).config.vocab_size
-        if rows < tokenizer.vocab_size:
-            raise UserError(
-                f"{role}_from: its model embeds {rows} ids, but the tokenizer has "
-                f"{tokenizer.vocab_size}; use the tokenizer it was trained with "
-                "(tokenizer.path)"
-            )
 
 
 def _early_data(run, names):
@@ -264,6 +174,7 @@ def _run_stage(run, name, early):
     lineage = run.lineage()
     lineage.stages[name] = _lineage(run, name, data, lineage)
     lineage.write(run.root)
+    processes.barrier(f"lineage of {name}")
     mesh, key = run.mesh(name), key_of(config, name)
     with jax.set_mesh(mesh):
         names = experiment.parents(config, name)
@@ -352,7 +263,7 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
     if parents:
         shape = getattr(parents["start"], "config", shape)
-    _check_vocabulary(parents, tokenizer)
+    sources.check_vocabulary(parents, tokenizer)
     scorers = None
     if kind.samples:
         judged = judge.scorer(stage, judging, run.root)
@@ -457,17 +368,6 @@ def _lineage(run, name, data, lineage):
     )
 
 
-def _single_prompt(config):
-    """Returns the prompt that all stages answer at the end, "" for none."""
-    world = config.world.name if _asks_world(config) else ""
-    return config.measure.prompt or (world and worlds.get(world).single_prompt)
-
-
-def _asks_world(config):
-    """Returns whether figures are the world's, not of stages' own held-out prompts."""
-    return bool(config.world.name) and config.measure.probes
-
-
 def _conclude(run, *, changed, started):
     """Measures what is finished, checks the bounds, writes the report, shows both.
 
@@ -479,11 +379,12 @@ def _conclude(run, *, changed, started):
     """
     path = run.root / "summary.json"
     before = storage.read_json(path)
+    processes.barrier("summary")
     if before and not changed:
         terminal.show_summary(before)
         return Summary(before, run.root)
-    asked = [] if _asks_world(run.config) else heldout_figures.prompts(run)
-    prompt = _single_prompt(run.config) or (asked and asked[0].record["prompt"])
+    asked = [] if sources.asks_world(run.config) else heldout_figures.prompts(run)
+    prompt = sources.single_prompt(run.config) or (asked and asked[0].record["prompt"])
     if prompt and behaviour.speaking_stages(run):
         answers = behaviour.through_stages(run, prompt)
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
@@ -494,7 +395,8 @@ def _conclude(run, *, changed, started):
     figures["table"] = list(run.config.measure.table)
     figures["bounds"] = bounds.check(figures, run.config.measure.bounds)
     storage.write_json(path, figures)
-    page.write(run.root)
-    terminal.show_summary(figures)
-    Console().print(f"report: {run.root / 'report.html'}", highlight=False)
+    if process.is_first():
+        page.write(run.root)
+        terminal.show_summary(figures)
+        Console().print(f"report: {run.root / 'report.html'}", highlight=False)
     return Summary(figures, run.root)

@@ -17,7 +17,7 @@ model code runs on one device, in a notebook, with no mesh at all.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -213,11 +214,11 @@ def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host's rows of a batch on the mesh, as global arrays.
+    """Puts a batch on the mesh, as global arrays.
 
     Args:
-        batch: a tree of host arrays, rows first; in a program of several processes, the
-            rows that belong to this process.
+        batch: a tree of host arrays, rows first: all rows, in every process. Of those
+            that its devices do not hold, a process reads nothing but the shape.
 
     Raises:
         UserError: the rows do not divide over `BATCH`.
@@ -225,11 +226,97 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     def shard(array):
         array = np.asarray(array)
-        check_rows(array.shape[0] * jax.process_count(), mesh)
+        check_rows(array.shape[0], mesh)
         sharding = batch_sharding(mesh, array.ndim)
-        return jax.make_array_from_process_local_data(sharding, array)
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(shard, batch)
+
+
+def own_rows(rows: int, mesh: Mesh) -> np.ndarray | None:
+    """Returns the numbers of the rows that this process's devices hold, i64[N].
+
+    None for all of them: in a program of one process, and where the mesh splits no
+    rows over processes.
+
+    Args:
+        rows: of a batch.
+        mesh: the mesh.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    numbers = np.arange(rows)
+    own = np.unique(np.concatenate([numbers[index] for index in places.values()]))
+    return None if len(own) == rows else own
+
+
+def to_host(tree: Any) -> Any:
+    """Returns whole numpy arrays, rows in their order, in every process.
+
+    Where there are several, all of them must call it: each gives its parts.
+
+    Args:
+        tree: of arrays; keys of random numbers must be taken out of it.
+    """
+
+    def whole_array(array):
+        apart = isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        )
+        if apart:
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return jax.tree.map(whole_array, tree)
+
+
+def joined(part: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Returns the parts of all processes one behind the other, bit for bit.
+
+    Args:
+        part: this process's, [N, ...] of any dtype of the host's.
+        sizes: N of every process.
+    """
+    if len(sizes) == 1:
+        return part
+    padded = np.zeros((max(sizes), *part.shape[1:]), part.dtype)
+    padded[: len(part)] = part
+    # As bytes: arrays of the device have no 64 bits by default.
+    every = multihost_utils.process_allgather(np.frombuffer(padded.tobytes(), np.uint8))
+    parts = [
+        np.frombuffer(one.tobytes(), part.dtype).reshape(padded.shape)[:size]
+        for one, size in zip(np.asarray(every), sizes, strict=True)
+    ]
+    return np.concatenate(parts)
+
+
+class Vote:
+    """The largest of a number that each process has, known a step later.
+
+    A host that waits for the others in every step leaves its devices idle. `cast` only
+    starts a computation, and what `count` returns is the same in every process.
+    """
+
+    def __init__(self):
+        devices = np.array(jax.devices())
+        mesh = Mesh(devices, ("every",), axis_types=(AxisType.Auto,))
+        self._placement = NamedSharding(mesh, P("every"))
+        self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self._open = None
+
+    def cast(self, number: int) -> None:
+        """Gives this process's number, an i32."""
+        array = jax.make_array_from_callback(
+            (len(self._placement.mesh.devices.flat),),
+            self._placement,
+            lambda index: np.full(1, number, np.int32),
+        )
+        self._open = self._most(array)
+
+    def count(self) -> int:
+        """Returns the largest that was cast last; 0 before the first."""
+        return 0 if self._open is None else int(self._open)
 
 
 def on_mesh(batch: Any) -> Any:

@@ -5,6 +5,7 @@ reads a step's numbers one step late, so that the device never waits for the hos
 """
 
 import contextlib
+import functools
 import resource
 import shutil
 import signal
@@ -18,7 +19,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from stagecraft import checkpoint, masked, metrics, process, tree
+from stagecraft import (
+    checkpoint,
+    masked,
+    metrics,
+    process,
+    processes,
+    sharding,
+    tree,
+)
 from stagecraft.data.dataset import Dataset
 from stagecraft.errors import UserError
 from stagecraft.models import lora
@@ -79,10 +88,11 @@ def train(
             while loop.step < config.steps:
                 loop.watch()
                 loop.update(jax.random.fold_in(step_key, loop.step))
-                if loop.due(config.every.save) or loop.late() or stopping:
+                late, stop = loop.agreed(stopping)
+                if loop.due(config.every.save) or late or stop:
                     loop.save()
-                if stopping:
-                    loop.stop(stopping.signal)
+                if stop:
+                    loop.stop(stop)
             loop.conclude()
             loop.watch()
     finally:
@@ -112,15 +122,20 @@ class _Loop:
         self.pending = None  # the newest step's numbers, not yet read
         self.since = {}  # {metric: [sum, steps]} since the last line was logged
         self.saved_at = time.monotonic()
+        several = jax.process_count() > 1
+        self.vote = sharding.Vote() if several else None
+        self.pace = processes.Pace(name, self.progress.note)
 
     def restore(self, data, key):
         """Begins at the newest checkpoint, or at step 0."""
         self.progress.note("starting")
         with self.clock("start"):
             self.state = self.stage.init(key)
-            self.iterator = data.iterator(
-                process_index=jax.process_index(), process_count=jax.process_count()
+            mesh = jax.sharding.get_mesh()
+            own = (
+                None if mesh.empty else functools.partial(sharding.own_rows, mesh=mesh)
             )
+            self.iterator = data.iterator(own=own)
             self.state, latest, saved = self._newest()
             if latest is not None:
                 self.step = self.last_saved = latest
@@ -161,13 +176,23 @@ class _Loop:
         return self.step > 0 and (last or (every > 0 and self.step % every == 0))
 
     def late(self):
-        """Returns whether the last save is longer ago than every.save_minutes.
-
-        Several processes save by steps alone: their clocks would not agree.
-        """
+        """Returns whether the last save is longer ago than every.save_minutes."""
         minutes = self.config.every.save_minutes
-        since = time.monotonic() - self.saved_at
-        return 0 < minutes * 60 <= since and jax.process_count() == 1
+        return 0 < minutes * 60 <= time.monotonic() - self.saved_at
+
+    def agreed(self, stopping):
+        """Returns whether to save now, and the signal to stop for or None.
+
+        Of several processes any one may be asked to stop, and each has a clock of its
+        own: what one wants after a step, all do after the next.
+        """
+        if self.vote is None:
+            return self.late(), stopping.signal
+        wanted = self.vote.count()
+        self.vote.cast(2 * (stopping.signal or 0) + self.late())
+        if self.step == self.config.steps:
+            wanted = max(wanted, self.vote.count())
+        return bool(wanted % 2), wanted // 2 or None
 
     def note_stop(self, number):
         """Says that a request to stop has come."""
@@ -177,7 +202,9 @@ class _Loop:
         )
 
     def stop(self, number):
-        """Ends training; `close` waits until the step that was saved is on disk."""
+        """Ends training, once the step that was saved is on disk."""
+        self.checkpoints.wait()
+        processes.barrier("stop")
         raise process.Stopped(
             f"{self.name} is saved at step {self.step} of {self.config.steps}; the "
             "same command goes on from there",
@@ -186,8 +213,13 @@ class _Loop:
 
     def update(self, key):
         """Takes one step; `key` is its own."""
+        with self.pace(self.step + 1):
+            self._update(key)
+
+    def _update(self, key):
         with self.clock("data"):
             raw = next(self.iterator)
+        self.pace.ready()
         with self.clock("prepare"):
             batch = self.stage.prepare(self.state, raw, key)
         with self.clock("update"):
@@ -200,8 +232,6 @@ class _Loop:
         # A causal row attends to half of it.
         self.work["context"] = (work.pop("length") + 1) / 2
         for use, count in work.items():
-            # The raw batch is one process's part.
-            count *= jax.process_count()
             self.work[use] = self.work.get(use, 0) + count
 
     def save(self):
@@ -226,6 +256,7 @@ class _Loop:
         self.writer.write(self.step, self.clock.total(), figures)
         self._save(self.checkpoints)
         self.checkpoints.wait()
+        processes.barrier("concluded")
         if process.is_first():
             shutil.rmtree(self.unconcluded, ignore_errors=True)
 
@@ -308,9 +339,7 @@ class _Loop:
 def evaluate(stage, state, heldout, batch_size):
     """Returns {"eval_" + metric: float} over a held-out set, each row once."""
     total = None
-    batches = heldout.epoch(
-        batch_size, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    batches = heldout.epoch(batch_size)
     # The same keys at every evaluation, so that two of them differ in the model alone.
     for number, raw in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(0), number)
@@ -372,8 +401,9 @@ def _stop_if_not_finite(name, folder, step, batch, values, last_saved):
     if not bad:
         return
     path = folder / "not_finite.npz"
+    batch = sharding.to_host(tree.named(batch))
     if process.is_first():
-        np.savez(path, **{k: np.asarray(v) for k, v in tree.named(batch).items()})
+        np.savez(path, **batch)
     raise UserError(
         f"{name}: {bad[0]} is {values[bad[0]]} at step {step}; the batch is in {path}, "
         f"the last checkpoint is step {last_saved}; a lower optimizer.lr or a smaller "

@@ -35,6 +35,12 @@ SAMPLING = (
     Flag("max_new_tokens", 48, "longest answer, in tokens"),
     Flag("seed", 0, "random seed of the sampling"),
 )
+# Which of several processes this is; see stagecraft/processes.py.
+PROCESSES = (
+    Flag("coordinator", "", "HOST:PORT of process 0, of several processes"),
+    Flag("process", None, "which of them this is, from 0 on", int, 0),
+    Flag("processes", None, "how many there are", int, 1),
+)
 # How tasks are asked.
 ASKING = (
     Flag("limit", 0, "documents of each task; 0 for all", least=0),

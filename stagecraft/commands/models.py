@@ -4,6 +4,7 @@ from stagecraft import schema
 from stagecraft.commands.flag import (
     ASKING,
     FLAGS,
+    PROCESSES,
     SAMPLING,
     WORKDIR,
     Flag,
@@ -15,7 +16,13 @@ from stagecraft.commands.flag import (
 from stagecraft.errors import UserError
 
 
-@takes(WORKDIR, *SAMPLING, Flag("samples", 1, "answers of each stage"), words=True)
+@takes(
+    WORKDIR,
+    *SAMPLING,
+    Flag("samples", 1, "answers of each stage"),
+    *PROCESSES,
+    words=True,
+)
 def prompt(rest):
     """Show what every finished stage answers to one prompt.
 

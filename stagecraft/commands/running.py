@@ -7,6 +7,7 @@ from stagecraft import schema
 from stagecraft.commands.flag import (
     CONFIG,
     FLAGS,
+    PROCESSES,
     WORKDIR,
     Flag,
     config_given,
@@ -21,6 +22,7 @@ from stagecraft.errors import UserError
     WORKDIR,
     Flag("only", "", "stages to run, as in sft,dpo; all by default"),
     Flag("dry_run", False, "check everything and estimate what it takes"),
+    *PROCESSES,
 )
 def run_(rest):
     """Run or resume a graph of stages.
@@ -36,6 +38,11 @@ def run_(rest):
     With --dry_run the config and the data are checked, and a table shows parameters,
     memory, tokens, FLOPs and time of each stage. Nothing is written, and --workdir may
     be left out.
+
+    Of a run on several machines each starts this command, with one --workdir that all
+    see. On SLURM, Open MPI, Kubernetes and TPU pods they find each other; elsewhere:
+
+    stagecraft run ... --coordinator=HOST:PORT --process=0 --processes=2
     """
     from stagecraft import run
     from stagecraft.preview import plan

@@ -15,7 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
-from stagecraft import storage
+from stagecraft import processes, storage
 from stagecraft.data import containers, files, readers, shards
 from stagecraft.data.rendering import spelled
 from stagecraft.data.tally import Tally
@@ -95,6 +95,10 @@ def once(folder, settings, write, what) -> shards.Shards:
         write: (target) -> None, makes the shards.
         what: what to call them in the line that says they are there.
     """
+    return processes.in_turn(lambda: _once(folder, settings, write, what), "cache")
+
+
+def _once(folder, settings, write, what):
     folder = Path(folder)
     target = folder / storage.digest(settings)[:32]
     if (cached := _cached(target)) is not None:

@@ -2,7 +2,7 @@
 
 A `Dataset` hands out an iterator whose state, the next step, is saved with the
 checkpoint; Grain reads ahead, in a thread or in worker processes. The global batch of a
-step is the same for any number of processes: each takes its own part of its rows.
+step is the same for any number of processes: each reads the rows its devices hold.
 """
 
 import functools
@@ -98,25 +98,35 @@ class Dataset:
                 total.update(np.ascontiguousarray(value).data)
         return total.hexdigest()
 
-    def batch_at(self, step: int) -> dict[str, np.ndarray]:
+    def batch_at(self, step: int, own: dict | None = None) -> dict[str, np.ndarray]:
         """Returns the global batch of a step: {name: array [B, ...]}.
+
+        Args:
+            step: int.
+            own: {rows of a batch, or of what is beside it: numbers of those to read}.
+                Packed rows with other numbers are left padding; None for all rows.
 
         Raises UserError where no token of it is a target: its loss would be of nothing.
         """
-        batches = []
+        batches, first = [], 0
         for number, (rows, count) in enumerate(self.parts + self.beside):
             places = range(step * count, (step + 1) * count)
             if number == 0 and self.mixture:
                 index = self.mixture.rows(places)
             else:
                 index = np.array([self._orders[number][place] for place in places])
-            batches.append(_take(rows, index))
+            within = number < len(self.parts)
+            size, begin = (self.batch_size, first) if within else (count, 0)
+            batches.append(self._read(rows, index, (own or {}).get(size), begin))
+            first += count
         batches, beside = batches[: len(self.parts)], batches[len(self.parts) :]
         batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
         learned = batch.get("mask")
         if learned is not None and "weight" in batch:
             learned = learned & (batch["weight"] > 0)
         if learned is not None and not learned.any():
+            if own:  # that of the other rows counts too
+                return self.batch_at(step)
             raise UserError(
                 f"the batch of step {step} has no token to learn from (mask all "
                 "zeros): raise batch_size or data.length, or leave out such documents"
@@ -126,40 +136,54 @@ class Dataset:
             batch |= more
         return batch
 
-    def iterator(self, start_step=0, *, process_index=0, process_count=1) -> "Batches":
+    def _read(self, rows, index, own, begin):
+        """Reads rows of one part; of `own`, numbers in the batch, where they are apart.
+
+        What else there is depends on all rows: lengths that are cut to a bucket, the
+        numbers of prompts.
+        """
+        if own is None or self.buckets or not getattr(rows, "apart", False):
+            return _take(rows, index)
+        own = own[(own >= begin) & (own < begin + len(index))] - begin
+        # One row at least, for names, shapes and dtypes.
+        some = own if len(own) else np.zeros(1, np.int64)
+        part = rows.take(index[some])
+        whole = {}
+        for name, value in part.items():
+            whole[name] = np.zeros((len(index), *value.shape[1:]), value.dtype)
+            whole[name][some] = value
+        return whole
+
+    def iterator(self, start_step=0, *, own=None) -> "Batches":
         """Returns the batches from a step on, with get_state and set_state.
 
         Args:
             start_step: the first batch's step.
-            process_index, process_count: this process takes its contiguous part of the
-                rows of every global batch, whose size they must divide.
+            own: (rows of a batch) -> numbers of those that this process reads, or None
+                for all: `sharding.own_rows` of its mesh.
         """
-        sizes = [("batch_size", self.batch_size)]
-        sizes += [("rows beside the batch", count) for _, count in self.beside]
-        for name, rows in sizes:
-            _divides(name, rows, process_count)
-        return Batches(self, start_step, process_index, process_count)
+        sizes = {self.batch_size, *(count for _, count in self.beside)}
+        numbers = {size: own(size) for size in sizes} if own else {}
+        numbers = {size: some for size, some in numbers.items() if some is not None}
+        return Batches(self, start_step, numbers)
 
-    def epoch(self, batch_size, *, process_index=0, process_count=1):
+    def epoch(self, batch_size):
         """Yields every row of the first part once, in order, in batches.
 
         Rows that fill up are padding: segments 0 and masks False, so they count
-        nowhere; their index is -1, which is no row. A process takes its part of each
-        batch, as of those to train on.
+        nowhere; their index is -1, which is no row.
         """
-        _divides("batch_size", batch_size, process_count)
         rows, _ = self.parts[0]
         total = _length(rows)
         for start in range(0, total, batch_size):
             part = _take(rows, np.arange(start, min(start + batch_size, total)))
             missing = batch_size - min(batch_size, total - start)
-            whole = {
+            yield {
                 k: np.concatenate(
                     [v, np.full((missing, *v.shape[1:]), FILL.get(k, 0), v.dtype)]
                 )
                 for k, v in part.items()
             }
-            yield _mine(whole, process_index, process_count)
 
     def _cut(self, batch):
         if not self.buckets:
@@ -172,15 +196,14 @@ class Dataset:
 
 
 class Batches:
-    """An iterator over one process's part of a `Dataset`'s batches.
+    """An iterator over a `Dataset`'s batches, of which a process reads its own rows.
 
     Its state is the next step alone, so that a run goes on with another number of
     processes or workers. Workers and threads start with the first batch.
     """
 
-    def __init__(self, dataset, step, process_index, process_count):
-        self.dataset, self.step = dataset, step
-        self.process = process_index, process_count
+    def __init__(self, dataset, step, own):
+        self.dataset, self.step, self.own = dataset, step, own
         self._running = None
 
     def __iter__(self):
@@ -210,7 +233,7 @@ class Batches:
         steps = grain.MapDataset.range(self.step, np.iinfo(np.int32).max)
         workers = self.dataset.workers
         make = _workers_batch if workers else _batch
-        batches = steps.map(functools.partial(make, self.dataset, *self.process))
+        batches = steps.map(functools.partial(make, self.dataset, self.own))
         if not workers:
             read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
             return iter(batches.to_iter_dataset(read))
@@ -224,30 +247,13 @@ class Batches:
         return iter(batches.to_iter_dataset(read).mp_prefetch(several))
 
 
-def _batch(dataset, process_index, process_count, step):
-    return _mine(dataset.batch_at(step), process_index, process_count)
+def _batch(dataset, own, step):
+    return dataset.batch_at(step, own)
 
 
 def _workers_batch(*arguments):
     process.end_with_parent()
     return _batch(*arguments)
-
-
-def _mine(batch, index, count):
-    """Returns the contiguous part of a batch that one of several processes takes."""
-
-    def part(array):
-        size = len(array) // count
-        return array[index * size : (index + 1) * size]
-
-    return {k: part(v) for k, v in batch.items()}
-
-
-def _divides(name, rows, count):
-    if rows % count:
-        raise UserError(
-            f"{name}={rows}: does not divide over {count} processes; choose a multiple"
-        )
 
 
 def _take(rows, index):

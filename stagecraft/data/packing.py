@@ -105,7 +105,12 @@ class Rows:
         length: T.
         weights: f32[documents] of their losses, or None.
         prefix: of the arrays' names.
+
+    Attributes:
+        apart: a row is the same whichever others are read with it.
     """
+
+    apart = True
 
     def __init__(self, documents, plan, length, *, weights=None, prefix=""):
         self.documents, self.plan, self.length = documents, plan, length

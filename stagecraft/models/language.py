@@ -116,7 +116,7 @@ class Language:
             key = jax.random.fold_in(jax.random.key(seed), number)
             prompts = self.left_padded(part, length)
             sample = sampling.generate(self.model, *prompts, key, **settings)
-            tokens, mask, logps, ended = map(np.asarray, sample)
+            tokens, mask, logps, ended = sharding.to_host(tuple(sample))
             for i in range(len(part)):
                 ids = [int(t) for t in tokens[i][mask[i]]]
                 out.append((ids, bool(ended[i]), float(logps[i][mask[i]].sum())))
@@ -202,7 +202,7 @@ class Language:
             length = min(padded(len(rows[part[-1]])), limit)
             prompts = self.left_padded([rows[i] for i in part], length)
             logps = sampling.continuation_logps(self.model, *prompts, tokens, mask)
-            out[part] = np.asarray(logps)[: len(part)]
+            out[part] = sharding.to_host(logps)[: len(part)]
         return out
 
     def logprob(self, prefixes: list[str], continuations: list[str]) -> list[float]:
@@ -237,7 +237,7 @@ class Language:
                 batch["segments"][i, :end] = 1
             batch = sharding.on_mesh(batch)
             logps = _logps(self.model, batch)
-            out += np.asarray(logps)[: len(part)].tolist()
+            out += sharding.to_host(logps)[: len(part)].tolist()
         return out
 
 

@@ -81,5 +81,5 @@ def of_rows(model: ScalarModel, rows: list, *, batch_size: int = 128) -> list[fl
             ids=ids, mask=mask, segments=mask.astype(np.int32), positions=positions
         )
         values = _scores(model, **sharding.on_mesh(batch))
-        out += np.asarray(values)[: len(part)].tolist()
+        out += sharding.to_host(values)[: len(part)].tolist()
     return [score if fit else math.nan for score, fit in zip(out, fits, strict=True)]

@@ -62,7 +62,7 @@ def make(config, context):
         prompts, prompt = raw["prompt_ids"].shape
         length = prompt + config.sampling.max_new_tokens
         rows = prompts * config.group_size
-        trained = config.batch_size * config.group_size // jax.process_count() * length
+        trained = config.batch_size * config.group_size * length
         return {
             "trained": config.epochs * trained,
             "scored": scoring_passes * trained,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from stagecraft import metrics, schema, storage
+from stagecraft import metrics, processes, schema, storage
 from stagecraft.errors import UserError
 from stagecraft.models import scores
 from stagecraft.models.language import rounded
@@ -93,6 +93,7 @@ class Journal:
                 "another --workdir, or delete it to begin this stage again"
             )
         self._replay, self._since = collections.deque(rest), time.perf_counter()
+        processes.barrier("journal")  # all have read it before it grows
         if first is None:
             self.append(header)
 

@@ -35,10 +35,7 @@ class Reference:
         self._jitted = stage.jit(score, self._placement)
         self._table = None
         rows = 0 if self.dataset is None or self.moves else self.dataset.rows
-        # Processes that share the rows would each need all of them.
-        self.once = (
-            0 < rows < config.steps * config.batch_size and jax.process_count() == 1
-        )
+        self.once = 0 < rows < config.steps * config.batch_size
 
     def model(self, state):
         """Returns the model; that of a moving reference from the state."""
@@ -98,6 +95,6 @@ class Reference:
                 self._jitted(self._frozen, stage.split_index(raw, self.mesh)[0])
                 for raw in self.dataset.epoch(self.config.batch_size)
             ]
-            rows = np.concatenate(jax.device_get(batches))
+            rows = np.concatenate(sharding.to_host(batches))
             self._table = rows[: self.dataset.rows]
         return self._table

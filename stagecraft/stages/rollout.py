@@ -85,9 +85,8 @@ def make(config, context, *, samples=1):
             columns.append(score_jitted(reward_model, rollout))
         if verifiers:
             with section("verify"):
-                arrays = {
-                    k: np.asarray(rollout[k]) for k in ("tokens", "mask", "ended")
-                }
+                arrays = {k: rollout[k] for k in ("tokens", "mask", "ended")}
+                arrays = sharding.to_host(arrays)
                 index = np.repeat(np.asarray(index), samples)
                 rewards = verifiers(index, **arrays, step=int(step))
                 columns += sharding.shard_batch(

@@ -84,24 +84,54 @@ def test_resume_is_exact_after_any_step(stop):
     assert same(want[0], data.batch_at(stop))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_together_have_the_batch_of_one(count):
-    data = Dataset([(rows([3, 9, 5, 2] * 5), 8)], seed=0, buckets=(4, 8, 16))
-    iterators = [
-        data.iterator(process_index=i, process_count=count) for i in range(count)
-    ]
-    for step in range(6):
-        parts = [next(iterator) for iterator in iterators]
-        assert {len(p["ids"]) for p in parts} == {8 // count}
-        # All have the same length, even those whose own rows are shorter.
-        joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        assert same(joined, data.batch_at(step))
+class Apart:
+    """Rows that note which of them are read."""
+
+    apart = True
+
+    def __init__(self, arrays):
+        self.arrays, self.asked = arrays, []
+
+    def __len__(self):
+        return len(self.arrays["ids"])
+
+    def take(self, index):
+        self.asked.append(index.tolist())
+        return {name: array[index] for name, array in self.arrays.items()}
 
 
-def test_processes_that_would_lose_rows_are_refused():
-    data = Dataset([(rows([3] * 10), 6)], seed=0)
-    with pytest.raises(UserError, match="batch_size=6.*4 processes"):
-        data.iterator(process_index=0, process_count=4)
+@pytest.mark.parametrize("own", [[0, 1], [2, 5], [4, 7], [6, 7]])
+def test_a_process_reads_its_rows_of_the_batch_of_one(own):
+    text, replay = Apart(rows([3, 9, 5, 2] * 5)), Apart(rows([4] * 8, start=50))
+    data = Dataset([(text, 5), (replay, 3)], seed=0)
+    reads = data.iterator(own={8: np.array(own)}.get)
+    for step in range(4):
+        batch, whole = next(reads), data.batch_at(step)
+        assert {*batch} == {*whole}
+        for name, array in batch.items():
+            assert array.dtype == whole[name].dtype
+            assert np.array_equal(array[own], whole[name][own])
+        others = np.setdiff1d(np.arange(8), own)
+        read = batch["segments"].any(-1)
+        # One row of each part at least.
+        assert read[others].sum() <= 1
+    reads.close()
+    assert max(map(len, text.asked[:1])) <= max(sum(n < 5 for n in own), 1)
+
+
+def test_rows_that_are_cut_together_are_read_together():
+    data = Dataset([(Apart(rows([3, 9, 5, 2] * 5)), 8)], seed=0, buckets=(4, 8, 16))
+    reads = data.iterator(own={8: np.array([0, 1])}.get)
+    assert all(same(next(reads), data.batch_at(step)) for step in range(4))
+    reads.close()
+
+
+def test_rows_of_others_count_where_nothing_of_its_own_is_learned():
+    silent = packing.pad([([1, 2], [False, n == 3]) for n in range(4)], 4)
+    data = Dataset([(Apart(silent), 4)], seed=0)
+    for own in range(4):
+        batch = data.batch_at(0, {4: np.array([own])})
+        assert batch["mask"].any() == data.batch_at(0)["mask"].any()
 
 
 # -- parts, buckets, epochs ------------------------------------------------------------
@@ -190,12 +220,6 @@ def test_rows_beside_the_others_come_in_an_order_of_their_own():
         assert same({k: batch[k] for k in found}, found)
         seen.update(batch["more_ids"][:, 0].tolist())
     assert seen == {n: 1 for n in range(101, 107)}
-    parts = [next(data.iterator(process_index=i, process_count=2)) for i in range(2)]
-    assert [len(p["more_ids"]) for p in parts] == [1, 1]
-    joined = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    assert same(joined, data.batch_at(0))
-    with pytest.raises(UserError, match="rows beside the batch=2.*4 processes"):
-        data.iterator(process_count=4)
 
 
 def test_rows_tokens_and_digest():

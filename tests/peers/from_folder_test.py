@@ -108,7 +108,7 @@ def in_our_order(c, root, kind, data, theirs):
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
     dataset = stage_data.build(stage, own, root, full, kinds.of(stage).data).dataset
-    iterator = dataset.iterator(process_index=0, process_count=1)
+    iterator = dataset.iterator()
 
     def ids(record, answer):
         made = theirs.apply_chat_template(turns(record, answer), return_dict=True)

@@ -81,7 +81,7 @@ def in_our_order(c, root, texts):
     stage = full.stages.child
     own = tokenizers.load(str(stage.start_from).removeprefix("hf:"))
     data = stage_data.build(stage, own, root, full, kinds.of(stage).data)
-    iterator = data.dataset.iterator(process_index=0, process_count=1)
+    iterator = data.dataset.iterator()
     return [texts[i] for _ in range(ROLLOUTS) for i in next(iterator)["index"]]
 
 
