@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,20 +46,26 @@ RULES = {
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:
     """Makes a mesh with axes `("data", "fsdp", "tensor")`.
+
+    Of several TPU slices each holds whole replicas: only sums over `data` cross the
+    network between them.
 
     Args:
         data: number of replicas that split the batch; -1 means all devices that remain.
         fsdp: number of shards of batch and parameters; -1 likewise.
         tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
-        devices: the devices to use; all of `jax.devices()` when None.
+        devices: the devices to use; all of `jax.devices()` when None; or their number,
+            for an `AbstractMesh` that has shapes and shardings alone.
 
     Raises:
         UserError: the product of the sizes is not the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    all_of_them = devices is None
+    devices = jax.devices() if all_of_them else devices
+    count = devices if isinstance(devices, int) else len(devices)
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
@@ -69,19 +76,32 @@ def make_mesh(
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name in free:
-        sizes[name] = len(devices) // fixed
+        sizes[name] = count // fixed
     total = math.prod(sizes.values())
-    if not free and total < len(devices) and jax.process_count() == 1:
-        devices = devices[:total]
-    if total != len(devices):
+    if not free and total < count and all_of_them and jax.process_count() == 1:
+        devices, count = devices[:total], total
+    if total != count:
         raise UserError(
             f"mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} "
-            f"devices, but {len(devices)} are available; change the sizes, or use -1 "
+            f"devices, but {count} are available; change the sizes, or use -1 "
             f"for one of them"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
+    if isinstance(devices, int):
+        return AbstractMesh(shape, AXES, axis_types=types)  # type: ignore
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh: data={sizes['data']} does not divide over {slices} slices, which "
+            f"the data-center network links; use a multiple of {slices} for mesh.data"
+        )
+    inner = (sizes["data"] // slices, *shape[1:])
+    placed = mesh_utils.create_hybrid_device_mesh(
+        inner, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def spec(axes: Iterable[str | None]) -> P:
@@ -147,7 +167,7 @@ def init_sharded(
 
     # A program that runs once: on a CPU, compiling its random numbers at full
     # optimisation takes seconds, three times as long as this, and gains nothing.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
     less = jax.config.read("jax_disable_most_optimizations")  # than this already
     options = {"xla_backend_optimization_level": 1} if on_cpu and not less else None
 
@@ -254,6 +274,16 @@ def current_mesh() -> AbstractMesh | None:
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return None
     return mesh
+
+
+def platform() -> str:
+    """Returns what programs are traced for: "cpu", "gpu" or "tpu".
+
+    That of the mesh that is set, which may lie on devices that are not here; without
+    one, JAX's default.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
