@@ -23,6 +23,7 @@ COMMANDS = {
     "curate": running.curate,
     "bench": running.bench_,
     "plan": pods.plan,
+    "launch": pods.launch,
     "import": models.import_,
     "export": models.export,
 }

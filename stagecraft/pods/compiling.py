@@ -11,7 +11,6 @@ from stagecraft.chips import Topology
 from stagecraft.errors import UserError
 from stagecraft.pods import hlo, roofline, shapes
 
-
 _ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",

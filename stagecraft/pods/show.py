@@ -23,7 +23,8 @@ def heading(config: ConfigDict, topology: chips.Topology) -> None:
     line = (
         f"{topology.name}: {topology.chips} chips on {topology.hosts} hosts, each "
         f"{plan.in_gib(chip.memory)} at {chip.bandwidth / 1e12:.2f} TB/s, "
-        f"{chip.peaks['bfloat16'] / 1e12:,.0f} TFLOP/s in bfloat16 ({chip.source}); {how}"
+        f"{chip.peaks['bfloat16'] / 1e12:,.0f} TFLOP/s in bfloat16 ({chip.source}); "
+        f"{how}"
     )
     _print(line)
     if remark := shapes.vocabulary(config)[1]:

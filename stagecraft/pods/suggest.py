@@ -86,12 +86,11 @@ def _divisors(number):
 
 
 def overrides(name: str, layout: Layout) -> list[str]:
-    """Returns the flags that give a stage a layout."""
-    mesh = f"--config.stages.{name}.mesh"
+    """Returns the flags that give a stage a layout; mesh and remat are every stage's."""
     return [
-        f"{mesh}.data={layout.data}",
-        f"{mesh}.fsdp={layout.fsdp}",
-        f"{mesh}.tensor={layout.tensor}",
+        f"--config.mesh.data={layout.data}",
+        f"--config.mesh.fsdp={layout.fsdp}",
+        f"--config.mesh.tensor={layout.tensor}",
         f"--config.stages.{name}.micro_batches={layout.micro_batches}",
         f"--config.model.remat={layout.remat}",
     ]
