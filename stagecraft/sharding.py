@@ -90,8 +90,12 @@ def make_mesh(
     if isinstance(devices, int):
         return AbstractMesh(shape, AXES, axis_types=types)  # type: ignore
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    if devices[0].platform != "tpu":
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    split = dict(allow_split_physical_axes=True)  # a part of an axis of the torus
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, **split)
+        return Mesh(placed, AXES, axis_types=types)
     if sizes["data"] % slices:
         raise UserError(
             f"mesh: data={sizes['data']} does not divide over {slices} slices, which "
@@ -99,7 +103,7 @@ def make_mesh(
         )
     inner = (sizes["data"] // slices, *shape[1:])
     placed = mesh_utils.create_hybrid_device_mesh(
-        inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+        inner, (slices, 1, 1), devices, **split
     )
     return Mesh(placed, AXES, axis_types=types)
 

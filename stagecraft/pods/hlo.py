@@ -26,6 +26,10 @@ COLLECTIVES = (
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?(?: *\{([^}]*)\})?"
+)
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -48,6 +52,11 @@ class Array(NamedTuple):
     def bytes(self) -> int:
         """Its size."""
         return math.prod(self.shape) * SIZES.get(self.dtype, 4)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its numbers have a fraction."""
+        return self.dtype.startswith(("f", "bf"))
 
 
 class Instruction(NamedTuple):
@@ -362,16 +371,24 @@ def group(text: str, devices: int) -> tuple[int, ...]:
     (0, 4)
     >>> group("replica_groups={{0,2},{1,3}}", 4)
     (0, 2)
+    >>> group("replica_groups=mesh['axis_0'=2,'axis_1'=2], to_apply=%add", 4)
+    (0, 1, 2, 3)
+    >>> group("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 8)
+    (0, 1)
     >>> group("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 8)
     (0, 1, 2, 3)
     """
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if match := _MESH_GROUPS.search(text):
+        if not match[4]:  # of all axes
+            return tuple(range(devices))
         sizes = dict(re.findall(r"'([\w]+)'=(\d+)", match[1]))
-        names, shape = list(sizes), [int(s) for s in sizes.values()]
-        index = np.arange(math.prod(shape)).reshape(shape)
-        wanted = {name for name in names if f"'{name}'" in match[2]}
-        at = tuple(slice(None) if name in wanted else 0 for name in names)
-        return tuple(index[at].ravel().tolist())
+        shape = [int(size) for size in sizes.values()]
+        index = np.arange(math.prod(shape))
+        if match[2]:  # the mesh numbers its devices in another order
+            order = index.reshape(_numbers(match[2]))
+            index = order.transpose(_numbers(match[3]) if match[3] else None).ravel()
+        at = [slice(None) if f"'{name}'" in match[4] else 0 for name in sizes]
+        return tuple(sorted(index.reshape(shape)[tuple(at)].ravel().tolist()))
     if match := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", text
     ):

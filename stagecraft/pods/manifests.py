@@ -213,8 +213,7 @@ def slurm(job: Job) -> str:
                 f"#SBATCH --{key}" + (f"={value}" if value is not None else "")
             )
     lines += [
-        "# sbatch passes the environment it is called in on to the job, which has",
-        f"# --export=ALL as slurm's default: {', '.join(job.passed) or 'nothing named'}.",
+        "# sbatch passes the environment it is called in on to the job.",
         "set -uo pipefail",
         *(f': "${{{name}:?}}"' for name in job.passed),
         *(f"export {n}={shlex.quote(v)}" for n, v in job.environment.items()),

@@ -7,6 +7,7 @@ wraps), one direction on a part of an axis; groups of one program share nothing 
 same time. DCN: sums between slices, each device sending its share.
 """
 
+import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -149,11 +150,12 @@ def kernel_flops(kernels: dict, density: float) -> float:
             (n for start, n in KERNEL_PRODUCTS.items() if name.startswith(start)), 0
         )
         for times, arrays in calls:
-            # Queries come first among its arrays of four axes, [B, H, T, C].
-            query = next((a.shape for a in arrays if len(a.shape) == 4), None)
+            # Queries come first of its numbers, [B, H, T, C]; one row has no B.
+            query = next((a for a in arrays if a.is_float and len(a.shape) > 2), None)
             if query:
-                b, h, t, c = query
-                total += times * products * 2 * b * h * t * t * c * density
+                *rows, t, c = query.shape
+                pairs = math.prod(rows) * t * t * density
+                total += times * products * 2 * c * pairs
     return total
 
 

@@ -86,7 +86,7 @@ def _divisors(number):
 
 
 def overrides(name: str, layout: Layout) -> list[str]:
-    """Returns the flags that give a stage a layout; mesh and remat are every stage's."""
+    """Returns a layout as flags; mesh and remat are those of every stage."""
     return [
         f"--config.mesh.data={layout.data}",
         f"--config.mesh.fsdp={layout.fsdp}",

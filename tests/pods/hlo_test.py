@@ -117,6 +117,10 @@ def test_forms_of_tpu_programs():
     # Two products of every visible pair, here half of all.
     flops = roofline.kernel_flops(counts.kernels, density=0.5)
     assert flops == 12 * 2 * 2 * 2 * 64 * 64 * 16 * 0.5
+    # One row a device: the compiler leaves its axis out. The mask's blocks come first.
+    one = (hlo.Array("s8", (1, 4, 4), True), arrays[0]._replace(shape=(2, 64, 16)))
+    kernels = {"splash_mha_dkv_segmented": [(1, one)]}
+    assert roofline.kernel_flops(kernels, 0.5) == 4 * 2 * 2 * 64 * 64 * 16 * 0.5
 
 
 def test_a_product_with_padding_counts_what_is_there():
