@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from stagecraft import commands, config_files, process, processes, schema
-from stagecraft.commands.flag import CONFIG, Flag
+from stagecraft.commands.flag import CONFIG, GIVEN, Flag
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -87,6 +87,7 @@ def _dispatch(argv):
     if any(a in ("-h", "--help", "--helpfull") for a in argv[2:]):
         print(_help(name, command, taken))
         return 0
+    GIVEN[:] = argv[2:]
     _, *rest = _parse(argv[1:], taken)
     _quiet()
     if rest and not command.words:

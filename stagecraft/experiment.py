@@ -16,12 +16,13 @@ from stagecraft.stages import kinds
 from stagecraft.stages.kinds import KINDS
 
 
-def resolve(config, *, check=True):
+def resolve(config, *, check=True, devices=None):
     """Returns the complete config: defaults filled in, keys, types and names checked.
 
     Args:
         config: a ConfigDict or dict as an experiment's `get_config` returns.
         check: also refuse impossible values and combinations.
+        devices: that the meshes must fit; None for all that JAX sees.
 
     Returns:
         a new ConfigDict. Raises UserError before anything is compiled.
@@ -43,7 +44,7 @@ def resolve(config, *, check=True):
         _take_model(full)
         if full.curation:
             full.curation = curation.of_run(full.curation)
-        _check(full)
+        _check(full, devices)
     return full
 
 
@@ -80,7 +81,7 @@ def _take_model(c):
         )
 
 
-def _check(c):
+def _check(c, devices):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
     schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("world.sums", c.world.sums, (0, 2, 3))
@@ -92,7 +93,7 @@ def _check(c):
         worlds.get(c.world.name)
     for text in c.measure.bounds:
         bounds.parse(text)
-    meshes = {name: Run(Path(), c).mesh(name) for name in c.stages}
+    meshes = {name: Run(Path(), c, devices=devices).mesh(name) for name in c.stages}
     for name, stage in c.stages.items():
         for role in kinds.of(stage).roles:
             _check_role(c, name, role, meshes[name])

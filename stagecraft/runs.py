@@ -41,6 +41,7 @@ class Run:
         tokenizer: see `text.tokenizer`; None before it is trained or read.
         stages: names of the stages, parents first.
         ran: names of the stages that this process ran.
+        devices: of its meshes; None for all that JAX sees. A plan's are not here.
     """
 
     root: Path
@@ -48,6 +49,7 @@ class Run:
     tokenizer: Any = None
     stages: Sequence[str] = ()
     ran: list[str] = dataclasses.field(default_factory=list)
+    devices: Sequence | None = None
 
     def _repr_html_(self) -> str:
         """Shows in a notebook how far each stage has come."""
@@ -77,7 +79,7 @@ class Run:
         if name:
             own = self.config.stages[name].mesh
             sizes |= {axis: size for axis, size in own.items() if size}
-        return sharding.make_mesh(**sizes)
+        return sharding.make_mesh(**sizes, devices=self.devices)
 
     def model(self, name: str, mesh: jax.sharding.Mesh | None = None) -> Any:
         """Reads the parameters of a finished stage, or of a Hugging Face folder.

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,9 +56,12 @@ def make_mesh(
     tensor: int = 1,
     context: int = 1,
     expert: int = 1,
-    devices: list | None = None,
+    devices: Any = None,
 ) -> Mesh:
     """Makes a mesh with the axes `AXES`.
+
+    Of several TPU slices each holds whole replicas: only sums over `data` cross the
+    network between them.
 
     Args:
         data: number of replicas that split the batch; -1 means all devices that remain.
@@ -66,12 +69,15 @@ def make_mesh(
         tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
         context: number of parts of each row of tokens; -1 likewise.
         expert: number of shards of batch and experts; -1 likewise.
-        devices: the devices to use; all of `jax.devices()` when None.
+        devices: the devices to use; all of `jax.devices()` when None; or their number,
+            for an `AbstractMesh` that has shapes and shardings alone.
 
     Raises:
         UserError: the product of the sizes is not the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    all_of_them = devices is None
+    devices = jax.devices() if all_of_them else devices
+    count = devices if isinstance(devices, int) else len(devices)
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
     asked = ", ".join(
         f"{name}={size}"
@@ -86,22 +92,36 @@ def make_mesh(
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name in free:
-        sizes[name] = len(devices) // fixed
+        sizes[name] = count // fixed
     total = math.prod(sizes.values())
-    if not free and total < len(devices) and jax.process_count() == 1:
-        devices = devices[:total]
-    if total != len(devices):
+    if not free and total < count and all_of_them and jax.process_count() == 1:
+        devices, count = devices[:total], total
+    if total != count:
         raise UserError(
             f"mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} "
-            f"devices, but {len(devices)} are available; change the sizes, or use -1 "
+            f"devices, but {count} are available; change the sizes, or use -1 "
             f"for one of them"
         )
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    shape = tuple(sizes[axis] for axis in AXES)
+    types = (AxisType.Auto,) * len(AXES)
+    if isinstance(devices, int):
+        return AbstractMesh(shape, AXES, axis_types=types)  # type: ignore
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    split = dict(allow_split_physical_axes=True)  # a part of an axis of the torus
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, devices, **split)
+        return Mesh(placed, AXES, axis_types=types)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh: data={sizes['data']} does not divide over {slices} slices, which "
+            f"the data-center network links; use a multiple of {slices} for mesh.data"
+        )
+    inner = (sizes["data"] // slices, *shape[1:])
+    outer = (slices, *(1,) * len(shape[1:]))
+    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def spec(axes: Iterable[str | None]) -> P:
@@ -167,7 +187,7 @@ def init_sharded(
 
     # A program that runs once: on a CPU, compiling its random numbers at full
     # optimisation takes seconds, three times as long as this, and gains nothing.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
     less = jax.config.read("jax_disable_most_optimizations")  # than this already
     options = {"xla_backend_optimization_level": 1} if on_cpu and not less else None
 
@@ -366,6 +386,16 @@ def current_mesh() -> AbstractMesh | None:
     if mesh.empty or AxisType.Manual in mesh.axis_types:
         return None
     return mesh
+
+
+def platform() -> str:
+    """Returns what programs are traced for: "cpu", "gpu" or "tpu".
+
+    That of the mesh that is set, which may lie on devices that are not here; without
+    one, JAX's default.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -1,6 +1,6 @@
 """What each command does, and the flags it takes. Each is a Python call too."""
 
-from stagecraft.commands import models, pages, running, weights
+from stagecraft.commands import models, pages, pods, running, weights
 
 COMMANDS = {
     "run": running.run_,
@@ -22,6 +22,8 @@ COMMANDS = {
     "refusals": models.refusals,
     "curate": running.curate,
     "bench": running.bench_,
+    "plan": pods.plan,
+    "launch": pods.launch,
     "import": models.import_,
     "export": models.export,
 }

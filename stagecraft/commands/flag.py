@@ -28,6 +28,7 @@ class Flag(NamedTuple):
     least: int | None = None
 
 
+GIVEN: list[str] = []  # the arguments of the command, as they were given
 CONFIG = "config"  # the kind of a flag that is read as an experiment file
 WORKDIR = Flag("workdir", None, "the folder of the run", str)
 SAMPLING = (

@@ -86,23 +86,23 @@ def _rows(rendered, numbers, start, stage, sources):
     if not len(numbers):
         raise UserError(f"data.files={stage.data.files}: no prompt is left to sample")
     longest = int(rendered.lengths[numbers].max())
-    length = min(packing.rounded(longest), _limit(stage, sources))
+    length = min(packing.rounded(longest), limit(stage, sources.max_length))
     return in_memory(PromptRows(rendered, numbers, length, start))
 
 
-def _limit(stage, sources):
-    """Returns the most tokens of a prompt."""
-    room = sources.max_length - stage.sampling.max_new_tokens
+def limit(stage, max_length: int) -> int:
+    """Returns the most tokens of a prompt, in a context of max_length tokens."""
+    room = max_length - stage.sampling.max_new_tokens
     return min(stage.data.prompt_length or room, room)
 
 
 def _fitting(rendered, numbers, stage, sources):
     """Returns the numbers of the prompts that `data.too_long` leaves, i64."""
-    limit, counts = _limit(stage, sources), sources.tally
-    counts.what, counts.limit = "prompts", f"with room for {limit}"
+    most, counts = limit(stage, sources.max_length), sources.tally
+    counts.what, counts.limit = "prompts", f"with room for {most}"
     lengths = rendered.lengths[numbers]
     counts.longest = max(counts.longest, int(lengths.max(initial=0)))
-    long = lengths > limit
+    long = lengths > most
     if not long.any():
         return numbers
     where = rendered.where(numbers[long][0])
@@ -114,7 +114,7 @@ def _fitting(rendered, numbers, stage, sources):
         return numbers[~long]
     raise UserError(
         f"{where}: a prompt of {lengths[long][0]} tokens, but there is room for "
-        f"{limit} (context of {sources.max_length}, "
+        f"{most} (context of {sources.max_length}, "
         f"sampling.max_new_tokens={stage.sampling.max_new_tokens}, "
         f"data.prompt_length={stage.data.prompt_length}), and {long.sum()} of "
         f"{len(long)} prompts are too long; raise the limit, or leave them out by "

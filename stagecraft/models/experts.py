@@ -193,7 +193,7 @@ def _mix(x, shares, chosen, gate, up, down, *, activation, some_elsewhere=False)
             out = jnp.where(here[..., None], out, 0)
         return (out * shares[..., None]).sum(axis=1)
 
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = sharding.platform() == "cpu"
     name = "blockwise" if on_cpu else "ragged_dot"
     kernels.log_once("products of experts", kernels.Choice(name, "the only one here"))
     # Ragged products are dense ones on a CPU: every expert on every row.

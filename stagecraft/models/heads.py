@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from stagecraft import sharding
 from stagecraft.models import linear
 
-# Logits of one block, in elements: 16 MiB in float32.
-BLOCK_ELEMENTS = 2**22
+# Logits of one block, in elements: 16 MiB in float32 on a CPU, whose cache they fit.
+# Elsewhere each block reads the whole embedding from memory: it takes hundreds of
+# tokens (of a vocabulary of 128k here 1046) before that costs less than their product.
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_ELSEWHERE = 2**22, 2**27
 # Logits that are held for the backward pass: 64 MiB on a device.
 HELD_ELEMENTS = 2**24
 
@@ -70,8 +72,9 @@ def token_logps(
         temperature: divides the logits.
         softcap: c in c tanh(logits / c), before the temperature; 0 for none.
         block_size: tokens per block on one device, whose logits are never held; None
-            keeps a block's logits within `BLOCK_ELEMENTS`, and holds those of all
-            blocks within `HELD_ELEMENTS`.
+            keeps a block's logits within `BLOCK_ELEMENTS`, or on accelerators
+            `BLOCK_ELEMENTS_ELSEWHERE`, and holds those of all blocks within
+            `HELD_ELEMENTS`.
         stats: False leaves every field but `logps` None.
         squares: also `log_p2`.
         entropy_gradient: let gradients through `entropy` (for an entropy bonus).
@@ -154,7 +157,9 @@ def _local(hidden, embedding, targets, block_size, options):
     shape, count = targets.shape, targets.size
     held = block_size is None and count * vocab <= HELD_ELEMENTS
     if block_size is None:
-        block_size = max(1, BLOCK_ELEMENTS // vocab)
+        on_cpu = sharding.platform() == "cpu"
+        elements = BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS_ELSEWHERE
+        block_size = max(1, elements // vocab)
     blocks = -(-count // block_size)
     size = -(-count // blocks)
     padding = blocks * size - count

@@ -15,8 +15,7 @@ import functools
 import logging
 from typing import NamedTuple
 
-import jax
-
+from stagecraft import sharding
 from stagecraft.errors import UserError
 
 LOGGER = logging.getLogger("stagecraft")
@@ -94,12 +93,12 @@ def choose(
     Args:
         asked: a name of the table above, or "auto".
         strict: whether a fall-back is an error.
-        platform: "cpu", "gpu" or "tpu"; None for JAX's default.
+        platform: "cpu", "gpu" or "tpu"; None for that of the mesh, or JAX's default.
 
     Raises:
         UserError: strict, and the kernel asked for (or this device's own) cannot do it.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or sharding.platform()
     best = "blockwise" if request.length >= LONG else "xla"
     if asked == "auto" and platform not in NATIVE:
         side = "from" if best == "blockwise" else "below"

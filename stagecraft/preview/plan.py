@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
@@ -14,10 +13,11 @@ from rich.text import Text
 
 from stagecraft import bench, experiment, process, run, runs, train, tree
 from stagecraft.anatomy import cost
-from stagecraft.data import comparisons, stage_data
+from stagecraft.data import stage_data
 from stagecraft.models import saved
 from stagecraft.models.language import Language
 from stagecraft.models.translation import HOW
+from stagecraft.preview import assumed
 from stagecraft.preview.temporary import temporary
 from stagecraft.stages import kinds, records
 
@@ -107,7 +107,7 @@ def _planned(this, name, described):
         empty = stage_data.StageData()
         context = run.context(this, stage, mesh, parents, data or empty)
         functions = kind.make(stage, context)
-        raw = data.dataset.batch_at(0) if data else _assumed(kind, stage)
+        raw = data.dataset.batch_at(0) if data else assumed.batch(stage, this.config)
         state, *_ = functions.programs(raw)["update"].arguments
         model = train.deployable(state, functions.frozen)
         described[name] = saved.describe(model)
@@ -129,17 +129,6 @@ def _planned(this, name, described):
         "step_tokens": next((work[use] for use in uses if work.get(use)), 0),
         "flops": flops,
     }
-
-
-def _assumed(kind, stage):
-    """Returns an empty batch of the longest rows, of records that are not there yet."""
-    pairs = kind.data in (comparisons.pairs, comparisons.rankings)
-    shape = (stage.batch_size, *(2,) * pairs, stage.data.length)
-    batch = {k: np.zeros(shape, np.int32) for k in ("ids", "segments", "positions")}
-    batch["mask"] = np.zeros(shape, bool)
-    if kind.data is comparisons.judgements:
-        batch["label"] = np.zeros(stage.batch_size, bool)
-    return batch
 
 
 def _asked(this, name, data, parents):

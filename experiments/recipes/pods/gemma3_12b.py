@@ -1,0 +1,33 @@
+r"""Gemma 3 12B on a pod: pretraining, SFT, reward model, DPO, PPO and GRPO.
+
+    stagecraft plan --config=recipes/pods/gemma3_12b --topology=v5p:8x8x8
+
+PLAN
+"""
+
+from experiments.recipes.pods import graph
+
+
+def get_config(arg=""):
+    return graph.build(
+        arg,
+        vocab=262208,
+        width=3840,
+        layers=48,
+        heads=16,
+        kv_heads=8,
+        head_dim=256,
+        ff_width=15360,
+        embed_scale=3840**0.5,
+        norm_offset=1.0,
+        norm_place="both",
+        norm_eps=1e-6,
+        attention_scale=256**-0.5,
+        window=1024,
+        sliding=(True, True, True, True, True, False),
+        rope_theta=1e6,
+        rope_theta_sliding=1e4,
+        rope_scaling="linear",
+        rope_arguments=(8.0,),
+        activation="gelu_tanh",
+    )
