@@ -7,11 +7,12 @@ SEED ?= 0
 TIER ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-peers mutants notebooks claims lint format clean
+.PHONY: help quickstart quick test test-whole test-peers mutants notebooks claims lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
 	@echo "make test         install what the tests need, run them"
+	@echo "make test-whole   whole notebooks and experiments, which make test leaves out"
 	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
@@ -46,10 +47,13 @@ quickstart: $(VENV)/.report
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not peers" $(ARGS)
+	$(PYTEST) -m "not slow and not whole and not peers" $(ARGS)
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not peers" $(ARGS)
+	$(PYTEST) -m "not whole and not peers" $(ARGS)
+
+test-whole: $(VENV)/.dev
+	$(PYTEST) -m "whole and not peers" $(ARGS)
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)

@@ -42,6 +42,8 @@ for _name, _value in (
 
 # Tests that "make quick" leaves out, the longest first.
 SLOW = Path(__file__).parent / "slow.txt"
+# Those that "make test" leaves to "make test-whole", which .ci/run calls as well.
+WHOLE = Path(__file__).parent / "whole.txt"
 
 
 def pytest_addoption(parser):
@@ -76,7 +78,7 @@ def pytest_collection_modifyitems(items):
     all that look at the tiny run, which is made once. Groups with the longest tests go
     first, so that no worker is left with one at the end.
     """
-    slow = slow_tests()
+    slow, whole = listed(SLOW), listed(WHOLE)
     first = {}  # {group: place of its longest test in the list}
     groups = []
     for item in items:
@@ -88,6 +90,8 @@ def pytest_collection_modifyitems(items):
         place = 0 if shared else place
         if place < len(slow):
             item.add_marker(pytest.mark.slow)
+        if test in whole or test.split("::")[0] in whole:
+            item.add_marker(pytest.mark.whole)
         first[groups[-1]] = min(place, first.get(groups[-1], place))
     order = sorted(range(len(items)), key=lambda i: first[groups[i]])
     items[:] = [items[i] for i in order]
@@ -99,9 +103,9 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 50)
 
 
-def slow_tests():
-    """{"FILE::TEST" or "FILE": its place} in slow.txt."""
-    lines = SLOW.read_text(encoding="utf-8").splitlines()
+def listed(path):
+    """{"FILE::TEST" or "FILE": its place} in a list of tests."""
+    lines = path.read_text(encoding="utf-8").splitlines()
     names = [line for line in lines if line and not line.startswith("#")]
     return {name: place for place, name in enumerate(names)}
 

@@ -1,18 +1,21 @@
-"""The list of slow tests names tests that exist."""
+"""The lists of slow and whole tests name tests that exist."""
 
 import ast
 
-from tests.conftest import ROOT, slow_tests
+import pytest
+
+from tests.conftest import ROOT, SLOW, WHOLE, listed
 
 
-def test_every_slow_test_exists():
+@pytest.mark.parametrize("path", [SLOW, WHOLE], ids=lambda path: path.stem)
+def test_every_listed_test_exists(path):
     gone = []
-    for name in slow_tests():
+    for name in listed(path):
         file, _, function = name.partition("::")
-        path, defined = ROOT / file, {""}
-        if path.exists():
-            body = ast.parse(path.read_text(encoding="utf-8")).body
+        source, defined = ROOT / file, {""}
+        if source.exists():
+            body = ast.parse(source.read_text(encoding="utf-8")).body
             defined |= {n.name for n in body if isinstance(n, ast.FunctionDef)}
-        if not path.exists() or function not in defined:
+        if not source.exists() or function not in defined:
             gone.append(name)
     assert gone == []
