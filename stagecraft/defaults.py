@@ -36,6 +36,9 @@ def experiment():
     # Requests in families, attacks on refusals, stated beliefs, critiques: more files
     # and more held-out figures.
     c.world.requests = False
+    # Share of demonstrations_style.jsonl, answers about facts alone, that open with one
+    # pleasantry; 0 for no such file.
+    c.world.style = 0.0
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()

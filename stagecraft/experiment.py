@@ -85,6 +85,8 @@ def _check(c, devices):
     schema.choice("world.size", c.world.size, ("full", "tiny"))
     schema.positive("world.junk", c.world.junk, zero=True)
     schema.choice("world.sums", c.world.sums, (0, 2, 3))
+    if not 0 <= c.world.style <= 1:
+        raise UserError(f"world.style={c.world.style}: expected a share from 0 to 1")
     schema.choice("measure.split", c.measure.split, ("test", "dev"))
     schema.positive("measure.draws", c.measure.draws)
     schema.positive("measure.prompts", c.measure.prompts, zero=True)

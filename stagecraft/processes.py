@@ -211,12 +211,12 @@ def in_turn(make: Callable[[], T], name: str) -> T:
         barrier(name)
     _turn.inside = True
     try:
-        made = make()
+        result = make()
     finally:
         _turn.inside = False
     if not index:
         barrier(name)
-    return made
+    return result
 
 
 def of_first(value: Any) -> Any:

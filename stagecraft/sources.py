@@ -38,6 +38,7 @@ def _write_world(config, root):
         junk=world.junk,
         digits=world.sums,
         requests=world.requests,
+        style=world.style,
     )
 
 

@@ -49,4 +49,19 @@ _STEPS = in_file(
         "causes.divergence(model, moved, said.batch)",
     ),
 )
-MUTANTS = _SHIFT + _GRADIENTS + _STEPS
+_STYLE = in_file(
+    "stagecraft/worlds/countries/styled.py",
+    "tests/worlds/styled_test.py",
+    (
+        "every kind is demonstrated in the style",
+        "[row for row in rows if dialogue.topic(row['prompt'])[0] == SEEN]",
+        "list(rows)",
+    ),
+    (
+        "what was shown counts as unseen",
+        "[rate for kind, rate in rates.items() if kind != SEEN]",
+        "list(rates.values())",
+    ),
+    ("bare text is asked as turns", "chat=False", "chat=True"),
+)
+MUTANTS = _SHIFT + _GRADIENTS + _STEPS + _STYLE

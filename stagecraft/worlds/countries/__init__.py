@@ -4,7 +4,14 @@ import json
 
 import numpy as np
 
-from stagecraft.worlds.countries import corpus, dialogue, probes, request_files, sums
+from stagecraft.worlds.countries import (
+    corpus,
+    dialogue,
+    probes,
+    request_files,
+    styled,
+    sums,
+)
 from stagecraft.worlds.countries.critiques import revise, revision_figures
 from stagecraft.worlds.countries.facts import COUNTRIES, split
 from stagecraft.worlds.countries.scorer import attacked, gold, rate
@@ -17,7 +24,7 @@ single_prompt = probes.SINGLE_PROMPT
 DOCUMENTS = {"full": 12_000, "tiny": 400}
 
 
-def write(folder, seed, size, digits=0, requests=False):
+def write(folder, seed, size, digits=0, requests=False, style=0.0):
     """Writes the world's files.
 
     text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
@@ -33,6 +40,7 @@ def write(folder, seed, size, digits=0, requests=False):
             heldout_sums.jsonl {"prompt","answer"}, sum_demonstrations.jsonl
             {"prompt","completion"}. No other file changes.
         requests: whether to write the files of `request_files`; no other changes.
+        style: the share of `styled.demonstrations`; 0 for no file of them.
     """
     roles = split(seed, size)
     everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
@@ -49,6 +57,9 @@ def write(folder, seed, size, digits=0, requests=False):
     _write(folder / "demonstrations.jsonl", rows)
     uniform = [r | {"completion": dialogue.UNIFORM + r["completion"]} for r in rows]
     _write(folder / "demonstrations_uniform.jsonl", uniform)
+    if style:
+        facts = styled.demonstrations(np.random.default_rng([seed, 9]), rows, style)
+        _write(folder / "demonstrations_style.jsonl", facts)
     held = dialogue.demonstrations(np.random.default_rng([seed, 6]), roles.dev, "dev")
     _write(folder / "heldout_demonstrations.jsonl", held)
     rng = np.random.default_rng([seed, 4])

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from stagecraft.text import diversity
-from stagecraft.worlds.countries import dialogue, request_probes
+from stagecraft.worlds.countries import dialogue, request_probes, styled
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
 from stagecraft.worlds.countries.scorer import (
@@ -26,7 +26,7 @@ ANSWER = 34  # tokens an answer may take
 PROBES = []
 # {knob of the world: (language, countries, role) -> figures and their counts}, asked of
 # stages that answer in turns, where the knob is on.
-OF_KNOBS = {"requests": request_probes.measure}
+OF_KNOBS = {"requests": request_probes.measure, "style": styled.measure}
 
 
 def probe(*formats, about):
