@@ -55,11 +55,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if processes.several():
-            processes.others_end()
-            traceback.print_exc()
-            line = " ".join(str(error).split())[:300]
-            processes.fail(f"{type(error).__name__}: {line}", 1)
+        processes.crash(error)
         raise
 
 

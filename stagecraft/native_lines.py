@@ -68,12 +68,16 @@ def lost(text: bytes) -> bytes:
         if number := _NUMBER.search(task):
             numbers.append(number.group(1).decode())
     # Process 0 runs the service: without it there is nobody to say who was lost.
-    who = ", ".join(numbers) or "0"
-    several = "processes" if len(numbers) > 1 else "process"
+    return f"stagecraft: {gone(numbers or ['0'])}\n".encode()
+
+
+def gone(numbers: list[str]) -> str:
+    """Returns what is to be said where these processes are lost."""
+    who = f"process{'es' if len(numbers) > 1 else ''} {', '.join(numbers)}"
     return (
-        f"stagecraft: {several} {who} of this run is gone (killed, or its machine was "
-        "lost): all end; the same command goes on from the last checkpoint\n"
-    ).encode()
+        f"{who} of this run is gone (killed, or its machine was lost): all end; the "
+        "same command goes on from the last checkpoint"
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def made_with() -> dict[str, str]:
 
 @functools.cache
 def code() -> dict[str, str]:
-    """Returns what decides what a program does: versions, and a digest of the sources."""
+    """Returns what decides what a program does: versions, a digest of the sources."""
     import importlib.metadata
 
     total, root = hashlib.sha256(), Path(__file__).parent

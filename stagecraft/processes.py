@@ -13,13 +13,16 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import logging
 import os
 import secrets
+import signal
 import socket
 import statistics
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,17 +32,21 @@ from stagecraft.errors import UserError
 
 T = TypeVar("T")
 
-CONNECTING = 50  # seconds until a process that reaches no other gives up
+CONNECTING = 50  # seconds until a process that does not reach process 0 gives up
+GATHERING = 300  # seconds until all must be there
 LEAVING = 10  # seconds that a process waits for the others to end with it
 SEEING = 20  # seconds in which a shared file system must show a new file
-LOST = 60  # seconds without a sign of life
+LOST = 30  # seconds without a sign of life
 LOOKING = 0.5  # seconds between two looks at the store
 SILENT = 4 * LOOKING  # seconds after which a process is not just between two
-_FAILED = "stagecraft/failed"
+GONE = 128 + signal.SIGABRT  # exit status where a process is lost, that of JAX's own
+_FAILED, _AT = "stagecraft/failed", "stagecraft/at/"
 _FOREVER = 10 * 365 * 24 * 3600 * 1000  # milliseconds
 
+_log = logging.getLogger("stagecraft")
 _numbers = itertools.count()  # of barriers, the same in all processes
 _turn = threading.local()
+_ending = threading.Event()
 
 
 def several() -> bool:
@@ -133,17 +140,27 @@ def _join(coordinator, index, count):
         jax.config.update("jax_enable_preemption_service", False)
     if index:
         _reach(coordinator, index, count)
+    # By itself JAX ends the process with a stack trace.
+    alarm = threading.Timer(GATHERING, _give_up, (coordinator, index, count))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
-            initialization_timeout=CONNECTING,
+            initialization_timeout=2 * GATHERING,
             heartbeat_timeout_seconds=LOST,
             shutdown_timeout_seconds=LEAVING,
         )
     except Exception as error:
-        raise UserError(_unreached(coordinator, index, count, error)) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"process {index} of {count} cannot start at --coordinator={coordinator} "
+            f"({reason}); give a port of process 0's machine that is free"
+        ) from error
+    finally:
+        alarm.cancel()
     if index:
         # The lines of process 0 are the run's.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -168,15 +185,15 @@ def _reach(coordinator, index, count):
     )
 
 
-def _unreached(coordinator, index, count, error):
-    reason = " ".join(str(error).split())[:200]
-    if index == 0 and ("bind" in reason or "in use" in reason):
-        return f"--coordinator={coordinator}: cannot listen there ({reason})"
-    return (
-        f"process {index} of {count}: not all {count} processes came to {coordinator} "
-        f"within {CONNECTING} s ({reason}); start each with its own --process and the "
-        "same --coordinator and --processes"
+def _give_up(coordinator, index, count):
+    print(
+        f"stagecraft: process {index} of {count}: not all {count} came to "
+        f"--coordinator={coordinator} within {GATHERING} s; start each with its own "
+        "--process, and the same --coordinator and --processes",
+        file=sys.stderr,
+        flush=True,
     )
+    os._exit(2)
 
 
 # -- waiting for each other ------------------------------------------------------------
@@ -241,10 +258,9 @@ def check_same(name: str, value: dict[str, Any]) -> None:
         return
     value = json.loads(json.dumps(value))
     if changed := schema.difference(of_first(value), value):
-        index, count = here()
         raise UserError(
-            f"process {index} of {count} ({socket.gethostname()}) has another {name} "
-            f"than process 0 ({changed}); start all processes with the same"
+            f"has another {name} than process 0 ({changed}), on "
+            f"{socket.gethostname()}; start all processes with the same"
         )
     barrier(name)
 
@@ -253,7 +269,7 @@ def check_shared(root: Path) -> None:
     """Refuses a work directory that is not the same folder for every process."""
     if not several():
         return
-    index, count = here()
+    index, _ = here()
     mark = root / of_first(f".processes-{secrets.token_hex(8)}")
     if index == 0:
         storage.write_text(mark, "")
@@ -263,9 +279,8 @@ def check_shared(root: Path) -> None:
         while not mark.exists():
             if time.monotonic() > until:
                 raise UserError(
-                    f"process {index} of {count} ({socket.gethostname()}) does not see "
-                    f"what process 0 writes to --workdir={root}; give a folder that "
-                    "all machines share"
+                    f"does not see what process 0 writes to --workdir={root}, on "
+                    f"{socket.gethostname()}; give a folder that all machines share"
                 )
             time.sleep(0.2)
             os.listdir(root) if root.is_dir() else None  # what NFS remembers is stale
@@ -285,24 +300,46 @@ def fail(text: str, status: int) -> None:
         text: the line, without the process's number.
         status: of all processes.
     """
+    _wait_for_end()
     if not several():
         return
     index, count = here()
-    value = json.dumps([index, f"process {index} of {count}: {text}", status])
+    _publish(f"process {index} of {count}: {text}", status)
+
+
+def _wait_for_end():
+    """Waits where this process is about to end already: its reason has been said."""
+    if _ending.is_set():
+        time.sleep(2 * LEAVING)
+
+
+def _publish(text, status):
     with contextlib.suppress(Exception):  # another was first
-        _store().key_value_set(_FAILED, value)
+        _store().key_value_set(_FAILED, json.dumps([text, status]))
     # The thread that looks ends this process.
     time.sleep(LEAVING + 4 * LOOKING)
     os._exit(status)
 
 
-def others_end(seconds: float = 4.0) -> None:
-    """Waits for the end that another process may be the cause of.
+def crash(error: Exception) -> None:
+    """Ends all processes for an error that is a bug, or that a lost process caused.
 
-    An error that comes of a lost process is no news beside that process's own.
+    The error of a computation with a process that is gone is no news beside that, or
+    beside the line that the process left. Alone this returns.
     """
-    if several():
-        time.sleep(seconds)
+    _wait_for_end()
+    if not several():
+        return
+    with contextlib.suppress(Exception):
+        before = dict(_store().key_value_dir_get(_AT))
+        time.sleep(10 * LOOKING)  # in which a failure of another ends this process
+        after = dict(_store().key_value_dir_get(_AT))
+        gone = [key for key, word in after.items() if before.get(key) == word]
+        if gone:
+            _publish(native_lines.gone([key.rpartition("/")[2] for key in gone]), GONE)
+    traceback.print_exception(error)
+    line = " ".join(str(error).split())[:300]
+    fail(f"{type(error).__name__}: {line}", 1)
 
 
 def finish() -> None:
@@ -319,8 +356,7 @@ def _look():
     store = _store()
     while several():
         with contextlib.suppress(Exception):  # nothing there; or the service is gone
-            _, text, status = json.loads(store.key_value_try_get(_FAILED))
-            _end(text, status)
+            _end(*json.loads(store.key_value_try_get(_FAILED)))
         with contextlib.suppress(Exception):
             _tell(store)
         time.sleep(LOOKING)
@@ -329,7 +365,9 @@ def _look():
 def _end(text, status):
     import jax
 
-    print(f"\nstagecraft: {text}", file=sys.stderr, flush=True)
+    _ending.set()
+    begin = "\n" if sys.stderr.isatty() else ""  # behind a bar
+    print(f"{begin}stagecraft: {text}", file=sys.stderr, flush=True)
     # All leave together: who is merely gone would be taken for lost.
     leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     leaving.start()
@@ -345,7 +383,6 @@ class Pace:
 
     Args:
         name: of the loop.
-        say: called with the line, in process 0.
 
     Attributes:
         place: (step, 1 once this process has all that it computes the step from).
@@ -353,8 +390,8 @@ class Pace:
 
     FACTOR, LEAST, KNOWN = 3.0, 2.0, 5  # times the median, seconds, steps before
 
-    def __init__(self, name: str, say: Callable[[str], None]):
-        self.name, self.say = name, say
+    def __init__(self, name: str):
+        self.name = name
         self.place, self._began, self._said = (0, 0), None, False
         self._seconds = collections.deque(maxlen=99)
 
@@ -369,7 +406,7 @@ class Pace:
             yield
         finally:
             self._seconds.append(time.monotonic() - began)
-            self._began = _pace = None
+            self._began = None
 
     def ready(self) -> None:
         """Says that this process now computes together with the others."""
@@ -403,10 +440,15 @@ class Pace:
         ]
         if behind:
             self._said = True
-            self.say(
-                f"{self.name}: step {self.place[0]} takes {late[0]:.1f} s so far, more "
-                f"than {self.FACTOR:.0f} x the median of {late[1]:.2f} s; it waits for "
-                + ", ".join(behind)
+            _log.warning(
+                "%s: step %d takes %.1f s so far, more than %g x the median of %.2g s; "
+                "it waits for %s",
+                self.name,
+                self.place[0],
+                late[0],
+                self.FACTOR,
+                late[1],
+                ", ".join(behind),
             )
 
 
@@ -416,23 +458,20 @@ _ticks = itertools.count()
 
 
 def _tell(store):
-    """Says which step this process is at; process 0 listens where one takes long."""
+    """Says where this process is; process 0 listens where a step takes long."""
     pace, (index, _) = _pace, here()
-    if pace is None:
+    word = json.dumps([*(pace.place if pace else (0, 0)), next(_ticks)])
+    store.key_value_set(f"{_AT}{index}", word, allow_overwrite=True)
+    if index or pace is None or not pace.late():
         return
-    if index:
-        word = json.dumps([*pace.place, next(_ticks)])
-        store.key_value_set(f"stagecraft/at/{index}", word, allow_overwrite=True)
-    elif pace.late():
-        now = time.monotonic()
-        for key, word in store.key_value_dir_get("stagecraft/at/"):
-            number = int(key.rpartition("/")[2])
-            if _heard.get(number, ("",))[0] != word:
-                _heard[number] = word, now
-        pace.look(
-            {0: (pace.place, 0.0)}
-            | {
-                number: (tuple(json.loads(word)[:2]), now - when)
-                for number, (word, when) in _heard.items()
-            }
-        )
+    now = time.monotonic()
+    for key, word in store.key_value_dir_get(_AT):
+        number = int(key.rpartition("/")[2])
+        if _heard.get(number, ("",))[0] != word:
+            _heard[number] = word, now
+    pace.look(
+        {
+            number: (tuple(json.loads(word)[:2]), now - when)
+            for number, (word, when) in _heard.items()
+        }
+    )

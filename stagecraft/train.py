@@ -87,14 +87,20 @@ def train(
             loop.restore(data, init_key)
             while loop.step < config.steps:
                 loop.watch()
-                loop.update(jax.random.fold_in(step_key, loop.step))
-                late, stop = loop.agreed(stopping)
+                with loop.pace(loop.step + 1):
+                    loop.update(jax.random.fold_in(step_key, loop.step))
+                    late, stop = loop.agreed(stopping)
                 if loop.due(config.every.save) or late or stop:
                     loop.save()
                 if stop:
                     loop.stop(stop)
             loop.conclude()
             loop.watch()
+    except UserError:
+        raise
+    except Exception as error:
+        processes.crash(error)  # now: closing may wait for a process that is gone
+        raise
     finally:
         loop.close()
     return loop.state, loop.result()
@@ -124,7 +130,7 @@ class _Loop:
         self.saved_at = time.monotonic()
         several = jax.process_count() > 1
         self.vote = sharding.Vote() if several else None
-        self.pace = processes.Pace(name, self.progress.note)
+        self.pace = processes.Pace(name)
 
     def restore(self, data, key):
         """Begins at the newest checkpoint, or at step 0."""
@@ -213,10 +219,6 @@ class _Loop:
 
     def update(self, key):
         """Takes one step; `key` is its own."""
-        with self.pace(self.step + 1):
-            self._update(key)
-
-    def _update(self, key):
         with self.clock("data"):
             raw = next(self.iterator)
         self.pace.ready()
