@@ -37,6 +37,7 @@ FLOORS = (
     ("train",),
     ("anatomy",),
     ("report",),
+    ("bench_peer", "bench_table"),
     ("bench", "experiment"),
     ("run",),
     ("exchange", "config_files", "preview", "judging", "refusals", "serve"),
