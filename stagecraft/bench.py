@@ -1,25 +1,40 @@
 """Times the stages on this machine: real steps on synthetic batches of one shape.
 
 Each result is one line of JSON with the machine, the time of a step, and tokens and
-FLOPs a second, beside the rate at which this machine multiplies matrices.
-A step is all that training does per step: sampling, scoring and reference passes
-included; `programs` says what the compiler counts in each program of the stage. Compare
-figures of one run on an idle machine.
+FLOPs a second, beside the rate at which this machine multiplies matrices. A step is all
+that training does per step: sampling, scoring and reference passes included; `programs`
+says what the compiler counts in each program of the stage.
+
+With `peers` each step is followed by one of torch's or TRL's on the same work
+(`bench_peer`), so that both sides meet the same machine. Compare figures of one run on
+an idle machine; on a busy one the ratio of CPU seconds is the steadier.
 """
 
+import contextlib
 import json
 import platform
+import shlex
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import defaults, process, schema, sharding, train
+from stagecraft import (
+    bench_peer,
+    bench_table,
+    defaults,
+    process,
+    schema,
+    sharding,
+    train,
+)
 from stagecraft.anatomy import cost
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
@@ -122,13 +137,71 @@ SAMPLES = (1, 16, 64)  # batch sizes of "sample": 32 tokens in, 128 out
 NAMES = (*CASES, "sample")
 
 
-def bench(what, *, steps=8, dtype="float32"):
+class Peer:
+    """The other side of a figure: a process that does one step when asked.
+
+    Args:
+        environment: folder of a virtual environment with torch, transformers and TRL.
+        name: of `CASES`, or "sample_ROWS".
+    """
+
+    def __init__(self, environment: str, name: str):
+        self.name, self.steps = name, []
+        self.process = subprocess.Popen(
+            [python_of(environment), bench_peer.__file__, name, json.dumps(MODEL)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.versions = self._read()
+        self.step()  # one that compiles, and warms up
+        self.steps.clear()
+
+    def step(self):
+        """Has it do a step, which ends when it has said what it took."""
+        with contextlib.suppress(BrokenPipeError):  # `_read` says that it has ended
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        self.steps.append(self._read())
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            ended = self.process.wait()
+            raise UserError(
+                f"--peers: the other side of {self.name} ended with {ended}; to see "
+                f"why, run it alone: {shlex.join(self.process.args)}"
+            )
+        return json.loads(line)
+
+    def close(self):
+        """Asks for no further step, upon which the process ends."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def python_of(environment: str) -> str:
+    """Returns the Python of a virtual environment; a UserError where there is none."""
+    python = Path(environment, "bin", "python")
+    if not python.is_file():
+        raise UserError(
+            f"--peers={environment}: {python} is not there; expected the folder of a "
+            "virtual environment with torch, transformers, trl and datasets"
+        )
+    return str(python)
+
+
+def bench(what, *, steps=8, dtype="float32", peers="", page=""):
     """Measures and prints; see the module's docstring.
 
     Args:
         what: names of `NAMES`.
         steps: timed steps of each, after one that compiles.
         dtype: of the computation.
+        peers: folder of the peers' environment; "" for our side alone.
+        page: a Markdown file for the table; "" for none.
 
     Returns:
         list of dicts, the lines printed.
@@ -137,6 +210,10 @@ def bench(what, *, steps=8, dtype="float32"):
         schema.choice("--what", name, NAMES)
     if steps < 1:
         raise UserError(f"--steps={steps}: expected 1 or more")
+    if peers:
+        python_of(peers)
+    if page:
+        bench_table.check(page)
     if jax.default_backend() == "cpu":
         process.keep_memory()
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
@@ -144,11 +221,13 @@ def bench(what, *, steps=8, dtype="float32"):
     with jax.set_mesh(mesh):
         for name in what:
             measure = _samples if name == "sample" else _stage
-            for line in measure(name, mesh, steps, dtype):
+            for line in measure(name, mesh, steps, dtype, peers):
                 line["share_of_matmul"] = round(line["gflops_per_s"] / limit, 3)
                 line |= _machine() | {"matmul_gflops_per_s": round(limit, 1)}
                 print(json.dumps(line), flush=True)
                 lines.append(line)
+    if page:
+        bench_table.write(page, lines)
     return lines
 
 
@@ -207,7 +286,7 @@ def program_costs(stage, raw) -> dict[str, dict[str, float]]:
     return costs
 
 
-def _stage(name, mesh, steps, dtype):
+def _stage(name, mesh, steps, dtype, peers):
     case = CASES[name]
     kind = KINDS[case.kind]
     rows = _divisible(case.rows, mesh)
@@ -228,11 +307,12 @@ def _stage(name, mesh, steps, dtype):
 
     state = step(state, 0)
     first = time.perf_counter() - started
-    seconds = []
-    for number in range(1, steps + 1):
-        started = time.perf_counter()
+
+    def one(number):
+        nonlocal state
         state = step(state, number)
-        seconds.append(time.perf_counter() - started)
+
+    seconds, peer = _in_turns(one, steps, name, peers)
     work = dict(stage.work(raw))
     length = work.pop("length")
     flops = cost.stage_flops(work | {"context": (length + 1) / 2}, MODEL | {"tied": 1})
@@ -240,8 +320,30 @@ def _stage(name, mesh, steps, dtype):
     programs = program_costs(stage, raw)
     tokens = work.get("sampled", 0) or work.get("trained", 0)
     tokens = tokens or work.get("scalar_trained", 0)
-    line = _line(name, seconds, tokens, flops, first)
+    line = _line(name, seconds, tokens, flops, first, peer)
     yield line | {"shape": shape, "programs": programs}
+
+
+def _in_turns(step, steps, name, peers):
+    """Times steps, each followed by one of the other side where there is one.
+
+    Returns:
+        [(seconds, CPU seconds)] of ours; a `Peer` that has done its steps, or None.
+    """
+    peer, seconds = None, []
+    known = name in bench_peer.NAMES or name.startswith("sample_")
+    with contextlib.ExitStack() as stack:
+        if peers and known:
+            peer = Peer(peers, name)
+            stack.callback(peer.close)
+        for number in range(1, steps + 1):
+            started, cpu = time.perf_counter(), time.process_time()
+            step(number)
+            wall = time.perf_counter() - started
+            seconds.append((wall, time.process_time() - cpu))
+            if peer is not None:
+                peer.step()
+    return seconds, peer
 
 
 def _parents(kind, model_config, mesh):
@@ -259,7 +361,7 @@ def _parents(kind, model_config, mesh):
     return models | {"reference": models["start"], "value": models["reward"]}
 
 
-def _samples(name, mesh, steps, dtype):
+def _samples(name, mesh, steps, dtype, peers):
     model_config = ModelConfig(**MODEL, dtype=dtype)
     model = sharding.init_sharded(lambda key: Transformer(model_config, key), mesh)(
         jax.random.key(0)
@@ -268,9 +370,8 @@ def _samples(name, mesh, steps, dtype):
     for rows in sorted({_divisible(rows, mesh) for rows in SAMPLES}):
         raw = _prompts(rows, np.random.default_rng(0), length=32)
         raw = sharding.shard_batch(raw, mesh)
-        seconds, first = [], None
-        for number in range(steps + 1):
-            started = time.perf_counter()
+
+        def one(number, raw=raw):
             samples = sampling.generate(
                 model,
                 raw["prompt_ids"],
@@ -280,23 +381,51 @@ def _samples(name, mesh, steps, dtype):
                 stop_ids=(),
             )
             jax.block_until_ready(samples)
-            seconds.append(time.perf_counter() - started)
-        first = seconds.pop(0)
+
+        started = time.perf_counter()
+        one(0)
+        first = time.perf_counter() - started
+        seconds, peer = _in_turns(one, steps, f"{name}_{rows}", peers)
         flops = cost.forward_flops(info, rows * 160, 80)
-        line = _line(f"{name}_{rows}", seconds, rows * 128, flops, first)
+        line = _line(f"{name}_{rows}", seconds, rows * 128, flops, first, peer)
         yield line | {"shape": [rows, 32, 128]}
 
 
-def _line(name, seconds, tokens, flops, first):
-    median = statistics.median(seconds)
-    return {
+def _line(name, seconds, tokens, flops, first, peer):
+    walls, cpus = zip(*seconds, strict=True)
+    median = statistics.median(walls)
+    line = {
         "what": name,
         "step_s": round(median, 5),
-        "fastest_s": round(min(seconds), 5),
+        "fastest_s": round(min(walls), 5),
+        "slowest_s": round(max(walls), 5),
+        "cpu_s": round(statistics.median(cpus), 5),
         "first_s": round(first, 2),  # compilation included
         "tokens_per_s": round(tokens / median, 1),
         "gflops_per_s": round(flops / median / 1e9, 2),
         "peak_memory_bytes": train.peak_memory(),
+    }
+    if peer is None:
+        return line
+    return line | {"peer": _beside(seconds, tokens, peer)}
+
+
+def _beside(seconds, tokens, peer):
+    """Describes the other side's steps, and by how much ours are faster, a token."""
+    theirs = [step["seconds"] for step in peer.steps]
+    ratios, cpu_ratios = [], []
+    for (wall, cpu), step in zip(seconds, peer.steps, strict=True):
+        ratios.append(step["seconds"] / step["tokens"] * tokens / wall)
+        cpu_ratios.append(step["cpu_seconds"] / step["tokens"] * tokens / cpu)
+    return {
+        "with": ", ".join(f"{name} {v}" for name, v in peer.versions.items()),
+        "step_s": round(statistics.median(theirs), 5),
+        "fastest_s": round(min(theirs), 5),
+        "slowest_s": round(max(theirs), 5),
+        "tokens": peer.steps[0]["tokens"],
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
     }
 
 

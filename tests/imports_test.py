@@ -40,6 +40,7 @@ FLOORS = (
     ("train",),
     ("anatomy",),
     ("report",),
+    ("bench_peer", "bench_table"),
     ("bench", "experiment"),
     ("sources",),
     ("run",),

@@ -209,19 +209,33 @@ def curate(rest):
 
 
 @takes(
-    Flag("what", "", "what to time, as in sft,dpo; everything by default"),
+    Flag("what", "all", "what to time, as in sft,dpo; everything by default"),
     Flag("steps", 8, "timed steps of each"),
     Flag("dtype", "float32", "dtype of the computation; or bfloat16"),
+    Flag("peers", "", "an environment with torch and TRL, timed in turn with ours"),
+    Flag("page", "", "a Markdown file, whose table between two marks is replaced"),
 )
 def bench_(rest):
     """Time the stages on this machine; each result is one line of JSON.
 
     stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
+    stagecraft bench --what=all --peers=ENV --page=docs/speed.md
 
-    Real steps of a small Llama (5.5M parameters) on synthetic batches of fixed shapes.
+    Real steps of a small Llama (4M parameters) on synthetic batches of fixed shapes.
     Compare times only with others of the same command, on an idle machine.
+
+    --peers names a virtual environment with torch, transformers, trl and datasets: each
+    step is followed by one of theirs on the same work, in a process of its own. TRL
+    1.12 is the last with PPO; where ENV has a newer one, the variable TRL_PPO names a
+    folder with 1.12 (pip install --no-deps --target=FOLDER trl==1.12.0).
     """
     from stagecraft import bench
 
-    what = schema.listed(FLAGS.what) or bench.NAMES
-    bench.bench(what, steps=FLAGS.steps, dtype=FLAGS.dtype)
+    what = bench.NAMES if FLAGS.what == "all" else schema.listed(FLAGS.what)
+    bench.bench(
+        what,
+        steps=FLAGS.steps,
+        dtype=FLAGS.dtype,
+        peers=FLAGS.peers,
+        page=FLAGS.page,
+    )

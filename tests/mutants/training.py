@@ -37,6 +37,16 @@ _ATTENTION = in_file(
     ),
 )
 
+_WIDTHS = in_file(
+    "stagecraft/models/transformer.py",
+    "tests/stages/sizes_test.py -k bfloat16",
+    (
+        "feed-forward activations in float32",
+        "gate = activate(_project(x, self.gate, self.gate_bias))",
+        "gate = activate(_project(x, self.gate, self.gate_bias).astype(jnp.float32))",
+    ),
+)
+
 _SCORES = in_file(
     "stagecraft/models/scores.py",
     "tests/stages/pairs_test.py tests/models/language_test.py",
@@ -319,6 +329,7 @@ _REPORTED = (
 MUTANTS = (
     *_MODEL,
     *_ATTENTION,
+    *_WIDTHS,
     *_SCORES,
     *_HEADS,
     *_SAMPLING,
