@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-peers mutants notebooks lint format clean
+.PHONY: help quickstart quick test test-peers test-plan mutants notebooks lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
+	@echo "make test-plan    compile for TPUs that are not here (libtpu, 700 MB)"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
 	@echo "make notebooks    run the notebooks and store what they show"
 	@echo "make lint         ruff and types, as the tests expect it;  make format  puts it right"
@@ -37,6 +38,10 @@ $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl112 trl==1.12.0
 	@touch $@
 
+$(VENV)/.plan: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e ".[dev,plan]"
+	@touch $@
+
 quickstart: $(VENV)/.report
 	$(BIN)/stagecraft run --config=experiments/quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
 
@@ -51,6 +56,9 @@ test: $(VENV)/.dev
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)
+
+test-plan: $(VENV)/.plan
+	$(BIN)/python -m pytest -p no:xdist tests/pods/plan_test.py $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)

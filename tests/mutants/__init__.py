@@ -16,6 +16,7 @@ from tests.mutants import (
     measuring,
     objectives,
     people,
+    pods,
     previews,
     rollouts,
     rounds,
@@ -34,6 +35,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
+    *pods.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
