@@ -7,7 +7,7 @@ SEED ?= 0
 TIER ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-whole test-peers mutants notebooks claims lint format clean
+.PHONY: help quickstart quick test test-whole test-peers test-plan mutants notebooks claims lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
+	@echo "make test-plan    compile for TPUs that are not here (libtpu, 700 MB)"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
 	@echo "make claims       ask every claim over four seeds (TIER=2: eight): hours; it resumes"
 	@echo "make notebooks    run the notebooks and store what they show"
@@ -40,6 +41,10 @@ $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl112 trl==1.12.0
 	@touch $@
 
+$(VENV)/.plan: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e ".[dev,plan]"
+	@touch $@
+
 quickstart: $(VENV)/.report
 	$(BIN)/stagecraft run --config=experiments/quickstart.py --workdir=$(RUN) --config.seed=$(SEED)
 
@@ -57,6 +62,9 @@ test-whole: $(VENV)/.dev
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)
+
+test-plan: $(VENV)/.plan
+	$(BIN)/python -m pytest -p no:xdist tests/pods/plan_test.py $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)

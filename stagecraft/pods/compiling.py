@@ -24,7 +24,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         seconds: that it took to lower and compile.
-        memory: {"arguments", "temporaries", "outputs", "aliased"}, bytes a device.
+        memory: {"arguments", "temporaries", "outputs", "aliased", "peak"}, bytes a
+            device; the peak is the compiler's, of all of them together.
         flops_once: XLA's count, the body of every loop once.
         counts: ours of its text.
         largest: [(bytes, what)] of its largest arrays in HBM.
@@ -89,6 +90,7 @@ def compile_program(program: Any, mesh: jax.sharding.Mesh) -> Compiled:
             "temporaries": memory.temp_size_in_bytes,
             "outputs": memory.output_size_in_bytes,
             "aliased": memory.alias_size_in_bytes,
+            "peak": memory.peak_memory_in_bytes,
         },
         flops_once=compiled.cost_analysis()["flops"],
         counts=hlo.read(text, mesh.size),

@@ -3,7 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, and a kernel of Pallas not at
 all. Here every computation of a compiled module has the number of times it runs, from
 the trip counts of the loops around it. What a compiler fuses differs between its
-releases: a figure is only as good as the forms below, which are those of libtpu 0.0.52.
+releases: figures are as good as the forms below, those of libtpu 0.0.42 and 0.0.52.
 """
 
 import math

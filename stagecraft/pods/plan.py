@@ -31,8 +31,7 @@ class ProgramPlan:
 
     Attributes:
         name: as of `Stage.programs`.
-        memory: {"arguments", "temporaries", "outputs", "aliased"}, bytes a device; of
-            an estimate by formula, {part: bytes}.
+        memory: as of `compiling.Compiled`; of an estimate by formula, {part: bytes}.
         peak: bytes a device while it runs, with all that lies beside it.
         bounds: seconds by resource; None where it does not compile.
         flops: a device's products, loops as often as they run, kernels included.
@@ -188,8 +187,7 @@ def _compiled(one, name, program, topology, plan):
             error=compiled.error,
         )
     memory = compiled.memory
-    peak = memory["arguments"] + memory["temporaries"] + memory["outputs"]
-    peak += beside - memory["aliased"] - _resident_arguments(program)
+    peak = memory["peak"] + beside - _resident_arguments(program)
     between = compiling.exchanges(compiled, one.mesh, topology)
     density = _density(one.model, plan.length)
     counts = compiled.counts

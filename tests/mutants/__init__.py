@@ -18,6 +18,7 @@ from tests.mutants import (
     meshes,
     objectives,
     people,
+    pods,
     previews,
     rollouts,
     rounds,
@@ -36,8 +37,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
-    *meshes.MUTANTS,
-    *behaviour.MUTANTS,
+    *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

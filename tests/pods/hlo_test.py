@@ -62,7 +62,8 @@ def test_exchanges_by_axis():
     assert sums["all-gather", ("tensor",)].bytes == LAYERS * ROWS // 4 * WIDTH * 4
 
 
-# Lines as libtpu 0.0.52 writes them, shortened.
+# Lines as libtpu writes them, shortened.
+# ruff: noqa: E501
 _TPU = """
 %all-reduce-scatter.1 (input.1: bf16[64,32]) -> bf16[16,32] {
   %input.1 = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)

@@ -115,8 +115,8 @@ _RULE = _exactly(
     },
     targetReplicatedJobs={"type": "array", "items": _TEXT},
 )
-# From the reference of jobset.x-k8s.io/v1alpha2 and of Kubernetes' Job and Pod: the keys
-# that they have and require. Not the CRD itself, which is ten thousand lines.
+# From the references of jobset.x-k8s.io/v1alpha2 and of Kubernetes' Job and Pod: the
+# keys that they have and require. Not the CRD itself, which is ten thousand lines.
 JOBSET = _exactly(
     {
         "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},

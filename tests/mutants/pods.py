@@ -1,0 +1,77 @@
+"""Mistakes in plans for chips that are not here, and in what starts jobs on them."""
+
+from tests.mutants.mutant import in_file
+
+_READING = in_file(
+    "stagecraft/pods/hlo.py",
+    "tests/pods/hlo_test.py",
+    (
+        "the body of a loop counts once",
+        "yield body, self._trips(one)",
+        "yield body, 1",
+        "tests/pods/hlo_test.py -k often",
+    ),
+    (
+        "a sum and its slice are a whole sum",
+        'kind = "reduce-scatter"',
+        'kind = "all-reduce"',
+        "tests/pods/hlo_test.py -k forms",
+    ),
+    (
+        "products with padding count",
+        "inside = (place >= 0) & (place <= (size - 1) * by['lhs_dilate'])",
+        "inside = place == place",
+        "tests/pods/hlo_test.py -k padding",
+    ),
+)
+
+_FORMULAS = in_file(
+    "stagecraft/pods/formulas.py",
+    "tests/pods/plan_test.py",
+    (
+        "weights are gathered once for all micro-batches",
+        "(passes + 1) * layout.micro_batches * whole",
+        "(passes + 1) * whole",
+        "tests/pods/plan_test.py -k follow_the_shapes",
+    ),
+    (
+        "a cache of keys without values",
+        "own * 2 * b * c.layers * c.kv_heads",
+        "own * b * c.layers * c.kv_heads",
+        "tests/pods/plan_test.py -k decoding",
+    ),
+)
+
+_CHIPS = in_file(
+    "stagecraft/chips.py",
+    "tests/pods/chips_test.py",
+    (
+        "a chip of two cores is one device",
+        "return self.chips * self.chip.cores",
+        "return self.chips",
+    ),
+)
+
+_JOBS = in_file(
+    "stagecraft/pods/job.py",
+    "tests/pods/launch_test.py",
+    (
+        "a password under a telling name is no secret",
+        "_SECRET.search(value) or (value and _SECRET_NAME.search(name))",
+        "_SECRET.search(value)",
+        "tests/pods/launch_test.py -k secrets",
+    ),
+)
+
+_MANIFESTS = in_file(
+    "stagecraft/pods/manifests.py",
+    "tests/pods/launch_test.py",
+    (
+        "each slice has the pods of all",
+        "hosts = job.topology.hosts // job.topology.slices",
+        "hosts = job.topology.hosts",
+        "tests/pods/launch_test.py -k gke",
+    ),
+)
+
+MUTANTS = _READING + _FORMULAS + _CHIPS + _JOBS + _MANIFESTS
