@@ -95,7 +95,7 @@ def make_mesh(
         sizes[name] = count // fixed
     total = math.prod(sizes.values())
     if not free and total < count and all_of_them and jax.process_count() == 1:
-        devices, count = devices[:total], total
+        devices, count = jax.devices()[:total], total
     if total != count:
         raise UserError(
             f"mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} "
@@ -328,7 +328,7 @@ class Vote:
     def cast(self, number: int) -> None:
         """Gives this process's number, an i32."""
         array = jax.make_array_from_callback(
-            (len(self._placement.mesh.devices.flat),),
+            (jax.device_count(),),
             self._placement,
             lambda index: np.full(1, number, np.int32),
         )

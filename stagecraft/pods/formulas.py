@@ -15,7 +15,9 @@ Time: products once forward and twice backward, what remat repeats on top, at th
 the state read and written once, weights read as often as they are used; over fsdp the
 weights gathered for every pass and micro-batch and the gradients scattered; over data
 the gradients reduced; over tensor two sums of activations a layer and pass, which
-nothing overlaps.
+nothing overlaps. Of context and expert only what they split is counted, not what they
+send, and weights of experts as if each device had all: a bound that errs to the side of
+memory. Where a compiler is, it counts both.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ class Layout(NamedTuple):
     """What a search may change.
 
     Attributes:
-        data, fsdp, tensor: sizes of the mesh.
+        data, fsdp, tensor, expert, context: sizes of the mesh.
         micro_batches: parts that a batch is worked on in.
         remat: a name of `model.remat`.
     """
@@ -43,6 +45,13 @@ class Layout(NamedTuple):
     tensor: int
     micro_batches: int
     remat: str
+    expert: int = 1
+    context: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp * self.expert
 
 
 class Estimate(NamedTuple):
@@ -95,8 +104,7 @@ def step(
     shards = layout.fsdp * layout.tensor
     whole = count["total"]
     state = 12 * models * whole / shards if state_bytes is None else state_bytes
-    row_shards = layout.data * layout.fsdp
-    tokens = rows * length / row_shards
+    tokens = rows * length / layout.rows / layout.context
     micro = tokens / layout.micro_batches
     layer = count["body"] / c.layers
     stored, working = _activations(c, layout, b)
@@ -156,9 +164,10 @@ def _seconds(c, model, layout, topology, tokens, length, state, b):
     reach = chip.host if chip.platform == "gpu" else topology.devices / topology.slices
     gathered = (passes + 1) * layout.micro_batches * whole
     sent["DCN" if shards > reach else "ICI"] += gathered * (1 - 1 / layout.fsdp)
-    if layout.data > 1:
-        over = "DCN" if layout.data * shards > reach else "ICI"
-        sent[over] += 2 * whole / layout.fsdp * (1 - 1 / layout.data)
+    copies = layout.data * layout.expert * layout.context
+    if copies > 1:
+        over = "DCN" if copies * shards > reach else "ICI"
+        sent[over] += 2 * whole / layout.fsdp * (1 - 1 / copies)
     # A ring in both directions along one axis of the torus.
     rate = chip.link if chip.platform == "gpu" else 2 * chip.link / chip.cores
     summed = 4 * b * tokens * c.width * c.layers * passes * (1 - 1 / layout.tensor)
@@ -196,7 +205,7 @@ def decode(
     """
     c, b = ModelConfig(**model), WIDTHS[model["dtype"]]
     count = cost.parameters(model)
-    own = rows / (layout.data * layout.fsdp)
+    own = rows / layout.rows
     cache = own * 2 * b * c.layers * c.kv_heads / layout.tensor * c.head_dim
     active = count["total"] - (0 if c.tied else c.vocab_size * c.width)
     mean = prompt + new / 2

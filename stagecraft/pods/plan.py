@@ -355,7 +355,7 @@ def changes(
     c = ModelConfig(**model)
     for micro in (2, 4):
         parts = now.micro_batches * micro
-        if rows % (parts * now.data * now.fsdp) == 0:
+        if rows % (parts * now.rows) == 0:
             yield f"micro_batches={parts}", now._replace(micro_batches=parts)
     if now.remat != "full":
         yield "model.remat='full'", now._replace(remat="full")
