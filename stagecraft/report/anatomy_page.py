@@ -382,7 +382,7 @@ def _shifts(causes, stages):
             )
             if said["early"] is not None:
                 times = math.exp(said["early"])
-                title += f", the first three {times:.3g} times as far as later ones"
+                title += f", those at the first three places {times:.2g} times as far"
             shown.append(
                 {"stage": stages[name], "title": title, "rows": [r for r in rows if r]}
                 | {"places": said["places"], "words": said["words"]}
