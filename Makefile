@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-peers mutants notebooks lint format clean
+.PHONY: help quickstart quick test test-peers test-processes mutants notebooks lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
+	@echo "make test-processes  the quickstart on one, two and four processes (minutes)"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
 	@echo "make notebooks    run the notebooks and store what they show"
 	@echo "make lint         ruff and types, as the tests expect it;  make format  puts it right"
@@ -44,13 +45,16 @@ quickstart: $(VENV)/.report
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not peers" $(ARGS)
+	$(PYTEST) -m "not slow and not peers and not processes" $(ARGS)
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not peers" $(ARGS)
+	$(PYTEST) -m "not peers and not processes" $(ARGS)
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)
+
+test-processes: $(VENV)/.dev
+	$(BIN)/python -m pytest -m processes tests/processes $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)

@@ -21,6 +21,7 @@ from tests.mutants import (
     rounds,
     sampled,
     serving,
+    several,
     steps,
     training,
     verified,
@@ -34,6 +35,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
+    *several.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.

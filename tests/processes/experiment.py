@@ -1,7 +1,9 @@
-"""Stages of the quickstart, a few steps each, and one with a reward from text."""
+"""Three stages of the quickstart, a few steps each, and one with a reward from text."""
 
 from experiments import quickstart
 from stagecraft import defaults
+
+KEPT = ("pretrain", "sft", "comparisons")
 
 
 def brief(completions, **_):
@@ -10,21 +12,20 @@ def brief(completions, **_):
 
 
 def get_config(arg=""):
+    del arg
     c = quickstart.get_config("tiny")
-    for name in ("sft_scratch", "ppo", "ppo_hard", "reward"):
+    for name in set(c.stages) - set(KEPT):
         del c.stages[name]
-    c.measure.draws, c.measure.prompts = 1, 4
-    for stage in c.stages.values():
-        if "steps" in stage:
-            stage.steps, stage.every.save, stage.every.sample = 4, 2, 2
-            stage.every.eval = 2
-        else:
-            stage.prompts, stage.batch_size = 16, 16
+    c.measure.probes, c.measure.prompts, c.measure.bounds = False, 2, ()
+    for name in ("pretrain", "sft"):
+        c.stages[name].steps = 3
+        c.stages[name].every = dict(log=1, eval=0, save=2, sample=0)
+    c.stages.comparisons.update(prompts=16, batch_size=16)
     c.stages.grpo = defaults.stage(
         "group_policy",
         start_from="sft",
         data=dict(files="world:prompts.jsonl"),
-        verifiers="tests.processes.experiment:brief",
+        verifiers=f"{KEY}:brief",
         sampling=dict(max_new_tokens=6),
         batch_size=4,
         group_size=4,
@@ -33,3 +34,6 @@ def get_config(arg=""):
         every=dict(log=1, eval=0, save=1, sample=0),
     )
     return c
+
+
+KEY = "tests.processes.experiment"
