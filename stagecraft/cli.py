@@ -53,6 +53,7 @@ def main(argv=None):
         return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        processes.fail("nobody reads its output any more", 1)
         return 1
     except Exception as error:
         processes.crash(error)

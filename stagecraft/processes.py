@@ -35,7 +35,7 @@ T = TypeVar("T")
 CONNECTING = 50  # seconds until a process that does not reach process 0 gives up
 GATHERING = 300  # seconds until all must be there
 LEAVING = 10  # seconds that a process waits for the others to end with it
-SEEING = 20  # seconds in which a shared file system must show a new file
+SEEING = 10  # seconds in which a shared file system must show a new file
 LOST = 30  # seconds without a sign of life
 LOOKING = 0.5  # seconds between two looks at the store
 SILENT = 4 * LOOKING  # seconds after which a process is not just between two
@@ -92,10 +92,13 @@ def start(coordinator: str = "", index: int | None = None, count: int | None = N
             "--coordinator=HOST:PORT, --process=I and --processes=N go together; on "
             "SLURM, Open MPI, Kubernetes and TPU pods leave all three away"
         )
+    # Told by flags, a process takes all devices of its machine, wherever it runs.
+    detection = "deactivate"
     if not any(given):
         if (cluster := _cluster()) is None:
             return
         coordinator, index, count = cluster
+        detection = None
     if not coordinator.rpartition(":")[2].isdecimal() or ":" not in coordinator:
         raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
     if not 0 <= index < count:
@@ -104,7 +107,7 @@ def start(coordinator: str = "", index: int | None = None, count: int | None = N
             f"{count - 1}"
         )
     if count > 1:
-        _join(coordinator, index, count)
+        _join(coordinator, index, count, detection)
 
 
 def _cluster():
@@ -112,15 +115,19 @@ def _cluster():
     from jax._src import clusters
 
     for one in clusters.ClusterEnv._cluster_types:
-        if one.opt_in_only_method or not one.is_env_present():
+        # A pod that is of no indexed Job is a machine like any other.
+        single = "K8s" in one.__name__ and "JOB_COMPLETION_INDEX" not in os.environ
+        if one.opt_in_only_method or single:
             continue
         try:
+            if not one.is_env_present():
+                continue
             if one.get_process_count() == 1:
                 return None
             port = os.environ.get("JAX_COORDINATOR_PORT")
             address = one.get_coordinator_address(CONNECTING, port)
             return address, one.get_process_id(), one.get_process_count()
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
+        except Exception as error:  # of the cluster's client, too
             line = " ".join(str(error).split())
             raise UserError(
                 f"this looks like {one.name or one.__name__}, but its processes cannot "
@@ -129,7 +136,7 @@ def _cluster():
     return None
 
 
-def _join(coordinator, index, count):
+def _join(coordinator, index, count, detection):
     import jax
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -149,6 +156,7 @@ def _join(coordinator, index, count):
             coordinator,
             count,
             index,
+            cluster_detection_method=detection,
             initialization_timeout=2 * GATHERING,
             heartbeat_timeout_seconds=LOST,
             shutdown_timeout_seconds=LEAVING,

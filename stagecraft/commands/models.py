@@ -308,6 +308,7 @@ def import_(rest):
     Flag("overwrite", False, "replace an existing folder"),
     Flag("adapter", False, "write the LoRA adapter, as PEFT does"),
     Flag("base", "", "the base model of --adapter, a folder"),
+    *PROCESSES,
 )
 def export(rest):
     """Write a stage's model as a Hugging Face folder.

@@ -14,7 +14,8 @@ and `trainer_state.global_step`, the updates done so far. It returns a list of n
 None means that a completion is not its task: the other verifiers' rewards are summed
 without it. A completion on which it raises, or for which it returns something that is
 no finite number, is logged, left out of training and counted; the run goes on, unless
-the very first batch fails whole.
+the very first batch fails whole. On several processes each calls it with its share of
+the completions.
 
 Those that ship go by a name without a colon (`verify.table`), with settings among the
 stage's `verifier_args`.
@@ -27,7 +28,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from stagecraft import schema
+from stagecraft import processes, schema, sharding
 from stagecraft.errors import UserError
 from stagecraft.signals import protocol
 from stagecraft.signals.verify import table
@@ -81,10 +82,20 @@ class Verifier:
     def __call__(self, lists, fixed) -> list[float]:
         """Returns a reward for each completion, or `ABSTAINED`, or `FAILED`.
 
+        Of several processes each scores its share of them; all must call this.
+
         Args:
             lists: {argument: list of one entry a completion}.
             fixed: {argument: value}, the same for all completions.
         """
+        rows, (index, count) = len(lists["completions"]), processes.here()
+        edges = [rows * number // count for number in range(count + 1)]
+        own = slice(*edges[index : index + 2])
+        rewards = self._score({k: v[own] for k, v in lists.items()}, fixed)
+        every = sharding.joined(np.array(rewards, np.float64), np.diff(edges).tolist())
+        return every.tolist()
+
+    def _score(self, lists, fixed):
         self.check([*lists, *fixed])
         wanted = {p.name for p in self.parameters}
         named, fixed = (

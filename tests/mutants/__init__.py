@@ -24,6 +24,7 @@ from tests.mutants import (
     rounds,
     sampled,
     serving,
+    several,
     steps,
     training,
     verified,
@@ -37,7 +38,7 @@ MUTANTS = (
     *(contact.MUTANTS + previews.MUTANTS + folders.MUTANTS),
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
-    *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS),
+    *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS + several.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -53,7 +53,7 @@ class Program:
         """What a process has written so far."""
         return self.path(index).read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text, index=0, seconds=120):
+    def wait_for(self, text, index=0, seconds=600):
         """Waits until a process has written a text."""
         until = time.monotonic() + seconds
         while text not in self.text(index):
@@ -62,7 +62,7 @@ class Program:
             assert time.monotonic() < until, self.text(index)
             time.sleep(0.05)
 
-    def statuses(self, seconds=240):
+    def statuses(self, seconds=900):
         """Exit statuses by process, once all have ended."""
         until = time.monotonic() + seconds
         for one in self.running.values():
