@@ -156,11 +156,11 @@ def test_formulas_follow_the_shapes():
 def test_decoding_reads_weights_and_cache():
     [one] = shapes.stages(large(arg="fsdp=8"), 8, ["grpo"])
     layout = plan.layout_of(one)
-    got = formulas.decode(one.model, layout, H200, rows=8, prompt=512, new=512)
+    bound = formulas.decode(one.model, layout, H200, rows=8, prompt=512, new=512)
     # Of one row: 32 layers, 8 heads of 128, keys and values, two bytes, 1024 slots.
-    assert got["cache_bytes"] == 2 * 2 * 32 * 8 * 128 * 1024
+    assert bound["cache_bytes"] == 2 * 2 * 32 * 8 * 128 * 1024
     weights = 2 * (cost.parameters(one.model)["total"] - 128256 * 4096)
-    assert got["seconds"] == pytest.approx(512 * weights / 4.8e12, rel=0.02)
+    assert bound["seconds"] == pytest.approx(512 * weights / 4.8e12, rel=0.02)
 
 
 def test_suggestions_fit_and_are_the_fastest(capsys):

@@ -5,7 +5,8 @@ r"""Gemma 3 12B on a pod: pretraining, SFT, reward model, DPO, PPO and GRPO.
 By formula on h200:8 with fsdp=8,micro_batches=32, the least time that the bounds allow
 (docs/plan.md; seconds a step, GiB a device, MFU), nothing run: pretrain 52.5, 43.6,
 75%; sft 25.9, 44.0, 75%; reward 25.8, 44.0, 69%; dpo 32.3, 44.0, 80%; ppo 23.3, 73.1,
-72%; grpo 36.1, 117.9, 64%, their sampling bound by HBM. No stage was compiled at full depth.
+72%; grpo 36.1, 117.9, 64%, their sampling bound by HBM. No stage was compiled at full
+depth.
 """
 
 from experiments.recipes.pods import graph
