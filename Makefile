@@ -7,7 +7,7 @@ SEED ?= 0
 TIER ?= 1
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-whole test-peers test-plan mutants notebooks claims lint format clean
+.PHONY: help quickstart quick test test-whole test-processes test-peers test-plan mutants notebooks claims lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make quick        those that take long left out: one to two minutes on two cores"
 	@echo "make test-peers   the same numbers against torch, transformers and TRL (large download);"
 	@echo "                  SEED=N draws other cases"
+	@echo "make test-processes  the quickstart on one, two and four processes: many minutes"
 	@echo "make test-plan    compile for TPUs that are not here (libtpu, 700 MB)"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
 	@echo "make claims       ask every claim over four seeds (TIER=2: eight): hours; it resumes"
@@ -52,13 +53,16 @@ quickstart: $(VENV)/.report
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not whole and not peers" $(ARGS)
+	$(PYTEST) -m "not slow and not whole and not peers and not processes" $(ARGS)
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not whole and not peers" $(ARGS)
+	$(PYTEST) -m "not whole and not peers and not processes" $(ARGS)
 
 test-whole: $(VENV)/.dev
-	$(PYTEST) -m "whole and not peers" $(ARGS)
+	$(PYTEST) -m whole $(ARGS)
+
+test-processes: $(VENV)/.dev
+	$(BIN)/python -m pytest -m processes tests/processes $(ARGS)
 
 test-peers: $(VENV)/.peers
 	$(PYTEST) -m peers tests/peers --parity-seed=$(SEED) $(ARGS)

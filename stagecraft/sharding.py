@@ -75,9 +75,8 @@ def make_mesh(
     Raises:
         UserError: the product of the sizes is not the number of devices.
     """
-    all_of_them = devices is None
-    devices = jax.devices() if all_of_them else devices
-    count = devices if isinstance(devices, int) else len(devices)
+    given = jax.devices() if devices is None else devices
+    count = given if isinstance(given, int) else len(given)
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
     asked = ", ".join(
         f"{name}={size}"
@@ -94,8 +93,8 @@ def make_mesh(
     for name in free:
         sizes[name] = count // fixed
     total = math.prod(sizes.values())
-    if not free and total < count and all_of_them and jax.process_count() == 1:
-        devices, count = jax.devices()[:total], total
+    if devices is None and not free and jax.process_count() == 1:
+        given, count = jax.devices()[:total], min(total, count)
     if total != count:
         raise UserError(
             f"mesh: {asked} needs {'a multiple of ' if free else ''}{fixed} "
@@ -104,14 +103,14 @@ def make_mesh(
         )
     shape = tuple(sizes[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
-    if isinstance(devices, int):
+    if isinstance(given, int):
         return AbstractMesh(shape, AXES, axis_types=types)  # type: ignore
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if devices[0].platform != "tpu":
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in given})
+    if given[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=given)
     split = dict(allow_split_physical_axes=True)  # a part of an axis of the torus
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(shape, devices, **split)
+        placed = mesh_utils.create_device_mesh(shape, given, **split)
         return Mesh(placed, AXES, axis_types=types)
     if sizes["data"] % slices:
         raise UserError(
@@ -120,7 +119,7 @@ def make_mesh(
         )
     inner = (sizes["data"] // slices, *shape[1:])
     outer = (slices, *(1,) * len(shape[1:]))
-    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, given, **split)
     return Mesh(placed, AXES, axis_types=types)
 
 

@@ -140,9 +140,9 @@ def read(text: str, devices: int) -> Counts:
             if base in COLLECTIVES or one.opcode == "send":
                 channel = re.search(r"channel_id=(\d+)", one.rest)
                 key = channel[1] if channel else f"{name}/{one.name}"
-                made = _collective(one, types, base, name, times, inside, devices)
-                if key not in seen or made.times > seen[key].times:
-                    seen[key] = made
+                exchange = _collective(one, types, base, name, times, inside, devices)
+                if key not in seen or exchange.times > seen[key].times:
+                    seen[key] = exchange
     return Counts(products, once, dict(kernels), traffic, list(seen.values()))
 
 

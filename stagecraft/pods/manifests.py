@@ -41,54 +41,29 @@ def gke(job: Job) -> str:
     """A JobSet: one Job a slice, one pod a host; preemptions restart it uncounted."""
     _needs_image(job, "gke")
     hosts = job.topology.hosts // job.topology.slices
-    command = _gke_command(job)
-    container = {
-        "name": "run",
-        "image": job.image,
-        "command": ["bash", "-c", command],
-        "env": _gke_environment(job),
-        "resources": {"limits": _gke_limits(job)},
+    # A pod that its node took down fails the Job by this rule, and the JobSet restarts
+    # without counting it.
+    disrupted = {
+        "action": "FailJob",
+        "onPodConditions": [{"type": "DisruptionTarget"}],
     }
-    if _on_tpu(job):
-        container["ports"] = [{"containerPort": 8471}, {"containerPort": job.port}]
-        container["securityContext"] = {"privileged": True}
-    else:
-        container["ports"] = [{"containerPort": job.port}]
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": job.grace,
-        "nodeSelector": _gke_nodes(job),
-        "containers": [container],
+    preempted = {
+        "name": "preempted",
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
     }
-    if not _on_tpu(job):
-        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists"}]
-    if job.volume:
-        claim, _, path = job.volume.partition(":")
-        container["volumeMounts"] = [{"name": "storage", "mountPath": path}]
-        source = {"claimName": claim}
-        pod["volumes"] = [{"name": "storage", "persistentVolumeClaim": source}]
+    spec = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [disrupted]},
+        "template": {"spec": _gke_pod(job)},
+    }
     workers = {
         "name": "workers",
         "replicas": job.topology.slices,
-        "template": {
-            "spec": {
-                "parallelism": hosts,
-                "completions": hosts,
-                "completionMode": "Indexed",
-                "backoffLimit": 0,
-                # A pod that its node took down fails the Job by this rule, and the
-                # JobSet restarts without counting it.
-                "podFailurePolicy": {
-                    "rules": [
-                        {
-                            "action": "FailJob",
-                            "onPodConditions": [{"type": "DisruptionTarget"}],
-                        }
-                    ]
-                },
-                "template": {"spec": pod},
-            }
-        },
+        "template": {"spec": spec},
     }
     metadata = {"name": job.name}
     if _on_tpu(job):
@@ -100,16 +75,7 @@ def gke(job: Job) -> str:
         "metadata": metadata,
         "spec": {
             "network": {"enableDNSHostnames": True},
-            "failurePolicy": {
-                "maxRestarts": job.restarts,
-                "rules": [
-                    {
-                        "name": "preempted",
-                        "action": "RestartJobSetAndIgnoreMaxRestarts",
-                        "onJobFailureReasons": ["PodFailurePolicy"],
-                    }
-                ],
-            },
+            "failurePolicy": {"maxRestarts": job.restarts, "rules": [preempted]},
             "replicatedJobs": [workers],
         },
     }
@@ -118,6 +84,35 @@ def gke(job: Job) -> str:
         names = " ".join(f'--from-literal={n}="${n}"' for n in job.passed)
         comments.append(f"before: kubectl create secret generic {job.name}-env {names}")
     return _dump(value, *comments)
+
+
+def _gke_pod(job):
+    """Returns the spec of the pod of one host."""
+    container = {
+        "name": "run",
+        "image": job.image,
+        "command": ["bash", "-c", _gke_command(job)],
+        "env": _gke_environment(job),
+        "ports": [{"containerPort": job.port}],
+        "resources": {"limits": _gke_limits(job)},
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": job.grace,
+        "nodeSelector": _gke_nodes(job),
+        "containers": [container],
+    }
+    if _on_tpu(job):
+        container["ports"].append({"containerPort": 8471})  # of libtpu
+        container["securityContext"] = {"privileged": True}
+    else:
+        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    if job.volume:
+        claim, _, path = job.volume.partition(":")
+        container["volumeMounts"] = [{"name": "storage", "mountPath": path}]
+        source = {"claimName": claim}
+        pod["volumes"] = [{"name": "storage", "persistentVolumeClaim": source}]
+    return pod
 
 
 def _needs_image(job, tool):

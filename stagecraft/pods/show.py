@@ -21,7 +21,7 @@ def heading(config: ConfigDict, topology: chips.Topology) -> None:
     chip = topology.chip
     how = "compiled" if topology.compiles else "from formulas: no compiler for it here"
     line = (
-        f"{topology.name}: {topology.chips} chips on {topology.hosts} hosts, each "
+        f"{topology.name}: {topology.chips} chips on {topology.hosts} host(s), each "
         f"{plan.in_gib(chip.memory)} at {chip.bandwidth / 1e12:.2f} TB/s, "
         f"{chip.peaks['bfloat16'] / 1e12:,.0f} TFLOP/s in bfloat16 ({chip.source}); "
         f"{how}"

@@ -156,11 +156,11 @@ def test_formulas_follow_the_shapes():
 def test_decoding_reads_weights_and_cache():
     [one] = shapes.stages(large(arg="fsdp=8"), 8, ["grpo"])
     layout = plan.layout_of(one)
-    got = formulas.decode(one.model, layout, H200, rows=8, prompt=512, new=512)
+    bound = formulas.decode(one.model, layout, H200, rows=8, prompt=512, new=512)
     # Of one row: 32 layers, 8 heads of 128, keys and values, two bytes, 1024 slots.
-    assert got["cache_bytes"] == 2 * 2 * 32 * 8 * 128 * 1024
+    assert bound["cache_bytes"] == 2 * 2 * 32 * 8 * 128 * 1024
     weights = 2 * (cost.parameters(one.model)["total"] - 128256 * 4096)
-    assert got["seconds"] == pytest.approx(512 * weights / 4.8e12, rel=0.02)
+    assert bound["seconds"] == pytest.approx(512 * weights / 4.8e12, rel=0.02)
 
 
 def test_suggestions_fit_and_are_the_fastest(capsys):
@@ -261,16 +261,21 @@ def on_tpu(layers):
 
 def ahead(topology, layers, stages):
     """A plan of `on_tpu`, in a process of its own: libtpu is there once a process."""
+    return json.loads(in_process(_AHEAD, topology, str(layers), stages))
+
+
+def in_process(program, *arguments):
+    """The last line that a Python program prints."""
     where = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", _AHEAD, topology, str(layers), stages],
+        [sys.executable, "-c", program, *arguments],
         env=where,
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 @compiles
@@ -298,3 +303,23 @@ def test_slices_exchange_over_the_data_center():
     assert stage["mesh"]["data"] == 4
     over = {e["over"] for e in stage["programs"][0]["exchanges"]}
     assert over == {"ICI", "DCN"}
+
+
+@compiles
+def test_suggestions_are_compiled():
+    program = """
+import json
+import jax
+jax.config.update("jax_platforms", "cpu")
+from stagecraft import chips
+from stagecraft.pods import suggest
+from tests.pods import plan_test
+
+config = plan_test.on_tpu(10)
+best = suggest.suggest(config, chips.parse("v5e:4x4"), ["sft"], compiles=1)
+print(json.dumps(best))
+"""
+    best = json.loads(in_process(program))
+    sizes = best["layout"]
+    assert best["compiled"] == 1 and best["peak"] < 16 * chips.GIB
+    assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 16

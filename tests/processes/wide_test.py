@@ -1,4 +1,4 @@
-"""The whole quickstart on one, two and four processes, whole."""
+"""The quickstart on one, two and four processes (make test-processes)."""
 
 import shutil
 import signal
@@ -11,6 +11,7 @@ from tests.processes.commands import Program
 
 QUICKSTART = ["run", "--config=experiments/quickstart.py:tiny"]
 MINUTES = 20 * 60
+pytestmark = pytest.mark.processes
 
 
 def run(root, processes, devices, *more):
