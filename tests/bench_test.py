@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stagecraft import bench, bench_peer, bench_table
+from stagecraft.bench import peer, table, timing
 from stagecraft.errors import UserError
 
 SMALL = dict(vocab_size=512, width=64, layers=2, heads=2, kv_heads=1, ff_width=128)
@@ -14,14 +14,14 @@ SMALL = dict(vocab_size=512, width=64, layers=2, heads=2, kv_heads=1, ff_width=1
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "MODEL", bench.MODEL | SMALL)
-    monkeypatch.setattr(bench, "SAMPLES", (2, 8))
-    rate = functools.partial(bench.matmul_rate, size=128)
-    monkeypatch.setattr(bench, "matmul_rate", rate)
+    monkeypatch.setattr(timing, "MODEL", timing.MODEL | SMALL)
+    monkeypatch.setattr(timing, "SAMPLES", (2, 8))
+    rate = functools.partial(timing.matmul_rate, size=128)
+    monkeypatch.setattr(timing, "matmul_rate", rate)
 
 
 def test_a_line_of_each_figure(small, capsys):
-    lines = bench.bench(["dpo", "sample"], steps=1)
+    lines = timing.bench(["dpo", "sample"], steps=1)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == lines and [line["what"] for line in lines] == ["dpo", "sample_8"]
     for line in lines:
@@ -57,15 +57,15 @@ def other_side(tmp_path, monkeypatch):
     (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
     script = tmp_path / "side.py"
     script.write_text(SIDE)
-    monkeypatch.setattr(bench_peer, "__file__", str(script))
+    monkeypatch.setattr(peer, "__file__", str(script))
     return script
 
 
 def test_two_sides_take_turns_and_a_page_gets_the_table(small, other_side, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench_table.START}\nold\n{bench_table.END}\nafter\n")
+    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
     peers = str(tmp_path / "env")
-    (line,) = bench.bench(["sample"], steps=2, peers=peers, page=str(page))
+    (line,) = timing.bench(["sample"], steps=2, peers=peers, page=str(page))
     peer = line["peer"]
     # The first of theirs compiles and does not count.
     assert (peer["fastest_s"], peer["slowest_s"], peer["with"]) == (11, 12, "torch 9.9")
@@ -85,18 +85,18 @@ def test_two_sides_take_turns_and_a_page_gets_the_table(small, other_side, tmp_p
 def test_another_side_that_ends_is_said(small, other_side, tmp_path):
     other_side.write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match="sample_8 ended with 3; to see why"):
-        bench.bench(["sample"], steps=1, peers=str(tmp_path / "env"))
+        timing.bench(["sample"], steps=1, peers=str(tmp_path / "env"))
 
 
 def test_impossible_places_are_refused(tmp_path):
     with pytest.raises(UserError, match="--peers=.*expected the folder"):
-        bench.bench(["dpo"], peers=str(tmp_path))
+        timing.bench(["dpo"], peers=str(tmp_path))
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(UserError, match="--page=.*expected a file with the lines"):
-        bench.bench(["dpo"], page=str(tmp_path / "page.md"))
+        timing.bench(["dpo"], page=str(tmp_path / "page.md"))
 
 
 @pytest.mark.parametrize("what, steps", [(["dpoo"], 1), (["dpo"], 0)])
 def test_wrong_requests_are_refused(what, steps):
     with pytest.raises(UserError):
-        bench.bench(what, steps=steps)
+        timing.bench(what, steps=steps)

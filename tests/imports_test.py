@@ -40,7 +40,6 @@ FLOORS = (
     ("train",),
     ("anatomy",),
     ("report",),
-    ("bench_peer", "bench_table"),
     ("bench", "experiment"),
     ("sources",),
     ("run",),

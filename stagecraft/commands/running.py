@@ -229,10 +229,10 @@ def bench_(rest):
     1.12 is the last with PPO; where ENV has a newer one, the variable TRL_PPO names a
     folder with 1.12 (pip install --no-deps --target=FOLDER trl==1.12.0).
     """
-    from stagecraft import bench
+    from stagecraft.bench import timing
 
-    what = bench.NAMES if FLAGS.what == "all" else schema.listed(FLAGS.what)
-    bench.bench(
+    what = timing.NAMES if FLAGS.what == "all" else schema.listed(FLAGS.what)
+    timing.bench(
         what,
         steps=FLAGS.steps,
         dtype=FLAGS.dtype,

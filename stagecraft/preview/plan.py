@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stagecraft import bench, experiment, process, run, runs, train, tree
+from stagecraft import experiment, process, run, runs, train, tree
 from stagecraft.anatomy import cost
+from stagecraft.bench import timing
 from stagecraft.data import stage_data
 from stagecraft.models import saved
 from stagecraft.models.language import Language
@@ -59,7 +60,7 @@ def show(
             lines.append({"stage": name} | _planned(this, name, described))
         lines = [line for line in lines if line["stage"] in names]
         dtype = jnp.dtype(this.config.model.dtype)
-        rate = bench.matmul_rate(this.mesh(), dtype) if lines else 0.0
+        rate = timing.matmul_rate(this.mesh(), dtype) if lines else 0.0
     for line in lines:
         counted = line["flops"] is not None
         line["seconds"] = line["flops"] / (rate * SHARE * 1e9) if counted else None

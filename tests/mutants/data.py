@@ -170,9 +170,9 @@ _PIPELINE = in_file(
         "grain.MapDataset.range(_length(rows))\n.seed(seed + i + ahead)",
     ),
     (
-        "every process takes the first rows",
-        "array[index * size : (index + 1) * size]",
-        "array[:size]",
+        "a process puts its rows where others' are",
+        "whole[name][some] = value",
+        "whole[name][: len(value)] = value",
         "tests/data/order_test.py",
     ),
     (

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from stagecraft import bench
+from stagecraft.bench import timing
 
 pytestmark = pytest.mark.peers
 
@@ -15,8 +15,8 @@ SMALL = dict(vocab_size=512, width=64, layers=2, heads=2, kv_heads=1, ff_width=1
     ("name", "tokens"), [("sample_2", 2 * 128), ("dpo", 16 * 225), ("grpo", 16 * 64)]
 )
 def test_a_step_of_the_peers(name, tokens, monkeypatch):
-    monkeypatch.setattr(bench, "MODEL", bench.MODEL | SMALL)
-    peer = bench.Peer(sys.prefix, name)
+    monkeypatch.setattr(timing, "MODEL", timing.MODEL | SMALL)
+    peer = timing.Peer(sys.prefix, name)
     try:
         peer.step()
     finally:

@@ -6,7 +6,7 @@ that training does per step: sampling, scoring and reference passes included; `p
 says what the compiler counts in each program of the stage.
 
 With `peers` each step is followed by one of torch's or TRL's on the same work
-(`bench_peer`), so that both sides meet the same machine. Compare figures of one run on
+(`peer`), so that both sides meet the same machine. Compare figures of one run on
 an idle machine; on a busy one the ratio of CPU seconds is the steadier.
 """
 
@@ -26,16 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import (
-    bench_peer,
-    bench_table,
-    defaults,
-    process,
-    schema,
-    sharding,
-    train,
-)
+from stagecraft import defaults, process, schema, sharding, train
 from stagecraft.anatomy import cost
+from stagecraft.bench import peer as peer_program
+from stagecraft.bench import table
 from stagecraft.errors import UserError
 from stagecraft.models import sampling
 from stagecraft.models.config import ModelConfig
@@ -148,7 +142,7 @@ class Peer:
     def __init__(self, environment: str, name: str):
         self.name, self.steps = name, []
         self.process = subprocess.Popen(
-            [python_of(environment), bench_peer.__file__, name, json.dumps(MODEL)],
+            [python_of(environment), peer_program.__file__, name, json.dumps(MODEL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -213,7 +207,7 @@ def bench(what, *, steps=8, dtype="float32", peers="", page=""):
     if peers:
         python_of(peers)
     if page:
-        bench_table.check(page)
+        table.check(page)
     if jax.default_backend() == "cpu":
         process.keep_memory()
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
@@ -227,7 +221,7 @@ def bench(what, *, steps=8, dtype="float32", peers="", page=""):
                 print(json.dumps(line), flush=True)
                 lines.append(line)
     if page:
-        bench_table.write(page, lines)
+        table.write(page, lines)
     return lines
 
 
@@ -331,7 +325,7 @@ def _in_turns(step, steps, name, peers):
         [(seconds, CPU seconds)] of ours; a `Peer` that has done its steps, or None.
     """
     peer, seconds = None, []
-    known = name in bench_peer.NAMES or name.startswith("sample_")
+    known = name in peer_program.NAMES or name.startswith("sample_")
     with contextlib.ExitStack() as stack:
         if peers and known:
             peer = Peer(peers, name)

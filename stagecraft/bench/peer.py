@@ -2,11 +2,11 @@
 
 Run by the Python of another environment, with nothing of this package:
 
-    ENV/bin/python bench_peer.py pretrain '{"vocab_size": 4096, ...}'
+    ENV/bin/python peer.py pretrain '{"vocab_size": 4096, ...}'
 
 It prints what it measures with, then does one step for each line that it reads, and
 prints its seconds, CPU seconds and tokens. So two programs take turns on one machine,
-step by step. The work is that of `bench.CASES`: a Llama of the same shape with random
+step by step. The work is that of `timing.CASES`: a Llama of the same shape with random
 weights, on random text of the same lengths.
 """
 

@@ -1,0 +1,1 @@
+"""Seconds a step on this machine, beside what peers take for the same work."""
