@@ -38,7 +38,7 @@ from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.stages.kinds import KINDS
 from stagecraft.stages.stage import Context
 
-# The model, unless a flag says otherwise: 5.5M parameters, small enough for a laptop.
+# The model, unless a flag says otherwise: 4M parameters, small enough for a laptop.
 MODEL = dict(
     vocab_size=4096,
     width=256,
