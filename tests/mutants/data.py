@@ -171,8 +171,8 @@ _PIPELINE = in_file(
     ),
     (
         "every process takes the first rows",
-        "array[index * size : (index + 1) * size]",
-        "array[:size]",
+        "whole[name][some] = value",
+        "whole[name][: len(some)] = value",
         "tests/data/order_test.py",
     ),
     (

@@ -29,8 +29,8 @@ MUTANTS = (
         ),
         (
             "who waits is called behind",
-            "if place < furthest or silent > SILENT",
-            "if place <= furthest or silent > SILENT",
+            "place < furthest or silent > SILENT",
+            "place <= furthest or silent > SILENT",
         ),
     ),
     *in_file(
@@ -43,8 +43,8 @@ MUTANTS = (
         ),
         (
             "a process whose own rows are silent refuses the batch",
-            "            if own:  # that of the other rows counts too",
-            "            if False:",
+            "if own:  # that of the other rows counts too\n    return self.batch_at(step)",
+            "pass",
         ),
     ),
     *in_file(

@@ -154,14 +154,14 @@ _TRAIN = in_file(
     ),
     (
         "asked to stop, it goes on",
-        "if stopping:\n    loop.stop(stopping.signal)",
+        "if stop:\n    loop.stop(stop)",
         "pass",
         "tests/run_test.py -k asked_to_stop",
     ),
     (
         "asked to stop, it saves nothing",
-        "loop.due(config.every.save) or loop.late() or stopping",
-        "loop.due(config.every.save) or loop.late()",
+        "loop.due(config.every.save) or late or stop",
+        "loop.due(config.every.save) or late",
         "tests/run_test.py -k asked_to_stop",
     ),
     (
