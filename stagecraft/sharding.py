@@ -322,12 +322,12 @@ class Vote:
         mesh = Mesh(devices, ("every",), axis_types=(AxisType.Auto,))
         self._placement = NamedSharding(mesh, P("every"))
         self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
-        self._open = None
+        self._devices, self._open = len(devices), None
 
     def cast(self, number: int) -> None:
         """Gives this process's number, an i32."""
         array = jax.make_array_from_callback(
-            (jax.device_count(),),
+            (self._devices,),
             self._placement,
             lambda index: np.full(1, number, np.int32),
         )

@@ -125,7 +125,7 @@ class Dataset:
         if learned is not None and "weight" in batch:
             learned = learned & (batch["weight"] > 0)
         if learned is not None and not learned.any():
-            if own:  # that of the other rows counts too
+            if own:  # those of other rows count
                 return self.batch_at(step)
             raise UserError(
                 f"the batch of step {step} has no token to learn from (mask all "

@@ -170,9 +170,9 @@ _PIPELINE = in_file(
         "grain.MapDataset.range(_length(rows))\n.seed(seed + i + ahead)",
     ),
     (
-        "a process puts its rows where others' are",
+        "every process takes the first rows",
         "whole[name][some] = value",
-        "whole[name][: len(value)] = value",
+        "whole[name][: len(some)] = value",
         "tests/data/order_test.py",
     ),
     (

@@ -43,7 +43,7 @@ MUTANTS = (
         ),
         (
             "a process whose own rows are silent refuses the batch",
-            "if own:\n    return self.batch_at(step)",
+            "if own:  # those of other rows count\n    return self.batch_at(step)",
             "pass",
         ),
     ),

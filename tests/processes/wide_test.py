@@ -32,6 +32,27 @@ def test_any_number_of_processes(whole, tmp_path, processes, devices):
     assert same.differences(whole, run(tmp_path, processes, devices)) == []
 
 
+def test_prompts_and_exports(whole, tmp_path):
+    said, files = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        to = [f"--workdir={whole}", "--stage=dpo", f"--to={folder / 'model'}"]
+        question = ["prompt", f"--workdir={whole}", "--samples=2", "What is it?"]
+        for name, arguments in (("export", ["export", *to]), ("prompt", question)):
+            log = folder / name
+            with Program(log, arguments, processes, 2 // processes) as program:
+                assert set(program.statuses(MINUTES).values()) == {0}, program.text(0)
+        said.append(program.text(0))
+        files.append(
+            {
+                p.name: p.read_bytes()
+                for p in (folder / "model").iterdir()
+                if p.is_file()
+            }
+        )
+    assert said[0] == said[1] and files[0] == files[1]
+
+
 def test_one_token_over_two_processes(tmp_path):
     """Tensor over processes: each holds all rows."""
     mesh = ["--config.mesh.data=1", "--config.mesh.tensor=2", "--only=pretrain,sft"]
