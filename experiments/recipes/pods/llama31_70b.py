@@ -1,6 +1,7 @@
 r"""Llama 3.1 70B on a pod: pretraining, SFT, reward model, DPO, PPO and GRPO.
 
-    stagecraft plan --config=recipes/pods/llama31_70b:fsdp=256 --topology=v6e:16x16
+    stagecraft plan --topology=v6e:16x16 \
+        --config=recipes/pods/llama31_70b:fsdp=256,micro_batches=2
 
 Seen with jax 0.10.2 and libtpu 0.0.42, the least time and the highest MFU that the
 bounds allow (docs/plan.md), nothing run: pretraining with fsdp=256,micro_batches=2 on
