@@ -4,5 +4,5 @@ FROM python:3.12-slim
 WORKDIR /opt/stagecraft
 COPY . .
 RUN pip install --no-cache-dir ".[cuda,data,huggingface]"
-WORKDIR /work
+WORKDIR /job
 ENTRYPOINT []

@@ -4,5 +4,5 @@ WORKDIR /opt/stagecraft
 COPY . .
 RUN pip install --no-cache-dir ".[tpu,data,huggingface]"
 # What a host writes stays on it; the run itself goes to --workdir.
-WORKDIR /work
+WORKDIR /job
 ENTRYPOINT []

@@ -323,3 +323,30 @@ print(json.dumps(best))
     sizes = best["layout"]
     assert best["compiled"] == 1 and best["peak"] < 16 * chips.GIB
     assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 16
+
+
+@compiles
+@pytest.mark.parametrize("name", MODELS)
+def test_recipes_compile_at_reduced_depth(name):
+    """At full width, with one period of their layers: what depth repeats is a loop."""
+    layers = 6 if name == "gemma3_12b" else 2
+    arg = f"layers={layers},batch=16,length=1024,chat_length=512,pair_length=512"
+    arg += ",prompt=128,answer=128,fsdp=16"
+    program = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from stagecraft import chips
+from stagecraft.pods import plan
+from tests.pods import plan_test
+
+topology = chips.parse("v6e:4x4")
+config = plan_test.large(*sys.argv[1:])
+[stage] = plan.plan(config, topology, ["pretrain"], ["update"])
+print(json.dumps(plan.as_json([stage], topology, 0.0)))
+"""
+    [stage] = json.loads(in_process(program, name, arg))["stages"]
+    [update] = stage["programs"]
+    assert stage["fits"] and not update["error"]
+    assert stage["kernels"][0].startswith("attention: splash")
+    assert 0.5 * update["flops"] < update["xla_flops"]["corrected"] <= update["flops"]
