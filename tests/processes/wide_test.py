@@ -61,7 +61,7 @@ def test_one_token_over_two_processes(tmp_path):
     assert same.differences(one, run(tmp_path / "two", 2, 1, *more)) == []
 
 
-def test_four_processes_save_and_others_go_on(whole, tmp_path):
+def test_four_processes_save_and_others_go_on(tmp_path):
     more = ["--only=pretrain", "--config.stages.pretrain.steps=6"]
     more += ["--config.stages.pretrain.every.save=1"]
     one = run(tmp_path / "one", 1, 2, *more)
