@@ -219,8 +219,9 @@ def slurm(job: Job) -> str:
     lines += [
         f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'exec {run}')}",
         "status=$?",
-        f'if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} '
-        "]; then",
+        "# 2 is what a user can put right: another try would end the same.",
+        'if [ "$status" -ne 0 ] && [ "$status" -ne 2 ] \\',
+        f'  && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.restarts} ]; then',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         'exit "$status"',

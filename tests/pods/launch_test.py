@@ -184,6 +184,8 @@ def test_scripts_parse(tool, topology, tmp_path):
 
 def test_slurm(tmp_path):
     text = written("slurm", tmp_path, partition="gpu", restarts=2)
+    # What a user must put right is not tried again.
+    assert '"$status" -ne 2 ]' in text and "-lt 2 ]; then" in text
     options = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --nodes=2", "#SBATCH --gres=gpu:8", "#SBATCH --partition=gpu"} <= {
         *options
