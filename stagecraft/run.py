@@ -13,11 +13,11 @@ from rich.console import Console
 from stagecraft import (
     bounds,
     experiment,
+    groundwork,
     process,
     processes,
     runs,
     schema,
-    sources,
     storage,
     trackers,
     train,
@@ -57,7 +57,7 @@ def open_run(root: str | Path) -> Run:
         )
     config = experiment.resolve(stored, check=False)
     stages = experiment.order(config)
-    return Run(root, config, sources.own_tokenizer(root), stages)
+    return Run(root, config, groundwork.own_tokenizer(root), stages)
 
 
 def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summary:
@@ -93,14 +93,14 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summa
     processes.barrier("begin")
     if unfinished:
         with jax.set_mesh(this.mesh()):
-            sources.read(this)
+            groundwork.read(this)
             early = _early_data(this, unfinished)
             for name in unfinished:
                 _run_stage(this, name, early)
                 processes.barrier(f"end of {name}")
                 this.ran.append(name)
     else:
-        this.tokenizer = sources.own_tokenizer(root)
+        this.tokenizer = groundwork.own_tokenizer(root)
     with jax.set_mesh(this.mesh()):
         return _conclude(this, changed=bool(unfinished), started=started)
 
@@ -263,7 +263,7 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
     if parents:
         shape = getattr(parents["start"], "config", shape)
-    sources.check_vocabulary(parents, tokenizer)
+    groundwork.check_vocabulary(parents, tokenizer)
     scorers = None
     if kind.samples:
         judged = judge.scorer(stage, judging, run.root)
@@ -383,8 +383,10 @@ def _conclude(run, *, changed, started):
     if before and not changed:
         terminal.show_summary(before)
         return Summary(before, run.root)
-    asked = [] if sources.asks_world(run.config) else heldout_figures.prompts(run)
-    prompt = sources.single_prompt(run.config) or (asked and asked[0].record["prompt"])
+    asked = [] if groundwork.asks_world(run.config) else heldout_figures.prompts(run)
+    prompt = groundwork.single_prompt(run.config) or (
+        asked and asked[0].record["prompt"]
+    )
     if prompt and behaviour.speaking_stages(run):
         answers = behaviour.through_stages(run, prompt)
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}

@@ -41,7 +41,7 @@ FLOORS = (
     ("anatomy",),
     ("report",),
     ("bench", "experiment"),
-    ("sources",),
+    ("groundwork",),
     ("run",),
     ("exchange", "config_files", "preview", "judging", "refusals", "serve"),
     ("claims_lab", "pods"),

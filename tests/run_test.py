@@ -13,7 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import defaults, metrics, process, run, schema, sources, storage, train
+from stagecraft import (
+    defaults,
+    groundwork,
+    metrics,
+    process,
+    run,
+    schema,
+    storage,
+    train,
+)
 from stagecraft import losses as loss_functions
 from stagecraft.anatomy import summary
 from stagecraft.errors import UserError
@@ -241,20 +250,20 @@ def _tokenized(path="", files=""):
 
 def test_a_run_keeps_its_tokenizer_whole(tmp_path):
     folder = families.folder(tmp_path / "given", "gemma3")
-    made = sources.tokenizer(_tokenized(folder), tmp_path / "run")
+    made = groundwork.tokenizer(_tokenized(folder), tmp_path / "run")
     kept = tmp_path / "run" / "tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (kept / name).read_bytes() == (folder / name).read_bytes()
     # From then on it is the run's own, whatever becomes of the one it came from.
-    again = sources.tokenizer(_tokenized(tmp_path / "gone"), tmp_path / "run")
+    again = groundwork.tokenizer(_tokenized(tmp_path / "gone"), tmp_path / "run")
     assert again.digest == made.digest
     for path in ("bytes", folder / "tokenizer.json"):
         root = tmp_path / f"of {Path(path).name}"
-        assert sources.tokenizer(_tokenized(path), root).stops
+        assert groundwork.tokenizer(_tokenized(path), root).stops
     with pytest.raises(UserError, match="tokenizer.path: .*no such tokenizer"):
-        sources.tokenizer(_tokenized(tmp_path / "gone"), tmp_path / "other")
+        groundwork.tokenizer(_tokenized(tmp_path / "gone"), tmp_path / "other")
     with pytest.raises(UserError, match="set tokenizer.path or tokenizer.files"):
-        sources.tokenizer(_tokenized(), tmp_path / "other")
+        groundwork.tokenizer(_tokenized(), tmp_path / "other")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
@@ -263,10 +272,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 
     tokenizer = types.SimpleNamespace(vocab_size=300)
     scalar = types.SimpleNamespace(body=model(299))
-    sources.check_vocabulary({"start": model(300), "reward": model(512)}, tokenizer)
+    groundwork.check_vocabulary({"start": model(300), "reward": model(512)}, tokenizer)
     for role, small in (("start", model(299)), ("reward", scalar)):
         with pytest.raises(UserError, match=f"{role}_from: its model embeds 299 ids"):
-            sources.check_vocabulary({role: small}, tokenizer)
+            groundwork.check_vocabulary({role: small}, tokenizer)
 
 
 def test_a_run_stopped_before_its_tokenizer_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from stagecraft import experiment, run, runs, sources
+from stagecraft import experiment, groundwork, run, runs
 
 
 @contextlib.contextmanager
@@ -27,5 +27,5 @@ def temporary(config: ConfigDict, root: Path | None) -> Iterator[runs.Run]:
                 (here / entry.name).symlink_to(entry.absolute())
         this = runs.Run(here, config, stages=experiment.order(config))
         with jax.set_mesh(this.mesh()):
-            sources.read(this)
+            groundwork.read(this)
             yield this

@@ -100,7 +100,7 @@ _ENDS = (
 
 _COPIES = (
     *in_file(
-        "stagecraft/sources.py",
+        "stagecraft/groundwork.py",
         "tests/copied_runs_test.py",
         (
             "another tokenizer is taken for the run's",

@@ -21,7 +21,7 @@ def read(run: Run) -> None:
         _curate(run.config, run.root)
         return tokenizer(run.config, run.root)
 
-    run.tokenizer = processes.in_turn(make, "sources")
+    run.tokenizer = processes.in_turn(make, "groundwork")
     if prompt := single_prompt(run.config):
         behaviour.check_prompt(run, prompt)
 
