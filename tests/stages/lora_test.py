@@ -84,7 +84,7 @@ def test_the_base_is_an_argument_and_no_gradient_is_made_of_it(monkeypatch):
     # The width of no other array: the head's gradient is dropped by the compiler alone.
     config = dataclasses.replace(cases.CONFIG, ff_width=48)
     monkeypatch.setattr(cases, "CONFIG", config)
-    monkeypatch.setattr(cases, "models", cases.models.__wrapped__)  # of no other test
+    monkeypatch.setattr(cases, "_models", cases._models.__wrapped__)  # not cached
     shared = cases.single()
     found = {}
     for rank in (0, 2):
