@@ -95,16 +95,16 @@ def tokenizer(shape):
     words |= {_word(i): i for i in range(5, shape["vocab_size"])}
     model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
+    words_apart = PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    made.chat_template = (
+    words_apart.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}<|user|> {{ m['content'] }}"
         " {% else %}<|assistant|> {% generation %}{{ m['content'] }} </s> "
         "{% endgeneration %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|> {% endif %}"
     )
-    return made
+    return words_apart
 
 
 def _word(number):
@@ -190,10 +190,10 @@ def _settings(rows, folder):
 def _saved(shape, folder):
     from transformers import LlamaForCausalLM
 
-    made = tokenizer(shape)
+    own = tokenizer(shape)
     LlamaForCausalLM(llama(shape)).save_pretrained(folder)
-    made.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder), made
+    own.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder), own
 
 
 def _tokens(inputs):
