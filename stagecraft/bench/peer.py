@@ -204,7 +204,7 @@ def sft(shape, turns, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rng, (model, made) = random.Random(0), _saved(shape, folder)
+    rng, (model, own) = random.Random(0), _saved(shape, folder)
 
     def dialogue():
         turn = dict(role="user", content=text(26, rng, shape))
@@ -220,7 +220,7 @@ def sft(shape, turns, folder):
             **_settings(16, folder),
         ),
         train_dataset=Dataset.from_list([dialogue() for _ in range(2400)]),
-        processing_class=made,
+        processing_class=own,
     )
     trainer.train()
 
@@ -229,7 +229,7 @@ def dpo(shape, turns, folder):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    rng, (model, made) = random.Random(0), _saved(shape, folder)
+    rng, (model, own) = random.Random(0), _saved(shape, folder)
 
     def pair():
         sides = {k: " " + text(164, rng, shape) for k in ("chosen", "rejected")}
@@ -239,7 +239,7 @@ def dpo(shape, turns, folder):
         model=model,
         args=DPOConfig(max_length=256, **_settings(8, folder)),
         train_dataset=Dataset.from_list([pair() for _ in range(512)]),
-        processing_class=made,
+        processing_class=own,
     )
     trainer.train()
 
@@ -248,7 +248,7 @@ def grpo(shape, turns, folder):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    rng, (model, made) = random.Random(0), _saved(shape, folder)
+    rng, (model, own) = random.Random(0), _saved(shape, folder)
     trainer = _in_turns(GRPOTrainer, turns, lambda inputs: 16 * 64)(
         model=model,
         args=GRPOConfig(
@@ -260,7 +260,7 @@ def grpo(shape, turns, folder):
         train_dataset=Dataset.from_list(
             [dict(prompt=text(32, rng, shape)) for _ in range(256)]
         ),
-        processing_class=made,
+        processing_class=own,
         reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
     )
     trainer.train()
@@ -272,12 +272,12 @@ def ppo(shape, turns, folder):
     from transformers import LlamaForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    rng, (model, made) = random.Random(0), _saved(shape, folder)
-    made.padding_side = "left"
+    rng, (model, own) = random.Random(0), _saved(shape, folder)
+    own.padding_side = "left"
     reward, value = (
         LlamaForSequenceClassification(llama(shape, num_labels=1)) for _ in range(2)
     )
-    prompts = [dict(input_ids=made(text(32, rng, shape))["input_ids"])] * 4096
+    prompts = [dict(input_ids=own(text(32, rng, shape))["input_ids"])] * 4096
     settings = _settings(16, folder)
     for key in ("max_steps", "disable_tqdm"):
         del settings[key]
@@ -293,7 +293,7 @@ def ppo(shape, turns, folder):
             kl_coef=0.05,
             **settings,
         ),
-        processing_class=made,
+        processing_class=own,
         model=model,
         ref_model=copy.deepcopy(model),
         reward_model=reward,
