@@ -209,3 +209,14 @@ def unknown(where, name, known):
     """The one line for a name that an experiment does not know."""
     hint = schema.hint(name, known)
     return f"{where}={name!r}: unknown; {hint}known: {', '.join(known)}"
+
+
+def like(stage, **changes):
+    """A stage as another one is, with other parents or data.
+
+    Args:
+        stage: a stage's config, of this experiment or another.
+        **changes: keys that differ.
+    """
+    own = stage.to_dict()
+    return defaults.stage(own.pop("kind"), **(own | changes))

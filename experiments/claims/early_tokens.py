@@ -28,9 +28,7 @@ def get_config(arg=""):
     c = defaults.experiment()
     c.world.name = "countries"
     places = objectives.finished(c, arg.base)
-    again = {k: v for k, v in sft.to_dict().items() if k != "kind"}
-    again["start_from"] = places["sft"]
-    c.stages.more_sft = defaults.stage("language_model", **again)
+    c.stages.more_sft = common.like(sft, start_from=places["sft"])
     return common.tiny(c) if arg.tiny else c
 
 

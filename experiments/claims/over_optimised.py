@@ -31,8 +31,10 @@ def get_config(arg=""):
     c = defaults.experiment()
     c.world.name = "countries"
     places = objectives.finished(c, arg.base)
-    hard = {k: v for k, v in recipe.ppo_hard.to_dict().items() if k != "kind"}
-    hard |= dict(start_from=places["sft"], reward_from="")
-    hard |= dict(verifiers="experiments.claims.over_optimised:gold")
-    c.stages.gold_hard = defaults.stage("policy", **hard)
+    c.stages.gold_hard = common.like(
+        recipe.ppo_hard,
+        start_from=places["sft"],
+        reward_from="",
+        verifiers="experiments.claims.over_optimised:gold",
+    )
     return common.tiny(c) if arg.tiny else c

@@ -37,16 +37,10 @@ def get_config(arg=""):
         sampling=dict(recipe.comparisons.sampling),
     )
     pairs = dict(files="stage:coin", length=64)
-    c.stages.coin_reward = defaults.stage(
-        "reward", **_like(recipe.reward, start_from=places["sft"], data=pairs)
+    c.stages.coin_reward = common.like(
+        recipe.reward, start_from=places["sft"], data=pairs
     )
-    c.stages.shuffled = defaults.stage(
-        "policy",
-        **_like(recipe.ppo, start_from=places["sft"], reward_from="coin_reward"),
+    c.stages.shuffled = common.like(
+        recipe.ppo, start_from=places["sft"], reward_from="coin_reward"
     )
     return common.tiny(c) if arg.tiny else c
-
-
-def _like(stage, **changes):
-    """A stage of the quickstart with other parents or data."""
-    return {k: v for k, v in stage.to_dict().items() if k != "kind"} | changes

@@ -28,8 +28,6 @@ def get_config(arg=""):
     c = defaults.experiment()
     c.world.name, c.world.style = "countries", 0.5
     places = objectives.finished(c, arg.base)
-    styled = {k: v for k, v in sft.to_dict().items() if k != "kind"}
-    styled["start_from"] = places["pretrain"]
-    styled["data"]["files"] = "world:demonstrations_style.jsonl"
-    c.stages.styled = defaults.stage("language_model", **styled)
+    c.stages.styled = common.like(sft, start_from=places["pretrain"])
+    c.stages.styled.data.files = "world:demonstrations_style.jsonl"
     return common.tiny(c) if arg.tiny else c
