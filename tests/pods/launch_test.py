@@ -209,7 +209,8 @@ def test_ssh_starts_each_host_with_its_number(tmp_path):
     # In the place of ssh: says what it was asked, and fails on b the first time.
     (bin_ / "ssh").write_text(
         f'#!/bin/bash\necho "$@" >> {log}\n[ -e {log}.again ] && exit 0\n'
-        f'case "$*" in *" b "*) until grep -q "user@a " {log}; do sleep .05; done\n'
+        f'case "$*" in *" b "*) for _ in {{1..200}}; do\n'
+        f'grep -q "user@a " {log} && break; sleep .05; done\n'
         f"touch {log}.again; exit 7;; esac\nexec sleep 30\n"
     )
     (bin_ / "ssh").chmod(0o755)
