@@ -36,8 +36,8 @@ def noise(like: Any, seed: int = 0) -> Any:
         random = jax.random.normal(key, array.shape, array.dtype)
         return random * (jnp.linalg.norm(array) / jnp.linalg.norm(random))
 
-    drawn = [one(array, key) for array, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+    arrays = [one(array, key) for array, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def step(model: Any, direction: Any, size: float) -> Any:

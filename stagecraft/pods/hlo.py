@@ -157,12 +157,12 @@ class _Module:
         self.computations, self.types, entry = {}, {}, None
         for line in text.splitlines():
             if head := _HEAD.match(line):
-                current = self.computations[head[2]] = []
+                instructions = self.computations[head[2]] = []
                 types = self.types[head[2]] = {}
                 entry = head[2] if head[1] else entry
             elif " = " in line and line.startswith("  "):
                 one = parse(line)
-                current.append(one)
+                instructions.append(one)
                 types[one.name] = one.arrays
         self.fused = set()
         self.times = defaultdict(float)
