@@ -5,9 +5,10 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SEED ?= 0
 TIER ?= 1
+ACCELERATOR ?= cuda
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart quick test test-whole test-processes test-peers test-plan mutants notebooks claims lint format clean
+.PHONY: help quickstart quick test test-whole test-processes test-peers test-plan accelerator-check mutants notebooks claims lint format clean
 
 help:
 	@echo "make quickstart   install, train every stage on the embedded world, write $(RUN)/report.html"
@@ -18,6 +19,8 @@ help:
 	@echo "                  SEED=N draws other cases"
 	@echo "make test-processes  the quickstart on one, two and four processes: many minutes"
 	@echo "make test-plan    compile for TPUs that are not here (libtpu, 700 MB)"
+	@echo "make accelerator-check  kernels, bfloat16, sharding and speed of the GPU here;"
+	@echo "                  ACCELERATOR=tpu of the TPU; writes docs/speed.md's table"
 	@echo "make mutants      break the sources on purpose, place by place: does a test notice?"
 	@echo "make claims       ask every claim over four seeds (TIER=2: eight): hours; it resumes"
 	@echo "make notebooks    run the notebooks and store what they show"
@@ -40,6 +43,10 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -e ".[dev,peers]"
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/trl112 trl==1.12.0
+	@touch $@
+
+$(VENV)/.cuda $(VENV)/.tpu: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e ".[dev,$(ACCELERATOR)]"
 	@touch $@
 
 $(VENV)/.plan: $(VENV)/.dev
@@ -69,6 +76,10 @@ test-peers: $(VENV)/.peers
 
 test-plan: $(VENV)/.plan
 	$(BIN)/python -m pytest -p no:xdist tests/pods/plan_test.py $(ARGS)
+
+accelerator-check: $(VENV)/.$(ACCELERATOR)
+	$(BIN)/python -m pytest -p no:xdist -m accelerator tests $(ARGS)
+	$(BIN)/stagecraft bench --preset=1b --length=4096 --page=docs/speed.md
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutations.py --jobs=2 $(ARGS)

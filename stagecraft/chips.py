@@ -6,7 +6,7 @@ DeepMind 2025, jax-ml.github.io/scaling-book, chapters 2 and 12), as `Chip.sourc
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stagecraft import schema
 from stagecraft.errors import UserError
@@ -146,6 +146,25 @@ CHIPS = {
         ),
     }.items()
 }
+# How JAX spells the kinds of devices; of an H100 only the module on a board of eight,
+# whose figures are above.
+_KINDS = {
+    "v5e": ("TPU v5 lite", "TPU v5e"),
+    "v6e": ("TPU v6 lite", "TPU v6e"),
+    "v5p": ("TPU v5", "TPU v5p"),
+    "tpu7x": ("TPU7x",),
+    "h100": ("NVIDIA H100 80GB HBM3",),
+    "h200": ("NVIDIA H200",),
+}
+
+
+def of_device(device: Any) -> Chip | None:
+    """Returns the chip that a JAX device is of; None for one not in the table."""
+    kinds = {kind: name for name, spelled in _KINDS.items() for kind in spelled}
+    name = kinds.get(device.device_kind)
+    return None if name is None else CHIPS[name]
+
+
 # Slices that the compiler was asked for here, the first ones to name in a message.
 KNOWN = (
     *("v5e:4x4", "v5e:8x8", "v5e:16x16", "2xv5e:16x16", "v6e:4x4", "v6e:8x8"),

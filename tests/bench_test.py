@@ -4,18 +4,26 @@ import functools
 import json
 import sys
 
+import jax
 import pytest
 
-from stagecraft.bench import peer, table, timing
+from stagecraft import chips, sharding
+from stagecraft.anatomy import cost
+from stagecraft.bench import peer, presets, table, timing
 from stagecraft.errors import UserError
+from tests import tiny
 
 SMALL = dict(vocab_size=512, width=64, layers=2, heads=2, kv_heads=1, ff_width=128)
 
 
+MARK = table.MARKS["peers"]
+
+
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(timing, "MODEL", timing.MODEL | SMALL)
-    monkeypatch.setattr(timing, "SAMPLES", (2, 8))
+    laptop = presets.PRESETS["laptop"]
+    small = laptop._replace(model=laptop.model | SMALL, samples=(2, 8))
+    monkeypatch.setitem(presets.PRESETS, "laptop", small)
     rate = functools.partial(timing.matmul_rate, size=128)
     monkeypatch.setattr(timing, "matmul_rate", rate)
 
@@ -63,7 +71,7 @@ def other_side(tmp_path, monkeypatch):
 
 def test_two_sides_take_turns_and_a_page_gets_the_table(small, other_side, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    page.write_text(f"before\n{MARK}\nold\n{table.END}\nafter\n")
     peers = str(tmp_path / "env")
     (line,) = timing.bench(["sample"], steps=2, peers=peers, page=str(page))
     peer = line["peer"]
@@ -88,6 +96,53 @@ def test_another_side_that_ends_is_said(small, other_side, tmp_path):
         timing.bench(["sample"], steps=1, peers=str(tmp_path / "env"))
 
 
+@pytest.fixture
+def device(monkeypatch):
+    """A chip in the place of this CPU, and a large preset that is small."""
+    slow = dict(peaks={"float32": 1e9}, bandwidth=1e8)  # so that shares have digits
+    chip = chips.CHIPS["v5e"]._replace(**slow)
+    monkeypatch.setattr(chips, "of_device", lambda device: chip)
+    short = presets.of_length(presets.PRESETS["8b"], 64)
+    model = short.model | SMALL | dict(head_dim=32, remat="none")
+    short = short._replace(model=model, dtype="float32", samples=(8,))
+    monkeypatch.setitem(presets.PRESETS, "8b", short)
+    return chip
+
+
+def test_a_preset_on_a_chip_of_the_table(small, device, tmp_path):
+    page, mark = tmp_path / "page.md", table.MARKS["accelerator"]
+    page.write_text(f"{MARK}\nours\n{table.END}\n{mark}\nold\n{table.END}\n")
+    what = ["sft", "grpo", "sample"]
+    lines = timing.bench(what, preset="8b", steps=1, page=str(page))
+    sft, grpo, sample = lines
+    assert [line["shape"] for line in lines] == [[8, 64], [8, 8], [8, 8, 2]]
+    for line in lines:
+        rate = line["gflops_per_s"] * 1e9 / line["devices"]
+        assert line["mfu"] == pytest.approx(rate / device.peaks["float32"], 0.01)
+    model = presets.PRESETS["8b"].model
+    moved = cost.decode_bytes(model, 1, 8, 2, 4)  # a row a device
+    seconds = moved / device.bandwidth
+    share = seconds / sample["step_s"]
+    assert sample["share_of_bandwidth"] == pytest.approx(share, rel=0.01)
+    # An adapter is trained, so backward is one forward and not two.
+    whole = timing.bench(["sft"], steps=1, length=64)[0]
+    ratio = sft["gflops_per_s"] * sft["step_s"] / whole["gflops_per_s"]
+    rows = sft["shape"][0] / whole["shape"][0]
+    expected = 2 / 3 * rows * _flops(model) / _flops(presets.PRESETS["laptop"].model)
+    assert ratio / whole["step_s"] == pytest.approx(expected, rel=0.02)
+    # What a step of a stage that samples is made of; the first step does not count.
+    assert {"sample", "update"} <= set(grpo["sections"]) and "score" in grpo["sections"]
+    assert sum(grpo["sections"].values()) == pytest.approx(1, abs=0.05)
+
+    text = page.read_text()
+    assert "\nours\n" in text and "old" not in text
+    assert "| grpo [8, 8] |" in text and "preset 8b, dtype float32" in text
+
+
+def _flops(model):
+    return cost.forward_flops(model, 1, 32.5)
+
+
 def test_impossible_places_are_refused(tmp_path):
     with pytest.raises(UserError, match="--peers=.*expected the folder"):
         timing.bench(["dpo"], peers=str(tmp_path))
@@ -96,7 +151,45 @@ def test_impossible_places_are_refused(tmp_path):
         timing.bench(["dpo"], page=str(tmp_path / "page.md"))
 
 
-@pytest.mark.parametrize("what, steps", [(["dpoo"], 1), (["dpo"], 0)])
-def test_wrong_requests_are_refused(what, steps):
-    with pytest.raises(UserError):
-        timing.bench(what, steps=steps)
+@pytest.mark.parametrize(
+    ("what", "settings", "message"),
+    [
+        (["dpoo"], {}, "--what=.*dpo"),
+        (["dpo"], dict(steps=0), "--steps=0: expected 1"),
+        ((), dict(preset="2b"), "--preset=.*1b"),
+        ((), dict(length=16), "--length=16: expected 32"),
+        ((), dict(peers="env", length=512), "--peers=env: the other side knows"),
+    ],
+)
+def test_wrong_requests_are_refused(what, settings, message):
+    with pytest.raises(UserError, match=message):
+        timing.bench(what, **settings)
+
+
+def test_lengths_are_in_proportion():
+    preset = presets.of_length(presets.PRESETS["1b"], 8192)
+    assert preset.pair == (4096, 1024) and preset.sampled == (1024, 256)
+    assert preset.model["max_length"] == 8192
+    laptop = presets.PRESETS["laptop"]
+    assert presets.of_length(laptop, laptop.length) == laptop
+
+
+@pytest.mark.parametrize("name", ["1b", "8b"])
+def test_the_programs_of_the_large_presets_fit_their_shapes(name):
+    preset, mesh = presets.PRESETS[name], tiny.single()
+
+    def shapes(make, mesh):
+        return lambda key: sharding.abstract(make, mesh, key)
+
+    with jax.set_mesh(mesh):
+        for case in preset.cases:
+            if case in presets.CASES:
+                stage, raw = timing.build(case, preset, mesh, shapes)
+                for program in stage.programs(raw).values():
+                    assert jax.eval_shape(program.function, *program.arguments)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1b", 1.236), ("8b", 8.03)])
+def test_the_large_presets_have_the_sizes_of_llamas(name, billions):
+    count = cost.parameters(presets.PRESETS[name].model)["total"]
+    assert count / 1e9 == pytest.approx(billions, abs=2e-3)

@@ -56,6 +56,15 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Takes back, for the check of an accelerator, what only makes tests faster."""
+    if config.option.markexpr == "accelerator":
+        del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        jax.config.update("jax_disable_most_optimizations", False)
+        # Compared with a CPU's float32, which has no shorter products.
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @pytest.fixture(scope="session")
 def parity_seed(request):
     """The N of --parity-seed=N."""

@@ -111,6 +111,33 @@ def forward_flops(
     return float(tokens * (2 * weights + attention))
 
 
+def decode_bytes(
+    model: Mapping, rows: float, prompt: int, new: int, width: int, parts: int = 1
+) -> float:
+    """Counts what a device reads to decode: weights and cache, for every token.
+
+    Args:
+        model: a ModelConfig as a mapping.
+        rows: completions that the device decodes together.
+        prompt, new: tokens of a prompt and of a completion.
+        width: bytes of a number in the dtype of the computation.
+        parts: devices that heads and weights are split over.
+    """
+    c, count = ModelConfig(**model), parameters(model)
+    # The input embedding is looked up, not read whole, unless it is the output's too.
+    active = count["total"] - (0 if c.tied else c.vocab_size * c.width)
+    read = active * width / parts + cache_bytes(model, width, parts) * rows * (
+        prompt + new / 2
+    )
+    return new * read
+
+
+def cache_bytes(model: Mapping, width: int, parts: int = 1) -> float:
+    """Counts the keys and values that one token leaves; arguments as `decode_bytes`."""
+    c = ModelConfig(**model)
+    return 2 * width * c.layers * c.kv_heads / parts * c.head_dim
+
+
 def stage_flops(
     counters: Mapping,
     model: Mapping,

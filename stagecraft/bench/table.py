@@ -6,7 +6,11 @@ from pathlib import Path
 from stagecraft import storage
 from stagecraft.errors import UserError
 
-START = "<!-- stagecraft bench --what=all --peers=ENV --page=docs/speed.md -->"
+# {which: the line before its table}, and the line behind either.
+MARKS = {
+    "peers": "<!-- stagecraft bench --what=all --peers=ENV --page=docs/speed.md -->",
+    "accelerator": "<!-- stagecraft bench --preset=1b --page=docs/speed.md -->",
+}
 END = "<!-- end of bench -->"
 
 HEADER = (
@@ -20,6 +24,49 @@ HEADER = (
 )
 
 
+ACCELERATOR = (
+    "what",
+    "seconds",
+    "tokens a second a device",
+    "MFU",
+    "share of the matrix rate",
+    "share of the memory's rate",
+    "peak memory, GiB",
+    "attention",
+    "where the time goes",
+)
+
+
+def accelerator_table(lines: Sequence[dict]) -> str:
+    """Returns the Markdown table of a preset on an accelerator.
+
+    MFU is model FLOPs (remat not counted) over the device's peak; the memory's rate is
+    that of its data sheet, and sampling's share counts weights and cache alone.
+    """
+    return _markdown(ACCELERATOR, map(_accelerator_row, lines))
+
+
+def _accelerator_row(line):
+    sections = line.get("sections", {})
+    return (
+        f"{line['what']} {line['shape']}",
+        _span(*(line[k] for k in ("step_s", "fastest_s", "slowest_s"))),
+        f"{line['tokens_per_s'] / line['devices']:,.0f}",
+        *(f"{line[k]:.1%}" if k in line else "" for k in _SHARES),
+        f"{line['peak_memory_bytes'] / 2**30:.1f}",
+        line.get("attention", ""),
+        ", ".join(f"{name} {share:.0%}" for name, share in sections.items()),
+    )
+
+
+_SHARES = ("mfu", "share_of_matmul", "share_of_bandwidth")
+
+
+def _markdown(header, rows):
+    rows = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def table(lines: Sequence[dict]) -> str:
     """Returns the Markdown table of what `bench` printed.
 
@@ -27,8 +74,7 @@ def table(lines: Sequence[dict]) -> str:
     ratio that of tokens a second, ours over theirs: the median of the turns, with the
     lowest and the highest behind it.
     """
-    rows = [HEADER, ("---",) * len(HEADER), *map(_row, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(HEADER, map(_row, lines))
 
 
 def _row(line):
@@ -49,27 +95,27 @@ def _span(middle, low, high):
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-def check(page: str) -> None:
-    """Refuses a page without the two markers, before anything is timed."""
+def check(page: str, mark: str) -> None:
+    """Refuses a page without the mark of a table, before anything is timed."""
     path = Path(page)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if START not in text or END not in text.partition(START)[2]:
+    if mark not in text or END not in text.partition(mark)[2]:
         raise UserError(
-            f"--page={page}: expected a file with the lines {START!r} and {END!r}, "
+            f"--page={page}: expected a file with the lines {mark!r} and {END!r}, "
             "between which the table goes"
         )
 
 
-def write(page: str, lines: Sequence[dict]) -> None:
-    """Puts the table between the markers of a page that `check` let pass."""
+def write(page: str, lines: Sequence[dict], mark: str) -> None:
+    """Puts the table behind its mark in a page that `check` let pass."""
     path = Path(page)
-    head, _, rest = path.read_text(encoding="utf-8").partition(START)
+    head, _, rest = path.read_text(encoding="utf-8").partition(mark)
     tail = rest.partition(END)[2]
-    machine = ", ".join(
-        f"{key} {lines[0][key]}" for key in ("device", "devices", "machine", "jax")
-    )
+    keys = ("device", "devices", "machine", "jax", "preset", "dtype")
+    machine = ", ".join(f"{key} {lines[0][key]}" for key in keys)
     peers = next((line["peer"]["with"] for line in lines if "peer" in line), None)
     beside = f"; theirs: {peers}" if peers else ""
     rate = f"matrix rate {lines[0]['matmul_gflops_per_s']:.0f} GFLOP/s"
-    text = f"{head}{START}\n{table(lines)}\n\n({machine}, {rate}{beside})\n{END}{tail}"
+    rows = table if mark == MARKS["peers"] else accelerator_table
+    text = f"{head}{mark}\n{rows(lines)}\n\n({machine}, {rate}{beside})\n{END}{tail}"
     storage.write_text(path, text)

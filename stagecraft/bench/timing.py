@@ -17,118 +17,23 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import defaults, process, schema, sharding, train
+from stagecraft import chips, defaults, metrics, process, schema, sharding, train
 from stagecraft.anatomy import cost
 from stagecraft.bench import peer as peer_program
-from stagecraft.bench import table
+from stagecraft.bench import presets, table
 from stagecraft.errors import UserError
-from stagecraft.models import sampling
+from stagecraft.models import kernels, sampling
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.saved import describe
 from stagecraft.models.transformer import ScalarModel, Transformer
 from stagecraft.stages.kinds import KINDS
 from stagecraft.stages.stage import Context
-
-# The model, unless a flag says otherwise: 4M parameters, small enough for a laptop.
-MODEL = dict(
-    vocab_size=4096,
-    width=256,
-    layers=4,
-    heads=8,
-    kv_heads=4,
-    head_dim=32,
-    ff_width=688,
-    max_length=1024,
-    qk_norm=False,
-)
-
-
-class Case(NamedTuple):
-    """What one figure is measured on.
-
-    Attributes:
-        kind: a stage's kind.
-        rows: of a batch; more where the devices are more.
-        raw: (rows, rng) -> a raw batch.
-        changes: of the stage's defaults.
-    """
-
-    kind: str
-    rows: int
-    raw: Callable
-    changes: dict = {}
-
-
-def _rows(rows, rng, length, prompt, sides=()):
-    """Rows of one document each; what comes after `prompt` tokens is learned."""
-    shape = (rows, *sides, length)
-    column = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    return dict(
-        ids=rng.integers(5, MODEL["vocab_size"], shape).astype(np.int32),
-        mask=column >= prompt,
-        segments=np.ones(shape, np.int32),
-        positions=column.copy(),
-    )
-
-
-def _packed(rows, rng, length, document):
-    """Rows of several documents of `document` tokens, two thirds of each learned."""
-    batch = _rows(rows, rng, length, 0)
-    column = batch["positions"]
-    return batch | dict(
-        mask=column % document >= document // 3,
-        segments=column // document + 1,
-        positions=column % document,
-    )
-
-
-def _prompts(rows, rng, length):
-    ids = rng.integers(5, MODEL["vocab_size"], (rows, length)).astype(np.int32)
-    return dict(prompt_ids=ids, prompt_mask=np.ones((rows, length), bool))
-
-
-def _pairs(rows, rng):
-    return _rows(rows, rng, 225, 60, sides=(2,))
-
-
-def _labelled(rows, rng):
-    return _rows(rows, rng, 225, 60) | {"label": np.arange(rows) % 2 == 0}
-
-
-_LONG = dict(max_new_tokens=64)
-CASES = {
-    "pretrain": Case("language_model", 16, partial(_rows, length=256, prompt=0)),
-    "sft": Case("language_model", 16, partial(_packed, length=256, document=85)),
-    "reward": Case("reward", 8, _pairs),
-    "dpo": Case("preference", 8, _pairs),
-    "kto": Case("unpaired_preference", 16, _labelled),
-    "grpo": Case(
-        "group_policy",
-        4,
-        partial(_prompts, length=32),
-        dict(group_size=4, kl_coef=0.04, sampling=_LONG),
-    ),
-    "online": Case(
-        "online_preference", 8, partial(_prompts, length=32), dict(sampling=_LONG)
-    ),
-    "ppo": Case(
-        "policy",
-        16,
-        partial(_prompts, length=32),
-        dict(epochs=4, minibatches=1, sampling=_LONG),
-    ),
-}
-SAMPLES = (1, 16, 64)  # batch sizes of "sample": 32 tokens in, 128 out
-NAMES = (*CASES, "sample")
 
 
 class Peer:
@@ -136,13 +41,14 @@ class Peer:
 
     Args:
         environment: folder of a virtual environment with torch, transformers and TRL.
-        name: of `CASES`, or "sample_ROWS".
+        name: of `presets.CASES`, or "sample_ROWS".
+        model: sizes of the model.
     """
 
-    def __init__(self, environment: str, name: str):
+    def __init__(self, environment: str, name: str, model: dict):
         self.name, self.steps = name, []
         self.process = subprocess.Popen(
-            [python_of(environment), peer_program.__file__, name, json.dumps(MODEL)],
+            [python_of(environment), peer_program.__file__, name, json.dumps(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -187,41 +93,56 @@ def python_of(environment: str) -> str:
     return str(python)
 
 
-def bench(what, *, steps=8, dtype="float32", peers="", page=""):
+def bench(what=(), *, preset="laptop", length=0, steps=8, dtype="", peers="", page=""):
     """Measures and prints; see the module's docstring.
 
     Args:
-        what: names of `NAMES`.
+        what: names of `presets.NAMES`; () for those of the preset.
+        preset: name of one of `presets.PRESETS`.
+        length: tokens of a row, other lengths in proportion; 0 for the preset's.
         steps: timed steps of each, after one that compiles.
-        dtype: of the computation.
+        dtype: of the computation; "" for the preset's.
         peers: folder of the peers' environment; "" for our side alone.
         page: a Markdown file for the table; "" for none.
 
     Returns:
         list of dicts, the lines printed.
     """
+    schema.choice("--preset", preset, presets.PRESETS)
+    setting = presets.PRESETS[preset]
+    if peers and (length or preset != "laptop"):
+        raise UserError(
+            f"--peers={peers}: the other side knows --preset=laptop alone; "
+            "leave out --preset and --length, or --peers"
+        )
+    what = what or setting.cases
     for name in what:
-        schema.choice("--what", name, NAMES)
+        schema.choice("--what", name, presets.NAMES)
+    if length:
+        setting = presets.of_length(setting, length)
+    setting = setting._replace(dtype=dtype or setting.dtype)
     if steps < 1:
         raise UserError(f"--steps={steps}: expected 1 or more")
     if peers:
         python_of(peers)
+    marks = table.MARKS["peers" if preset == "laptop" else "accelerator"]
     if page:
-        table.check(page)
+        table.check(page, marks)
     if jax.default_backend() == "cpu":
         process.keep_memory()
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-    lines, limit = [], matmul_rate(mesh, jnp.dtype(dtype))
+    lines, limit = [], matmul_rate(mesh, jnp.dtype(setting.dtype))
     with jax.set_mesh(mesh):
         for name in what:
             measure = _samples if name == "sample" else _stage
-            for line in measure(name, mesh, steps, dtype, peers):
+            for line in measure(name, setting, mesh, steps, peers):
                 line["share_of_matmul"] = round(line["gflops_per_s"] / limit, 3)
-                line |= _machine() | {"matmul_gflops_per_s": round(limit, 1)}
+                line |= {"preset": preset, "dtype": setting.dtype} | _machine()
+                line["matmul_gflops_per_s"] = round(limit, 1)
                 print(json.dumps(line), flush=True)
                 lines.append(line)
     if page:
-        table.write(page, lines)
+        table.write(page, lines, marks)
     return lines
 
 
@@ -280,45 +201,93 @@ def program_costs(stage, raw) -> dict[str, dict[str, float]]:
     return costs
 
 
-def _stage(name, mesh, steps, dtype, peers):
-    case = CASES[name]
+def build(name, preset, mesh, place=sharding.init_sharded):
+    """Builds the stage of a case, its parents random.
+
+    Args:
+        name: of `presets.CASES`.
+        preset: a `presets.Preset`.
+        mesh: the mesh.
+        place: (function, mesh) -> the same function, its results on the mesh.
+
+    Returns:
+        (stage, raw batch).
+    """
+    case = presets.CASES[name]
     kind = KINDS[case.kind]
-    rows = _divisible(case.rows, mesh)
-    changes = case.changes | {"batch_size": rows}
+    rows = _divisible(preset.rows[name], mesh)
+    changes = case.changes(preset) | {"batch_size": rows}
+    if preset.lora:
+        changes["lora"] = dict(rank=preset.lora)
     config = defaults.stage(case.kind, steps=1000, **changes)
-    model_config = ModelConfig(**MODEL, dtype=dtype)
-    parents = _parents(kind, model_config, mesh)
+    model_config = ModelConfig(**preset.model, dtype=preset.dtype)
+    make = _parents(kind, model_config, adapter=bool(preset.lora))
+    parents = place(make, mesh)(jax.random.key(0))
+    alike = {"reference": "start", "value": "reward"}
+    parents |= {
+        role: parents[other]
+        for role, other in alike.items()
+        if role in kind.roles and other in parents
+    }
     stage = kind.make(config, Context(mesh, model_config, parents))
-    raw = case.raw(rows, np.random.default_rng(0))
+    return stage, case.raw(preset, rows, np.random.default_rng(0))
+
+
+def _stage(name, preset, mesh, steps, peers):
+    stage, raw = build(name, preset, mesh)
     started = time.perf_counter()
     state = stage.init(jax.random.key(0))
 
     def step(state, number):
-        batch = stage.prepare(state, raw, jax.random.key(number))
-        state, metrics = stage.update(state, batch)
-        jax.block_until_ready((state, metrics))
+        with metrics.section("prepare"):
+            batch = stage.prepare(state, raw, jax.random.key(number))
+        with metrics.section("update"):
+            state, numbers = stage.update(state, batch)
+            jax.block_until_ready((state, numbers))
         return state
 
     state = step(state, 0)
     first = time.perf_counter() - started
+    clock = metrics.Clock()
 
     def one(number):
         nonlocal state
-        state = step(state, number)
+        with clock("other"):
+            state = step(state, number)
 
-    seconds, peer = _in_turns(one, steps, name, peers)
+    seconds, peer = _in_turns(one, steps, name, preset.model, peers)
     work = dict(stage.work(raw))
     length = work.pop("length")
-    flops = cost.stage_flops(work | {"context": (length + 1) / 2}, MODEL | {"tied": 1})
+    flops = cost.stage_flops(
+        work | {"context": (length + 1) / 2}, preset.model, adapter=bool(preset.lora)
+    )
     shape = list(raw["ids" if "ids" in raw else "prompt_ids"].shape)
-    programs = program_costs(stage, raw)
     tokens = work.get("sampled", 0) or work.get("trained", 0)
     tokens = tokens or work.get("scalar_trained", 0)
-    line = _line(name, seconds, tokens, flops, first, peer)
-    yield line | {"shape": shape, "programs": programs}
+    line = _line(name, seconds, tokens, flops, first, peer, preset.dtype)
+    yield line | {
+        "shape": shape,
+        "sections": _shares(clock.seconds),
+        "attention": _kernel(preset, length),
+        "programs": program_costs(stage, raw),
+    }
 
 
-def _in_turns(step, steps, name, peers):
+def _shares(seconds):
+    """Returns {section: its share of the steps' time}, those of under 1% left out."""
+    total = sum(seconds.values())
+    shares = {name: round(part / total, 3) for name, part in seconds.items()}
+    return {name: share for name, share in shares.items() if share >= 0.01}
+
+
+def _kernel(preset, length):
+    """Returns which kernel of attention the passes over whole rows take."""
+    config = ModelConfig(**preset.model, dtype=preset.dtype)
+    request = kernels.Request(length, config.head_dim, config.dtype, 0.0)
+    return kernels.choose(config.attention, request).kernel
+
+
+def _in_turns(step, steps, name, model, peers):
     """Times steps, each followed by one of the other side where there is one.
 
     Returns:
@@ -328,7 +297,7 @@ def _in_turns(step, steps, name, peers):
     known = name in peer_program.NAMES or name.startswith("sample_")
     with contextlib.ExitStack() as stack:
         if peers and known:
-            peer = Peer(peers, name)
+            peer = Peer(peers, name, model)
             stack.callback(peer.close)
         for number in range(1, steps + 1):
             started, cpu = time.perf_counter(), time.process_time()
@@ -340,29 +309,33 @@ def _in_turns(step, steps, name, peers):
     return seconds, peer
 
 
-def _parents(kind, model_config, mesh):
-    """Makes random models in every required role; a reference is the start itself."""
-    if not kind.roles["start"].required:
-        return {}
+def _parents(kind, model_config, *, adapter):
+    """Returns (key) -> random models in the roles that a kind has.
+
+    A stage that may begin from scratch does, unless an adapter is trained: it needs a
+    model.
+    """
 
     def make(key):
-        return {
-            "start": Transformer(model_config, key),
-            "reward": ScalarModel(Transformer(model_config, key), key),
-        }
+        if not kind.roles["start"].required and not adapter:
+            return {}
+        models = {"start": Transformer(model_config, key)}
+        if "reward" in kind.roles:
+            models["reward"] = ScalarModel(Transformer(model_config, key), key)
+        return models
 
-    models = sharding.init_sharded(make, mesh)(jax.random.key(0))
-    return models | {"reference": models["start"], "value": models["reward"]}
+    return make
 
 
-def _samples(name, mesh, steps, dtype, peers):
-    model_config = ModelConfig(**MODEL, dtype=dtype)
+def _samples(name, preset, mesh, steps, peers):
+    model_config = ModelConfig(**preset.model, dtype=preset.dtype)
     model = sharding.init_sharded(lambda key: Transformer(model_config, key), mesh)(
         jax.random.key(0)
     )
     info = describe(model)["model"]
-    for rows in sorted({_divisible(rows, mesh) for rows in SAMPLES}):
-        raw = _prompts(rows, np.random.default_rng(0), length=32)
+    prompt, new = preset.sampled
+    for rows in sorted({_divisible(rows, mesh) for rows in preset.samples}):
+        raw = presets.prompts(preset, rows, np.random.default_rng(0), prompt)
         raw = sharding.shard_batch(raw, mesh)
 
         def one(number, raw=raw):
@@ -371,7 +344,7 @@ def _samples(name, mesh, steps, dtype, peers):
                 raw["prompt_ids"],
                 raw["prompt_mask"],
                 jax.random.key(number),
-                max_new_tokens=128,
+                max_new_tokens=new,
                 stop_ids=(),
             )
             jax.block_until_ready(samples)
@@ -379,13 +352,22 @@ def _samples(name, mesh, steps, dtype, peers):
         started = time.perf_counter()
         one(0)
         first = time.perf_counter() - started
-        seconds, peer = _in_turns(one, steps, f"{name}_{rows}", peers)
-        flops = cost.forward_flops(info, rows * 160, 80)
-        line = _line(f"{name}_{rows}", seconds, rows * 128, flops, first, peer)
-        yield line | {"shape": [rows, 32, 128]}
+        turns = f"{name}_{rows}", preset.model, peers
+        seconds, peer = _in_turns(one, steps, *turns)
+        flops = cost.forward_flops(info, rows * (prompt + new), (prompt + new) / 2)
+        figures = seconds, rows * new, flops, first, peer, preset.dtype
+        line = _line(f"{name}_{rows}", *figures)
+        line["shape"] = [rows, prompt, new]
+        if chip := chips.of_device(jax.devices()[0]):
+            width = jnp.dtype(preset.dtype).itemsize
+            split = rows / sharding.row_shards(mesh), prompt, new
+            moved = cost.decode_bytes(preset.model, *split, width)
+            share = moved / (chip.bandwidth / chip.cores) / line["step_s"]
+            line["share_of_bandwidth"] = round(share, 3)
+        yield line
 
 
-def _line(name, seconds, tokens, flops, first, peer):
+def _line(name, seconds, tokens, flops, first, peer, dtype):
     walls, cpus = zip(*seconds, strict=True)
     median = statistics.median(walls)
     line = {
@@ -399,6 +381,9 @@ def _line(name, seconds, tokens, flops, first, peer):
         "gflops_per_s": round(flops / median / 1e9, 2),
         "peak_memory_bytes": train.peak_memory(),
     }
+    if chip := chips.of_device(jax.devices()[0]):
+        peak = jax.device_count() * chip.peaks[dtype] / chip.cores
+        line["mfu"] = round(flops / median / peak, 3)
     if peer is None:
         return line
     return line | {"peer": _beside(seconds, tokens, peer)}

@@ -209,9 +209,11 @@ def curate(rest):
 
 
 @takes(
-    Flag("what", "all", "what to time, as in sft,dpo; everything by default"),
+    Flag("what", "all", "what to time, as in sft,dpo; all of the preset by default"),
+    Flag("preset", "laptop", "model and batches: laptop, 1b or 8b"),
+    Flag("length", 0, "tokens of a row, other lengths in proportion", least=0),
     Flag("steps", 8, "timed steps of each"),
-    Flag("dtype", "float32", "dtype of the computation; or bfloat16"),
+    Flag("dtype", "", "of the computation: float32, bfloat16; else the preset's"),
     Flag("peers", "", "an environment with torch and TRL, timed in turn with ours"),
     Flag("page", "", "a Markdown file, whose table between two marks is replaced"),
 )
@@ -220,9 +222,12 @@ def bench_(rest):
 
     stagecraft bench --what=pretrain,sft,dpo,grpo,ppo,sample --steps=8
     stagecraft bench --what=all --peers=ENV --page=docs/speed.md
+    stagecraft bench --preset=1b --length=4096 --page=docs/speed.md
 
-    Real steps of a small Llama (4M parameters) on synthetic batches of fixed shapes.
-    Compare times only with others of the same command, on an idle machine.
+    Real steps on synthetic batches of fixed shapes: of a Llama of 4M parameters, or on
+    an accelerator of 1B or 8B, the second with an adapter. There a line also has MFU,
+    sampling's share of the memory's rate, and the kernel of attention. Compare times
+    only with others of the same command, on an idle machine.
 
     --peers names a virtual environment with torch, transformers, trl and datasets: each
     step is followed by one of theirs on the same work, in a process of its own. TRL
@@ -231,9 +236,11 @@ def bench_(rest):
     """
     from stagecraft.bench import timing
 
-    what = timing.NAMES if FLAGS.what == "all" else schema.listed(FLAGS.what)
+    what = () if FLAGS.what == "all" else schema.listed(FLAGS.what)
     timing.bench(
         what,
+        preset=FLAGS.preset,
+        length=FLAGS.length,
         steps=FLAGS.steps,
         dtype=FLAGS.dtype,
         peers=FLAGS.peers,

@@ -203,14 +203,10 @@ def decode(
         {"seconds", "tokens_per_second" of a chip, "cache_bytes" of a device, in the
         end}.
     """
-    c, b = ModelConfig(**model), WIDTHS[model["dtype"]]
-    count = cost.parameters(model)
-    own = rows / layout.rows
-    cache = own * 2 * b * c.layers * c.kv_heads / layout.tensor * c.head_dim
-    active = count["total"] - (0 if c.tied else c.vocab_size * c.width)
-    mean = prompt + new / 2
-    each = active * b / layout.tensor + cache * mean
-    seconds = new * each / topology.bandwidth
+    width, own = WIDTHS[model["dtype"]], rows / layout.rows
+    read = cost.decode_bytes(model, own, prompt, new, width, layout.tensor)
+    seconds = read / topology.bandwidth
+    cache = own * cost.cache_bytes(model, width, layout.tensor)
     return {
         "seconds": seconds,
         "tokens_per_second": rows * new / seconds / topology.chips,

@@ -34,11 +34,39 @@ _FORMULAS = in_file(
         "(passes + 1) * whole",
         "tests/pods/plan_test.py -k follow_the_shapes",
     ),
+)
+
+_DECODING = in_file(
+    "stagecraft/anatomy/cost.py",
+    "tests/pods/plan_test.py tests/bench_test.py",
     (
         "a cache of keys without values",
-        "own * 2 * b * c.layers * c.kv_heads",
-        "own * b * c.layers * c.kv_heads",
+        "2 * width * c.layers * c.kv_heads",
+        "width * c.layers * c.kv_heads",
         "tests/pods/plan_test.py -k decoding",
+    ),
+    (
+        "decoding reads the input embedding whole",
+        "0 if c.tied else c.vocab_size * c.width",
+        "0",
+        "tests/pods/plan_test.py -k decoding",
+    ),
+)
+
+_BENCH = in_file(
+    "stagecraft/bench/timing.py",
+    "tests/bench_test.py",
+    (
+        "an adapter's step is counted as a whole model's",
+        "work | {'context': (length + 1) / 2}, preset.model, adapter=bool(preset.lora)",
+        "work | {'context': (length + 1) / 2}, preset.model",
+        "tests/bench_test.py -k chip",
+    ),
+    (
+        "one device's peak for all",
+        "peak = jax.device_count() * chip.peaks[dtype] / chip.cores",
+        "peak = chip.peaks[dtype] / chip.cores",
+        "tests/bench_test.py -k chip",
     ),
 )
 
@@ -74,4 +102,4 @@ _MANIFESTS = in_file(
     ),
 )
 
-MUTANTS = _READING + _FORMULAS + _CHIPS + _JOBS + _MANIFESTS
+MUTANTS = _READING + _FORMULAS + _DECODING + _BENCH + _CHIPS + _JOBS + _MANIFESTS

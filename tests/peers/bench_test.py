@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from stagecraft.bench import timing
+from stagecraft.bench import presets, timing
 
 pytestmark = pytest.mark.peers
 
@@ -14,9 +14,9 @@ SMALL = dict(vocab_size=512, width=64, layers=2, heads=2, kv_heads=1, ff_width=1
 @pytest.mark.parametrize(
     ("name", "tokens"), [("sample_2", 2 * 128), ("dpo", 16 * 225), ("grpo", 16 * 64)]
 )
-def test_a_step_of_the_peers(name, tokens, monkeypatch):
-    monkeypatch.setattr(timing, "MODEL", timing.MODEL | SMALL)
-    peer = timing.Peer(sys.prefix, name)
+def test_a_step_of_the_peers(name, tokens):
+    model = presets.PRESETS["laptop"].model | SMALL
+    peer = timing.Peer(sys.prefix, name, model)
     try:
         peer.step()
     finally:

@@ -1,6 +1,7 @@
 """Topologies are read, counted and refused by their own arithmetic."""
 
 import math
+import types
 
 import pytest
 
@@ -58,3 +59,18 @@ def test_every_chip_says_where_its_figures_are_from():
         assert chip.source and chip.memory > 10 * chips.GIB
         # Bytes moved in the time of a product: between 100 and 700 FLOPs a byte.
         assert 100 < chip.peaks["bfloat16"] / chip.bandwidth < 700
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", None),  # fewer units and slower memory than the table's
+        ("cpu", None),
+    ],
+)
+def test_the_chip_of_a_device(kind, name):
+    chip = chips.of_device(types.SimpleNamespace(device_kind=kind))
+    assert (chip and chip.name) == name

@@ -15,6 +15,8 @@ from stagecraft.stages.stage import Context
 from tests import tiny
 from tests.stages import cases
 
+pytestmark = pytest.mark.accelerator
+
 DTYPES = ("float32", "bfloat16")
 
 
