@@ -66,13 +66,19 @@ def experiment():
 
 
 def mesh():
-    """Devices along each axis; -1 takes all that remain."""
-    return schema.group(data=-1, fsdp=1, tensor=1, context=1, expert=1)
+    """Devices along each axis; -1 takes all that remain.
+
+    dcn_data and dcn_fsdp: groups that the data-center network splits these axes into;
+    0 for the slices that there are, along data.
+    """
+    sizes = dict(data=-1, fsdp=1, tensor=1, context=1, expert=1)
+    return schema.group(**sizes, dcn_data=0, dcn_fsdp=0)
 
 
 def stage_mesh():
     """Those of one stage; 0: as the experiment."""
-    return schema.group(data=0, fsdp=0, tensor=0, context=0, expert=0)
+    sizes = dict(data=0, fsdp=0, tensor=0, context=0, expert=0)
+    return schema.group(**sizes, dcn_data=0, dcn_fsdp=0)
 
 
 def model():

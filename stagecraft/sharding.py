@@ -56,12 +56,14 @@ def make_mesh(
     tensor: int = 1,
     context: int = 1,
     expert: int = 1,
+    dcn_data: int = 0,
+    dcn_fsdp: int = 0,
     devices: Any = None,
 ) -> Mesh:
     """Makes a mesh with the axes `AXES`.
 
-    Of several TPU slices each holds whole replicas: only sums over `data` cross the
-    network between them.
+    Of several TPU slices each holds whole replicas, unless told otherwise: only sums
+    over `data` cross the network between them.
 
     Args:
         data: number of replicas that split the batch; -1 means all devices that remain.
@@ -69,11 +71,15 @@ def make_mesh(
         tensor: number of shards of heads, feed-forward and vocabulary; -1 likewise.
         context: number of parts of each row of tokens; -1 likewise.
         expert: number of shards of batch and experts; -1 likewise.
+        dcn_data: into how many groups of devices `data` is split over the data-center
+            network: slices of TPUs, hosts of GPUs; 0 leaves it to the slices.
+        dcn_fsdp: the same of `fsdp`, whose weights then cross that network.
         devices: the devices to use; all of `jax.devices()` when None; or their number,
             for an `AbstractMesh` that has shapes and shardings alone.
 
     Raises:
-        UserError: the product of the sizes is not the number of devices.
+        UserError: the product of the sizes is not the number of devices, or groups do
+            not divide an axis or are not the slices.
     """
     given = jax.devices() if devices is None else devices
     count = given if isinstance(given, int) else len(given)
@@ -105,22 +111,52 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     if isinstance(given, int):
         return AbstractMesh(shape, AXES, axis_types=types)  # type: ignore
-    slices = len({getattr(device, "slice_index", 0) for device in given})
-    if given[0].platform != "tpu":
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=given)
     split = dict(allow_split_physical_axes=True)  # a part of an axis of the torus
-    if slices == 1:
+    slices = len({getattr(device, "slice_index", 0) for device in given})
+    outer = _groups(sizes, slices, dict(data=dcn_data, fsdp=dcn_fsdp))
+    inner = tuple(size // groups for size, groups in zip(shape, outer, strict=True))
+    if given[0].platform != "tpu":
+        if math.prod(outer) == 1:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=given)
+        placed = _side_by_side(given, outer, inner)
+    elif slices == 1:
         placed = mesh_utils.create_device_mesh(shape, given, **split)
-        return Mesh(placed, AXES, axis_types=types)
-    if sizes["data"] % slices:
-        raise UserError(
-            f"mesh: data={sizes['data']} does not divide over {slices} slices, which "
-            f"the data-center network links; use a multiple of {slices} for mesh.data"
-        )
-    inner = (sizes["data"] // slices, *shape[1:])
-    outer = (slices, *(1,) * len(shape[1:]))
-    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, given, **split)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, given, **split)
     return Mesh(placed, AXES, axis_types=types)
+
+
+def _groups(sizes, slices, asked):
+    """Returns for each axis the groups that the slower network splits it into."""
+    told = {f"mesh.dcn_{axis}": groups for axis, groups in asked.items() if groups}
+    if not told:
+        asked = {"data": slices}
+    wrong = " * ".join(f"{key}={groups}" for key, groups in told.items())
+    product = math.prod(max(groups, 1) for groups in asked.values())
+    if any(groups < 0 for groups in asked.values()) or slices not in (1, product):
+        raise UserError(
+            f"{wrong}: expected positive numbers whose product is the number of "
+            f"slices that the data-center network links, which is {slices}"
+        )
+    for axis, groups in asked.items():
+        if sizes[axis] % max(groups, 1):
+            over = f"{groups} slices, which the data-center network links"
+            raise UserError(
+                f"mesh: {axis}={sizes[axis]} does not divide over {over}; use a "
+                f"multiple of {groups} for mesh.{axis}"
+            )
+    return tuple(max(asked.get(axis, 1), 1) for axis in AXES)
+
+
+def _side_by_side(devices, outer, inner):
+    """Arranges devices, in the order of their hosts, with groups along the axes."""
+    order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    placed = np.array(order).reshape(*outer, *inner)
+    # One behind the other, an axis' groups and its places within a group.
+    count = len(outer)
+    axes = [axis for place in range(count) for axis in (place, place + count)]
+    shape = [a * b for a, b in zip(outer, inner, strict=True)]
+    return placed.transpose(axes).reshape(shape)
 
 
 def spec(axes: Iterable[str | None]) -> P:

@@ -1,6 +1,7 @@
 """The mesh: sizes, shardings from birth, and the same numbers on every shape."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
 from stagecraft import sharding
@@ -63,6 +65,53 @@ def test_make_takes_all_devices(asked, shape):
     assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
 
 
+@pytest.mark.parametrize(
+    ("asked", "across"),
+    [
+        # Places along data and fsdp whose devices are of another group than the first.
+        (dict(data=4, fsdp=2, dcn_data=2), {"data": [2, 3], "fsdp": []}),
+        (dict(data=2, fsdp=4, dcn_fsdp=2), {"data": [], "fsdp": [2, 3]}),
+        (dict(data=2, fsdp=4, dcn_data=2, dcn_fsdp=2), {"data": [1], "fsdp": [2, 3]}),
+        (dict(data=2, fsdp=2, tensor=2, dcn_data=2), {"data": [1], "fsdp": []}),
+    ],
+)
+def test_groups_of_devices_lie_along_the_axes_that_were_asked(asked, across):
+    made = sharding.make_mesh(**asked)
+    groups = asked.get("dcn_data", 1) * asked.get("dcn_fsdp", 1)
+    group = np.vectorize(lambda device: device.id * groups // 8)(made.devices)
+    assert sorted(device.id for device in made.devices.ravel()) == list(range(8))
+    along = {
+        axis: group.swapaxes(0, place)[(slice(None), *(0,) * 4)]
+        for place, axis in enumerate(made.axis_names)
+    }
+    for axis, places in across.items():
+        assert [i for i, g in enumerate(along[axis]) if g != along[axis][0]] == places
+    assert len({*along["tensor"]}) == 1
+
+
+def test_the_groups_of_tpus_are_their_slices(monkeypatch):
+    real = jax.devices()
+    tpus = [
+        types.SimpleNamespace(platform="tpu", slice_index=d.id // 4, id=d.id)
+        for d in real
+    ]
+    asked = {}
+
+    def place(inner, outer, devices, **more):
+        asked["sizes"] = inner, outer
+        return np.array(real).reshape(np.multiply(inner, outer))
+
+    monkeypatch.setattr(mesh_utils, "create_hybrid_device_mesh", place)
+    sharding.make_mesh(data=2, fsdp=4, devices=tpus)
+    assert asked["sizes"] == ((1, 4, 1, 1, 1), (2, 1, 1, 1, 1))
+    sharding.make_mesh(data=2, fsdp=4, dcn_fsdp=2, devices=tpus)
+    assert asked["sizes"] == ((2, 2, 1, 1, 1), (1, 2, 1, 1, 1))
+    with pytest.raises(UserError, match=r"mesh.dcn_data=4: .*slices.*which is 2"):
+        sharding.make_mesh(data=4, fsdp=2, dcn_data=4, devices=tpus)
+    with pytest.raises(UserError, match="fsdp=1 does not divide over 2 slices"):
+        sharding.make_mesh(dcn_fsdp=2, devices=tpus)
+
+
 def test_make_takes_given_devices():
     made = sharding.make_mesh(devices=jax.devices()[:3])
     assert tuple(made.shape.values()) == (3, 1, 1, 1, 1)
@@ -78,6 +127,8 @@ def test_make_takes_given_devices():
         ({"data": -1, "fsdp": -1}, ["at most one -1"]),
         ({"data": 0}, ["positive"]),
         ({"data": 1, "tensor": -2}, ["positive"]),
+        ({"data": 8, "dcn_data": 3}, ["data=8", "over 3", "multiple of 3"]),
+        ({"dcn_data": -2}, ["mesh.dcn_data=-2", "positive"]),
     ],
 )
 def test_make_refuses(asked, words):

@@ -42,6 +42,20 @@ MUTANTS = (
         ),
     ),
     *in_file(
+        "stagecraft/sharding.py",
+        "tests/sharding_test.py",
+        (
+            "groups of devices are side by side within an axis",
+            "axis for place in range(count) for axis in (place, place + count)",
+            "axis for place in range(count) for axis in (place + count, place)",
+        ),
+        (
+            "any number of groups is the number of slices",
+            "any(groups < 0 for groups in asked.values()) or slices not in (1, product)",
+            "any(groups < 0 for groups in asked.values())",
+        ),
+    ),
+    *in_file(
         "stagecraft/stages/checks.py",
         "tests/lengths_test.py -k context",
         ("rows that context does not divide", "if tokens % parts:", "if False:"),
