@@ -46,8 +46,8 @@ MUTANTS = (
         "tests/sharding_test.py",
         (
             "groups of devices are side by side within an axis",
-            "axis for place in range(count) for axis in (place, place + count)",
-            "axis for place in range(count) for axis in (place + count, place)",
+            "[axis for place in range(count) for axis in (place, place + count)]",
+            "[axis for place in range(count) for axis in (place + count, place)]",
         ),
         (
             "any number of groups is the number of slices",
