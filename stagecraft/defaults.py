@@ -18,7 +18,7 @@ from stagecraft.models.config import ModelConfig
 
 # Keys that change no number of a run: a run may be resumed with others, and stages that
 # differ in nothing else are one arm of a comparison.
-KEYS_WITHOUT_EFFECT = ("mesh", "every", "cache", "workers", "trackers")
+KEYS_WITHOUT_EFFECT = ("mesh", "offload", "every", "cache", "workers", "trackers")
 
 
 def experiment():
@@ -185,6 +185,9 @@ def _base(kind, objective):
     c.ema_decay = 0.0  # of an average of the weights, kept in their place; 0 for none
     c.every = every()
     c.mesh = stage_mesh()
+    # What waits in the host's memory between uses, to leave room on the devices:
+    # "optimizer", and of frozen models "reference" and "reward".
+    c.offload = ()
     return c
 
 

@@ -35,7 +35,7 @@ from stagecraft.runs import Run
 from stagecraft.signals import judge, verifiers
 from stagecraft.signals.reward import RewardModel
 from stagecraft.stages import kinds, records
-from stagecraft.stages.stage import Context
+from stagecraft.stages.stage import Context, place_parents
 
 
 def open_run(root: str | Path) -> Run:
@@ -178,9 +178,8 @@ def _run_stage(run, name, early):
     mesh, key = run.mesh(name), key_of(config, name)
     with jax.set_mesh(mesh):
         names = experiment.parents(config, name)
-        # One model for all the roles it plays.
         models = {p: run.model(p, mesh) for p in set(names.values())}
-        parents = {role.removesuffix("_from"): models[p] for role, p in names.items()}
+        parents = place_parents(stage, names, models)
         del models
         if not kinds.of(stage).trains:
             _write_records(run, name, parents, data, key)

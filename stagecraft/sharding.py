@@ -263,6 +263,9 @@ def with_shardings(shapes: Any, placement: Any) -> Any:
     )
 
 
+HOST = "pinned_host"  # the kind of memory that devices reach without the processor
+
+
 def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
     """Returns the sharding of a batch array: rows over `BATCH`."""
     return NamedSharding(mesh, spec(("batch",) + (None,) * (ndim - 1)))

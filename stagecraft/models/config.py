@@ -43,7 +43,7 @@ COUNTS = (
 # Fields that are words, and the words each may be.
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
-    "remat": ("none", "full", "dots", "names"),
+    "remat": ("none", "full", "dots", "names", "offload"),
     "norm": ("rms", "layer"),
     "norm_place": ("pre", "post", "both"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
@@ -139,7 +139,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation; parameters are always float32
     # What the backward pass finds stored of each block. "none" recomputes nothing;
     # "full" stores block inputs only; "dots" also matmul outputs; "names" also queries,
-    # keys, values and the attention output.
+    # keys, values and the attention output; "offload" does too, in the host's memory.
     remat: str = "none"
     # The kernel for whole sequences; "auto" takes the fastest that can do what is asked
     # (see `stagecraft.models.attention`); or "xla", "blockwise", "cudnn", "splash".

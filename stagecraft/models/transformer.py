@@ -20,7 +20,7 @@ from stagecraft.models import attention, heads, layers, linear, norms, rope
 from stagecraft.models.config import ModelConfig
 from stagecraft.models.experts import Balance, Experts, balance, copies
 
-# Names of the activations that `remat="names"` keeps.
+# Names of the activations that `remat="names"` and "offload" keep.
 SAVED = ("query", "key", "value", "attended")
 
 # Below this depth the layer loop is unrolled: it compiles as fast, and it saves the
@@ -436,4 +436,12 @@ def _remat(body, policy: str):
         return jax.checkpoint(body)
     if policy == "dots":
         return jax.checkpoint(body, policy=policies.dots_with_no_batch_dims_saveable)
+    if policy == "offload":
+        kept = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(SAVED),
+            offload_src="device",
+            offload_dst=sharding.HOST,
+        )
+        return jax.checkpoint(body, policy=kept)
     return jax.checkpoint(body, policy=policies.save_only_these_names(*SAVED))

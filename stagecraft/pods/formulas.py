@@ -136,6 +136,7 @@ def _activations(c, layout, b):
     stored = {
         "full": c.width,
         "names": c.width + named,
+        "offload": c.width,
         "dots": 3 * c.width + named + inner,
         "none": 6 * c.width + 2 * named + 1.5 * inner,
     }[layout.remat]
@@ -145,7 +146,7 @@ def _activations(c, layout, b):
 
 
 # Forward passes that backward repeats.
-REPEATED = {"full": 1.0, "names": 0.75, "dots": 0.05, "none": 0.0}
+REPEATED = {"full": 1.0, "names": 0.75, "offload": 0.75, "dots": 0.05, "none": 0.0}
 
 
 def _seconds(c, model, layout, topology, tokens, length, state, b):

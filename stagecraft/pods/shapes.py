@@ -21,7 +21,7 @@ from stagecraft.models.translation import HOW
 from stagecraft.preview import assumed
 from stagecraft.signals import verifiers
 from stagecraft.stages import kinds
-from stagecraft.stages.stage import Program, State
+from stagecraft.stages.stage import Program, State, place_parents
 from stagecraft.text import tokenizer as tokenizers
 
 
@@ -109,7 +109,7 @@ def _stage(this, name, described):
     infos = {parent: _info(this, parent, described) for parent in roles.values()}
     with on(mesh):
         models = {p: saved.abstract(info, mesh) for p, info in infos.items()}
-        parents = {role.removesuffix("_from"): models[p] for role, p in roles.items()}
+        parents = place_parents(stage, roles, models)
         if "start" in parents:  # a tokenizer that is not here has what it embeds
             rows = infos[roles["start_from"]]["model"]["vocab_size"]
             this.tokenizer = this.tokenizer._replace(vocab_size=rows)
@@ -130,7 +130,9 @@ def _stage(this, name, described):
         scalar=reward and reward["model"],
         programs=programs,
         state=state,
-        parents=models,
+        parents={
+            name: parents[role.removesuffix("_from")] for role, name in roles.items()
+        },
         work=work,
     )
 
@@ -167,10 +169,15 @@ def _info(this, parent, described):
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of arrays or shapes."""
+    """Returns the bytes that one device holds of a tree of arrays or shapes.
+
+    What lies in the host's memory is none of the device's.
+    """
     total = 0
     for leaf in jax.tree.leaves(tree):
         placement = getattr(leaf, "sharding", None)
+        if placement and placement.memory_kind == sharding.HOST:
+            continue
         shape = placement.shard_shape(leaf.shape) if placement else leaf.shape
         count = 1
         for size in shape:

@@ -20,7 +20,9 @@ from stagecraft.models.language import Language
 from stagecraft.models.translation import HOW
 from stagecraft.preview import assumed
 from stagecraft.preview.temporary import temporary
+from stagecraft.sharding import HOST
 from stagecraft.stages import kinds, records
+from stagecraft.stages.stage import place_parents
 
 # Share of the rate of large matrix products that training is assumed to reach: on two
 # CPU cores the quickstart's stages reach from a quarter to a half of it.
@@ -92,10 +94,10 @@ def _planned(this, name, described):
         infos[parent] = info | {"model": model}
     with jax.set_mesh(mesh):
         models = {p: saved.abstract(info, mesh) for p, info in infos.items()}
-        parents = {role.removesuffix("_from"): models[p] for role, p in roles.items()}
+        parents = place_parents(stage, roles, models)
         data = None if run.awaited(this, name) else run.data_of(this, name)
         scalar = infos.get(stage.get("reward_from", ""), {}).get("model")
-        frozen = sum(map(_bytes, models.values()))
+        frozen = sum(map(_bytes, {id(m): m for m in parents.values()}.values()))
         line = dict.fromkeys(("parameters", "trained", "state_bytes", "step_tokens"))
         line |= {"frozen_bytes": frozen, "steps": None, "flops": None}
         if not kind.trains:
@@ -149,7 +151,8 @@ def _asked(this, name, data, parents):
 
 
 def _bytes(module):
-    leaves = jax.tree.leaves(module)
+    """Returns the bytes of what lies on the devices."""
+    leaves = [x for x in jax.tree.leaves(module) if x.sharding.memory_kind != HOST]
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 

@@ -8,6 +8,7 @@ from stagecraft.models.config import ROPE_SCALING, ModelConfig, check_mesh
 from stagecraft.models.rope import BY_LENGTH
 from stagecraft.signals import judge, verifiers
 from stagecraft.stages import objective
+from stagecraft.stages.stage import OFFLOADED, OPTIMIZER
 
 
 def training(
@@ -39,6 +40,7 @@ def training(
     for key in ("steps", "micro_batches", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
     _adapter(where, config, kind)
+    _offload(where, config, kind)
     if not 0 <= config.ema_decay < 1:
         raise UserError(
             f"{where}.ema_decay={config.ema_decay}: expected from 0 (off) to below 1"
@@ -172,6 +174,25 @@ def _adapter(where, config, kind):
         raise UserError(
             f"{where}.lora.rank={config.lora.rank}: an adapter sits on a trained "
             "model; set start_from, or lora.rank=0 to train all weights"
+        )
+
+
+def _offload(where, config, kind):
+    """Checks what is to wait in the host's memory."""
+    known = (OPTIMIZER, *(role for role in OFFLOADED if role in kind.roles))
+    for name in config.offload:
+        schema.choice(f"{where}.offload", name, known)
+    if "reference" not in config.offload:
+        return
+    because = ""
+    if config.get("sync_every"):
+        because = "a reference that moves (sync_every) is changed in every step"
+    elif config.lora.rank and config.reference_from in ("", config.start_from):
+        because = "it is what the adapter sits on (lora), which every step needs"
+    if because:
+        raise UserError(
+            f"{where}.offload: 'reference' cannot wait in the host's memory, since "
+            f"{because}; leave it out"
         )
 
 

@@ -46,7 +46,7 @@ class Reference:
     def abstract_model(self):
         """Returns the model as shapes."""
         if not self.moves:
-            return stage.abstract(self._frozen, self.mesh)
+            return stage.abstract_frozen(self._frozen, self.mesh)
         return self.beginning.abstract_model(self.beginning.abstract.extra["reference"])
 
     def logps(self, state, batch, index):

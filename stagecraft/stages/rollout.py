@@ -100,7 +100,7 @@ def make(config, context, *, samples=1):
         every = {"sample": Program(generate, arguments, by_rows)}
         rollout = every["sample"].results()
         if reward_model is not None:
-            arguments = (stage.abstract(reward_model, mesh), rollout)
+            arguments = (stage.abstract_frozen(reward_model, mesh), rollout)
             every["score"] = Program(model_scores, arguments, by_rows)
         shape = (len(rollout["tokens"]), len(names))
         rewards = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
@@ -161,7 +161,9 @@ def make_stage(
         model = beginning.abstract_model()
         programs, samples, rewards = rollouts.programs(_policy(model), raw)
         extra = {name: beginning.abstract.extra[name] for name in carried}
-        frozen_model = None if reference is None else stage.abstract(reference, mesh)
+        frozen_model = None
+        if reference is not None:
+            frozen_model = stage.abstract_frozen(reference, mesh)
         arguments = (model, frozen_model, samples, rewards, stage.abstract_key(), extra)
         programs["judge"] = Program(judge, arguments, placement)
         rows = beside(stage.abstract_rows(raw, mesh)) if beside else {}

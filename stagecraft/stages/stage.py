@@ -5,6 +5,7 @@ update is always batch -> loss -> gradient, a prepared batch saved to disk repla
 bug, and no frozen tree ever enters a gradient.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,13 +123,75 @@ class Program(NamedTuple):
 
     def results(self):
         """Returns the shapes, with shardings, of what the function returns."""
-        shapes = jax.eval_shape(self.function, *self.arguments)
+        shapes = jax.eval_shape(_on_devices(self.function), *self.arguments)
         return sharding.with_shardings(shapes, self.placement)
 
 
 def jit(function, placement=None, donate=()):
-    """`jax.jit` as the stages use it; arguments as in `Program`."""
+    """`jax.jit` as the stages use it; arguments as in `Program`.
+
+    What is given in the host's memory is copied to the devices first.
+    """
+    function = _on_devices(function)
     return jax.jit(function, out_shardings=placement, donate_argnums=donate)
+
+
+def _on_devices(function):
+    @functools.wraps(function)
+    def moved(*arguments):
+        return function(*in_device_memory(arguments))
+
+    return moved
+
+
+def in_host_memory(tree: Any) -> Any:
+    """Returns arrays, or shapes, in the host's memory, each device's part apart.
+
+    Single numbers stay where they are.
+    """
+
+    def move(x):
+        if not x.ndim:
+            return x
+        placement = x.sharding.with_memory_kind(sharding.HOST)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement)
+        return jax.device_put(x, placement)
+
+    return jax.tree.map(move, tree)
+
+
+def in_device_memory(tree: Any) -> Any:
+    """Copies what lies in the host's memory to the devices; for a traced function."""
+
+    def move(x):
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(move, tree)
+
+
+OPTIMIZER = "optimizer"  # its name in `offload`, beside roles
+OFFLOADED = ("reference", "reward")  # roles whose models may wait in the host's memory
+
+
+def place_parents(config, names, models):
+    """Returns {role: model}, those of `offload` moved to the host's memory.
+
+    A model that plays several roles is one object in all of them.
+
+    Args:
+        config: the stage's resolved config.
+        names: {"ROLE_from": name of a stage or folder}.
+        models: {name: model or its shapes}.
+    """
+    roles = [f"{role}_from" for role in OFFLOADED if role in config.get("offload", ())]
+    away = {names[role] for role in roles if role in names}
+    models = {
+        name: in_host_memory(model) if name in away else model
+        for name, model in models.items()
+    }
+    return {role.removesuffix("_from"): models[name] for role, name in names.items()}
 
 
 class Trained(NamedTuple):
@@ -190,13 +253,20 @@ def make_copy(module, mesh):
     reference: they must not share buffers.
     """
     placement = sharding.shardings(module, mesh)
-    copy = jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=placement)
+    copy = jit(lambda m: jax.tree.map(jnp.copy, m), placement)
     return lambda: copy(module)
 
 
 def abstract(modules, mesh):
-    """Returns modules as shapes with the shardings of their axes."""
+    """Returns modules as shapes with the shardings of their axes, on the devices."""
     return sharding.with_shardings(modules, sharding.shardings(modules, mesh))
+
+
+def abstract_frozen(modules, mesh):
+    """Returns frozen modules as shapes, in the host's memory where they lie there."""
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(modules)}
+    shapes = abstract(modules, mesh)
+    return in_host_memory(shapes) if sharding.HOST in kinds else shapes
 
 
 def abstract_rows(raw, mesh):
@@ -249,7 +319,7 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
     """Returns how a stage begins, and the shapes of its state.
 
     Args:
-        config: the stage's resolved config: lora, ema_decay.
+        config: the stage's resolved config: lora, ema_decay, offload.
         parts: a `Trained`, or {part: Trained} for a model of several parts.
         optimizer: an `optim.Optimizer`, or one for each part of the model.
         mesh: the mesh.
@@ -299,7 +369,12 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
             model = {part: one.init(own_keys[part]) for part, one in parts.items()}
         if change is not None:
             change(lora.join(frozen, model))
-        return place(model, _reference(model), key)
+        return _offload(place(model, _reference(model), key))
+
+    def _offload(state):
+        if OPTIMIZER not in config.offload:
+            return state
+        return state._replace(opt_state=in_host_memory(state.opt_state))
 
     def _reference(model):
         return (reference if frozen is None else model) if moves else None
@@ -309,4 +384,4 @@ def begin(config, parts, optimizer, mesh, *, reference=None, change=None, **scal
         carry, mesh, shapes, _reference(shapes), jax.random.key(0)
     )
     base = None if frozen is None else abstract(frozen, mesh)
-    return Beginning(init, state, frozen, base)
+    return Beginning(init, _offload(state), frozen, base)

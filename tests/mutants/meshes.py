@@ -51,8 +51,29 @@ MUTANTS = (
         ),
         (
             "any number of groups is the number of slices",
-            "any(groups < 0 for groups in asked.values()) or slices not in (1, product)",
-            "any(groups < 0 for groups in asked.values())",
+            "slices not in (1, product)",
+            "False",
+        ),
+    ),
+    *in_file(
+        "stagecraft/stages/stage.py",
+        "tests/stages/offload_test.py",
+        (
+            "programs are lowered as if all lay on the devices",
+            "in_host_memory(shapes) if sharding.HOST in kinds else shapes",
+            "shapes",
+        ),
+        (
+            "the moments stay on the devices",
+            "state._replace(opt_state=in_host_memory(state.opt_state))",
+            "state",
+        ),
+        (
+            "a model in two roles is two",
+            "{role.removesuffix('_from'): models[name]"
+            " for role, name in names.items()}",
+            "{role.removesuffix('_from'): jax.tree.map(jnp.copy, models[name])"
+            " for role, name in names.items()}",
         ),
     ),
     *in_file(

@@ -73,14 +73,14 @@ _BEGIN = in_file(
     "tests/stages/preference_test.py tests/stages/policy_test.py",
     (
         "the child shares its parent's buffers",
-        "jax.jit(lambda m: jax.tree.map(jnp.copy, m), out_shardings=placement)",
+        "jit(lambda m: jax.tree.map(jnp.copy, m), placement)",
         "lambda m: m",
         "",
         "the program that places the state makes arrays of its own, too",
     ),
     (
         "a moving reference shares its parent's buffers",
-        "return place(model, _reference(model), key)",
+        "return _offload(place(model, _reference(model), key))",
         "state = place(model, _reference(model), key)\n"
         "if moves:\n"
         '    state.extra["reference"] = _reference(model)\n'
