@@ -230,7 +230,7 @@ class _Loop:
             # The step before has long been computed: reading it costs no wait.
             self._read()
         self.pending = (self.step, batch, values)
-        work = self.stage.work(raw)
+        work = self.stage.work(raw, batch)
         # A causal row attends to half of it.
         self.work["context"] = (work.pop("length") + 1) / 2
         for use, count in work.items():

@@ -58,9 +58,10 @@ def make(config, context):
     # By the policy that sampled, and by the reference.
     scoring_passes = needs_reference + (needs_reference or _several_steps(config))
 
-    def work(raw):
+    def work(raw, batch=None):
         prompts, prompt = raw["prompt_ids"].shape
-        length = prompt + config.sampling.max_new_tokens
+        new = rollout.completion_length(config, raw, batch)
+        length = prompt + new
         rows = prompts * config.group_size
         trained = config.batch_size * config.group_size * length
         return {
@@ -68,7 +69,7 @@ def make(config, context):
             "scored": scoring_passes * trained,
             "scalar_scored": ("reward" in context.parents) * rows * length,
             # The completions of a prompt share its prefill.
-            "sampled": prompts * prompt + rows * config.sampling.max_new_tokens,
+            "sampled": prompts * prompt + rows * new,
             "length": length,
         }
 

@@ -57,7 +57,8 @@ def make(config, context):
     shape = context.model_config if start is None else start.config
     counts_first = shape.balance_coef > 0 and config.micro_batches > 1
 
-    def work(raw):
+    def work(raw, batch=None):
+        del batch  # its rows are as long as the raw ones
         tokens = raw["ids"].size
         work = {"trained": tokens, "length": raw["ids"].shape[-1]}
         return work | ({"scored": tokens} if counts_first else {})

@@ -53,9 +53,9 @@ def make(config, context):
             pairs["ref_logps"] = reference_logps(config, reference, pairs)
         return pairs | {"metrics": metrics}
 
-    def work(raw):
+    def work(raw, batch=None):
         prompts, prompt = raw["prompt_ids"].shape
-        length = prompt + config.sampling.max_new_tokens
+        length = prompt + rollout.completion_length(config, raw, batch)
         tokens = 2 * prompts * length
         return {
             "trained": tokens,

@@ -75,9 +75,10 @@ def make(config, context):
     rollouts = rollout.make(config, context)
     by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)
 
-    def work(raw):
+    def work(raw, batch=None):
         rows, prompt = raw["prompt_ids"].shape
-        tokens = rows * (prompt + config.sampling.max_new_tokens)
+        length = prompt + rollout.completion_length(config, raw, batch)
+        tokens = rows * length
         mixed = raw["ptx_ids"].size if "ptx_ids" in raw else 0
         # Policy and critic are trained; policy and reference, critic and reward model
         # each read the rollout once before.
@@ -87,7 +88,7 @@ def make(config, context):
             "scored": 2 * tokens,
             "scalar_scored": (1 + ("reward" in parents)) * tokens,
             "sampled": tokens,
-            "length": prompt + config.sampling.max_new_tokens,
+            "length": length,
         }
 
     return rollout.make_stage(

@@ -74,7 +74,8 @@ def make(config, context):
         program = reference.program(batch)
         return {"reference": program}, batch | {"ref_logps": program.results()}
 
-    def work(raw):
+    def work(raw, batch=None):
+        del batch  # its rows are as long as the raw ones
         tokens = {"trained": raw["ids"].size, "length": raw["ids"].shape[-1]}
         return tokens | ({"scored": reference.work(raw)} if needs_reference else {})
 

@@ -3,6 +3,7 @@
 A reward model scores on the device; verifiers (functions of text) score on the host.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,12 +15,15 @@ from stagecraft import masked, sharding
 from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import lora, sampling
+from stagecraft.models.language import padded
 from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import stage
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble, unless_unmoved
 
+# A rollout is cut to its longest completion where at most this share of it is left.
+WORTH_CUTTING = 0.8
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
 
@@ -31,7 +35,7 @@ class Rollouts(NamedTuple):
             prompt_mask bool[B, P]. The rollout: ids, segments, positions
             i32[R, P + N], tokens i32[R, N], mask bool[R, N], behaviour_logps
             f32[R, N], ended bool[R], with R = B * samples rows, those of one prompt
-            next to each other.
+            next to each other, and N the longest completion, rounded up.
         score: (rollout, index, step) -> rewards f32[R, S], one column a source, not
             finite where it has none (`verifiers.total`); index i32[B] says which
             records the prompts are, step the updates done.
@@ -74,10 +78,21 @@ def make(config, context, *, samples=1):
     generate_jitted = stage.jit(generate, by_rows)
     score_jitted = stage.jit(model_scores, by_rows)
 
+    longest_jitted = stage.jit(longest, sharding.whole(mesh))
+
+    @functools.cache
+    def trim_jitted(tokens):
+        return stage.jit(functools.partial(trim, tokens=tokens), by_rows)
+
     def sample(policy, raw, key):
         with section("sample"):
             arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
-            return jax.block_until_ready(generate_jitted(policy, arrays, key))
+            samples = jax.block_until_ready(generate_jitted(policy, arrays, key))
+            # Then every pass over the rollout is shorter, by a program for each length.
+            tokens = padded(int(longest_jitted(samples["mask"])))
+            if tokens <= WORTH_CUTTING * samples["tokens"].shape[1]:
+                samples = trim_jitted(tokens)(samples)
+            return samples
 
     def score(rollout, index, step):
         columns = []
@@ -230,6 +245,32 @@ def _generate(policy, raw, key, config, stop_ids, samples):
         "behaviour_logps": sampled.logps,
         "ended": sampled.ended,
     }
+
+
+def longest(mask):
+    """Returns the tokens of the longest completion; mask is bool[R, N]."""
+    return mask.any(axis=0).sum(dtype=jnp.int32)
+
+
+def trim(rollout, tokens):
+    """Cuts a rollout's completions to their first `tokens`, the rest being padding."""
+    cut = rollout["tokens"].shape[1] - tokens
+    return {
+        k: v[:, : v.shape[1] - cut] if v.ndim > 1 else v for k, v in rollout.items()
+    }
+
+
+def completion_length(config, raw, batch):
+    """Returns the tokens of completions that a step computes.
+
+    Args:
+        config: the stage's resolved config.
+        raw: a raw batch; batch: what was prepared of it, or None for the most tokens.
+    """
+    if batch is None:
+        return config.sampling.max_new_tokens
+    ids = batch["rollout"]["ids"] if "rollout" in batch else batch["ids"]
+    return ids.shape[-1] - raw["prompt_ids"].shape[1]
 
 
 def model_scores(model, rollout):

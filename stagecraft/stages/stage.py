@@ -29,13 +29,15 @@ class Stage(NamedTuple):
         evaluate: (state, raw, key) -> {metric: Mean or Max} of a raw held-out batch,
             still to be merged with those of other batches; of the weights that are
             saved, which is their average where the state has one.
-        work: (raw) -> tokens one step runs through a model, from the shapes alone
-            (padding costs as much as text): "trained" forward and backward, "scored"
-            forward only, "sampled", and "scalar_" before those of reward and value
-            models; and "length", of a row.
+        work: (raw, batch=None) -> tokens one step runs through a model, from the shapes
+            alone (padding costs as much as text), of a prepared batch where it is given
+            and else the most: "trained" forward and backward, "scored" forward only,
+            "sampled", and "scalar_" before those of reward and value models; and
+            "length", of a row.
         programs: (raw) -> {name: Program}: what the devices run in a step on a raw
             batch of these shapes; arrays or shapes will do. These are the functions
-            that `prepare` and `update` call, before jit.
+            that `prepare` and `update` call, before jit; a stage that samples has the
+            longest completions that it may have to hold.
         frozen: what `State.model` is an adapter of: a module, or a dict of them; None
             where a model is trained whole. `lora.join(frozen, state.model)` is the
             model. It is never donated, and frozen models may share its buffers.
@@ -45,7 +47,7 @@ class Stage(NamedTuple):
     prepare: Callable[["State", dict, jax.Array], dict]
     update: Callable[["State", dict], tuple["State", dict]]
     evaluate: Callable[["State", dict, jax.Array], dict]
-    work: Callable[[dict], dict[str, int]]
+    work: Callable[..., dict[str, int]]
     programs: Callable[[dict], dict[str, "Program"]]
     frozen: Any = None
 

@@ -99,7 +99,8 @@ def make(config, context):
         means = {k: batch[k] for k in ("delta", "seen") if "delta" in needs}
         return means | reference.moved(state, model)
 
-    def work(raw):
+    def work(raw, batch=None):
+        del batch  # its rows are as long as the raw ones
         tokens = raw["ids"].size
         scored = (2 * ("kl" in needs) + ("delta" in needs)) * tokens
         scored += reference.work(raw) if "ref_logps" in needs else 0

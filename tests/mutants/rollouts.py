@@ -29,6 +29,24 @@ _ROLLOUT = in_file(
         "tests/stages/group_policy_test.py -k rewards",
     ),
     (
+        "a rollout is as long as its shortest completion",
+        "mask.any(axis=0)",
+        "mask.all(axis=0)",
+        "tests/stages/lengths_test.py",
+    ),
+    (
+        "a rollout loses its last token",
+        "tokens = padded(int(longest_jitted(got['mask'])))",
+        "tokens = int(longest_jitted(got['mask'])) - 1",
+        "tests/stages/lengths_test.py",
+    ),
+    (
+        "work is counted as if completions were the longest",
+        "if batch is None:",
+        "if True:",
+        "tests/stages/lengths_test.py",
+    ),
+    (
         "log-probs of the token after",
         "before = hidden[:, -new - 1 : -1]",
         "before = hidden[:, -new:]",

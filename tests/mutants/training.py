@@ -292,7 +292,7 @@ _REPORTED = (
         "tests/stages/counts_test.py -k groups",
         (
             "a shared prefill is counted for each completion",
-            "prompts * prompt + rows * config.sampling.max_new_tokens",
+            "prompts * prompt + rows * new",
             "rows * length",
         ),
         (
