@@ -29,6 +29,8 @@ def topology_given():
     Flag("price", 0.0, "dollars a chip-hour, for the cost of the whole graph"),
     Flag("suggest", False, "search mesh, micro-batches and remat of the first stage"),
     Flag("compiles", 3, "programs that --suggest compiles at most", least=0),
+    Flag("chip_mtbf_hours", 50_000.0, "hours of a chip between failures of the job"),
+    Flag("restart_minutes", 10.0, "from a failure to the first step after it"),
     Flag("to", "", "folder for plan.json and plan.html"),
 )
 def plan(rest):
@@ -55,12 +57,19 @@ def plan(rest):
     logging.getLogger("stagecraft").setLevel(logging.ERROR)
     config, only = config_given(), schema.listed(FLAGS.stage)
     schema.positive("--price", FLAGS.price, zero=True)
+    schema.positive("--chip_mtbf_hours", FLAGS.chip_mtbf_hours)
+    schema.positive("--restart_minutes", FLAGS.restart_minutes, zero=True)
+    failing = {
+        "chip_hours": FLAGS.chip_mtbf_hours,
+        "restart": 60 * FLAGS.restart_minutes,
+    }
     if FLAGS.suggest:
         suggest.show(config, topology, only, FLAGS.compiles)
         return
     show.heading(config, topology)
     stages = []
-    for stage in plan.plan(config, topology, only, schema.listed(FLAGS.program)):
+    programs = schema.listed(FLAGS.program)
+    for stage in plan.plan(config, topology, only, programs, **failing):
         show.stage(stage, topology)
         stages.append(stage)
     show.total(plan.total(stages, topology, FLAGS.price), topology)

@@ -16,7 +16,7 @@ from stagecraft import chips, schema, sharding, tree
 from stagecraft.anatomy import cost
 from stagecraft.models import kernels
 from stagecraft.models.config import ModelConfig
-from stagecraft.pods import compiling, formulas, roofline, shapes
+from stagecraft.pods import compiling, formulas, goodput, roofline, shapes
 from stagecraft.pods.roofline import Bounds
 from stagecraft.stages import kinds
 
@@ -79,6 +79,7 @@ class StagePlan:
         mfu: share of the peak that the ledger's FLOPs would reach at that.
         chip_hours: of all steps.
         advice: the line for a stage that does not fit.
+        saving: the `goodput.Saving` of its checkpoints.
     """
 
     name: str
@@ -102,6 +103,7 @@ class StagePlan:
     mfu: float | None = None
     chip_hours: float | None = None
     advice: str = ""
+    saving: goodput.Saving | None = None
 
 
 def plan(
@@ -109,6 +111,7 @@ def plan(
     topology: chips.Topology,
     only: Sequence[str] = (),
     programs: Sequence[str] = (),
+    **failing: float,
 ) -> Iterator[StagePlan]:
     """Yields what each stage that trains needs, parents first.
 
@@ -117,10 +120,17 @@ def plan(
         topology: where it would run.
         only: names of stages; () for all.
         programs: names of programs to compile; () for all.
+        **failing: how often chips fail, and what a restart takes, as of
+            `goodput.saving`.
     """
     devices = compiling.devices(topology) if topology.compiles else topology.devices
     for one in shapes.stages(config, devices, only):
-        yield _stage(one, topology, programs)
+        plan = _stage(one, topology, programs)
+        minutes = one.config.every.save_minutes
+        plan.saving = goodput.saving(
+            plan.state_bytes, minutes, topology.chips, **failing
+        )
+        yield plan
 
 
 def _stage(one, topology, wanted):
@@ -424,4 +434,5 @@ def _plain(stage):
             "name": one.bounds.name,
         }
         program["exchanges"] = [e._asdict() for e in one.exchanges]
+    plain["saving"] = stage.saving and stage.saving._asdict()
     return schema.plain(plain)

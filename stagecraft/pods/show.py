@@ -65,6 +65,8 @@ def stage(one: plan.StagePlan, topology: chips.Topology) -> None:
             f"{one.steps:,} steps: {one.chip_hours:,.1f} chip-hours"
         )
     _print(line)
+    if one.saving:
+        _print(_saving(one.saving))
     if one.advice:
         _print(one.advice)
 
@@ -97,6 +99,21 @@ def _counted(program):
         parts.append(f"XLA {_tera(once)}, loops corrected {corrected}")
     parts.append(f"compiled in {program.seconds_to_compile:.0f} s")
     return f"  {program.name}: " + ", ".join(parts)
+
+
+def _saving(saving):
+    """Returns in one line how often to save."""
+    best, most = _plain(saving.best / 60), _plain(saving.most / 60)
+    text = (
+        f"  a failure every {_plain(saving.failures / 3600)} h, a save stops it for "
+        f"{saving.save:.2g} s: goodput {saving.given:.1%} as configured, "
+        f"{saving.goodput:.1%} with every.save_minutes={best}"
+    )
+    return text + (f", 95% up to {most}" if saving.most else "; 95% is out of reach")
+
+
+def _plain(number):
+    return f"{number:.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def _gib(size):

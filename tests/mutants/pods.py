@@ -70,6 +70,22 @@ _BENCH = in_file(
     ),
 )
 
+_GOODPUT = in_file(
+    "stagecraft/pods/goodput.py",
+    "tests/pods/goodput_test.py",
+    ("restarts cost nothing", "math.exp(restart / failures)", "1.0"),
+    (
+        "saves cost nothing",
+        "math.expm1((interval + save) / failures)",
+        "math.expm1(interval / failures)",
+    ),
+    (
+        "a job fails as often as a chip",
+        "3600 * chip_hours / chips",
+        "3600 * chip_hours",
+    ),
+)
+
 _CHIPS = in_file(
     "stagecraft/chips.py",
     "tests/pods/chips_test.py",
@@ -102,4 +118,6 @@ _MANIFESTS = in_file(
     ),
 )
 
-MUTANTS = _READING + _FORMULAS + _DECODING + _BENCH + _CHIPS + _JOBS + _MANIFESTS
+MUTANTS = (
+    _READING + _FORMULAS + _DECODING + _BENCH + _GOODPUT + _CHIPS + _JOBS + _MANIFESTS
+)
