@@ -95,6 +95,20 @@ def test_rows_show_what_is_learned_and_every_control_character(config):
         assert f"    {line}\n" in text + "\n"
 
 
+def test_demonstrations_that_are_too_long_are_counted_once(config, tmp_path):
+    rows = [{"prompt": "p", "completion": "c" * n} for n in (4, 6, 8, 90, 95)]
+    c = config.stages.sft.data
+    c.files = write(tmp_path / "long.jsonl", rows)
+    text = section(shown(data.show, config, only=["sft"], rows=0), "sft")
+    assert "5 documents read: 3 kept, 2 dropped" in text
+    assert "documents 3," in text and "dropped 2," in text
+    assert "40.0% are longer than data.length=48: dropped" in text
+    c.too_long = "cut"
+    text = section(shown(data.show, config, only=["sft"], rows=0), "sft")
+    assert "5 documents read: 5 kept, 0 dropped" in text
+    assert "40.0% fill data.length=48 or are cut there" in text
+
+
 def test_on_a_terminal_what_is_learned_is_underlined(config):
     with temporary(config, None) as this:
         ids = np.array([258, 104, 105, 110, 111])

@@ -37,6 +37,7 @@ def build(stage, sources) -> StageData:
         weights = np.array([*data.weights, 1.0], np.float32)[documents.sources]
     packed = _packed(documents, train, data, weights, apart=mixture.wanted(data))
     report = _report(documents, train, packed.rows, data, weights)
+    report["documents"] -= packed.dropped
     report["dropped"] = packed.dropped + len(learned) - len(train)
     replay = _replay(stage, sources, packed.rows.length)
     size = stage.batch_size - sum(count for _, count in replay)

@@ -97,9 +97,8 @@ def _counted(report):
     """Returns how many records to train on were read, kept and dropped."""
     what = next(k for k in ("documents", "pairs", "answers", "prompts") if k in report)
     dropped = report.get("dropped", 0)
-    # Of text and demonstrations all are counted, of pairs and answers those kept.
-    read = report[what] + (0 if what == "documents" else dropped)
-    return f"{read:,} {what} read: {read - dropped:,} kept, {dropped:,} dropped"
+    kept = report[what]
+    return f"{kept + dropped:,} {what} read: {kept:,} kept, {dropped:,} dropped"
 
 
 def _steps(stage, dataset, count):
@@ -145,8 +144,11 @@ def over_limit(stage: ConfigDict, rows: Any, report: Mapping) -> str:
         return ""
     length = stage.data.length
     dropped = report.get("dropped", 0) - report.get("identical", 0)
-    if "pairs" in report or "answers" in report:
-        share = dropped / max(report.get("pairs", report.get("answers")) + dropped, 1)
+    held = [report[k] for k in ("pairs", "answers") if k in report]
+    if not held and stage.data.too_long == "drop":
+        held = [report["documents"]]
+    if held:
+        share = dropped / max(held[0] + dropped, 1)
         return f"{share:.1%} are longer than data.length={length}: dropped"
     _, sizes = document_lengths(rows)
     return f"{(sizes >= length).mean():.1%} fill data.length={length} or are cut there"
