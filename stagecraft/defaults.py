@@ -170,8 +170,8 @@ def _judged(c):
 def _base(kind, objective):
     c = ConfigDict()
     c.kind = kind
-    # A name of `stagecraft.losses.TABLES`, "package.module:function", or a callable;
-    # several losses are separated by commas and add up.
+    # A name of `stagecraft.losses.TABLES`, "package.module:function",
+    # "FILE.py:function", or a callable; several are separated by commas and add up.
     c.objective = objective
     c.objective_weights = ()  # one for each of several losses; () for 1 each
     c.objective_args = ConfigDict()  # keyword arguments of the losses that take them
@@ -305,8 +305,8 @@ def _prompts(**more):
 
 def _rewards(c):
     c.reward_from = ""  # a reward stage; may be "" where verifiers score
-    # Names of `signals.verify.table`, "package.module:function", or a callable; several
-    # are separated by commas.
+    # Names of `signals.verify.table`, "package.module:function", "FILE.py:function", or
+    # a callable; several are separated by commas.
     c.verifiers = ""
     c.verifier_args = ConfigDict()  # keyword arguments of the verifiers that take them
     # The reward model's, the judge's, then each verifier's; () for 1 each.
@@ -422,8 +422,8 @@ def planted():
 
 def _comparisons():
     c = _records("comparisons")  # of two completions of each prompt
-    # "world", "reward", "judge", "constitution", "planted", or
-    # "package.module:function"
+    # "world", "reward", "judge", "constitution", "planted", "package.module:function"
+    # or "FILE.py:function"
     c.rater = "world"
     c.reward_from = ""  # the reward stage of rater="reward"
     c.soft_labels = False  # keep the rater's probability, not only the choice

@@ -5,8 +5,11 @@ nearest known name.
 """
 
 import difflib
-import importlib
+import functools
+import importlib.util
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -112,27 +115,64 @@ def choice(where: str, value: Any, allowed: Iterable) -> None:
 
 
 def imported(where: str, spec: Any) -> Any:
-    """Returns the object that "package.module:function" names, or a callable itself.
+    """Returns the object that a name of a function stands for, or a callable itself.
 
     Args:
         where: the key, for the message.
-        spec: its value.
+        spec: its value: "package.module:function", "FILE.py:function", a callable.
 
     >>> imported("objective", "math:sqrt")(4.0)
     2.0
     """
     if callable(spec):
         return spec
-    module, colon, name = spec.partition(":")
-    try:
-        if not colon:
-            raise ValueError("no colon in it")
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    name, _, function = spec.rpartition(":")
+    expected = "expected 'package.module:function' or 'FILE.py:function'"
+    if not name:
         raise UserError(
-            f"{where}={spec!r}: cannot import it ({error}); expected "
-            "'package.module:function'"
+            f"{where}={spec!r}: cannot import it (no module in it); {expected}"
+        )
+    try:
+        module = _module(name)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(
+            f"{where}={spec!r}: cannot import it ({error}); {expected}"
         ) from error
+    except Exception as error:  # the user's code
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{where}={spec!r}: {name} cannot be imported: it raised {text} (--debug "
+            "shows where)"
+        ) from error
+    if not hasattr(module, function):
+        raise UserError(
+            f"{where}={spec!r}: cannot import it ({name} has no {function!r}); "
+            f"{hint(function, vars(module))}{expected}"
+        )
+    return getattr(module, function)
+
+
+def _module(name):
+    if name.endswith(".py"):
+        return _of_file(Path(name).expanduser().absolute())
+    return importlib.import_module(name)
+
+
+@functools.cache
+def _of_file(path):
+    """Returns the module of a Python file, which is run once.
+
+    It may import its neighbours, by their names alone.
+    """
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    # By a name that no module has: the source of a function is looked up by it.
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    module = sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def positive(where: str, value: float, *, zero: bool = False) -> None:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from stagecraft import defaults, schema
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig
+from stagecraft.signals import protocol
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,43 @@ def test_objects_are_imported_by_name():
     assert schema.imported("rater", math.gcd) is math.gcd
 
 
+def test_a_function_of_a_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "neighbour_of_rewards.py").write_text("BONUS = 2\n")
+    (folder / "math.py").write_text(
+        "import neighbour_of_rewards\n"
+        "def score(completions, **kw):\n    return [neighbour_of_rewards.BONUS]\n"
+    )
+    score = schema.imported("verifiers", f"{folder}/math.py:score")
+    assert score(["a"]) == [2] and schema.imported("rater", "math:gcd") is math.gcd
+    monkeypatch.chdir(folder)
+    assert schema.imported("verifiers", "math.py:score") is score  # run once
+    assert "BONUS" in protocol.source(score)
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "says"),
+    [
+        (None, "f", r"cannot import it \(no such file\); expected"),
+        ("def score(): pass", "scores", r"has no 'scores'\); did you mean 'score'\?"),
+        ("import no_such", "f", "cannot import it .No module named 'no_such'"),
+        ("raise RuntimeError('no\\nway')", "f", "it raised RuntimeError: no way"),
+        ("def f(:", "f", "it raised SyntaxError: "),
+    ],
+)
+def test_a_file_without_the_function_is_one_line(tmp_path, text, function, says):
+    path = tmp_path / "rewards.py"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        schema.imported("verifiers", f"{path}:{function}")
+    assert "\n" not in str(error.value) and f"verifiers='{path}:" in str(error.value)
+
+
 @pytest.mark.parametrize("spec", ["math", "math:gdc", "no_such_module:f", ":f", ""])
 def test_a_name_that_cannot_be_imported_is_refused(spec):
-    says = f"rater={spec!r}: cannot import it .*; expected 'package.module:function'"
+    says = f"rater={spec!r}: cannot import it .*; .*expected 'package.module:function'"
     with pytest.raises(UserError, match=says):
         schema.imported("rater", spec)
 

@@ -5,7 +5,7 @@ r"""GRPO of a Hugging Face model with a verifier: a function that scores complet
 
 data holds {"prompt","answer"}, as GSM8K with its keys renamed; `answer` goes to the
 verifier as every key does. verifier= names another than `number`: docs/verifiers.md
-lists those that ship, and package.module:function is one of your own, called as TRL
+lists those that ship, and verifier=FILE.py:function is one of your own, called as TRL
 calls its reward functions. `group` answers are sampled to each prompt. model is usually
 one that recipes/sft_from_hf has trained. No result has been measured with it yet.
 """

@@ -1,4 +1,4 @@
-"""A rater of your own: rater="package.module:function".
+"""A rater of your own: rater="package.module:function" or "FILE.py:function".
 
 Either a function of one pair, (prompt, (answer, answer), rng) -> 0, 1 or None, where an
 answer is (text, ended) and None means that the pair is dropped; or, batched, a function

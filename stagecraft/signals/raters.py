@@ -43,6 +43,6 @@ def _module(name):
         hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(
             f"rater={name!r}: expected {', '.join(map(repr, RATERS))} or "
-            f"'package.module:function'{hint}"
+            f"'package.module:function' or 'FILE.py:function'{hint}"
         )
     return function

@@ -253,7 +253,7 @@ def find(spec, settings) -> list[Verifier]:
     """Returns the verifiers that a config names.
 
     Args:
-        spec: "number, package.module:function, ...", or a function.
+        spec: "number, package.module:function, FILE.py:function", or a function.
         settings: {name: value}, the stage's `verifier_args`: keyword arguments of the
             shipped verifiers that take them.
     """
@@ -288,7 +288,8 @@ def _signature(name):
         raise UserError(
             f"verifiers={name!r}: no such verifier; "
             f"{schema.hint(name, table.VERIFIERS)}there are: "
-            f"{', '.join(table.VERIFIERS)}; one of yours is 'package.module:function'"
+            f"{', '.join(table.VERIFIERS)}; one of yours is 'package.module:function' "
+            "or 'FILE.py:function'"
         )
     return inspect.signature(table.VERIFIERS[name]).parameters
 

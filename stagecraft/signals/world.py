@@ -33,6 +33,6 @@ def _world(name):
     if not name:
         raise UserError(
             "rater='world' needs world.name; or name your own rater as "
-            "rater='package.module:function'"
+            "rater='FILE.py:function'"
         )
     return worlds.get(name)

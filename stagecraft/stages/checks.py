@@ -368,7 +368,7 @@ def rewards(where, config, samples=1):
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "
             "stage needs a stage of kind reward, the folder of a finished one, a judge "
-            "(judge_from), or verifiers such as 'number' or 'package.module:function'"
+            "(judge_from), or verifiers such as 'number' or 'FILE.py:function'"
         )
     if len(config.reward_weights) not in (0, sources):
         raise UserError(

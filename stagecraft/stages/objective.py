@@ -245,7 +245,7 @@ def measured(
 
 
 def find(name: str | Callable, table: Mapping[str, Callable]) -> Callable:
-    """Finds a loss: by name in a table, as "package.module:function", or itself."""
+    """Finds a loss: by name in a table, by module or file, or itself."""
     if callable(name):
         return name
     if ":" in name:
@@ -262,7 +262,8 @@ def find(name: str | Callable, table: Mapping[str, Callable]) -> Callable:
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
         f"objective={name!r}: no such loss; {hint}this kind of stage has "
-        f"{', '.join(table)}; your own is 'package.module:function'"
+        f"{', '.join(table)}; your own is "
+        "'package.module:function' or 'FILE.py:function'"
     )
 
 
