@@ -106,7 +106,7 @@ class Verifier:
         if errors and len(errors) == len(rewards) and not self._scored:
             raise UserError(
                 f"verifiers: {self.name} failed on all {len(rewards)} completions of "
-                f"its first batch: {errors[0]}"
+                f"its first batch: {errors[0]}; {_form(lists)}"
             )
         self._scored = True
         rewards = [_number(reward) for reward in rewards]
@@ -231,6 +231,19 @@ def total(rewards, weights):
     finite = xp.where(xp.isfinite(rewards), rewards, 0.0)
     weighted = finite * xp.asarray(weights, dtype=rewards.dtype)
     return xp.where(scored, weighted.sum(axis=1), 0.0), scored
+
+
+def _form(lists):
+    """Returns in words what completions are, where a function took them as another."""
+    if isinstance(lists["prompts"][0], str):
+        return (
+            "completions are texts here, as the prompts are; where these are lists of "
+            'messages, completions are [{"role": "assistant", "content": ...}]'
+        )
+    return (
+        'completions are [{"role": "assistant", "content": ...}] here, as the prompts '
+        "are messages; where these are texts, completions are texts"
+    )
 
 
 def _columns(records):

@@ -145,6 +145,22 @@ def test_a_verifier_that_fails_from_the_first_batch_on_stops_the_run():
         scores(broken)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [("1 + 1", "are texts here"), ([{"role": "user", "content": "a"}], "are messages")],
+)
+def test_what_completions_are_is_said_to_one_that_expects_the_other(prompt, says):
+    def other(completions):
+        return [len(c.content) for c in completions]
+
+    verifier = verifiers.Verifier("other", other)
+    with pytest.raises(UserError, match=says) as error:
+        verifiers.scores_of(
+            [verifier], [{"prompt": prompt}] * 2, ["a", "b"], [True] * 2
+        )
+    assert "\n" not in str(error.value)
+
+
 def test_a_later_batch_that_fails_whole_is_left_out_and_the_log_stays_short(caplog):
     verifier = verifiers.Verifier("fragile", fragile)
     verifiers.scores_of([verifier], RECORDS, ["2", "5", "6"], [True] * 3)
