@@ -127,3 +127,15 @@ def test_files_are_read_in_one_sitting():
 def test_docstrings_say_what_a_file_is():
     for path in modules():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_what_takes_long_to_import_waits_until_it_is_used():
+    """Of what most commands import, each of these is a third of a second or more."""
+    slow = {"scipy.stats", "scipy.optimize", "matplotlib", "torch", "transformers"}
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in getattr(node, "names", ())]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{n}" for n in names)]
+            taken = {n for n in names for s in slow if n == s or n.startswith(f"{s}.")}
+            assert not taken, f"{path}: import {taken} in the function that uses it"

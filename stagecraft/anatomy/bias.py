@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from stagecraft.anatomy.statistics import CONFIDENCE, wilson
 from stagecraft.signals import labels
@@ -90,7 +90,7 @@ def mean(values: Sequence) -> Figure | None:
     values, count = np.asarray(values, np.float64), len(values)
     middle, half = float(values.mean()), math.inf
     if count > 1:
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+        quantile = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)
         half = float(quantile * values.std(ddof=1) / math.sqrt(count))
     return Figure(middle, middle - half, middle + half, count)
 
@@ -235,7 +235,7 @@ def self_preference(rows: Sequence[Rated]) -> dict[str, Figure | None]:
         return {"own_wins": share(wins)}
     ones, others = share(mine), share(other)
     error = math.hypot(_error(ones), _error(others))
-    gap, half = ones.value - others.value, stats.norm.ppf((1 + CONFIDENCE) / 2) * error
+    gap, half = ones.value - others.value, special.ndtri((1 + CONFIDENCE) / 2) * error
     return {
         "own_wins": share(wins),
         "self_preference": Figure(gap, gap - half, gap + half, len(held)),
@@ -286,7 +286,7 @@ def corrected(wins: Figure, sensitivity: Figure, specificity: Figure) -> Figure 
         return None
     theta = (p + q0 - 1) / scale
     parts = _error(wins), theta * _error(sensitivity), (1 - theta) * _error(specificity)
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(*parts) / scale
+    half = special.ndtri((1 + CONFIDENCE) / 2) * math.hypot(*parts) / scale
     low, high = max(theta - half, 0.0), min(theta + half, 1.0)
     return Figure(min(max(theta, 0.0), 1.0), low, high, wins.count)
 
@@ -343,7 +343,7 @@ def effects(rows: Sequence[Rated]) -> dict[str, Figure]:
     fitted = logistic(np.stack(list(columns.values()), axis=1), p)
     if fitted is None:
         return {}
-    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    z = special.ndtri((1 + CONFIDENCE) / 2)
     return {
         name: Figure(value, value - z * error, value + z * error, len(rows))
         for name, value, error in zip(columns, *fitted, strict=True)

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from scipy import optimize, sparse, special
+from scipy import sparse, special
 
 from stagecraft import storage
 from stagecraft.errors import UserError
@@ -138,6 +138,8 @@ def _fit(matrix, labels, penalty):
         return value, np.append(matrix.T @ slope + penalty * w, slope.sum())
 
     start = np.zeros(len(used) + 1)
+    from scipy import optimize  # which takes long to import
+
     fitted = optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
     whole = np.zeros(FEATURES + 1)
     whole[used], whole[-1] = fitted[:-1], fitted[-1]
