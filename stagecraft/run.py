@@ -391,7 +391,10 @@ def _conclude(run, *, changed, started):
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
     if asked:
-        print(f"{len(asked)} held-out prompts, answered by every stage of chat turns")
+        print(
+            f"{len(asked)} held-out prompts, answered {run.config.measure.draws} times "
+            "by every stage of chat turns (measure.prompts, measure.draws)"
+        )
     figures = summary.measure(run, started, asked)
     figures["table"] = list(run.config.measure.table)
     figures["bounds"] = bounds.check(figures, run.config.measure.bounds)

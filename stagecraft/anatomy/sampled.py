@@ -6,6 +6,8 @@ figure's standard error, "n" the number of prompts.
 """
 
 import hashlib
+import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from stagecraft.anatomy import roles
 from stagecraft.models import scores
 
 ROWS = 128  # prompts answered at once
+# Seconds of sampling from which on a line says how far it is.
+_PATIENCE = 10.0
+_log = logging.getLogger("stagecraft.anatomy")
 
 
 class Answers:
@@ -39,11 +44,15 @@ class Answers:
         draws = draws or self.run.config.measure.draws
         samples = self.samples.setdefault(name, [])
         while len(samples) < draws:
-            language = language or self.base(name)
+            language, started = language or self.base(name), time.monotonic()
             seed = draw_seed(self.run.config.seed, name, len(samples))
             samples.append(
                 sample(language, self.prompts, seed=seed, max_new_tokens=self.length)
             )
+            seconds = time.monotonic() - started
+            if seconds > _PATIENCE:
+                where = (name, len(samples), draws, len(self.prompts), seconds)
+                _log.info("%s: draw %d of %d, %d answers in %.0f s", *where)
         return samples[:draws]
 
     def base(self, name):
