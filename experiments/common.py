@@ -1,9 +1,11 @@
 """What experiment files share: the argument after the colon, sizes, learning rates."""
 
+import os
+import tempfile
 import types
 from pathlib import Path
 
-from stagecraft import defaults, schema
+from stagecraft import config_files, defaults, run, schema
 from stagecraft.errors import UserError
 from stagecraft.stages import kinds
 
@@ -220,3 +222,33 @@ def like(stage, **changes):
     """
     own = stage.to_dict()
     return defaults.stage(own.pop("kind"), **(own | changes))
+
+
+# Where notebooks find a finished quickstart, if not in runs/quickstart.
+WORKDIR = "STAGECRAFT_WORKDIR"
+
+
+def finished_quickstart():
+    """Opens the quickstart that a notebook reads; without one, makes a tiny one.
+
+    It lies where the environment variable `WORKDIR` says, by default in runs/quickstart
+    beside this folder. Which it is is printed.
+
+    Returns:
+        a `runs.Run`.
+    """
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get(WORKDIR) or root / "runs" / "quickstart")
+    if not (folder / "summary.json").exists():
+        print(
+            "No finished quickstart in runs/quickstart (`make quickstart` makes one): "
+            "a tiny one instead, whose figures mean nothing."
+        )
+        folder = Path(tempfile.mkdtemp()) / "tiny"
+        config = config_files.load(config_files.find("quickstart"), "tiny")
+        config.mesh.data = 1
+        run.run(config, folder)
+    opened = run.open_run(folder)
+    size = opened.config.world.size
+    print(f"A finished quickstart: the {size} world, seed {opened.config.seed}.")
+    return opened

@@ -6,6 +6,7 @@ arms that it needs beside the base chain, the quickstart of that seed, which all
 share. Figures of both are read by the header's expressions, and with them what the
 file's measure(base, own) returns, where it has one: nested dicts of numbers of two
 `runs.Run`s (the second None where the file adds no arms), for what no summary holds.
+What it measures beyond the header is given with its intervals too, and decides nothing.
 
 In the work directory
 
@@ -29,9 +30,10 @@ from typing import NamedTuple
 import jax
 
 from stagecraft import bounds, config_files, run, runs, schema, storage
-from stagecraft.anatomy import claims
+from stagecraft.anatomy import claims, statistics
 from stagecraft.anatomy.claims import Claim, Outcome
 from stagecraft.errors import UserError
+from stagecraft.metrics import is_number
 
 BASE = "quickstart"
 TIERS = {1: 4, 2: 8}  # seeds of each tier
@@ -48,6 +50,8 @@ class Asked(NamedTuple):
         registered: the commit that held the header when it was first asked; "" where
             it was in none.
         seconds: wall seconds of all its runs, the base chains left out.
+        also: {figure: (mean, half its interval or None)} of what its file measured on
+            every seed; nothing was stated of it before.
     """
 
     claim: Claim
@@ -56,6 +60,7 @@ class Asked(NamedTuple):
     outcome: Outcome
     registered: str
     seconds: float
+    also: dict[str, tuple[float, float | None]] = {}
 
 
 def shipped() -> dict[str, Path]:
@@ -89,15 +94,19 @@ def ask(
     headers = {path: read(path) for path in files}
     registered = {path: _register(root, path, headers[path], tiny) for path in files}
     figures: dict[Path, list[dict]] = {path: [] for path in files}
+    also: dict[Path, list[dict]] = {path: [] for path in files}
     seconds = dict.fromkeys(files, 0.0)
     for seed in range(seeds):
         base = _base(root, seed, tiny)
         for path in files:
-            own = _own(root, path, seed, tiny)
+            own, measured = _own(root, path, seed, tiny)
             seconds[path] += own.get("seconds", {}).get("total", 0.0)
-            figures[path].append(_merged(base, own))
+            figures[path].append(_merged(base, _merged(own, measured)))
+            also[path].append(measured)
     asked = [
-        _asked(headers[path], figures[path], registered[path], seconds[path])
+        _asked(headers[path], figures[path], registered[path])._replace(
+            seconds=seconds[path], also=_shared(also[path])
+        )
         for path in files
     ]
     _write(root, asked, seeds)
@@ -162,7 +171,7 @@ def _base(root, seed, tiny):
 
 
 def _own(root, path, seed, tiny):
-    """Returns the figures of a claim's own arms and measurements; {} where it has none.
+    """Returns the figures of a claim's own arms, and what it measures; {} for none.
 
     measure(base, own) is given None for `own` where no get_config adds arms.
     """
@@ -173,7 +182,7 @@ def _own(root, path, seed, tiny):
         argument = f"base={base}" + (",tiny" if tiny else "")
         summary = _summary(config_files.load(path, argument), own)
     if "\ndef measure(" not in text:
-        return summary
+        return summary, {}
     measured = storage.read_json(own / MEASURED)
     if measured is None:
         parent = run.open_run(base)
@@ -182,7 +191,18 @@ def _own(root, path, seed, tiny):
             measured = config_files.module(path).measure(parent, child)
         own.mkdir(parents=True, exist_ok=True)
         storage.write_json(own / MEASURED, measured)
-    return _merged(summary, measured)
+    return summary, measured
+
+
+def _shared(measured):
+    """Returns the mean and half its interval of each number that all seeds have."""
+    tables = [dict(schema.flat(one)) for one in measured]
+    numbers = {key: [table.get(key) for table in tables] for key in (tables or [{}])[0]}
+    return {
+        key: statistics.interval(values)
+        for key, values in numbers.items()
+        if all(is_number(value) for value in values)
+    }
 
 
 def _summary(config, folder):
@@ -196,7 +216,7 @@ def _merged(base, own):
     return base | own | both
 
 
-def _asked(claim, figures, registered, seconds):
+def _asked(claim, figures, registered):
     values = [claims.value(claim.primary, one) for one in figures]
     controls = []
     if claim.control_primary:
@@ -207,7 +227,7 @@ def _asked(claim, figures, registered, seconds):
         for words in _failed(one, claim.checks)
     ]
     outcome = claims.decide(claim, values, controls, failed)
-    return Asked(claim, values, controls, outcome, registered, seconds)
+    return Asked(claim, values, controls, outcome, registered, 0.0)
 
 
 def _failed(figures, checks):
@@ -230,6 +250,7 @@ def _write(root, asked, seeds):
         | one.outcome._asdict()
         | {"values": one.values, "controls": one.controls, "holm": mark}
         | {"registered": one.registered, "seconds": round(one.seconds, 1)}
+        | {"also": one.also}
         for one, mark in zip(asked, marks, strict=True)
     ]
     storage.write_json(root / VERDICTS, {"seeds": seeds, "claims": table})

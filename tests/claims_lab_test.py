@@ -135,11 +135,17 @@ def test_claims_that_measure_find_what_their_headers_name(tiny_run, tmp_path):
         for name, path in claims_lab.shipped().items()
         if "def measure(base, own)" in path.read_text() and name != "sft_moves_little"
     ]
-    assert len(names) == 6
-    for one in claims_lab.ask(tmp_path, names, 1, tiny=True):
+    assert len(names) == 7
+    asked = {
+        one.claim.name: one for one in claims_lab.ask(tmp_path, names, 1, tiny=True)
+    }
+    for one in asked.values():
         assert np.isfinite(one.values).all() and one.outcome.verdict == "no verdict"
         assert bool(one.claim.control_primary) == bool(one.controls)
         assert (tmp_path / one.claim.name / "seed0" / claims_lab.MEASURED).exists()
+    # Best of n is of answers alone; the path of two steps is too short for a curve.
+    curve = asked["over_optimised"].also
+    assert curve["best_of_n.points"] == (6.0, None) and "rl.alpha" not in curve
 
 
 def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):

@@ -1,11 +1,13 @@
 """Every notebook runs from top to bottom, and is stored with what that shows."""
 
+import shutil
 import tempfile
 
 import nbformat
 import pytest
 
-from tests.notebooks import NOTEBOOKS, code_digest, execute
+from tests.conftest import ROOT
+from tests.notebooks import NOTEBOOKS, code_digest, execute, reads_quickstart
 
 
 def shown(notebook):
@@ -22,15 +24,21 @@ def shown(notebook):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_and_is_stored_with_what_it_shows(path):
+def test_a_notebook_runs_and_is_stored_with_what_it_shows(path, tiny_run, tmp_path):
     stored = nbformat.read(path, as_version=4)
     nbformat.validate(stored)
     stale = f"{path.name} is not what was run: make notebooks"
     assert stored.metadata.get("code_digest") == code_digest(stored), stale
     assert path.stat().st_size < 2**20
-    assert tempfile.gettempdir() not in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert tempfile.gettempdir() not in text and str(ROOT) not in text
     outputs = [o for c in stored.cells for o in c.get("outputs", ())]
     assert not any(output.output_type == "error" for output in outputs)
-    again = shown(execute(path))
+    # What is stored is of a whole quickstart; that the code runs, a tiny one shows.
+    workdir = ""
+    if reads_quickstart(stored):
+        assert "A finished quickstart: the full world, seed 0." in text, stale
+        workdir = shutil.copytree(tiny_run, tmp_path / "tiny")
+    again = shown(execute(path, workdir))
     assert again == shown(stored), stale
     assert any(image for _, image, _ in again)

@@ -70,11 +70,16 @@ def of_stage(run, name: str) -> Texts:
         run: a `runs.Run` with a world, inside its mesh.
         name: a stage that writes text.
     """
+    language = run.language(name, PROMPTS)
+    return answers(language, heldout(run)[:PROMPTS], run.chat_format(name))
+
+
+def heldout(run) -> list[str]:
+    """Returns the held-out prompts of a run's world."""
     config, world = run.config, worlds.get(run.config.world.name)
     role = config.measure.split
     entities = getattr(world.split(config.seed, config.world.size), role)
-    prompts = world.probes.heldout_prompts(config.seed, entities, role)[:PROMPTS]
-    return answers(run.language(name, PROMPTS), prompts, run.chat_format(name))
+    return world.probes.heldout_prompts(config.seed, entities, role)
 
 
 def bare(run, files: str, length: int = 64) -> Texts:

@@ -57,6 +57,10 @@ def _shown(one, holm):
         "values": [show(value) for value in one.values],
         "controls": [show(value) for value in one.controls],
         "picture": picture(claim, outcome, one.values, one.controls),
+        "also": [
+            (name, show(mean), show(half) if half is not None else "")
+            for name, (mean, half) in one.also.items()
+        ],
     }
 
 
