@@ -39,6 +39,9 @@ def experiment():
     # Share of demonstrations_style.jsonl, answers about facts alone, that open with one
     # pleasantry; 0 for no such file.
     c.world.style = 0.0
+    # Demonstrations of facts of all countries and of invented ones, text with false
+    # facts: more files.
+    c.world.taught = False
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()

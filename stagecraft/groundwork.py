@@ -39,6 +39,7 @@ def _write_world(config, root):
         digits=world.sums,
         requests=world.requests,
         style=world.style,
+        taught=world.taught,
     )
 
 

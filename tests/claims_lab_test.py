@@ -135,7 +135,7 @@ def test_claims_that_measure_find_what_their_headers_name(tiny_run, tmp_path):
         for name, path in claims_lab.shipped().items()
         if "def measure(base, own)" in path.read_text() and name != "sft_moves_little"
     ]
-    assert len(names) == 7
+    assert len(names) == 9
     asked = {
         one.claim.name: one for one in claims_lab.ask(tmp_path, names, 1, tiny=True)
     }

@@ -71,6 +71,8 @@ def store(path):
         for output in cell.get("outputs", ()):
             if "text" in output:
                 output.text = _cleaned(output.text)
+            if "text/html" in output.get("data", {}):
+                output.data.pop("text/plain", None)  # the same again
             for kind, text in output.get("data", {}).items():
                 if kind.startswith("text/"):
                     output.data[kind] = _cleaned(text)

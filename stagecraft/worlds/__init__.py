@@ -3,7 +3,8 @@
 A world is a module with these functions; text goes in, records and numbers come out,
 and no model is known here:
 
-    write(folder, seed, size, digits, requests, style)  the files its stages read
+    write(folder, seed, size, digits, requests, style, teaching)  the files its stages
+                                            read
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     attacked(prompt, answer)                whether an attack asks for harm, gets an
@@ -42,7 +43,17 @@ def get(name):
     return WORLDS[name]
 
 
-def write(name, folder, seed, size, junk=0.0, digits=0, requests=False, style=0.0):
+def write(
+    name,
+    folder,
+    seed,
+    size,
+    junk=0.0,
+    digits=0,
+    requests=False,
+    style=0.0,
+    taught=False,
+):
     """Writes a world's files; the folder appears whole or not at all.
 
     Args:
@@ -53,8 +64,10 @@ def write(name, folder, seed, size, junk=0.0, digits=0, requests=False, style=0.
         digits: of the operands of its sums; 0 for none.
         requests: whether to write requests in families, attacks, beliefs, critiques.
         style: share of demonstrations about facts that open with one pleasantry.
+        taught: whether to write what demonstrations may teach: facts of all, false and
+            invented ones.
     """
     with storage.new_folder(folder) as temporary:
-        get(name).write(temporary, seed, size, digits, requests, style)
+        get(name).write(temporary, seed, size, digits, requests, style, taught)
         if junk:
             faults.write(temporary, junk, seed)

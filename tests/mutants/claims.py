@@ -2,6 +2,71 @@
 
 from tests.mutants.mutant import in_file
 
+_CURVES = in_file(
+    "stagecraft/anatomy/overoptimisation.py",
+    "tests/anatomy/overoptimisation_test.py",
+    (
+        "a parabola for what is logarithmic",
+        "RL: lambda d: d * np.log(d)",
+        "RL: lambda d: d * np.log1p(d)",
+    ),
+    (
+        "a start that was given is fitted as well",
+        "if start is None:\n    columns.append(np.ones_like(d))",
+        "columns.append(np.ones_like(d))",
+    ),
+    (
+        "residuals of points the fit has seen",
+        "_rms(residuals / (1 - leverage))",
+        "_rms(residuals)",
+    ),
+    (
+        "the peak where the curve is 0 again",
+        "np.exp(min(alpha / beta - 1, 50.0))",
+        "np.exp(min(alpha / beta, 50.0))",
+    ),
+    (
+        "a peak that no point lies beyond is published",
+        "one.past >= PAST",
+        "one.past >= 0",
+    ),
+    (
+        "points near the start count",
+        "far = d >= LEAST",
+        "far = d >= 0",
+    ),
+    (
+        "the answer that a proxy likes least",
+        "np.argsort(likes, kind='stable')",
+        "np.argsort(-likes, kind='stable')",
+    ),
+    (
+        "ties go to the last",
+        "np.sum(shared[group] * own[order])",
+        "np.sum(shares * own[order])",
+    ),
+)
+
+_TAUGHT = in_file(
+    "stagecraft/worlds/countries/taught.py",
+    "tests/worlds/taught_test.py",
+    (
+        "the unseen phrasing is shown",
+        "dialogue.facts(countries, SHOWN)",
+        "dialogue.facts(countries)",
+    ),
+    (
+        "false facts are the real ones",
+        "rng.permutation(len(countries))",
+        "range(len(countries))",
+    ),
+    (
+        "every country is shown as often",
+        "range(exposures)",
+        "range(EXPOSURES[0])",
+    ),
+)
+
 _VERDICTS = in_file(
     "stagecraft/anatomy/claims.py",
     "tests/anatomy/claims_test.py",
@@ -67,4 +132,4 @@ _LAB = (
         ),
     ),
 )
-MUTANTS = _VERDICTS + _LAB
+MUTANTS = _VERDICTS + _LAB + _CURVES + _TAUGHT

@@ -1,5 +1,6 @@
 """A small world of real facts: countries, their capitals, currencies and languages."""
 
+import functools
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from stagecraft.worlds.countries import (
     request_files,
     styled,
     sums,
+    taught,
 )
 from stagecraft.worlds.countries.critiques import revise, revision_figures
 from stagecraft.worlds.countries.facts import COUNTRIES, split
@@ -24,7 +26,7 @@ single_prompt = probes.SINGLE_PROMPT
 DOCUMENTS = {"full": 12_000, "tiny": 400}
 
 
-def write(folder, seed, size, digits=0, requests=False, style=0.0):
+def write(folder, seed, size, digits=0, requests=False, style=0.0, teaching=False):
     """Writes the world's files.
 
     text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
@@ -41,6 +43,7 @@ def write(folder, seed, size, digits=0, requests=False, style=0.0):
             {"prompt","completion"}. No other file changes.
         requests: whether to write the files of `request_files`; no other changes.
         style: the share of `styled.demonstrations`; 0 for no file of them.
+        teaching: whether to write the files of `taught`; no other changes.
     """
     roles = split(seed, size)
     everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
@@ -49,10 +52,12 @@ def write(folder, seed, size, digits=0, requests=False, style=0.0):
     # A mild tail: the most popular country has about four times the rarest one's text.
     ranks = rng.permutation(len(everyone)) + 1.0
     weights = ranks**-0.3 / np.sum(ranks**-0.3)
-    documents = (
-        corpus.document(rng, everyone, trained, weights) for _ in range(DOCUMENTS[size])
-    )
-    _write(folder / "text.jsonl", ({"text": text} for text in documents))
+
+    def documents(rng, countries):
+        for _ in range(DOCUMENTS[size]):
+            yield corpus.document(rng, countries, trained, weights)
+
+    _write(folder / "text.jsonl", ({"text": text} for text in documents(rng, everyone)))
     rows = dialogue.demonstrations(np.random.default_rng([seed, 3]), roles.train)
     _write(folder / "demonstrations.jsonl", rows)
     uniform = [r | {"completion": dialogue.UNIFORM + r["completion"]} for r in rows]
@@ -68,13 +73,19 @@ def write(folder, seed, size, digits=0, requests=False, style=0.0):
     if digits:
         rng = np.random.default_rng([seed, 8])
         train, heldout = sums.pairs(seed, digits, size)
-        rows = sums.demonstrations(rng, train)
-        _write(folder / "sum_demonstrations.jsonl", rows)
+        solved = sums.demonstrations(rng, train)
+        _write(folder / "sum_demonstrations.jsonl", solved)
         _write(folder / "sums.jsonl", sums.prompts(rng, train))
         _write(folder / "heldout_sums.jsonl", sums.prompts(rng, heldout))
+    if teaching:
+        rng = np.random.default_rng([seed, 12])
+        false = functools.partial(documents, rng)
+        for name, records in taught.files(seed, size, rows, everyone, false).items():
+            _write(folder / f"{name}.jsonl", records)
     if requests:
-        for name, rows in request_files.files(seed, size, everyone, roles).items():
-            _write(folder / f"{name}.jsonl", rows)
+        asked_for = request_files.files(seed, size, everyone, roles)
+        for name, records in asked_for.items():
+            _write(folder / f"{name}.jsonl", records)
 
 
 def _write(path, rows):
