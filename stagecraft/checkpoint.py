@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from stagecraft import tree
+from stagecraft import stores, tree
 from stagecraft.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).absolute()
+        self.folder = _place(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -113,7 +113,7 @@ def open_model(folder: str | Path) -> Callable[[str], Any]:
     import tensorstore
 
     path = _newest(folder)
-    store = {"driver": "ocdbt", "base": f"file://{path / 'model'}/"}
+    store = {"driver": "ocdbt", "base": stores.key_values(path / "model")}
 
     @functools.cache
     def opened(name):
@@ -126,7 +126,7 @@ def open_model(folder: str | Path) -> Callable[[str], Any]:
 
 def _newest(folder):
     """Returns the folder of the newest complete checkpoint of WORKDIR/STAGE."""
-    path = Path(folder).absolute() / "checkpoints"
+    path = _place(Path(folder) / "checkpoints")
     if not path.is_dir():
         raise UserError(
             f"{folder}: no checkpoints here; copy the whole folder, or remove its "
@@ -140,6 +140,48 @@ def _newest(folder):
             "stage's stage.json to run it again"
         )
     return path / str(step)
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of WORKDIR/STAGE/checkpoints."""
+    path = _place(folder)
+    return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
+
+
+def _place(folder):
+    path = stores.place(folder)
+    if str(path).startswith("s3://"):
+        _let_orbax_know_s3()
+    return path
+
+
+@functools.cache
+def _let_orbax_know_s3():
+    """Makes Orbax write to s3:// as it does to gs://: in place, with a commit file.
+
+    By itself it takes an address of S3 for a local folder. What is replaced is not
+    public, and a test saves and restores through it.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    plain, normal = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+
+    def key_values(path):
+        path = str(path)
+        if not path.startswith("s3://"):
+            return plain(path)
+        spec = stores.key_values(path)
+        return spec | {"path": spec["path"].removesuffix("/")}
+
+    gcs_utils._GCS_PATH_PREFIX = ("gs://", "s3://")
+    gcs_utils.get_kvstore_for_gcs = key_values
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(
+        gcs_utils._GCS_PATH_PREFIX
+    )
+    tensorstore_utils._normalize_path = lambda path: normal(path).replace(
+        "s3:/", "s3://"
+    )
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import jax
 
-from stagecraft import bounds, config_files, run, runs, schema, storage
+from stagecraft import bounds, config_files, run, runs, schema, storage, stores
 from stagecraft.anatomy import claims, statistics
 from stagecraft.anatomy.claims import Claim, Outcome
 from stagecraft.errors import UserError
@@ -90,7 +90,7 @@ def ask(
         seeds: chains, the first of seed 0.
         tiny: whether stages are tiny: for a look at whether everything runs.
     """
-    root, files = Path(root), _files(names)
+    root, files = stores.local(root), _files(names)
     headers = {path: read(path) for path in files}
     registered = {path: _register(root, path, headers[path], tiny) for path in files}
     figures: dict[Path, list[dict]] = {path: [] for path in files}

@@ -14,12 +14,17 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from stagecraft import commands, config_files, process, processes, schema
+from stagecraft import commands, config_files, process, processes, schema, stores
 from stagecraft.commands.flag import CONFIG, GIVEN, Flag
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
 DEBUG = Flag("debug", False, "show the traceback of an error")
+CACHE = Flag(
+    "cache",
+    "",
+    "a folder of this machine for what can be made again: compiled programs, tokens",
+)
 
 
 def main(argv=None):
@@ -36,10 +41,11 @@ def main(argv=None):
     except UserError as error:
         if debug:
             traceback.print_exc()
-        processes.fail(str(error), 2)
+        line = stores.named(error)
+        processes.fail(line, 2)
         if debug:
             raise
-        print(f"stagecraft: {error}", file=sys.stderr)
+        print(f"stagecraft: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         text, number = getattr(stop, "text", ""), getattr(stop, "signal", signal.SIGINT)
@@ -80,7 +86,7 @@ def _dispatch(argv):
             f"unknown command {name!r}; {hint}commands: {', '.join(commands.COMMANDS)}"
         )
     command = commands.COMMANDS[name]
-    taken = (*command.flags, DEBUG)
+    taken = (*command.flags, CACHE, DEBUG)
     if any(a in ("-h", "--help", "--helpfull") for a in argv[2:]):
         print(_help(name, command, taken))
         return 0
@@ -89,6 +95,7 @@ def _dispatch(argv):
     _quiet()
     if rest and not command.words:
         raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
+    process.cache_in(FLAGS.cache)
     if "coordinator" in {flag.name for flag in taken}:
         processes.start(FLAGS.coordinator, FLAGS.process, FLAGS.processes)
         _quiet()
@@ -172,7 +179,7 @@ class _Remarks(logging.Handler):
     def emit(self, record):
         index, _ = processes.here()
         who = f"process {index}: " if index else ""
-        print(f"stagecraft: {who}{record.getMessage()}", file=sys.stderr)
+        print(f"stagecraft: {who}{stores.named(record.getMessage())}", file=sys.stderr)
 
 
 def _quiet():

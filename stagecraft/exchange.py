@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from stagecraft import defaults, runs, schema, sharding
+from stagecraft import defaults, runs, schema, sharding, stores
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, LineageEntry, Parent, StageRecord
@@ -31,7 +31,7 @@ def import_folder(folder: str | Path, root: str | Path, name: str = "base") -> P
         WORKDIR/NAME, for another experiment's start_from.
     """
     started = time.perf_counter()
-    root, text = Path(root), str(folder)
+    root, text = stores.local(root, writing=True), str(folder)
     if runs.read_config(root) is not None:
         raise UserError(f"{root}: holds a run already; choose another --workdir")
     if not text.startswith(locate.GGUF):

@@ -17,7 +17,7 @@ from rich import progress
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from stagecraft import process, storage
+from stagecraft import process, storage, stores
 
 _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -139,6 +139,7 @@ class Writer:
         row = {"step": step, "seconds": round(seconds, 3)} | values
         self._lines.write(storage.to_json(row) + "\n")
         self._lines.flush()
+        stores.push_soon(self.folder / "metrics.jsonl")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         if self._watch is not None:
@@ -152,6 +153,7 @@ class Writer:
             row = {"step": step, **sample}
             self._samples.write(storage.to_json(row) + "\n")
         self._samples.flush()
+        stores.push_soon(self.folder / "samples.jsonl")
         if self._watch is not None:
             self._watch.texts(step, samples)
 
@@ -161,6 +163,7 @@ class Writer:
         self._lines.close()
         self._samples.close()
         self._events.close()
+        stores.push(self.folder)
 
 
 def _truncate(path, stays):
@@ -169,7 +172,7 @@ def _truncate(path, stays):
         return
     rows = [row for row in read(path) if stays(row)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    storage.write_text(path, text)
 
 
 def read(path):

@@ -18,6 +18,9 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
+_cache: Path | None = None  # --cache
+
+
 def is_first() -> bool:
     """Returns whether this process writes for all: process 0 of a program of several.
 
@@ -49,20 +52,37 @@ def keep_memory() -> None:
     mallopt(_ARENA_MAX, 1)
 
 
+def cache_in(folder: str | Path) -> None:
+    """Keeps what can be made again in a folder of this machine: --cache."""
+    global _cache
+    _cache = Path(folder).absolute() if folder else None
+
+
+def cache(name: str, default: Path | None = None) -> Path:
+    """Returns the folder for what can be made again: compiled, tokens, workdirs.
+
+    That in the folder of --cache; without it `default`, else ~/.cache/stagecraft (or
+    $XDG_CACHE_HOME).
+    """
+    if _cache is None and default is not None:
+        return default
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return (_cache or Path(home) / "stagecraft") / name
+
+
 def reuse_programs() -> None:
     """Keeps compiled programs in one folder for all of a user's runs and commands.
 
-    $JAX_COMPILATION_CACHE_DIR where it is set, else ~/.cache/stagecraft/compiled (or
-    $XDG_CACHE_HOME), apart by processor: a program for a CPU holds the instructions of
-    the machine that compiled it. On a CPU small programs are kept too, which many
-    commands consist of.
+    That of --cache, else $JAX_COMPILATION_CACHE_DIR where it is set, else
+    ~/.cache/stagecraft/compiled, apart by processor: a program for a CPU holds the
+    instructions of the machine that compiled it. On a CPU small programs are kept too,
+    which many commands consist of.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir and _cache is None:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "stagecraft" / "compiled" / _processor()
+    folder = cache("compiled") / _processor()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.default_backend() == "cpu":
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

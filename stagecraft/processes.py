@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stagecraft import native_lines, schema, storage
+from stagecraft import native_lines, schema, storage, stores
 from stagecraft.errors import UserError
 
 T = TypeVar("T")
@@ -210,14 +210,21 @@ def _give_up(coordinator, index, count):
 def barrier(name: str) -> None:
     """Returns once every process has come here; all pass the same ones in one order.
 
-    It waits as long as it takes: whatever ends one process ends the others.
+    It waits as long as it takes: whatever ends one process ends the others. On an
+    object store they then see what process 0 had written when it came here.
     """
     if not several() or getattr(_turn, "inside", False):
         return
     key = f"stagecraft/{next(_numbers)}/{name}"
+    first = here()[0] == 0
+    if first:
+        _store().key_value_set(f"{key}/files", json.dumps(stores.shared()))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         # In a thread, since a signal's handler only runs where Python waits.
         pool.submit(_store().wait_at_barrier, key, _FOREVER).result()
+    if not first and stores.mirrored():
+        state = _store().blocking_key_value_get(f"{key}/files", _FOREVER)
+        stores.follow(json.loads(state))
 
 
 def in_turn(make: Callable[[], T], name: str) -> T:
@@ -284,7 +291,7 @@ def check_shared(root: Path) -> None:
     barrier("mark")
     try:
         until = time.monotonic() + SEEING
-        while not mark.exists():
+        while not stores.seen(mark):
             if time.monotonic() > until:
                 raise UserError(
                     f"does not see what process 0 writes to --workdir={root}, on "

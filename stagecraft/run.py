@@ -19,6 +19,7 @@ from stagecraft import (
     runs,
     schema,
     storage,
+    stores,
     trackers,
     train,
 )
@@ -41,7 +42,7 @@ from stagecraft.stages.stage import Context, place_parents
 def open_run(root: str | Path) -> Run:
     """Returns the run of an existing work directory."""
     process.reuse_programs()
-    root = Path(root)
+    root = stores.local(root)
     stored = runs.read_config(root)
     if stored is None:
         raise UserError(
@@ -77,7 +78,7 @@ def run(config: ConfigDict, root: str | Path, only: Sequence[str] = ()) -> Summa
         process.keep_memory()
     config = experiment.resolve(config)
     names = experiment.chosen(config, "--only", only)
-    root = Path(root)
+    root = stores.local(root, writing=True)
     this = Run(root, config, stages=experiment.order(config))
     processes.check_same("version", process.code())
     processes.check_same("command", {"--only": list(only)})
@@ -402,5 +403,7 @@ def _conclude(run, *, changed, started):
     if process.is_first():
         page.write(run.root)
         terminal.show_summary(figures)
-        Console().print(f"report: {run.root / 'report.html'}", highlight=False)
+        Console().print(
+            f"report: {stores.named(run.root / 'report.html')}", highlight=False
+        )
     return Summary(figures, run.root)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from stagecraft import metrics, sharding, storage
+from stagecraft import checkpoint, metrics, sharding, storage, stores
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.metrics import is_number
@@ -203,7 +203,7 @@ def read(folder: str | Path) -> RunFiles:
     Raises:
         UserError: there is no such directory, or it holds no file of a run.
     """
-    folder = Path(folder)
+    folder = stores.local(folder)
     if not folder.is_dir():
         raise UserError(
             f"workdir {folder}: no such directory; give one that `run` made"
@@ -254,7 +254,7 @@ def _status(files, stage):
         state = f"at step {logged[-1]:,} of {steps:,}"
     else:
         state = "begun" if folder.is_dir() else "not started"
-    saved = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdecimal()]
+    saved = checkpoint.steps(folder / "checkpoints")
     _, losses = stage.series("loss")
     _, seconds = stage.series("seconds")
     seconds = part(stage.info, "seconds").get("total", (seconds or [None])[-1])

@@ -1,5 +1,8 @@
 """Files and folders written whole or not at all, by process 0 alone.
 
+What lies in the mirror of a work directory on an object store (`stores`) is copied
+there: what is written whole before the call returns, appended lines within seconds.
+
 The files of a run, and where they lie:
 
 WORKDIR/config.json          the resolved config
@@ -27,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stagecraft import process
+from stagecraft import process, stores
 from stagecraft.errors import UserError
 
 
@@ -60,6 +63,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             f"{path}: cannot write here ({error.strerror}); free space, or choose "
             "another --workdir or output folder"
         ) from error
+    stores.push(path)
 
 
 @contextlib.contextmanager
@@ -117,6 +121,7 @@ def new_folder(
             f"{folder}: cannot be written ({error.strerror}); nothing was changed "
             "there: free space, or choose another --workdir or output folder"
         ) from error
+    stores.push(folder, whole=True)
 
 
 def _is_free(folder):
@@ -204,11 +209,13 @@ class AppendedLines:
         self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
+        stores.push_soon(self.path)
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+            stores.push(self.path)
 
 
 def _whole_lines(path):

@@ -7,7 +7,6 @@ reads a step's numbers one step late, so that the device never waits for the hos
 import contextlib
 import functools
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from stagecraft import (
     process,
     processes,
     sharding,
+    stores,
     tree,
 )
 from stagecraft.data.dataset import Dataset
@@ -118,7 +118,7 @@ class _Loop:
         self.folder, self.name = folder, name
         self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
         # Where the last step is until `hooks.finish` has made of it what is kept.
-        self.unconcluded = folder / "unconcluded"
+        self.unconcluded = stores.place(folder / "unconcluded")
         self.clock = metrics.Clock()
         self.progress = metrics.Progress(name, config.steps, log=config.every.log)
         self.writer = self.iterator = None
@@ -259,8 +259,8 @@ class _Loop:
         self._save(self.checkpoints)
         self.checkpoints.wait()
         processes.barrier("concluded")
-        if process.is_first():
-            shutil.rmtree(self.unconcluded, ignore_errors=True)
+        if process.is_first() and self.unconcluded.exists():
+            self.unconcluded.rmtree()
 
     def _save(self, checkpoints):
         with self.clock("save"):
@@ -272,6 +272,8 @@ class _Loop:
                 "seconds": dict(self.clock.seconds),
                 "data": self.iterator.get_state(),
             }
+            # What is behind a checkpoint is never older than it.
+            stores.push(self.folder)
             checkpoints.save(self.step, *_split(self.state), counters)
             self.last_saved, self.saved_at = self.step, time.monotonic()
 
@@ -406,6 +408,7 @@ def _stop_if_not_finite(name, folder, step, batch, values, last_saved):
     batch = sharding.to_host(tree.named(batch))
     if process.is_first():
         np.savez(path, **batch)
+        stores.push(path)
     raise UserError(
         f"{name}: {bad[0]} is {values[bad[0]]} at step {step}; the batch is in {path}, "
         f"the last checkpoint is step {last_saved}; a lower optimizer.lr or a smaller "

@@ -20,6 +20,7 @@ FLOORS = (
         "masked",
         "tree",
         "sharding",
+        "stores",
         "storage",
         "lineage",
         "schema",

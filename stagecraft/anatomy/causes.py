@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stagecraft import losses, sharding, storage, tree
+from stagecraft import losses, sharding, storage, stores, tree
 from stagecraft.anatomy import changes, grafts, lens, token_shift
 from stagecraft.anatomy.texts import Texts, answers, read_prompts
 from stagecraft.errors import UserError
@@ -76,7 +76,7 @@ def of_run(
     Returns:
         {stage: what `compare` returns, or {"refused": why}; and "shift", `shifts`}.
     """
-    root = Path(root)
+    root = stores.local(root)
     tokenizer = tokenizers.load(root / locate.TOKENIZER)
     prompts, out = read_prompts(files), {}
     for stage in changes.speaking(root, tokenizer):

@@ -16,7 +16,7 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 
-from stagecraft import metrics, runs, schema, storage
+from stagecraft import metrics, runs, schema, storage, stores
 from stagecraft.anatomy import between, roles, stored, weights
 from stagecraft.anatomy.stored import Weights
 from stagecraft.errors import UserError
@@ -107,7 +107,7 @@ def of_run(
     Raises:
         UserError: a stage is missing, not finished, or nothing is.
     """
-    root = Path(root)
+    root = stores.local(root)
     config = runs.read_config(root)
     if config is None:
         raise UserError(f"{root}: no run here (no config.json)")

@@ -1,10 +1,10 @@
 """The flags that commands take, and what they hold."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 
+from stagecraft import stores
 from stagecraft.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -79,7 +79,7 @@ def workdir_given():
     """Returns the path of --workdir; refuses to go on without one."""
     if not FLAGS.workdir:
         raise UserError("--workdir is missing, as in --workdir=runs/a")
-    return Path(FLAGS.workdir)
+    return stores.local(FLAGS.workdir)
 
 
 def size_in_bytes(flag, text):

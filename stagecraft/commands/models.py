@@ -1,6 +1,6 @@
 """Commands that take the models of a run."""
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.commands.flag import (
     ASKING,
     FLAGS,
@@ -296,7 +296,7 @@ def import_(rest):
             "give one folder, as in: stagecraft import models/Qwen3-0.6B "
             "--workdir=runs/qwen"
         )
-    print(exchange.import_folder(rest[0], workdir_given(), FLAGS.name))
+    print(stores.named(exchange.import_folder(rest[0], workdir_given(), FLAGS.name)))
 
 
 @takes(

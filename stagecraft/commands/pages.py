@@ -1,6 +1,6 @@
 """Commands that show runs."""
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.commands.flag import (
     FLAGS,
     WORKDIR,
@@ -22,7 +22,7 @@ def report_(rest):
     root = workdir_given()
     if not (root / "config.json").exists():
         raise UserError(f"{root}: no run here (no config.json)")
-    print(page.write(root))
+    print(stores.named(page.write(root)))
 
 
 @takes(

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.commands.flag import (
     CONFIG,
     FLAGS,
@@ -49,7 +49,7 @@ def run_(rest):
 
     config, only = config_given(), schema.listed(FLAGS.only)
     if FLAGS.dry_run:
-        plan.show(config, FLAGS.workdir and Path(FLAGS.workdir), only)
+        plan.show(config, FLAGS.workdir and workdir_given(), only)
     else:
         run.run(config, workdir_given(), only=only)
 
@@ -72,7 +72,7 @@ def data(rest):
     """
     from stagecraft.preview import data as preview
 
-    root = FLAGS.workdir and Path(FLAGS.workdir)
+    root = FLAGS.workdir and workdir_given()
     only = schema.listed(FLAGS.stage)
     preview.show(config_given(), root, only, FLAGS.rows)
 
@@ -121,7 +121,7 @@ def claims(rest):
         print(claims_page.markdown(asked))
         return
     terminal.show_claims(asked)
-    print(claims_page.write(Path(root), asked, seeds))
+    print(stores.named(claims_page.write(root, asked, seeds)))
 
 
 @takes(WORKDIR)

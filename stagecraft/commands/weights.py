@@ -1,6 +1,6 @@
 """Commands that look into weights."""
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.commands.flag import FLAGS, WORKDIR, Flag, takes
 from stagecraft.errors import UserError
 
@@ -61,4 +61,4 @@ def anatomy(rest):
         if FLAGS.prompts:
             asked = causes.of_pair(*pair, FLAGS.prompts, to=FLAGS.to)
     terminal.show_anatomy(tables)
-    print(anatomy_page.write(tables, asked))
+    print(stores.named(anatomy_page.write(tables, asked)))

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from stagecraft import hub
+from stagecraft import hub, stores
 from stagecraft.data import shards, streams
 from stagecraft.data.containers import SUFFIXES
 from stagecraft.data.streams import Remote
@@ -225,7 +225,7 @@ def _metadata(path, key):
 
 
 def _expand_remote(part):
-    system, inner = streams.storage(part)
+    system, inner = stores.file_system(part)
     address = functools.partial(_address, system)
     try:
         if system.isdir(inner):

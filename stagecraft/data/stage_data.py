@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stagecraft import schema
+from stagecraft import process, schema, stores
 from stagecraft.data import conversations, files, mixture, readers, tally
 from stagecraft.data.dataset import Dataset, hold_out
 from stagecraft.data.documents import Rendered
@@ -151,7 +151,9 @@ def build(stage, tokenizer, root, config, builder: Callable, name="") -> StageDa
             stage.data.heldout,
             min(both),
         )
-    cache = Path(stage.data.get("cache") or Path(root) / "cache")
+    # In a mirror nothing would stay.
+    beside = None if stores.named(root) != str(root) else Path(root) / "cache"
+    cache = Path(stage.data.get("cache") or process.cache("tokens", beside))
     length, _ = shortest_context(stage, config)
     counts = Tally(stage.data)
     if stage.data.control_tokens == "parse":

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from stagecraft import stores
 from stagecraft.errors import UserError, install
 
 COMPRESSED = (".gz", ".zst")
@@ -50,18 +51,6 @@ def compression(path) -> str:
     return next((end for end in COMPRESSED if path.name.endswith(end)), "")
 
 
-def storage(address):
-    """Returns the fsspec file system of an address, and the path in it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(address)
-    except ImportError as error:
-        raise UserError(f"{address}: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise UserError(f"{address}: not a known storage ({error})") from None
-
-
 def unreadable(path, error: OSError) -> UserError:
     """Returns the one line about a file that the system refuses."""
     why = error.strerror or " ".join(str(error).split()) or type(error).__name__
@@ -72,7 +61,7 @@ def open_bytes(path):
     """Opens a file for reading its bytes, as they are stored."""
     try:
         if isinstance(path, Remote):
-            system, inner = storage(path.address)
+            system, inner = stores.file_system(path.address)
             return system.open(inner, "rb")
         return open(path, "rb")
     except OSError as error:
@@ -83,7 +72,7 @@ def size(path) -> int:
     """Returns the bytes of a file, as it is stored."""
     try:
         if isinstance(path, Remote):
-            system, inner = storage(path.address)
+            system, inner = stores.file_system(path.address)
             return system.size(inner)
         return path.stat().st_size
     except OSError as error:

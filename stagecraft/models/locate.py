@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from stagecraft import checkpoint, hub
+from stagecraft import checkpoint, hub, stores
 from stagecraft.errors import UserError
 from stagecraft.lineage import Lineage, StageRecord
 from stagecraft.models import gguf, huggingface, lora, peft, saved
@@ -144,16 +144,17 @@ class Source:
             return self.name if hub.is_id(path) else f"{PREFIX}{Path(path).absolute()}"
         if self.folder.parent.resolve() == Path(folder).parent.resolve():
             return f"../{self.folder.name}"
-        return str(self.folder.absolute())
+        return stores.named(self.folder.absolute())
 
 
 def locate(
     name: str | Path, root: str | Path = "", stages: Container[str] = ()
 ) -> Source:
-    """Returns what a name stands for; nothing is read.
+    """Returns what a name stands for; no model is read.
 
     Args:
-        name: a stage of this run, the folder WORKDIR/STAGE of another, "hf:FOLDER", or
+        name: a stage of this run, the folder or address WORKDIR/STAGE of another,
+            "hf:FOLDER", or
             "hf:ORG/NAME" for a model in the cache of the Hugging Face hub, or
             "gguf:FILE".
         root: this run's work directory.
@@ -174,6 +175,9 @@ def locate(
         return Source(text, where, folder)
     if text in stages:
         return Source(text, "here", Path(root) / text)
+    if "://" in text:
+        root, _, name = text.rstrip("/").rpartition("/")
+        return Source(text, "stage", stores.local(root, refresh=False) / name)
     path = Path(text)
     return Source(text, "stage" if "/" in text or path.exists() else "nowhere", path)
 
@@ -255,7 +259,7 @@ def load_adapter(folder: str | Path, mesh: jax.sharding.Mesh):
 def base_of(folder: str | Path, record: StageRecord) -> Source:
     """Returns what a stage's adapter sits on, if it is still the same model."""
     base = locate(record.base["name"])
-    if not base.outward:
+    if not base.outward and "://" not in base.name:
         base = dataclasses.replace(base, folder=Path(folder) / base.name)
     if not base.folder.exists():
         lost = hub.absent(base.folder) if hub.is_id(base.folder) else ""

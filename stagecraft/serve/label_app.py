@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.anatomy import behaviour
 from stagecraft.data import readers, stage_data
 from stagecraft.errors import UserError
@@ -48,7 +48,8 @@ def label(
         host, port: see `serve`.
     """
     listening.check("label")
-    folder = Path(root) / stage_data.LABELS / stage
+    root = stores.local(root)
+    folder = root / stage_data.LABELS / stage
     generator = ""
     if pairs:
         items = label_items.read(pairs)
