@@ -174,6 +174,29 @@ def test_lengths_are_in_proportion():
     assert presets.of_length(laptop, laptop.length) == laptop
 
 
+def test_growth_is_beside_that_of_the_flops(small, tmp_path):
+    page, mark = tmp_path / "page.md", table.MARKS["growth"]
+    page.write_text(f"{mark}\n{table.END}\n")
+    lines = timing.bench(["reward", "sample"], growth=True, steps=1, page=str(page))
+    by_size = {tuple(line["grown"]): line for line in lines if line["what"] == "reward"}
+    base = by_size["", 1]
+    assert base["shape"] == [8, 2, 225]
+    assert by_size["rows", 4]["shape"] == [32, 2, 225]
+    assert by_size["length", 2]["shape"] == [8, 2, 450]
+    flops = {
+        size: line["gflops_per_s"] * line["step_s"] for size, line in by_size.items()
+    }
+    assert flops["rows", 4] / flops["", 1] == pytest.approx(4, rel=0.01)
+    assert 4 < flops["length", 4] / flops["", 1] < 8
+    assert 8 < flops["width", 4] / flops["", 1] < 16
+    header, _, reward, *samples = page.read_text().splitlines()[1:5]
+    assert header.endswith("| width × 2 | width × 4 |") and header.count("|") == 9
+    cell = reward.split("|")[6]  # rows × 4
+    seconds = by_size["rows", 4]["cpu_s"] / base["cpu_s"]
+    assert cell.strip() == f"{seconds:.1f} ({seconds / 4:.2f})"
+    assert [line.split(" [")[0] for line in samples] == ["| sample"]
+
+
 @pytest.mark.parametrize("name", ["1b", "8b"])
 def test_the_programs_of_the_large_presets_fit_their_shapes(name):
     preset, mesh = presets.PRESETS[name], tiny.single()

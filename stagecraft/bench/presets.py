@@ -196,3 +196,22 @@ def of_length(preset: Preset, length: int) -> Preset:
         new=scaled(preset.new),
         sampled=(scaled(preset.sampled[0]), scaled(preset.sampled[1])),
     )
+
+
+AXES = ("length", "rows", "width")
+
+
+def grown(preset: Preset, axis: str, factor: int) -> Preset:
+    """Returns a preset of which one axis, of `AXES`, is larger.
+
+    A wider model has more heads of the same size.
+    """
+    if axis == "length":
+        return of_length(preset, factor * preset.length)
+    if axis == "rows":
+        rows = {case: factor * rows for case, rows in preset.rows.items()}
+        samples = tuple(factor * rows for rows in preset.samples)
+        return preset._replace(rows=rows, samples=samples)
+    keys = ("width", "heads", "kv_heads", "ff_width")
+    wider = {key: factor * preset.model[key] for key in keys}
+    return preset._replace(model=preset.model | wider)

@@ -10,6 +10,7 @@ from stagecraft.errors import UserError
 MARKS = {
     "peers": "<!-- stagecraft bench --what=all --peers=ENV --page=docs/speed.md -->",
     "accelerator": "<!-- stagecraft bench --preset=1b --page=docs/speed.md -->",
+    "growth": "<!-- stagecraft bench --growth --page=docs/speed.md -->",
 }
 END = "<!-- end of bench -->"
 
@@ -57,6 +58,39 @@ def _accelerator_row(line):
         line.get("attention", ""),
         ", ".join(f"{name} {share:.0%}" for name, share in sections.items()),
     )
+
+
+def growth_table(lines: Sequence[dict]) -> str:
+    """Returns the Markdown table of how time grows beside the FLOPs it is for.
+
+    A cell is by how much the CPU time (an accelerator's: the time) of a step grows, and
+    that over the growth of its FLOPs: above 1, time grows faster.
+    """
+    sizes = list(dict.fromkeys(tuple(line["grown"]) for line in lines))
+    header = ("what", "share of the matrix rate", *(f"{a} × {n}" for a, n in sizes[1:]))
+    cases = {}
+    for line in lines:
+        size = tuple(line["grown"])
+        name = line["what"].partition("_")[0]  # samples are named by their rows
+        cases.setdefault(name, {})[size] = line
+    return _markdown(header, (_growth_row(n, c, sizes) for n, c in cases.items()))
+
+
+def _growth_row(name, by_size, sizes):
+    base = by_size[sizes[0]]
+    key = "cpu_s" if base["device"] == "cpu" else "step_s"
+
+    def cell(line):
+        seconds = line[key] / base[key]
+        flops = _flops(line) / _flops(base)
+        return f"{seconds:.1f} ({seconds / flops:.2f})"
+
+    cells = (cell(by_size[size]) for size in sizes[1:])
+    return (f"{name} {base['shape']}", f"{base['share_of_matmul']:.0%}", *cells)
+
+
+def _flops(line):
+    return line["gflops_per_s"] * line["step_s"]
 
 
 _SHARES = ("mfu", "share_of_matmul", "share_of_bandwidth")
@@ -116,6 +150,8 @@ def write(page: str, lines: Sequence[dict], mark: str) -> None:
     peers = next((line["peer"]["with"] for line in lines if "peer" in line), None)
     beside = f"; theirs: {peers}" if peers else ""
     rate = f"matrix rate {lines[0]['matmul_gflops_per_s']:.0f} GFLOP/s"
-    rows = table if mark == MARKS["peers"] else accelerator_table
-    text = f"{head}{mark}\n{rows(lines)}\n\n({machine}, {rate}{beside})\n{END}{tail}"
+    tables = dict(peers=table, accelerator=accelerator_table, growth=growth_table)
+    which = next(name for name, line in MARKS.items() if line == mark)
+    below = f"({machine}, {rate}{beside})"
+    text = f"{head}{mark}\n{tables[which](lines)}\n\n{below}\n{END}{tail}"
     storage.write_text(path, text)

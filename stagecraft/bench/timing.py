@@ -11,6 +11,7 @@ an idle machine; on a busy one the ratio of CPU seconds is the steadier.
 """
 
 import contextlib
+import itertools
 import json
 import platform
 import shlex
@@ -93,13 +94,24 @@ def python_of(environment: str) -> str:
     return str(python)
 
 
-def bench(what=(), *, preset="laptop", length=0, steps=8, dtype="", peers="", page=""):
+def bench(
+    what=(),
+    *,
+    preset="laptop",
+    length=0,
+    growth=False,
+    steps=8,
+    dtype="",
+    peers="",
+    page="",
+):
     """Measures and prints; see the module's docstring.
 
     Args:
         what: names of `presets.NAMES`; () for those of the preset.
         preset: name of one of `presets.PRESETS`.
         length: tokens of a row, other lengths in proportion; 0 for the preset's.
+        growth: also at twice and four times the length, the rows and the width.
         steps: timed steps of each, after one that compiles.
         dtype: of the computation; "" for the preset's.
         peers: folder of the peers' environment; "" for our side alone.
@@ -110,10 +122,10 @@ def bench(what=(), *, preset="laptop", length=0, steps=8, dtype="", peers="", pa
     """
     schema.choice("--preset", preset, presets.PRESETS)
     setting = presets.PRESETS[preset]
-    if peers and (length or preset != "laptop"):
+    if peers and (length or growth or preset != "laptop"):
         raise UserError(
             f"--peers={peers}: the other side knows --preset=laptop alone; "
-            "leave out --preset and --length, or --peers"
+            "leave out --preset, --length and --growth, or --peers"
         )
     what = what or setting.cases
     for name in what:
@@ -125,24 +137,32 @@ def bench(what=(), *, preset="laptop", length=0, steps=8, dtype="", peers="", pa
         raise UserError(f"--steps={steps}: expected 1 or more")
     if peers:
         python_of(peers)
-    marks = table.MARKS["peers" if preset == "laptop" else "accelerator"]
+    which = "peers" if preset == "laptop" else "accelerator"
+    mark = table.MARKS["growth" if growth else which]
     if page:
-        table.check(page, marks)
+        table.check(page, mark)
     if jax.default_backend() == "cpu":
         process.keep_memory()
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
     lines, limit = [], matmul_rate(mesh, jnp.dtype(setting.dtype))
+    shared = {"preset": preset, "dtype": setting.dtype} | _machine()
+    shared["matmul_gflops_per_s"] = round(limit, 1)
+    if growth:  # of one number of samples
+        setting = setting._replace(samples=setting.samples[1:2])
+    sizes = [("", 1, setting)]
+    if growth:
+        for axis, factor in itertools.product(presets.AXES, (2, 4)):
+            sizes.append((axis, factor, presets.grown(setting, axis, factor)))
     with jax.set_mesh(mesh):
-        for name in what:
+        for name, (axis, factor, size) in itertools.product(what, sizes):
             measure = _samples if name == "sample" else _stage
-            for line in measure(name, setting, mesh, steps, peers):
+            for line in measure(name, size, mesh, steps, peers):
                 line["share_of_matmul"] = round(line["gflops_per_s"] / limit, 3)
-                line |= {"preset": preset, "dtype": setting.dtype} | _machine()
-                line["matmul_gflops_per_s"] = round(limit, 1)
+                line |= ({"grown": [axis, factor]} if growth else {}) | shared
                 print(json.dumps(line), flush=True)
                 lines.append(line)
     if page:
-        table.write(page, lines, marks)
+        table.write(page, lines, mark)
     return lines
 
 
