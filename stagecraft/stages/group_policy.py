@@ -60,20 +60,23 @@ def make(config, context):
 
     def work(raw, batch=None):
         prompts, prompt = raw["prompt_ids"].shape
+        own, length = rollout.computed(config, raw, batch)
         new = rollout.completion_length(config, raw, batch)
-        length = prompt + new
         rows = prompts * config.group_size
-        trained = config.batch_size * config.group_size * length
+        trained = int(config.batch_size * config.group_size * own)
         return {
             "trained": config.epochs * trained,
             "scored": scoring_passes * trained,
-            "scalar_scored": ("reward" in context.parents) * rows * length,
+            "scalar_scored": ("reward" in context.parents) * rows * (prompt + new),
             # The completions of a prompt share its prefill.
             "sampled": prompts * prompt + rows * new,
             "length": length,
         }
 
+    # Which groups are kept is known only once all are scored.
+    order = functools.partial(update.shuffled_minibatches, config)
     return rollout.make_stage(
+        config,
         context,
         beginning,
         rollouts,
@@ -82,6 +85,7 @@ def make(config, context):
         update=update.make_minibatch_update(config, loss_objective, optimizer),
         metrics=functools.partial(_score_metrics, config),
         work=work,
+        order=order if config.oversample == 1 else None,
     )
 
 
@@ -130,7 +134,8 @@ def score_groups(
             (samples, scores, scored),
         )
     mask = samples["mask"]
-    arrays = {k: samples[k] for k in ("ids", "segments", "positions", "tokens")}
+    names = ("ids", "segments", "positions", "tokens", "fold")
+    arrays = {k: samples[k] for k in names if k in samples}
     penalty = None
     if _several_steps(config) or needs_reference:
         old = response_logps(policy, samples, config.sampling.temperature)

@@ -55,7 +55,7 @@ def make(config, context):
 
     def work(raw, batch=None):
         prompts, prompt = raw["prompt_ids"].shape
-        length = prompt + rollout.completion_length(config, raw, batch)
+        _, length = rollout.computed(config, raw, batch)
         tokens = 2 * prompts * length
         return {
             "trained": tokens,
@@ -67,6 +67,7 @@ def make(config, context):
         }
 
     return rollout.make_stage(
+        config,
         context,
         beginning,
         rollouts,

@@ -77,8 +77,9 @@ def make(config, context):
 
     def work(raw, batch=None):
         rows, prompt = raw["prompt_ids"].shape
-        length = prompt + rollout.completion_length(config, raw, batch)
-        tokens = rows * length
+        own, length = rollout.computed(config, raw, batch)
+        tokens = int(rows * own)
+        apart = rows * (prompt + rollout.completion_length(config, raw, batch))
         mixed = raw["ptx_ids"].size if "ptx_ids" in raw else 0
         # Policy and critic are trained; policy and reference, critic and reward model
         # each read the rollout once before.
@@ -86,12 +87,13 @@ def make(config, context):
             "trained": config.epochs * (tokens + mixed),
             "scalar_trained": config.epochs * tokens,
             "scored": 2 * tokens,
-            "scalar_scored": (1 + ("reward" in parents)) * tokens,
-            "sampled": tokens,
+            "scalar_scored": tokens + ("reward" in parents) * apart,
+            "sampled": apart,
             "length": length,
         }
 
     return rollout.make_stage(
+        config,
         context,
         beginning,
         rollouts,
@@ -102,6 +104,7 @@ def make(config, context):
         work=work,
         carried=("kl_coef",),
         beside=_pretraining_rows,
+        order=functools.partial(update.shuffled_minibatches, config),
     )
 
 
@@ -138,8 +141,8 @@ def response_values(model, batch):
     The second is the value of the state in which a completion was cut off.
     """
     new = batch["tokens"].shape[1]
-    values = model(batch["ids"], batch["positions"], batch["segments"])
-    return values[:, -new - 1 : -1], values[:, -1]
+    values = rollout.outputs(model, batch, slice(-new - 1, None))
+    return values[:, :-1], values[:, -1]
 
 
 def score_rollout(config, rollouts, model, reference, samples, rewards, key, carried):
@@ -166,7 +169,8 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
     targets = advantages(config, model["value"], samples, mask, logps, final, kl_coef)
     metrics, kl = diagnostics(config, samples, scored, logps, targets, final, kl_coef)
     metrics |= rollout.source_metrics(rewards, rollouts.names)
-    inputs = {k: samples[k] for k in ("ids", "segments", "positions", "tokens")}
+    names = ("ids", "segments", "positions", "tokens", "fold")
+    inputs = {k: samples[k] for k in names if k in samples}
     return {
         "rollout": inputs | {"mask": mask} | logps | targets,
         "order": update.shuffled_minibatches(config, len(mask), key),

@@ -18,11 +18,12 @@ from stagecraft.models import lora, sampling
 from stagecraft.models.language import padded
 from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
-from stagecraft.stages import stage
+from stagecraft.stages import folding, stage
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble, unless_unmoved
 
-# A rollout is cut to its longest completion where at most this share of it is left.
+# A rollout is cut to its longest completion, or its rows go through models in pairs,
+# where at most this share of the tokens is left.
 WORTH_CUTTING = 0.8
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
@@ -125,6 +126,7 @@ def make(config, context, *, samples=1):
 
 
 def make_stage(
+    config,
     context,
     beginning,
     rollouts,
@@ -137,10 +139,12 @@ def make_stage(
     carried=(),
     beside=None,
     split=jax.random.split,
+    order=None,
 ):
     """The stage that samples completions, has them scored, and learns from them.
 
     Args:
+        config: the stage's resolved config: minibatches, micro_batches.
         context: the stage's `Context`.
         beginning: its `stage.Beginning`.
         rollouts: its `Rollouts`.
@@ -153,8 +157,13 @@ def make_stage(
         carried: names of what `judge` reads of State.extra.
         beside: (raw) -> {name: rows} that join the batch unchanged, or None.
         split: (key) -> the keys of sampling and of `judge`.
+        order: (rows, key of `judge`) -> i32[K, M], the rows of each batch of the
+            update, where they may go through a model in pairs; None where not.
     """
     mesh, frozen = context.mesh, beginning.frozen
+    fold = (
+        make_folding(context, config, order) if order else lambda samples, key: samples
+    )
     reference = context.parents.get("reference")
     judge_jitted = stage.jit(judge, placement)
 
@@ -168,6 +177,8 @@ def make_stage(
         samples = rollouts.sample(_policy(model), raw, sample_key)
         with section("score"):
             rewards = rollouts.score(samples, index, state.step)
+            # Only now: the same completion twice has the same reward to the bit.
+            samples = fold(samples, judge_key)
             extra = {name: state.extra[name] for name in carried}
             batch = judge_jitted(model, reference, samples, rewards, judge_key, extra)
             return jax.block_until_ready(batch) | (beside(raw) if beside else {})
@@ -216,6 +227,40 @@ def make_stage(
         evaluate=evaluate,
         work=work,
     )
+
+
+def make_folding(context, config, order):
+    """Makes (rollout, key) -> it, with "fold" where that spares much padding.
+
+    Args:
+        context, config, order: as of `make_stage`.
+    """
+    mesh, micro_batches = context.mesh, config.micro_batches
+    blocks = sharding.row_shards(mesh)
+
+    def widest(segments, key):
+        rows = len(segments)
+        every = jnp.arange(rows)[None]
+        return jnp.maximum(
+            folding.widest(segments, every, 1, blocks),
+            folding.widest(segments, order(rows, key), micro_batches, blocks),
+        )
+
+    widest_jitted = stage.jit(widest, sharding.whole(mesh))
+
+    def fold(samples, key):
+        rows, length = samples["ids"].shape
+        least = rows // (config.minibatches * micro_batches)
+        if rows % (2 * blocks) or least % (2 * blocks):
+            return samples
+        width = padded(int(widest_jitted(samples["segments"], key)))
+        if width > WORTH_CUTTING * 2 * length:
+            return samples
+        return samples | {
+            "fold": sharding.shard_batch(folding.empty(rows, width), mesh)
+        }
+
+    return fold
 
 
 def _policy(model):
@@ -271,6 +316,19 @@ def completion_length(config, raw, batch):
         return config.sampling.max_new_tokens
     ids = batch["rollout"]["ids"] if "rollout" in batch else batch["ids"]
     return ids.shape[-1] - raw["prompt_ids"].shape[1]
+
+
+def computed(config, raw, batch):
+    """Returns the tokens that a row takes in a pass, and those of a row of the pass.
+
+    Arguments as of `completion_length`.
+    """
+    batch = {} if batch is None else batch.get("rollout", batch)
+    if "fold" in batch:
+        width = batch["fold"].shape[-1]
+        return width / 2, width
+    whole = raw["prompt_ids"].shape[1] + completion_length(config, raw, batch or None)
+    return whole, whole
 
 
 def model_scores(model, rollout):
@@ -329,22 +387,40 @@ def completion_metrics(mask, ended, rows=None):
     }
 
 
+def outputs(function, batch, columns):
+    """Returns what a model says at some columns of the rows of a batch, [R, M, ...].
+
+    Args:
+        function: (ids, positions, segments) -> [R, T, ...].
+        batch: ids, segments, positions i32[R, T], and "fold" where rows go through the
+            model in pairs.
+        columns: a slice of the T, of M.
+    """
+    if "fold" not in batch:
+        return function(batch["ids"], batch["positions"], batch["segments"])[:, columns]
+    pairs = folding.fold(batch)
+    rows, length = batch["ids"].shape
+    places = jnp.arange(length, dtype=jnp.int32)[columns]
+    places = jnp.broadcast_to(places, (rows, len(places)))
+    return pairs.at(function(pairs.ids, pairs.positions, pairs.segments), places)
+
+
 def response_logps(model, batch, temperature, **settings):
     """Computes log-probabilities of the sampled tokens, at the temperature.
 
     Args:
         model: a `Transformer`.
-        batch: ids, segments, positions i32[B, P + N], tokens i32[B, N].
+        batch: ids, segments, positions i32[B, P + N], tokens i32[B, N], as `outputs`
+            takes them.
         temperature: float; that of the rollout.
         **settings: further ones of `heads.token_logps`.
 
     Returns:
         `heads.TokenStats`, each f32[B, N].
     """
-    new = batch["tokens"].shape[1]
-    hidden = model.hidden(batch["ids"], batch["positions"], batch["segments"])
     # Token t is predicted from the state before it: one column to the left.
-    before = hidden[:, -new - 1 : -1]
+    new = batch["tokens"].shape[1]
+    before = outputs(model.hidden, batch, slice(-new - 1, -1))
     return model.token_logps(
         before, batch["tokens"], temperature=temperature, **settings
     )

@@ -2,6 +2,41 @@
 
 from tests.mutants.mutant import in_file
 
+_FOLDING = in_file(
+    "stagecraft/stages/folding.py",
+    "tests/stages/folding_test.py",
+    (
+        "the second row of a pair sees the first",
+        "jnp.where(in_first, 1, 2)",
+        "jnp.where(in_first, 1, 1)",
+    ),
+    (
+        "the second row goes on where the first ends",
+        "jnp.where(in_first, column, column - here)",
+        "column + 0 * here",
+    ),
+    (
+        "the second row begins with the first",
+        "jnp.concatenate([pair, pair + here[..., 0]], axis=1)",
+        "jnp.concatenate([pair, pair], axis=1)",
+    ),
+    (
+        "padding before a row counts",
+        "(self.begin - self.skip)[:, None] + columns",
+        "self.begin[:, None] + columns",
+    ),
+    (
+        "the longest with the longest",
+        "ranked[:, :half], ranked[:, ::-1][:, :half]",
+        "ranked[:, ::2], ranked[:, 1::2]",
+    ),
+    (
+        "micro-batches are neighbours",
+        "lengths.reshape(len(order), -1, micro_batches).swapaxes(1, 2)",
+        "lengths.reshape(len(order), micro_batches, -1)",
+    ),
+)
+
 _ROLLOUT = in_file(
     "stagecraft/stages/rollout.py",
     "tests/stages/group_policy_test.py tests/stages/policy_test.py",
@@ -41,6 +76,12 @@ _ROLLOUT = in_file(
         "tests/stages/lengths_test.py",
     ),
     (
+        "pairs of the update's batches are not looked at",
+        "folding.widest(segments, order(rows, key), micro_batches, blocks)",
+        "0",
+        "tests/stages/folding_test.py",
+    ),
+    (
         "work is counted as if completions were the longest",
         "if batch is None:",
         "if True:",
@@ -48,8 +89,8 @@ _ROLLOUT = in_file(
     ),
     (
         "log-probs of the token after",
-        "before = hidden[:, -new - 1 : -1]",
-        "before = hidden[:, -new:]",
+        "slice(-new - 1, -1)",
+        "slice(-new, None)",
         "tests/stages/policy_test.py -k agree",
     ),
     (
@@ -147,8 +188,8 @@ _POLICY = in_file(
     ),
     (
         "values after the token",
-        "return values[:, -new - 1 : -1], values[:, -1]",
-        "return values[:, -new:], values[:, -1]",
+        "return values[:, :-1], values[:, -1]",
+        "return values[:, 1:], values[:, -1]",
     ),
     (
         "returns from whitened advantages (stage)",
@@ -315,4 +356,4 @@ _ONLINE = in_file(
     ),
 )
 
-MUTANTS = _ROLLOUT + _POLICY + _GROUP + _ONLINE
+MUTANTS = _FOLDING + _ROLLOUT + _POLICY + _GROUP + _ONLINE
