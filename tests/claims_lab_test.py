@@ -69,6 +69,21 @@ def test_one_number_a_seed_decides(lab, tmp_path, capsys):
     assert "3 seeds); beyond 0.5? its header was in no commit" in out
 
 
+def test_what_is_measured_besides_has_an_interval_over_seeds(lab, tmp_path):
+    for seed, slope in enumerate((1.0, 2.0, 3.0)):
+        known = {"curve": {"slope": slope, "form": "rl"}}
+        known["curve"] |= {"peak": 1.0} if seed else {}
+        folder = tmp_path / "lab" / "mine" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        storage.write_json(folder / claims_lab.MEASURED, known)
+    text = f"{CLAIM}\n\ndef measure(base, own):\n    raise AssertionError\n"
+    (one,) = lab(text, figures(2.5, 2.6, 2.4))
+    # 4.303 is t of two degrees of freedom; what a seed lacks has no interval.
+    assert one.also == {"curve.slope": (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))}
+    (stored,) = storage.read_json(tmp_path / "lab" / "claims.json")["claims"]
+    assert stored["also"]["curve.slope"] == [*one.also["curve.slope"]]
+
+
 def test_a_check_that_fails_on_one_seed(lab):
     table = figures(2.5, 2.6, 2.4)
     table[1]["a"]["x"] = -1.0
@@ -128,24 +143,40 @@ def test_what_ships_is_asked_of_a_finished_chain(tiny_run, tmp_path):
     assert measured.stat().st_mtime_ns == before
 
 
+# Claims that train arms of their own and measure them: the rest are quick.
+LONG = ("over_optimised", "pretraining_knows", "shape_not_knowledge")
+
+
+def measuring(tiny_run, root, names):
+    """Asks claims that measure of one tiny chain; {name: what was asked}."""
+    shutil.copytree(tiny_run, root / "base" / "seed0")
+    asked = {one.claim.name: one for one in claims_lab.ask(root, names, 1, tiny=True)}
+    for name, one in asked.items():
+        assert np.isfinite(one.values).all() and one.outcome.verdict == "no verdict"
+        assert bool(one.claim.control_primary) == bool(one.controls)
+        assert (root / name / "seed0" / claims_lab.MEASURED).exists()
+    return asked
+
+
 def test_claims_that_measure_find_what_their_headers_name(tiny_run, tmp_path):
-    shutil.copytree(tiny_run, tmp_path / "base" / "seed0")
     names = [
         name
         for name, path in claims_lab.shipped().items()
-        if "def measure(base, own)" in path.read_text() and name != "sft_moves_little"
+        if "def measure(base, own)" in path.read_text()
+        and name not in ("sft_moves_little", *LONG)
     ]
-    assert len(names) == 9
-    asked = {
-        one.claim.name: one for one in claims_lab.ask(tmp_path, names, 1, tiny=True)
-    }
-    for one in asked.values():
-        assert np.isfinite(one.values).all() and one.outcome.verdict == "no verdict"
-        assert bool(one.claim.control_primary) == bool(one.controls)
-        assert (tmp_path / one.claim.name / "seed0" / claims_lab.MEASURED).exists()
+    assert len(names) == 6
+    measuring(tiny_run, tmp_path, names)
+
+
+def test_claims_with_arms_that_measure_them(tiny_run, tmp_path):
+    asked = measuring(tiny_run, tmp_path, LONG)
     # Best of n is of answers alone; the path of two steps is too short for a curve.
     curve = asked["over_optimised"].also
     assert curve["best_of_n.points"] == (6.0, None) and "rl.alpha" not in curve
+    assert {"shown_1.known", "shown_30.answered"} <= {
+        *asked["shape_not_knowledge"].also
+    }
 
 
 def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):

@@ -25,11 +25,13 @@ from experiments import common, objectives, quickstart
 from stagecraft import defaults, metrics, worlds
 from stagecraft.anatomy import overoptimisation as over
 from stagecraft.anatomy import sampled, texts
+from stagecraft.data import readers
 from stagecraft.errors import UserError
 from stagecraft.models import scores
 
 GOLD = "experiments.claims.over_optimised:gold"
 PROMPTS, ANSWERS = 32, 64  # of best of n
+STARTED = 1024  # answers that say where a path begins
 SIZES = (2, 4, 8, 16, 32, 64)
 
 
@@ -70,18 +72,41 @@ def measure(base, own):
     path = over.path(
         metrics.read(own.root / "watched" / "metrics.jsonl"), "reward_model", "gold"
     )
-    figures = {"rl": _figures(path.distance, path.gold, over.RL)}
-    parabola = _figures(path.distance, path.gold, over.BEST_OF_N)
+    start = started(base)
+    figures = {"rl": _figures(path.distance, path.gold, over.RL, start)}
+    parabola = _figures(path.distance, path.gold, over.BEST_OF_N, start)
     figures["rl"] |= {"left_out_of_parabola": parabola.get("left_out")}
     start, distance, best = best_of_n(base)
     return figures | {"best_of_n": _figures(distance, best, over.BEST_OF_N, start)}
 
 
-def _figures(distance, quality, form, start=None):
+def _figures(distance, quality, form, start):
     # A tiny run's path is too short for any curve.
     with contextlib.suppress(UserError):
         return over.fit(distance, quality, form, start)._asdict()
     return {}
+
+
+def started(run):
+    """Returns the gold of the SFT model's answers to the prompts of PPO's training.
+
+    A step of PPO has a tenth as many answers, and the curve is steepest where few of
+    its steps are.
+
+    Args:
+        run: a finished quickstart, inside its mesh.
+    """
+    records = readers.prompts(f"{run.root}/world/prompts.jsonl")
+    prompts = [one.prompt for one in records]
+    prompts = (prompts * (1 + STARTED // len(prompts)))[:STARTED]
+    answers, score = _sampled(run, prompts), worlds.get(run.config.world.name).gold
+    scores = [score(p, *a) for p, a in zip(prompts, answers["answers"], strict=True)]
+    return float(np.mean(scores))
+
+
+def _sampled(run, prompts):
+    language = run.language("sft", sampled.ROWS)
+    return sampled.sample(language, prompts, seed=run.config.seed, max_new_tokens=34)
 
 
 def best_of_n(run):
@@ -96,8 +121,7 @@ def best_of_n(run):
     """
     prompts = texts.heldout(run)[:PROMPTS]
     asked = [prompt for prompt in prompts for _ in range(ANSWERS)]
-    language = run.language("sft", sampled.ROWS)
-    answers = sampled.sample(language, asked, seed=run.config.seed, max_new_tokens=34)
+    answers = _sampled(run, asked)
     rows = [
         prompt + ids
         for prompt, ids in zip(answers["prompts"], answers["ids"], strict=True)

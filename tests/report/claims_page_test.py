@@ -32,6 +32,19 @@ def test_the_first_sentence_counts_verdicts(tmp_path):
     assert text.count('<circle class="control"') == 3
 
 
+def test_what_was_measured_besides_is_shown_as_such(tmp_path):
+    also = {"rl.peak": (1.25, 0.5), "rl.<b>": (2.0, None)}
+    one = asked([1.5, 1.6, 1.4])._replace(also=also)
+    text = claims_page.write(tmp_path, [one], 3).read_text()
+    assert "Measured as well: 2 figures of which nothing was stated before" in text
+    row = '<th scope="row"><code>rl.peak</code></th><td>1.25</td><td>0.500</td>'
+    assert row in text and "rl.&lt;b&gt;" in text
+    assert (
+        "Measured as well"
+        not in claims_page.write(tmp_path, [asked([1.5, 1.6, 1.4])], 3).read_text()
+    )
+
+
 def test_marks_stand_where_the_numbers_are():
     one = asked([1.0, 2.0, 3.0], [0.0, 0.5, -1.0])
     shown = claims_page.picture(one.claim, one.outcome, one.values, one.controls)
