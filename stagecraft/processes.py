@@ -285,7 +285,7 @@ def check_shared(root: Path) -> None:
     if not several():
         return
     index, _ = here()
-    mark = root / of_first(f".processes-{secrets.token_hex(8)}")
+    mark = root / of_first(f"processes-{secrets.token_hex(8)}")
     if index == 0:
         storage.write_text(mark, "")
     barrier("mark")
@@ -295,7 +295,7 @@ def check_shared(root: Path) -> None:
             if time.monotonic() > until:
                 raise UserError(
                     f"does not see what process 0 writes to --workdir={root}, on "
-                    f"{socket.gethostname()}; give a folder that all machines share"
+                    f"{socket.gethostname()}; give a folder that all share, or a bucket"
                 )
             time.sleep(0.2)
             os.listdir(root) if root.is_dir() else None  # what NFS remembers is stale
@@ -303,6 +303,7 @@ def check_shared(root: Path) -> None:
     finally:
         if index == 0:
             mark.unlink(missing_ok=True)
+            stores.push(mark)
 
 
 # -- the common end --------------------------------------------------------------------

@@ -28,7 +28,7 @@ from stagecraft.errors import UserError, install
 
 STORES = ("gs", "s3", "file")  # file: a bucket that is mounted, or a test's
 SOON = 10  # seconds within which a line that was appended is at the store
-REACHING = 30  # seconds until a store that does not answer is given up
+REACHING = 20  # seconds until a store that does not answer is given up
 # Folders that Orbax reads and writes at the store itself.
 DIRECT = ("checkpoints", "unconcluded")
 _PARTIAL = ".partial"  # an object in a folder that is not yet there as a whole
@@ -48,9 +48,17 @@ def local(root: str | Path, *, writing: bool = False, refresh: bool = True) -> P
     Raises:
         UserError: the store cannot be reached, read or written.
     """
-    address = str(root).rstrip("/")
-    if "://" not in address:
+    if "://" not in str(root):
+        if writing and (mirror := _mirror_of(root)):
+            mirror.try_writing()
         return Path(root)
+    scheme, _, path = str(root).partition("://")
+    if scheme not in STORES or not path.strip("/"):
+        raise UserError(
+            f"--workdir={root}: expected a folder, or an address as gs://BUCKET/PATH, "
+            "s3://BUCKET/PATH or file:///PATH"
+        )
+    address = str(root).rstrip("/")
     mirror = next((m for m in _mirrors if m.address == address), None)
     if mirror is None:
         mirror = _Mirror(address)
@@ -84,7 +92,7 @@ def key_values(path) -> str | dict[str, Any]:
         return {"driver": "gcs", "bucket": bucket, "path": f"{inner}/"}
     if scheme != "s3":
         return f"file://{path}/"
-    spec = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{inner}/"}
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     if endpoint := next(filter(None, map(os.environ.get, names)), ""):
         spec["endpoint"] = endpoint
@@ -185,22 +193,17 @@ class _Mirror:
     """
 
     def __init__(self, address):
-        scheme, _, path = address.partition("://")
-        if scheme not in STORES or not path.strip("/"):
-            raise UserError(
-                f"--workdir={address}: expected a folder, or an address as "
-                "gs://BUCKET/PATH, s3://BUCKET/PATH or file:///PATH"
-            )
-        import fsspec
+        from fsspec import config
 
         # A listing that is remembered hides what other processes wrote.
         for name in ("gs", "gcs", "s3"):
-            fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+            config.conf.setdefault(name, {})["use_listings_cache"] = False
         logging.getLogger("gcsfs").setLevel(logging.ERROR)
         self.address = address
-        folders = {"auto_mkdir": True} if scheme == "file" else {}
+        mounted = address.startswith("file://")
+        folders = {"auto_mkdir": True} if mounted else {}
         self.store, self.base = file_system(address, **folders)
-        self.folder = _scratch() / Path(path).name
+        self.folder = _scratch() / address.rpartition("/")[2]
         self.folder.mkdir()
         self._same = {}  # {name: (size, time)} of files that both sides have alike
         self._versions = {}  # {name: version at the store} of those that were read
@@ -412,7 +415,10 @@ def _refusal(address, what, error):
     elif isinstance(error, FileNotFoundError):
         remedy = "is the bucket there?"
     else:
-        remedy = "the same command goes on from what the store holds"
+        remedy = (
+            "once this machine reaches the store and has credentials for it, the same "
+            "command goes on from what it holds"
+        )
     return UserError(f"--workdir={address}: cannot {what} it ({line}); {remedy}")
 
 

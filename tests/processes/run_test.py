@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from stagecraft import process, stores
+from tests import object_stores
 from tests.processes import same
 from tests.processes.commands import ROOT, Program
 
@@ -68,4 +70,54 @@ def test_processes_that_differ_are_refused(what, tmp_path):
         [line] = program.lines(index)
         assert line.startswith("process 1 of 2: ") and said[what] in line
     assert not (tmp_path / "run" / "config.json").exists()
-    assert not list(tmp_path.glob("run*/.processes-*"))
+    assert not list(tmp_path.glob("run*/processes-*"))
+
+
+@pytest.fixture
+def store(request, monkeypatch):
+    """A store on this machine; returns a function that begins on another machine."""
+
+    def elsewhere(folder):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setattr(stores, "_mirrors", [])
+        monkeypatch.setattr(process, "_cache", None)
+
+    with request.param() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield elsewhere
+
+
+@pytest.mark.parametrize("store", [object_stores.s3], indirect=True, ids=["s3"])
+def test_a_killed_run_goes_on_elsewhere_from_what_the_store_holds(
+    whole, store, tmp_path
+):
+    run = command("s3://bucket/runs/a")
+    store(tmp_path / "one")
+    with Program(tmp_path / "killed", run, 1, 2) as program:
+        program.wait_for("sft               2/3")
+        program.running[0].kill()
+        assert program.statuses() == {0: -signal.SIGKILL}
+    store(tmp_path / "two")
+    with Program(tmp_path / "again", run, 1, 2) as program:
+        assert program.statuses() == {0: 0}, program.text(0)
+    assert "report: s3://bucket/runs/a/report.html" in program.text(0)
+    assert "pretrain     starting" not in program.text(0)  # it was finished
+    store(tmp_path / "three")
+    assert same.differences(whole, stores.local("s3://bucket/runs/a")) == []
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("store", [object_stores.gs], indirect=True, ids=["gs"])
+def test_two_processes_share_a_bucket(whole, store, tmp_path):
+    run = command("gs://bucket/runs/a")
+    store(tmp_path / "one")
+    with Program(tmp_path / "killed", run, 2, 1) as program:
+        program.wait_for("sft               2/3")
+        program.running[1].kill()
+        assert program.statuses()[0] in (GONE, -signal.SIGABRT)
+    store(tmp_path / "two")
+    with Program(tmp_path / "again", run, 2, 1) as program:
+        assert program.statuses() == {0: 0, 1: 0}, program.text(0) + program.text(1)
+    store(tmp_path / "three")
+    assert same.differences(whole, stores.local("gs://bucket/runs/a")) == []
