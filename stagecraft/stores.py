@@ -170,7 +170,9 @@ def file_system(address: str, **options):
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         line = " ".join(str(error).split())
-        raise UserError(f"{address}: {line}: {install('stores')}") from None
+        ours = address.partition("://")[0] in ("gs", "gcs", "s3")
+        remedy = f": {install('stores')}" if ours else ""
+        raise UserError(f"{address}: {line}{remedy}") from None
     except ValueError as error:
         raise UserError(f"{address}: not a known storage ({error})") from None
 

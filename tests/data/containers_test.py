@@ -282,9 +282,9 @@ def test_a_missing_package_is_told_by_its_extra(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
     with pytest.raises(UserError, match="needs the package zstandard"):
         list(containers.records(tmp_path / "a.jsonl.zst"))
-    if "s3fs" not in sys.modules:
-        with pytest.raises(UserError, match="s3://bucket/a.txt: .*s3fs"):
-            files.expand("s3://bucket/a.txt")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(UserError, match="az://bucket/a.txt: .*adlfs to access .*"):
+        files.expand("az://bucket/a.txt")
 
 
 # -- a container is one function and one line, for training and for curation -----------
