@@ -95,6 +95,7 @@ def _dispatch(argv):
     _quiet()
     if rest and not command.words:
         raise UserError(f"unexpected argument {rest[0]!r}; flags begin with --")
+    _check_outputs(taken)
     process.cache_in(FLAGS.cache)
     if "coordinator" in {flag.name for flag in taken}:
         processes.start(FLAGS.coordinator, FLAGS.process, FLAGS.processes)
@@ -122,6 +123,16 @@ def _parse(argv, taken):
     except (flags.Error, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{line} (see stagecraft {argv[0]} --help)") from error
+
+
+def _check_outputs(taken):
+    """Refuses an address where a command writes a folder or file of this machine."""
+    for name in {"to", "out"} & {flag.name for flag in taken}:
+        if "://" in (value := FLAGS[name].value or ""):
+            raise UserError(
+                f"--{name}={value}: expected a path of this machine; copy it from there "
+                "with the store's own client"
+            )
 
 
 def _define(flag, config, argv):

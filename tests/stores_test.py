@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from stagecraft import process, runs, storage, stores
@@ -283,3 +284,23 @@ def test_a_missing_run_is_named_by_its_address(machine, bucket):
     assert error == f"stagecraft: file://{bucket}/run: no run here (no config.json)\n"
     with pytest.raises(UserError, match="holds no run"):
         runs.read(f"file://{bucket}/run")
+
+
+def test_what_is_written_elsewhere_lies_on_this_machine(machine):
+    to = "--to=gs://bucket/model"
+    status, _, error = stagecraft("export", "--workdir=a", "--stage=sft", to)
+    assert status == 2 and f"{to}: expected a path of this machine" in error
+
+
+def test_one_flag_says_where_the_cache_is(machine, tmp_path, monkeypatch):
+    assert stagecraft("list", f"--cache={tmp_path / 'here'}")[0] == 0
+    assert process.cache("tokens", tmp_path) == tmp_path / "here" / "tokens"
+    given = {}
+    monkeypatch.setattr(jax.config, "update", given.__setitem__)
+    process.reuse_programs()
+    folder = Path(given["jax_compilation_cache_dir"])
+    assert folder.parent == tmp_path / "here" / "compiled"
+    assert stagecraft("list")[0] == 0
+    given.clear()
+    process.reuse_programs()  # $JAX_COMPILATION_CACHE_DIR, which the tests set
+    assert given == {}

@@ -30,7 +30,7 @@ class Flag(NamedTuple):
 
 GIVEN: list[str] = []  # the arguments of the command, as they were given
 CONFIG = "config"  # the kind of a flag that is read as an experiment file
-WORKDIR = Flag("workdir", None, "the folder of the run", str)
+WORKDIR = Flag("workdir", None, "the run's folder, or gs://..., s3://...", str)
 SAMPLING = (
     Flag("temperature", 0.0, "0 for the likeliest answer"),
     Flag("max_new_tokens", 48, "longest answer, in tokens"),

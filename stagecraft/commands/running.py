@@ -39,6 +39,9 @@ def run_(rest):
     memory, tokens, FLOPs and time of each stage. Nothing is written, and --workdir may
     be left out.
 
+    DIR may be at gs://BUCKET/PATH or s3://BUCKET/PATH, here and in every command that
+    takes one (extra `stores`).
+
     Of a run on several machines each starts this command, with one --workdir that all
     see. On SLURM, Open MPI, Kubernetes and TPU pods they find each other; elsewhere:
 
