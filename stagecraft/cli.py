@@ -130,7 +130,7 @@ def _check_outputs(taken):
     for name in {"to", "out"} & {flag.name for flag in taken}:
         if "://" in (value := FLAGS[name].value or ""):
             raise UserError(
-                f"--{name}={value}: expected a path of this machine; copy it from there "
+                f"--{name}={value}: expected a path of this machine; copy from there "
                 "with the store's own client"
             )
 

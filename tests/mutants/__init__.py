@@ -26,6 +26,7 @@ from tests.mutants import (
     serving,
     several,
     steps,
+    stores,
     training,
     verified,
 )
@@ -39,6 +40,7 @@ MUTANTS = (
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
     *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS + several.MUTANTS),
+    *stores.MUTANTS,
 )
 
 # Mistakes of the rule book's list that cannot be made here.
