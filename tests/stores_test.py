@@ -209,6 +209,15 @@ def test_tokens_lie_in_the_cache_of_this_machine(
 # -- what is refused -------------------------------------------------------------------
 
 
+def test_runs_at_addresses_are_compared(machine, bucket):
+    address = f"file://{bucket}/run"
+    (bucket / "run").mkdir()
+    (bucket / "run" / "config.json").write_text("{}")
+    status, _, error = stagecraft("compare", address)
+    told = f"stagecraft: {address}/config.json: not the config of a run\n"
+    assert (status, error) == (2, told)
+
+
 @pytest.mark.parametrize("address", ["az://bucket/run", "gs://", "memory://a"])
 def test_other_addresses_are_refused(machine, address):
     status, _, error = stagecraft("status", f"--workdir={address}")

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 
-from stagecraft import defaults, runs, schema, storage
+from stagecraft import defaults, runs, schema, storage, stores
 from stagecraft.anatomy import roles
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
@@ -100,7 +100,7 @@ def read(folders: list, stages: tuple[str, ...] = ()) -> tuple[list, list, list]
     if not folders:
         raise UserError("give the folders of runs: stagecraft compare runs/a runs/b")
     runs, seen = [], {}
-    for folder in map(Path, folders):
+    for folder in (Path(stores.local(one)) for one in folders):
         first = seen.setdefault(folder.resolve(), folder)
         if first is not folder:
             raise UserError(f"{folder}: given twice (as {first}); name each run once")

@@ -6,7 +6,7 @@ numbers are printed (`terminal`), written as a page (`compare_page`) and as JSON
 
 from pathlib import Path
 
-from stagecraft import schema
+from stagecraft import schema, stores
 from stagecraft.anatomy import figures, roles
 from stagecraft.anatomy.statistics import (
     CONFIDENCE,
@@ -65,7 +65,8 @@ def compare(
         "baseline": base.label,
         "confidence": CONFIDENCE,
         "runs": [
-            {"folder": str(run.folder), "seed": run.config.get("seed")} for run in runs
+            {"folder": stores.named(run.folder), "seed": run.config.get("seed")}
+            for run in runs
         ],
         "world": runs[0].config.get("world", {}),
         "split": runs[0].config.get("measure", {}).get("split", ""),
