@@ -284,6 +284,8 @@ _SHOWN = (
     "objective/scores",
     "objective/kl",
     "reward",
+    "frac_reward_zero_std",  # where it is 1, no group of answers teaches anything
+    "completions/mean_length",
     "kl",
 )
 

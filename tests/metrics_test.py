@@ -74,6 +74,16 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
     assert "loss 0.25" in lines[-1] and "tokens/s" in lines[-1]
 
 
+def test_progress_of_rewards_says_whether_any_group_teaches():
+    stream = io.StringIO()
+    progress = metrics.Progress("grpo", 1, log=1, stream=stream)
+    values = {"loss": 0.0, "reward": 0.25, "frac_reward_zero_std": 1.0}
+    progress.step(1, values | {"completions/mean_length": 48.0, "other": 3.0})
+    line = stream.getvalue()
+    assert "reward 0.25  frac_reward_zero_std 1  mean_length 48" in line
+    assert "other" not in line
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
