@@ -7,7 +7,14 @@ data holds {"prompt","answer"}, as GSM8K with its keys renamed; `answer` goes to
 verifier as every key does. verifier= names another than `number`: docs/verifiers.md
 lists those that ship, and verifier=FILE.py:function is one of your own, called as TRL
 calls its reward functions. `group` answers are sampled to each prompt. model is usually
-one that recipes/sft_from_hf has trained. No result has been measured with it yet.
+one that recipes/sft_from_hf has trained.
+
+Measured with SmolLM2-135M-Instruct on GSM8K's problems of less than 220 characters, on
+two CPU cores, one seed, a function as people write them for TRL that pays 1 where the
+completion holds the answer (verifier=rewards.py:trl_style,group=4,answer=48,batch=2,
+steps=12,lr=1e-5): it runs and logs rewards/trl_style/mean; 8 completions a step earn 0
+to 0.5, 9 of 96 in all, and 48 tokens end almost no answer. That is too short to learn
+from: two thirds of the steps have no group that differs.
 """
 
 from experiments import common
