@@ -18,7 +18,9 @@ from stagecraft.models.config import ModelConfig
 
 # Keys that change no number of a run: a run may be resumed with others, and stages that
 # differ in nothing else are one arm of a comparison.
-KEYS_WITHOUT_EFFECT = ("mesh", "offload", "every", "cache", "workers", "trackers")
+KEYS_WITHOUT_EFFECT = (
+    *("mesh", "rollout_mesh", "offload", "every", "cache", "workers", "trackers"),
+)
 
 
 def experiment():
@@ -82,6 +84,14 @@ def stage_mesh():
     """Those of one stage; 0: as the experiment."""
     sizes = dict(data=0, fsdp=0, tensor=0, context=0, expert=0)
     return schema.group(**sizes, dcn_data=0, dcn_fsdp=0)
+
+
+def _rollouts_apart(c):
+    # With devices > 0 the last so many sample, and the others train; 0: all do both.
+    c.rollout_mesh = schema.group(devices=0, data=-1, fsdp=1, tensor=1)
+    c.staleness = 0  # updates that a rollout may be old, so that both work at once
+    c.importance_cap = 2.0  # on what a token of an old rollout counts
+    return c
 
 
 def model():
@@ -251,16 +261,8 @@ def _mixture():
 
 def _pairs(kind, objective):
     c = _base(kind, objective)
-    c.data = schema.group(
-        files="",
-        **_reading("drop"),
-        heldout="",
-        heldout_share=0.0,
-        length=128,
-        buckets=(),
-        **_mixture(),
-        workers=0,
-    )
+    rows = dict(heldout="", heldout_share=0.0, length=128, buckets=(), workers=0)
+    c.data = schema.group(files="", **_reading("drop"), **rows, **_mixture())
     return c
 
 
@@ -336,7 +338,7 @@ def _online_preference():
 
 
 def _group_policy():
-    c = _rewards(_base("group_policy", "ppo_policy"))
+    c = _rollouts_apart(_rewards(_base("group_policy", "ppo_policy")))
     c.batch_size = 16  # prompts; rows are group_size times as many
     c.data = _heldout_prompts()
     c.reference_from = ""  # "": the parent
@@ -372,7 +374,7 @@ def _policy():
         cache="",
     )
     c.reference_from = ""  # "": the parent
-    c = _rewards(c)
+    c = _rollouts_apart(_rewards(c))
     c.value_from = ""  # "": the reward model; without one, the policy and a new head
     c.sampling = sampling()
     c.epochs = 4

@@ -279,6 +279,7 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         verifiers=scorers or None,
         dataset=data.dataset,
         unseen_ids=unseen,
+        rollout_mesh=run.rollout_mesh(stage),
     )
 
 

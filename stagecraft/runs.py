@@ -75,11 +75,39 @@ class Run:
 
     def mesh(self, name: str | None = None) -> jax.sharding.Mesh:
         """Returns the run's mesh, or that of a stage."""
-        sizes = dict(self.config.mesh)
+        sizes, devices = dict(self.config.mesh), self.devices
         if name:
-            own = self.config.stages[name].mesh
-            sizes |= {axis: size for axis, size in own.items() if size}
-        return sharding.make_mesh(**sizes, devices=self.devices)
+            stage = self.config.stages[name]
+            sizes |= {axis: size for axis, size in stage.mesh.items() if size}
+            if apart := _apart(stage):
+                devices, _ = self._split(apart, f"stages.{name}.")
+        return sharding.make_mesh(**sizes, devices=devices)
+
+    def rollout_mesh(self, stage: Any) -> jax.sharding.Mesh | None:
+        """Returns the mesh that a stage samples on; None where that is its own.
+
+        Args:
+            stage: the stage's config.
+        """
+        if not (apart := _apart(stage)):
+            return None
+        _, devices = self._split(apart)
+        sizes = {axis: size for axis, size in stage.rollout_mesh.items()}
+        del sizes["devices"]
+        return sharding.make_mesh(**sizes, devices=devices)
+
+    def _split(self, apart, where=""):
+        """Splits the devices, or their number, into those that train and the last."""
+        every = jax.devices() if self.devices is None else self.devices
+        count = every if isinstance(every, int) else len(every)
+        if not 0 < apart < count:
+            raise UserError(
+                f"{where}rollout_mesh.devices={apart}: expected from 0 (all devices "
+                f"train and sample) to {count - 1}, since of {count} one must train"
+            )
+        if isinstance(every, int):
+            return count - apart, apart
+        return every[:-apart], every[-apart:]
 
     def model(self, name: str, mesh: jax.sharding.Mesh | None = None) -> Any:
         """Reads the parameters of a finished stage, or of a Hugging Face folder.
@@ -114,6 +142,11 @@ class Run:
         if source.outward:
             return self.tokenizer.template is not None
         return StageRecord.read_finished(source.folder).format != "text"
+
+
+def _apart(stage):
+    """Returns the devices that a stage samples on alone; 0 for none."""
+    return stage.get("rollout_mesh", {}).get("devices", 0)
 
 
 def whole_rows(least: int, mesh: jax.sharding.Mesh) -> int:

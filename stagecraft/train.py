@@ -88,7 +88,7 @@ def train(
             while loop.step < config.steps:
                 loop.watch()
                 with loop.pace(loop.step + 1):
-                    loop.update(jax.random.fold_in(step_key, loop.step))
+                    loop.update(step_key)
                     late, stop = loop.agreed(stopping)
                 if loop.due(config.every.save) or late or stop:
                     loop.save()
@@ -125,6 +125,7 @@ class _Loop:
         self.step = self.last_saved = 0
         self.work = {}  # {what was done with tokens, padding too: count}
         self.num_tokens = 0.0  # seen, without padding
+        self.begun = {}  # {later step: its rollout}; after a restart there is none
         self.pending = None  # the newest step's numbers, not yet read
         self.since = {}  # {metric: [sum, steps]} since the last line was logged
         self.saved_at = time.monotonic()
@@ -141,7 +142,7 @@ class _Loop:
             own = (
                 None if mesh.empty else functools.partial(sharding.own_rows, mesh=mesh)
             )
-            self.iterator = data.iterator(own=own)
+            self.data, self.iterator = data, data.iterator(own=own)
             self.state, latest, saved = self._newest()
             if latest is not None:
                 self.step = self.last_saved = latest
@@ -218,12 +219,12 @@ class _Loop:
         )
 
     def update(self, key):
-        """Takes one step; `key` is its own."""
+        """Takes one step; `key` is folded with its number."""
         with self.clock("data"):
             raw = next(self.iterator)
         self.pace.ready()
         with self.clock("prepare"):
-            batch = self.stage.prepare(self.state, raw, key)
+            batch = self._prepare(raw, key)
         with self.clock("update"):
             self.state, values = self.stage.update(self.state, batch)
             self.step += 1
@@ -235,6 +236,20 @@ class _Loop:
         self.work["context"] = (work.pop("length") + 1) / 2
         for use, count in work.items():
             self.work[use] = self.work.get(use, 0) + count
+
+    def _prepare(self, raw, key):
+        """Prepares a batch, and starts the rollouts that later steps will take."""
+        own = jax.random.fold_in(key, self.step)
+        if self.stage.ahead is None:
+            return self.stage.prepare(self.state, raw, own)
+        begun = self.begun.pop(self.step, None)
+        batch = self.stage.prepare(self.state, raw, own, begun)
+        end = min(self.step + self.config.staleness + 1, self.config.steps)
+        for step in range(self.step + 1, end):
+            if step not in self.begun:
+                later, own = self.data.batch_at(step), jax.random.fold_in(key, step)
+                self.begun[step] = self.stage.ahead(self.state, later, own)
+        return batch
 
     def save(self):
         """Saves a step whose numbers are finite."""

@@ -95,6 +95,11 @@ def stages(
     this.tokenizer, _ = vocabulary(config)
     described = {}
     for name in experiment.order(config):
+        if this.rollout_mesh(config.stages[name]):
+            raise UserError(
+                f"stages.{name}.rollout_mesh.devices: what a stage needs on two meshes "
+                "cannot be planned yet; set it to 0, and plan each for its own devices"
+            )
         if kinds.of(config.stages[name]).trains:
             shapes = _stage(this, name, described)
             if name in names:

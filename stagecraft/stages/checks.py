@@ -1,5 +1,7 @@
 """What several kinds of stages refuse in a config, each in one line that says where."""
 
+import jax
+
 from stagecraft import defaults, losses, optim, schema, sharding
 from stagecraft.data import mixture
 from stagecraft.errors import UserError
@@ -219,6 +221,50 @@ def sequence_losses(where, config, combined, aggregation=""):
             "one loss a completion, so it needs a group_policy stage with "
             "aggregation='grpo', the mean over completions"
         )
+
+
+def apart(where, config, experiment, loss, prompts):
+    """Checks rollouts apart from training: their mesh, and how old they may be.
+
+    Args:
+        loss: the stage's `objective.Loss`.
+        prompts: that are sampled from at once.
+    """
+    schema.positive(f"{where}.staleness", config.staleness, zero=True)
+    schema.positive(f"{where}.importance_cap", config.importance_cap)
+    sizes = dict(config.rollout_mesh)
+    devices = sizes.pop("devices")
+    if not devices:
+        keys = [f"rollout_mesh.{axis}" for axis in sizes] + ["staleness"]
+        unread(where, config, dict.fromkeys(keys, "rollout_mesh.devices=0"))
+    if not config.staleness:
+        unread(where, config, {"importance_cap": "staleness=0"})
+    elif loss.by_sequence:
+        raise UserError(
+            f"{where}.staleness={config.staleness}: {loss.by_sequence[0]} has one loss "
+            "a completion, and old tokens are weighed one by one; set it to 0, or use "
+            "a loss by tokens"
+        )
+    if not devices:
+        return
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{where}.rollout_mesh.devices={devices}: takes a run of one process, this "
+            f"has {jax.process_count()}; set it to 0"
+        )
+    try:
+        mesh = sharding.make_mesh(**sizes, devices=devices)
+    except UserError as error:
+        raise UserError(f"{where}.rollout_{error}") from None
+    across = sharding.row_shards(mesh)
+    if prompts % across:
+        raise UserError(
+            f"{where}.rollout_mesh: {prompts} prompts do not divide over "
+            f"{sharding.rows_split_by(mesh)} devices; change batch_size, or "
+            "rollout_mesh.tensor"
+        )
+    shape = ModelConfig(vocab_size=experiment.tokenizer.vocab_size, **experiment.model)
+    check_mesh(shape, mesh)
 
 
 def reference(where, config, loss):

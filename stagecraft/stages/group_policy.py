@@ -5,9 +5,9 @@ three independent choices: how rewards become advantages (`advantage`), how a to
 loss is built (`objective`), and how tokens are averaged (`aggregation`).
 
 Source: Shao et al. 2024 (arxiv.org/abs/2402.03300); Yu et al. 2025
-(arxiv.org/abs/2503.14476) for the filters. Not here: correction for a sampler that runs
-other kernels than the trainer (both are one model here, and `val/rollout_logp_gap`
-says how far they are apart).
+(arxiv.org/abs/2503.14476) for the filters. Not here, unless rollouts may be old
+(staleness): correction for a sampler that runs other kernels than the trainer (both are
+one model here, and `val/rollout_logp_gap` says how far they are apart).
 """
 
 import functools
@@ -19,7 +19,7 @@ from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
 from stagecraft.signals import verifiers
-from stagecraft.stages import checks, objective, rollout, stage, update
+from stagecraft.stages import apart, checks, objective, rollout, stage, update
 from stagecraft.stages.kind import JUDGE, REFERENCE, REWARD, START, Kind
 from stagecraft.stages.policy import OFFERS, PLACES
 from stagecraft.stages.rollout import response_logps
@@ -56,7 +56,7 @@ def make(config, context):
         )
 
     # By the policy that sampled, and by the reference.
-    scoring_passes = needs_reference + (needs_reference or _several_steps(config))
+    scoring_passes = needs_reference + (needs_reference or _needs_old(config))
 
     def work(raw, batch=None):
         prompts, prompt = raw["prompt_ids"].shape
@@ -94,9 +94,9 @@ def _score_metrics(config, samples, scores, scored):
     return {"reward": masked.Mean.of(_shaped(scores, samples, config), scored)}
 
 
-def _several_steps(config):
+def _needs_old(config):
     """Returns whether some update is on samples of an older policy."""
-    return config.epochs * config.minibatches > 1
+    return config.epochs * config.minibatches > 1 or config.staleness > 0
 
 
 def score_groups(
@@ -137,12 +137,17 @@ def score_groups(
     names = ("ids", "segments", "positions", "tokens", "fold")
     arrays = {k: samples[k] for k in names if k in samples}
     penalty = None
-    if _several_steps(config) or needs_reference:
+    if needs_reference or _needs_old(config):
         old = response_logps(policy, samples, config.sampling.temperature)
         arrays["old_logps"] = old.logps
         gap = jnp.abs(samples["behaviour_logps"] - old.logps)
         metrics["val/rollout_logp_gap"] = of(gap, mask)
         metrics["val/rollout_logp_gap_max"] = masked.Max.of(gap, mask)
+        if config.staleness:
+            arrays["importance"], told = apart.importance(
+                samples, old.logps, mask, config.importance_cap
+            )
+            metrics |= told
     if needs_reference:
         ref = response_logps(reference, samples, config.sampling.temperature)
         arrays["ref_logps"] = ref.logps
@@ -258,6 +263,7 @@ def make_objective(config):
         if "ref_logps" in batch:
             offered["ref_logps"] = masked.clear(batch["ref_logps"], mask)
         loss, metrics = loss_fn.apply(offered)
+        loss["policy"] = apart.corrected(loss["policy"], batch)
         if in_loss:
             loss["kl"], kl_metrics = losses.kl_in_loss(
                 offered["logps"],
@@ -311,6 +317,7 @@ def _check(where, config, experiment, mesh):
         where, config, experiment, mesh, KIND, rows=rows, at_once=at_once
     )
     checks.sequence_losses(where, config, loss, config.aggregation)
+    checks.apart(where, config, experiment, loss, prompts)
     if not config.kl_coef:
         checks.reference(where, config, loss)
 

@@ -24,7 +24,7 @@ from stagecraft import losses, masked, optim, schema, sharding
 from stagecraft.data import prompts
 from stagecraft.errors import UserError
 from stagecraft.signals import verifiers
-from stagecraft.stages import checks, objective, rollout, stage, update
+from stagecraft.stages import apart, checks, objective, rollout, stage, update
 from stagecraft.stages.kind import JUDGE, REFERENCE, REWARD, START, Kind, Role
 from stagecraft.stages.rollout import response_logps
 
@@ -171,6 +171,11 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
     metrics |= rollout.source_metrics(rewards, rollouts.names)
     names = ("ids", "segments", "positions", "tokens", "fold")
     inputs = {k: samples[k] for k in names if k in samples}
+    if config.staleness:
+        inputs["importance"], told = apart.importance(
+            samples, logps["old_logps"], mask, config.importance_cap
+        )
+        metrics |= told
     return {
         "rollout": inputs | {"mask": mask} | logps | targets,
         "order": update.shuffled_minibatches(config, len(mask), key),
@@ -311,6 +316,7 @@ def make_objective(config):
             "entropy": stats.entropy,
         }
         loss, metrics = loss_fn.apply(offered)
+        loss["policy"] = apart.corrected(loss["policy"], batch)
         values, _ = response_values(model["value"], batch)
         loss["value"], value_metrics = losses.ppo_value(
             values, batch["old_values"], batch["returns"], clip=config.value_clip
@@ -429,6 +435,7 @@ def _check(where, config, experiment, mesh):
         )
     loss = checks.training(where, config, experiment, mesh, KIND, rows=rows)
     checks.sequence_losses(where, config, loss)
+    checks.apart(where, config, experiment, loss, config.batch_size)
 
 
 def _check_unread(where, config):

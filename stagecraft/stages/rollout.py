@@ -19,6 +19,7 @@ from stagecraft.models.language import padded
 from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import folding, stage
+from stagecraft.stages.apart import Begun, Between
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble, unless_unmoved
 
@@ -31,25 +32,37 @@ REWARD_MODEL = "reward_model"  # its name among the rewards
 class Rollouts(NamedTuple):
     """How a stage samples and scores.
 
+    `sample` is the seam for another sampler, an inference server say: all that is asked
+    of it is that its rollout is of these weights or older ones, and that
+    behaviour_logps are of the distribution that it sampled from.
+
     Attributes:
         sample: (policy, raw, key) -> rollout; raw is prompt_ids i32[B, P] and
-            prompt_mask bool[B, P]. The rollout: ids, segments, positions
-            i32[R, P + N], tokens i32[R, N], mask bool[R, N], behaviour_logps
-            f32[R, N], ended bool[R], with R = B * samples rows, those of one prompt
-            next to each other, and N the longest completion, rounded up.
+            prompt_mask bool[B, P], padded on the left; the same key samples the same.
+            The rollout, rows split over the stage's mesh: ids, segments, positions
+            i32[R, P + N], tokens i32[R, N], mask bool[R, N] (through the stop token),
+            behaviour_logps f32[R, N] (nats, at the temperature), ended bool[R] (not cut
+            off), with R = B * samples rows, those of one prompt next to each other, and
+            N the longest completion, rounded up.
+        begin: like `sample`, but the rollout is not waited for; and
+        finish: what `begin` returned -> the rollout.
         score: (rollout, index, step) -> rewards f32[R, S], one column a source, not
             finite where it has none (`verifiers.total`); index i32[B] says which
             records the prompts are, step the updates done.
         programs: (policy, raw) -> ({name: Program}, rollout, rewards), all as shapes.
         names: the S sources.
         weights: their weights.
+        staleness: the updates that a rollout may be old.
     """
 
     sample: Callable
+    begin: Callable
+    finish: Callable
     score: Callable
     programs: Callable
     names: tuple[str, ...]
     weights: tuple[float, ...]
+    staleness: int = 0
 
 
 def make(config, context, *, samples=1):
@@ -71,29 +84,41 @@ def make(config, context, *, samples=1):
             f"reward_weights={weights}: expected one for each of the {len(names)} "
             f"rewards ({', '.join(names) or 'none: set reward_from or verifiers'})"
         )
-    by_rows = sharding.batch_sharding(mesh)
+    by_rows, between = (
+        sharding.batch_sharding(mesh),
+        Between(mesh, context.rollout_mesh),
+    )
+    sampled_rows = sharding.batch_sharding(between.sampling)
 
     def generate(policy, raw, key):
         return _generate(policy, raw, key, config, context.stop_ids, samples)
 
-    generate_jitted = stage.jit(generate, by_rows)
+    generate_jitted = stage.jit(generate, sampled_rows)
     score_jitted = stage.jit(model_scores, by_rows)
 
-    longest_jitted = stage.jit(longest, sharding.whole(mesh))
+    longest_jitted = stage.jit(longest, sharding.whole(between.sampling))
 
     @functools.cache
     def trim_jitted(tokens):
-        return stage.jit(functools.partial(trim, tokens=tokens), by_rows)
+        return stage.jit(functools.partial(trim, tokens=tokens), sampled_rows)
 
-    def sample(policy, raw, key):
-        with section("sample"):
-            arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
-            samples = jax.block_until_ready(generate_jitted(policy, arrays, key))
+    def begin(policy, raw, key):
+        arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
+        with between.sampler():
+            return generate_jitted(between.weights(policy), *between.rows(arrays, key))
+
+    def finish(samples):
+        with section("sample"), between.sampler():
+            jax.block_until_ready(samples)
             # Then every pass over the rollout is shorter, by a program for each length.
             tokens = padded(int(longest_jitted(samples["mask"])))
             if tokens <= WORTH_CUTTING * samples["tokens"].shape[1]:
                 samples = trim_jitted(tokens)(samples)
-            return samples
+            return between.back(samples)
+
+    def sample(policy, raw, key):
+        with section("sample"):
+            return finish(begin(policy, raw, key))
 
     def score(rollout, index, step):
         columns = []
@@ -112,9 +137,11 @@ def make(config, context, *, samples=1):
 
     def programs(policy, raw):
         arrays = {k: raw[k] for k in ("prompt_ids", "prompt_mask")}
-        arguments = (policy, stage.abstract_rows(arrays, mesh), stage.abstract_key())
-        every = {"sample": Program(generate, arguments, by_rows)}
-        rollout = every["sample"].results()
+        rows = stage.abstract_rows(arrays, between.sampling)
+        arguments = (between.abstract_weights(policy), rows, stage.abstract_key())
+        on = context.rollout_mesh
+        every = {"sample": Program(generate, arguments, sampled_rows, mesh=on)}
+        rollout = sharding.with_shardings(every["sample"].results(), by_rows)
         if reward_model is not None:
             arguments = (stage.abstract_frozen(reward_model, mesh), rollout)
             every["score"] = Program(model_scores, arguments, by_rows)
@@ -122,7 +149,8 @@ def make(config, context, *, samples=1):
         rewards = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
         return every, rollout, rewards
 
-    return Rollouts(sample, score, programs, names, weights)
+    staleness = config.get("staleness", 0)  # not of every kind
+    return Rollouts(sample, begin, finish, score, programs, names, weights, staleness)
 
 
 def make_stage(
@@ -166,15 +194,28 @@ def make_stage(
     )
     reference = context.parents.get("reference")
     judge_jitted = stage.jit(judge, placement)
+    ages_jitted = stage.jit(_ages, sharding.batch_sharding(mesh))
 
-    def prepare(state, raw, key):
+    def ahead(state, raw, key):
+        raw, _ = stage.split_index(raw, mesh)
+        policy = _policy(lora.join(frozen, state.model))
+        # The update takes the state's buffers, while this is still to be computed.
+        return Begun(rollouts.begin(policy, raw, split(key)[0]), jnp.copy(state.step))
+
+    def prepare(state, raw, key, begun=None):
         raw, index = stage.split_index(raw, mesh)
         sample_key, judge_key = split(key)
         # Waiting (nothing is moved to the host) makes the times tell apart.
         with section("update"):
             jax.block_until_ready(state.model)
         model = lora.join(frozen, state.model)
-        samples = rollouts.sample(_policy(model), raw, sample_key)
+        if begun is None:
+            samples = rollouts.sample(_policy(model), raw, sample_key)
+        else:
+            samples = rollouts.finish(begun.rollout)
+        if rollouts.staleness:
+            step = state.step if begun is None else begun.step
+            samples["age"] = ages_jitted(samples["ended"], state.step, step)
         with section("score"):
             rewards = rollouts.score(samples, index, state.step)
             # Only now: the same completion twice has the same reward to the bit.
@@ -186,6 +227,10 @@ def make_stage(
     def prepared(raw):
         model = beginning.abstract_model()
         programs, samples, rewards = rollouts.programs(_policy(model), raw)
+        if rollouts.staleness:
+            rows, step = samples["ended"], beginning.abstract.step
+            shapes = jax.eval_shape(_ages, rows, step, step)
+            samples["age"] = sharding.with_shardings(shapes, rows.sharding)
         extra = {name: beginning.abstract.extra[name] for name in carried}
         frozen_model = None
         if reference is not None:
@@ -226,6 +271,7 @@ def make_stage(
         prepared=prepared,
         evaluate=evaluate,
         work=work,
+        ahead=ahead if rollouts.staleness else None,
     )
 
 
@@ -265,6 +311,11 @@ def make_folding(context, config, order):
 
 def _policy(model):
     return model["policy"] if isinstance(model, dict) else model
+
+
+def _ages(rows, step, sampled_at):
+    """Returns i32[R], the updates between a rollout's weights and those of now."""
+    return jnp.broadcast_to(step - sampled_at, rows.shape)
 
 
 def _generate(policy, raw, key, config, stop_ids, samples):

@@ -5,6 +5,7 @@ update is always batch -> loss -> gradient, a prepared batch saved to disk repla
 bug, and no frozen tree ever enters a gradient.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ class Stage(NamedTuple):
 
     Attributes:
         init: (key) -> State, every array sharded from the start.
-        prepare: (state, raw, key) -> batch. Frozen models act here.
+        prepare: (state, raw, key) -> batch. Frozen models act here. A stage with
+            `ahead` also takes what that returned for this batch and key, or None.
         update: (state, batch) -> (state, {metric: number}); jitted, state donated.
         evaluate: (state, raw, key) -> {metric: Mean or Max} of a raw held-out batch,
             still to be merged with those of other batches; of the weights that are
@@ -41,15 +43,18 @@ class Stage(NamedTuple):
         frozen: what `State.model` is an adapter of: a module, or a dict of them; None
             where a model is trained whole. `lora.join(frozen, state.model)` is the
             model. It is never donated, and frozen models may share its buffers.
+        ahead: (state, raw, key) -> a rollout that the model of now samples for a later
+            batch, with its key; not waited for. None where a stage samples none ahead.
     """
 
     init: Callable[[jax.Array], "State"]
-    prepare: Callable[["State", dict, jax.Array], dict]
+    prepare: Callable[..., dict]
     update: Callable[["State", dict], tuple["State", dict]]
     evaluate: Callable[["State", dict, jax.Array], dict]
     work: Callable[..., dict[str, int]]
     programs: Callable[[dict], dict[str, "Program"]]
     frozen: Any = None
+    ahead: Callable[["State", dict, jax.Array], Any] | None = None
 
 
 class State(NamedTuple):
@@ -91,6 +96,7 @@ class Context(NamedTuple):
         dataset: the `data.Dataset` trained on, or None.
         unseen_ids: ids of pieces that the parent never saw, because it was trained on
             bare text and this stage learns chat turns.
+        rollout_mesh: the mesh that rollouts are sampled on; None for `mesh`.
     """
 
     mesh: Mesh
@@ -100,6 +106,7 @@ class Context(NamedTuple):
     verifiers: Any = None
     dataset: Any = None
     unseen_ids: tuple[int, ...] = ()
+    rollout_mesh: Mesh | None = None
 
 
 class Program(NamedTuple):
@@ -111,22 +118,29 @@ class Program(NamedTuple):
         placement: shardings of what it returns, a tree or a prefix of one; None leaves
             them to the compiler.
         donate: positions of the arguments whose buffers the result may take.
+        mesh: the mesh that it runs on, where that is not the stage's.
     """
 
     function: Callable
     arguments: tuple
     placement: Any = None
     donate: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     def lower(self):
         """Returns the lowered program: `compile` it, or read its text and its cost."""
         jitted = jit(self.function, self.placement, self.donate)
-        return jitted.lower(*self.arguments)
+        with self._its_mesh():
+            return jitted.lower(*self.arguments)
 
     def results(self):
         """Returns the shapes, with shardings, of what the function returns."""
-        shapes = jax.eval_shape(_on_devices(self.function), *self.arguments)
+        with self._its_mesh():
+            shapes = jax.eval_shape(_on_devices(self.function), *self.arguments)
         return sharding.with_shardings(shapes, self.placement)
+
+    def _its_mesh(self):
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
 def jit(function, placement=None, donate=()):

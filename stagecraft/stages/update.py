@@ -299,6 +299,7 @@ def assemble(
     objective=None,
     prepare_heldout=None,
     evaluate: Any = None,
+    ahead: Any = None,
 ) -> Stage:
     """Builds the stage from its functions.
 
@@ -306,7 +307,7 @@ def assemble(
         mesh: the mesh.
         beginning: a `stage.Beginning`.
         update: (state, batch, frozen) -> (state, metrics), pure and not jitted.
-        prepare, work: as in `Stage`.
+        prepare, work, ahead: as in `Stage`.
         prepared: (raw) -> ({name: Program} that `prepare` runs, the batch it returns as
             shapes); None where it only puts the raw batch on the mesh.
         objective: the `Objective` that a held-out batch is evaluated with, once it went
@@ -340,6 +341,7 @@ def assemble(
         work=work,
         programs=programs,
         frozen=frozen,
+        ahead=ahead,
     )
 
 

@@ -122,7 +122,16 @@ def config(kind, **changes):
     return defaults.stage(kind, **(SETTINGS.get(kind, {}) | changes))
 
 
-def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
+def stage(
+    kind,
+    mesh,
+    *,
+    verifiers=None,
+    without=(),
+    start=None,
+    rollout_mesh=None,
+    **changes,
+):
     """A stage of one kind, its raw batch, and its config.
 
     Args:
@@ -131,6 +140,7 @@ def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
         verifiers: for stages that sample.
         without: roles that nobody plays.
         start: a model to start from in place of the policy.
+        rollout_mesh: that a stage samples on, where it is not `mesh`.
         **changes: to the config.
     """
     stage_config = config(kind, **changes)
@@ -139,6 +149,7 @@ def stage(kind, mesh, *, verifiers=None, without=(), start=None, **changes):
     known["judge"] = known["policy"]
     roles = {name: known[name] for name in RECORDS[kind].roles if name not in without}
     context = Context(mesh, CONFIG, roles, stop_ids=(STOP,), verifiers=verifiers)
+    context = context._replace(rollout_mesh=rollout_mesh)
     return RECORDS[kind].make(stage_config, context), BATCH[kind](), stage_config
 
 
