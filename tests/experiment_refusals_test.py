@@ -242,6 +242,49 @@ SETTINGS = [
         "ptx_rows=0 with data.ptx='none.txt': set both",
     ),
     ("policy", dict(data=dict(ptx_rows=4)), "ptx_rows=4 with data.ptx='': set both"),
+    *(
+        (kind, dict(devices=-1, rollout_mesh=rollout_mesh) | changes, says)
+        for kind, rollout_mesh, changes, says in (
+            (
+                "policy",
+                dict(devices=8),
+                {},
+                "stages.it.rollout_mesh.devices=8: .* to 7",
+            ),
+            (
+                "policy",
+                dict(devices=-1),
+                {},
+                "rollout_mesh.devices=-1: expected from 0",
+            ),
+            (
+                "group_policy",
+                dict(devices=4, data=3),
+                {},
+                "stages.it.rollout_mesh: data=3, .* needs 3 devices, but 4 are",
+            ),
+            (
+                "policy",
+                dict(devices=6),
+                dict(batch_size=8),
+                "rollout_mesh: 8 prompts do not divide over data . fsdp = 6 devices",
+            ),
+            (
+                "policy",
+                dict(devices=6, tensor=6),
+                {},
+                "rollout_mesh: model.heads: .* does not divide over mesh.tensor = 6",
+            ),
+            (
+                "group_policy",
+                dict(devices=4),
+                dict(staleness=1, objective="gspo", aggregation="grpo"),
+                "staleness=1: gspo has one loss a completion",
+            ),
+        )
+    ),
+    ("policy", dict(staleness=-1), "staleness=-1: expected 0 or more"),
+    ("policy", dict(importance_cap=0.0), "importance_cap=0.0: expected more than 0"),
     ("preference", dict(weighting="wpoo"), "weighting='wpoo': .* mean 'wpo'"),
     ("reward", dict(ema_decay=1.0), r"ema_decay=1.0: expected from 0 \(off\) to below"),
     ("preference", dict(ld_alpha=1.5), "ld_alpha=1.5: expected from 0 to 1"),
@@ -306,6 +349,13 @@ WITHOUT_EFFECT = [
     ("policy", dict(kl_target=1.0, kl_coef=0.0), "kl_target=1.0", "kl_coef=0.0"),
     ("policy", dict(kl_placement="loss", kl_coef=0.0), "kl_placement", "kl_coef=0.0"),
     ("policy", dict(kl_horizon=50.0), "kl_horizon=50.0", "kl_target=0.0"),
+    ("policy", dict(staleness=1), "staleness=1", "rollout_mesh.devices=0"),
+    (
+        "group_policy",
+        dict(rollout_mesh=dict(tensor=2)),
+        *("rollout_mesh.tensor=2", "rollout_mesh.devices=0"),
+    ),
+    ("policy", dict(importance_cap=3.0), "importance_cap=3.0", "staleness=0"),
     ("policy", dict(missing_eos_score=-3.0), "missing_eos_score", "replace_missing"),
     (
         "policy",
@@ -478,6 +528,14 @@ def test_a_single_sample_is_enough_for_returns():
 def test_rows_that_do_not_divide_over_the_devices(kind, changes, says):
     with pytest.raises(UserError, match=f"stages.it.{says}"):
         experiment.resolve(graph(kind, devices=8, **changes))
+
+
+def test_rollouts_apart_take_one_process(monkeypatch):
+    c = graph("policy", devices=-1, rollout_mesh=dict(devices=4))
+    experiment.resolve(c)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="devices=4: takes a run of one process, .* 2;"):
+        experiment.resolve(c)
 
 
 def test_nothing_is_compiled_or_written(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -197,6 +198,20 @@ def test_what_a_run_knows_of_its_stages(run):
     assert dict(run.mesh("sft").shape) == dict(run.mesh().shape)
     assert run.mesh("dpo").shape["data"] == 2
     assert runs.whole_rows(3, run.mesh("dpo")) == 4
+
+
+def test_a_stage_may_sample_on_the_last_devices(run):
+    apart = {"devices": 2, "data": -1, "fsdp": 1, "tensor": 2}
+    stage = {"mesh": {"data": -1}, "rollout_mesh": apart}
+    run.config.stages = ConfigDict({"ppo": stage, "sft": {"mesh": {}}})
+    training, rollout = run.mesh("ppo"), run.rollout_mesh(run.config.stages.ppo)
+    assert list(training.devices.flat) == jax.devices()[:6]
+    assert list(rollout.devices.flat) == jax.devices()[6:]
+    assert (rollout.shape["data"], rollout.shape["tensor"]) == (1, 2)
+    assert run.rollout_mesh(run.config.stages.sft) is None
+    run.devices = 4  # so many that are not here
+    assert run.mesh("ppo").size == 2
+    assert run.rollout_mesh(run.config.stages.ppo).size == 2
 
 
 def test_which_run_a_path_leads_into(run, tmp_path):

@@ -42,6 +42,43 @@ def trained(folder, finish):
     return train.train(STAGE, config, data, folder, name="x", key=key, hooks=hooks)
 
 
+@pytest.mark.parametrize(
+    ("staleness", "before", "after"),
+    [(1, [None, 0, 1], [None, 3, 4]), (2, [None, 0, 0, 1], [None, 4, 4])],
+)
+def test_rollouts_are_begun_before_the_updates_they_miss(
+    staleness, before, after, tmp_path
+):
+    """Also in a run that goes on: its first rollout is of the weights of then."""
+    seen, begun = [], set()
+
+    def name(raw, key):
+        return int(raw["n"][0]), jax.random.key_data(key).tobytes()
+
+    def ahead(state, raw, key):
+        begun.add(name(raw, key))
+        assert len(begun) <= staleness
+        return int(state.step), name(raw, key)
+
+    def prepare(state, raw, key, early):
+        step, early_name = early or (None, name(raw, key))
+        assert early_name == name(raw, key)
+        begun.discard(early_name)
+        seen.append(step)
+        return raw
+
+    stage = STAGE._replace(prepare=prepare, ahead=ahead)
+    for updates in (before, after):
+        steps = len(before) + (len(after) if updates is after else 0)
+        config = defaults.stage("policy", steps=steps, batch_size=1)
+        config.staleness = staleness
+        data = Dataset([({"n": np.arange(4)}, 1)], seed=0)
+        key = jax.random.key(0)
+        train.train(stage, config, data, tmp_path, name="x", key=key)
+        assert seen == updates and not begun
+        seen.clear()
+
+
 def test_a_failure_after_the_last_step_costs_no_training(tmp_path):
     seen = []
 

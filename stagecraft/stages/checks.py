@@ -264,7 +264,10 @@ def apart(where, config, experiment, loss, prompts):
             "rollout_mesh.tensor"
         )
     shape = ModelConfig(vocab_size=experiment.tokenizer.vocab_size, **experiment.model)
-    check_mesh(shape, mesh)
+    try:
+        check_mesh(shape, mesh)
+    except UserError as error:
+        raise UserError(f"{where}.rollout_mesh: {error}") from None
 
 
 def reference(where, config, loss):

@@ -36,6 +36,7 @@ ELSEWHERE = {
 # Another value than the default for every key that some config leaves unread.
 OTHER = {
     "kl_horizon": 500.0,
+    "importance_cap": 1.5,
     "sync_alpha": 0.5,
     "alpha": 0.25,
     "missing_eos_score": -3.0,
