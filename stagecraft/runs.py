@@ -8,6 +8,7 @@ graph. It needs no stage by name, and says in words what is missing.
 import dataclasses
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ class Run:
             sizes |= {axis: size for axis, size in stage.mesh.items() if size}
             if apart := _apart(stage):
                 devices, _ = self._split(apart, f"stages.{name}.")
+                asked = [sizes[axis] for axis in sharding.AXES if axis in sizes]
+                if self.devices is None and -1 not in asked:
+                    # As without rollouts apart, a smaller mesh has the first devices.
+                    devices = devices[: math.prod(asked)]
         return sharding.make_mesh(**sizes, devices=devices)
 
     def rollout_mesh(self, stage: Any) -> jax.sharding.Mesh | None:

@@ -209,6 +209,9 @@ def test_a_stage_may_sample_on_the_last_devices(run):
     assert list(rollout.devices.flat) == jax.devices()[6:]
     assert (rollout.shape["data"], rollout.shape["tensor"]) == (1, 2)
     assert run.rollout_mesh(run.config.stages.sft) is None
+    run.config.stages.ppo.mesh.data = 2
+    assert list(run.mesh("ppo").devices.flat) == jax.devices()[:2]
+    run.config.stages.ppo.mesh.data = -1
     run.devices = 4  # so many that are not here
     assert run.mesh("ppo").size == 2
     assert run.rollout_mesh(run.config.stages.ppo).size == 2

@@ -93,13 +93,14 @@ def stages(
     names = experiment.chosen(config, "--stage", only)
     this = runs.Run(Path(), config, devices=devices)
     this.tokenizer, _ = vocabulary(config)
+    for name, stage in config.stages.items():
+        if this.rollout_mesh(stage):
+            raise UserError(
+                f"stages.{name}.rollout_mesh.devices={stage.rollout_mesh.devices}: a "
+                "stage on two meshes cannot be planned yet; set it to 0"
+            )
     described = {}
     for name in experiment.order(config):
-        if this.rollout_mesh(config.stages[name]):
-            raise UserError(
-                f"stages.{name}.rollout_mesh.devices: what a stage needs on two meshes "
-                "cannot be planned yet; set it to 0, and plan each for its own devices"
-            )
         if kinds.of(config.stages[name]).trains:
             shapes = _stage(this, name, described)
             if name in names:

@@ -356,4 +356,42 @@ _ONLINE = in_file(
     ),
 )
 
-MUTANTS = _FOLDING + _ROLLOUT + _POLICY + _GROUP + _ONLINE
+_APART = in_file(
+    "stagecraft/stages/apart.py",
+    "tests/stages/apart_test.py -k 'numpy or once or weights'",
+    (
+        "old tokens count without a cap",
+        "jnp.minimum(ratio, cap)",
+        "ratio",
+    ),
+    (
+        "the ratio of old tokens upside down",
+        "masked.clear(old_logps, mask) - behaviour",
+        "behaviour - masked.clear(old_logps, mask)",
+    ),
+    (
+        "old tokens count as new ones",
+        "return loss * batch['importance'] if 'importance' in batch else loss",
+        "return loss",
+    ),
+    (
+        "the sampling devices keep their first weights",
+        "leaf is last",
+        "last is not None",
+    ),
+) + in_file(
+    "stagecraft/train.py",
+    "tests/train_test.py -k begun",
+    (
+        "a rollout is begun with the key of the step before",
+        "later, own = self.data.batch_at(step), jax.random.fold_in(key, step)",
+        "later, own = self.data.batch_at(step), jax.random.fold_in(key, self.step)",
+    ),
+    (
+        "rollouts are begun a step too early",
+        "min(self.step + self.config.staleness + 1, self.config.steps)",
+        "min(self.step + self.config.staleness + 2, self.config.steps)",
+    ),
+)
+
+MUTANTS = _FOLDING + _ROLLOUT + _POLICY + _GROUP + _ONLINE + _APART

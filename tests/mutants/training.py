@@ -297,8 +297,8 @@ _REPORTED = (
         ),
         (
             "one scoring pass is counted for two",
-            "needs_reference + (needs_reference or _several_steps(config))",
-            "needs_reference + _several_steps(config)",
+            "needs_reference + (needs_reference or _needs_old(config))",
+            "needs_reference + _needs_old(config)",
         ),
     ),
     *in_file(

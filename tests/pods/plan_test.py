@@ -188,6 +188,10 @@ def test_suggestions_fit_and_are_the_fastest(capsys):
         (["--topology=h200:8", "--config.mesh.data=3"], "needs 48 devices, but 8 are"),
         (["--topology=h200:64", "--stage=sfx"], "did you mean 'sft'"),
         (["--topology=h200:64", "--price=-1", "--stage=sft"], "--price=-1.0"),
+        (
+            ["--topology=h200:64", "--config.stages.grpo.rollout_mesh.devices=32"],
+            "stages.grpo.rollout_mesh.devices=32: a stage on two meshes",
+        ),
     ],
 )
 def test_bad_input_is_one_line(flags, says):

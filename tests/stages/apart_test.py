@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import sharding, train, tree
+from stagecraft import experiment, run, sharding, train, tree
 from stagecraft.data.dataset import Dataset
+from stagecraft.data.stage_data import StageData
+from stagecraft.pods.shapes import Vocabulary
+from stagecraft.runs import Run
 from stagecraft.stages import apart
+from tests.experiment_refusals_test import graph
 from tests.stages import cases
 
 STEPS = 4
@@ -69,6 +73,18 @@ def test_weights_that_stay_are_moved_once():
     assert second["frozen"] is first["frozen"]
     assert second["trained"].tolist() == [1.0] * 3
     assert second["trained"].sharding.device_set == set(rollout.devices.flat)
+
+
+def test_a_run_samples_on_the_devices_of_its_config(tmp_path):
+    scorer = dict(verifiers="length", verifier_args=dict(most=4))
+    stage = scorer | dict(rollout_mesh=dict(devices=2))
+    config = experiment.resolve(graph("group_policy", devices=2, **stage))
+    this = Run(tmp_path, config, Vocabulary(64))
+    records = StageData(records=[{"prompt": ""}])
+    stage, mesh = config.stages.it, this.mesh("it")
+    context = run.context(this, stage, mesh, {}, records)
+    assert list(context.mesh.devices.flat) == jax.devices()[:2]
+    assert list(context.rollout_mesh.devices.flat) == jax.devices()[6:]
 
 
 @pytest.fixture(scope="module")
