@@ -176,8 +176,9 @@ def _run_stage(run, name, early):
     lineage.stages[name] = _lineage(run, name, data, lineage)
     lineage.write(run.root)
     processes.barrier(f"lineage of {name}")
-    mesh, key = run.mesh(name), key_of(config, name)
+    mesh = run.mesh(name)
     with jax.set_mesh(mesh):
+        key = key_of(config, name)  # on the stage's devices, not on all of the run's
         names = experiment.parents(config, name)
         models = {p: run.model(p, mesh) for p in set(names.values())}
         parents = place_parents(stage, names, models)

@@ -87,6 +87,32 @@ def launch(script, root, stderr=subprocess.DEVNULL):
     )
 
 
+def test_a_stage_samples_apart_from_training(text, tmp_path):
+    c = config_for(text, steps=3)
+    c.mesh.data = 8
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"the cat {i}"} for i in range(8)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c.stages.grpo = defaults.stage(
+        "group_policy",
+        start_from="pretrain",
+        data=dict(files=str(prompts)),
+        verifiers="length",
+        verifier_args=dict(most=3),
+        sampling=dict(max_new_tokens=4),
+        **dict(steps=3, batch_size=4, group_size=2, staleness=1),
+        mesh=dict(data=4),
+        rollout_mesh=dict(devices=2),
+        optimizer=dict(warmup_steps=0),
+        every=dict(log=1),
+    )
+    c.measure.prompts = 0
+    run.run(c, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run" / "grpo" / "metrics.jsonl")
+    ages = [row["sampling/staleness"] for row in rows if "loss" in row]
+    assert ages == [0, 1, 1]
+
+
 def test_killed_and_run_again_equals_uninterrupted(text, tmp_path):
     straight = tmp_path / "straight"
     run.run(config_for(text, 200), straight)
