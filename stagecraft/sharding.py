@@ -128,10 +128,10 @@ def make_mesh(
 
 def _groups(sizes, slices, asked):
     """Returns for each axis the groups that the slower network splits it into."""
-    told = {f"mesh.dcn_{axis}": groups for axis, groups in asked.items() if groups}
-    if not told:
+    keys = {f"mesh.dcn_{axis}": groups for axis, groups in asked.items() if groups}
+    if not keys:
         asked = {"data": slices}
-    wrong = " * ".join(f"{key}={groups}" for key, groups in told.items())
+    wrong = " * ".join(f"{key}={groups}" for key, groups in keys.items())
     product = math.prod(max(groups, 1) for groups in asked.values())
     if any(groups < 0 for groups in asked.values()) or slices not in (1, product):
         raise UserError(

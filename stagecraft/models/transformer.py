@@ -437,11 +437,11 @@ def _remat(body, policy: str):
     if policy == "dots":
         return jax.checkpoint(body, policy=policies.dots_with_no_batch_dims_saveable)
     if policy == "offload":
-        kept = policies.save_and_offload_only_these_names(
+        elsewhere = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=list(SAVED),
             offload_src="device",
             offload_dst=sharding.HOST,
         )
-        return jax.checkpoint(body, policy=kept)
+        return jax.checkpoint(body, policy=elsewhere)
     return jax.checkpoint(body, policy=policies.save_only_these_names(*SAVED))

@@ -144,10 +144,10 @@ def score_groups(
         metrics["val/rollout_logp_gap"] = of(gap, mask)
         metrics["val/rollout_logp_gap_max"] = masked.Max.of(gap, mask)
         if config.staleness:
-            arrays["importance"], told = apart.importance(
+            arrays["importance"], ratios = apart.importance(
                 samples, old.logps, mask, config.importance_cap
             )
-            metrics |= told
+            metrics |= ratios
     if needs_reference:
         ref = response_logps(reference, samples, config.sampling.temperature)
         arrays["ref_logps"] = ref.logps

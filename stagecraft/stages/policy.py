@@ -172,10 +172,10 @@ def score_rollout(config, rollouts, model, reference, samples, rewards, key, car
     names = ("ids", "segments", "positions", "tokens", "fold")
     inputs = {k: samples[k] for k in names if k in samples}
     if config.staleness:
-        inputs["importance"], told = apart.importance(
+        inputs["importance"], ratios = apart.importance(
             samples, logps["old_logps"], mask, config.importance_cap
         )
-        metrics |= told
+        metrics |= ratios
     return {
         "rollout": inputs | {"mask": mask} | logps | targets,
         "order": update.shuffled_minibatches(config, len(mask), key),
