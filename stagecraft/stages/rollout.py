@@ -26,6 +26,7 @@ from stagecraft.stages.update import assemble, unless_unmoved
 # A rollout is cut to its longest completion, or its rows go through models in pairs,
 # where at most this share of the tokens is left.
 WORTH_CUTTING = 0.8
+LEAST = 8  # tokens that completions are cut to at least: few lengths, few programs
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
 
@@ -111,8 +112,9 @@ def make(config, context, *, samples=1):
         with section("sample"), between.sampler():
             jax.block_until_ready(samples)
             # Then every pass over the rollout is shorter, by a program for each length.
-            tokens = padded(int(longest_jitted(samples["mask"])))
-            if tokens <= WORTH_CUTTING * samples["tokens"].shape[1]:
+            whole = samples["tokens"].shape[1]
+            tokens = halved(int(longest_jitted(samples["mask"])), whole)
+            if tokens <= WORTH_CUTTING * whole:
                 samples = trim_jitted(tokens)(samples)
             return between.back(samples)
 
@@ -276,11 +278,7 @@ def make_stage(
 
 
 def make_folding(context, config, order):
-    """Makes (rollout, key) -> it, with "fold" where that spares much padding.
-
-    Args:
-        context, config, order: as of `make_stage`.
-    """
+    """Makes (rollout, key) -> it, with "fold" where that spares much padding."""
     mesh, micro_batches = context.mesh, config.micro_batches
     blocks = sharding.row_shards(mesh)
 
@@ -346,6 +344,17 @@ def _generate(policy, raw, key, config, stop_ids, samples):
 def longest(mask):
     """Returns the tokens of the longest completion; mask is bool[R, N]."""
     return mask.any(axis=0).sum(dtype=jnp.int32)
+
+
+def halved(tokens, whole):
+    """Returns the least of `whole`, its half, a quarter ... that so many tokens fit in.
+
+    >>> [halved(tokens, 34) for tokens in (34, 18, 17, 9, 1)]
+    [34, 34, 17, 9, 9]
+    """
+    while (half := (whole + 1) // 2) >= max(tokens, LEAST):
+        whole = half
+    return whole
 
 
 def trim(rollout, tokens):

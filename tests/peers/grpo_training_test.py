@@ -147,7 +147,13 @@ def test_twenty_steps(
             return now["drawn"]
 
         return rollout.Rollouts(
-            sample, lambda samples, index, step: now["paid"], None, ("pay",), (1.0,)
+            sample=sample,
+            begin=None,
+            finish=None,
+            score=lambda samples, index, step: now["paid"],
+            programs=None,
+            names=("pay",),
+            weights=(1.0,),
         )
 
     monkeypatch.setattr(rollout, "make", make)

@@ -11,8 +11,8 @@ from stagecraft.stages import rollout
 from stagecraft.stages.stage import Context
 from tests.stages import cases
 
-NEW = 40  # `padded` offers 16, 24 and 32 below it
-ENDS = 20  # tokens of the vocabulary that end a completion: 64 in all
+NEW = 40  # its half is 20, a quarter 10
+ENDS = 32  # tokens of the vocabulary that end a completion: 64 in all
 
 
 def step(kind, mesh, stops, **changes):
