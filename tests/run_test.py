@@ -13,15 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from stagecraft import (
-    defaults,
-    metrics,
-    process,
-    run,
-    schema,
-    storage,
-    train,
-)
+from stagecraft import defaults, metrics, process, run, schema, storage, train
 from stagecraft import losses as loss_functions
 from stagecraft.anatomy import summary
 from stagecraft.errors import UserError

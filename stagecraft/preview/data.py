@@ -97,8 +97,8 @@ def _counted(report):
     """Returns how many records to train on were read, kept and dropped."""
     what = next(k for k in ("documents", "pairs", "answers", "prompts") if k in report)
     dropped = report.get("dropped", 0)
-    kept = report[what]
-    return f"{kept + dropped:,} {what} read: {kept:,} kept, {dropped:,} dropped"
+    count = report[what]  # those that are left
+    return f"{count + dropped:,} {what} read: {count:,} kept, {dropped:,} dropped"
 
 
 def _steps(stage, dataset, count):
