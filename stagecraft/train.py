@@ -86,7 +86,7 @@ def train(
         with process.stoppable(loop.note_stop) as stopping:
             loop.restore(data, init_key)
             while loop.step < config.steps:
-                loop.watch()
+                loop.watch(stopping)
                 with loop.pace(loop.step + 1):
                     loop.update(step_key)
                     late, stop = loop.agreed(stopping)
@@ -95,7 +95,10 @@ def train(
                 if stop:
                     loop.stop(stop)
             loop.conclude()
-            loop.watch()
+            loop.watch(stopping)
+            # Asked for since the last step, it holds for the stages after this one.
+            if number := loop.agreed(stopping)[1]:
+                loop.stop(number)
     except UserError:
         raise
     except Exception as error:
@@ -292,19 +295,30 @@ class _Loop:
             checkpoints.save(self.step, *_split(self.state), counters)
             self.last_saved, self.saved_at = self.step, time.monotonic()
 
-    def watch(self):
-        """Evaluates the model and samples from it, where the step is due for it."""
+    def watch(self, stopping):
+        """Evaluates the model and samples from it, where the step is due for it.
+
+        Asked to stop meanwhile, it saves the step and stops: a resumed loop begins by
+        evaluating and sampling. Several processes stop together, after a step.
+        """
+        asked = stopping if self.vote is None else ()
         if self._evaluates():
+            rows = self.config.batch_size
             with self.clock("eval"):
                 figures = evaluate(
-                    self.stage, self.state, self.hooks.heldout, self.config.batch_size
+                    self.stage, self.state, self.hooks.heldout, rows, asked
                 )
-            self.writer.write(self.step, self.clock.total(), figures)
-        if self._samples():
+            if figures:
+                self.writer.write(self.step, self.clock.total(), figures)
+        if self._samples() and not asked:
             with self.clock("watch"):
                 model = deployable(self.state, self.stage.frozen)
                 samples = self.hooks.sample(model, self.step)
                 self.writer.write_samples(self.step, samples)
+        if asked and self.step:
+            if self.last_saved != self.step:
+                self.save()
+            self.stop(asked.signal)
 
     def close(self):
         """Closes whatever was opened; a save that was started is completed."""
@@ -355,12 +369,17 @@ class _Loop:
         self.progress.step(step, values, seen)
 
 
-def evaluate(stage, state, heldout, batch_size):
-    """Returns {"eval_" + metric: float} over a held-out set, each row once."""
+def evaluate(stage, state, heldout, batch_size, stopping=()):
+    """Returns {"eval_" + metric: float} over a held-out set, each row once.
+
+    {} where a request to stop comes meanwhile.
+    """
     total = None
     batches = heldout.epoch(batch_size)
     # The same keys at every evaluation, so that two of them differ in the model alone.
     for number, raw in enumerate(batches):
+        if stopping:
+            return {}
         key = jax.random.fold_in(jax.random.key(0), number)
         sums = stage.evaluate(state, raw, key)
         total = sums if total is None else masked.merge(total, sums)

@@ -1,11 +1,14 @@
-"""The loop keeps what was trained, whatever fails after the last step."""
+"""The loop keeps what was trained, whatever fails or is asked of it between steps."""
+
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stagecraft import defaults, train
+from stagecraft import defaults, masked, metrics, process, train
 from stagecraft.data.dataset import Dataset
 from stagecraft.stages.stage import Stage, State
 
@@ -104,3 +107,55 @@ def test_a_failure_after_the_last_step_costs_no_training(tmp_path):
     assert state.model["policy"]["w"].tolist() == [10.0 * STEPS] * 2
     lines = (tmp_path / "metrics.jsonl").read_text()
     assert lines.count("reward_mean") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "at"),
+    [("evaluate", 2), ("evaluate", STEPS), ("sample", 2), ("sample", STEPS)]
+    + [("finish", STEPS)],
+)
+def test_asked_to_stop_between_steps_it_goes_no_further(tmp_path, part, at):
+    """The step is saved; what was under way is done by the command that goes on."""
+    seen = []
+
+    def ask(now, step):
+        seen.append((now, int(step)))
+        if (now, int(step)) == (part, at) and stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(state, raw, key):
+        ask("evaluate", state.step)
+        return {"rows": masked.Mean.of(jnp.ones(1))}
+
+    def sample(model, step):
+        ask("sample", step)
+        return [{"prompt": "p", "completion": "c"}]
+
+    def finish(state):
+        ask("finish", state.step)
+        return state, {"reward_mean": 1.0}
+
+    config = defaults.stage("reward", steps=STEPS, batch_size=1)
+    config.every.update(save=0, eval=1, sample=1)
+    data = Dataset([({"n": np.arange(4)}, 1)], seed=0)
+    heldout = Dataset([({"n": np.arange(2)}, 1)], seed=0)
+    hooks = train.Hooks(heldout, sample, finish)
+
+    def go_on(folder):
+        stage, key = STAGE._replace(evaluate=evaluate), jax.random.key(0)
+        train.train(stage, config, data, folder, name="x", key=key, hooks=hooks)
+
+    stops = True
+    with pytest.raises(process.Stopped, match=f"saved at step {at} of {STEPS}"):
+        go_on(tmp_path / "run")
+    assert seen[-1] == (part, at)
+    stops = False
+    go_on(tmp_path / "run")
+    go_on(tmp_path / "straight")
+    files = [
+        metrics.read(tmp_path / where / "metrics.jsonl")
+        for where in ("run", "straight")
+    ]
+    for row in files[0] + files[1]:
+        row.pop("seconds")
+    assert files[0] == files[1]

@@ -246,6 +246,18 @@ _TRAIN = in_file(
         "pass",
         "tests/train_test.py",
     ),
+    (
+        "asked to stop, it looks at the whole held-out set",
+        "if stopping:\n    return {}",
+        "pass",
+        "tests/train_test.py -k further",
+    ),
+    (
+        "a step that is looked at is not saved when it stops",
+        "self.last_saved != self.step",
+        "False",
+        "tests/train_test.py -k further",
+    ),
 )
 
 _REPORTED = (
