@@ -150,7 +150,9 @@ def test_asked_to_stop_between_steps_it_goes_no_further(tmp_path, part, at):
         go_on(tmp_path / "run")
     assert seen[-1] == (part, at)
     stops = False
+    seen.clear()
     go_on(tmp_path / "run")
+    assert seen[0][1] == at  # no step is trained again
     go_on(tmp_path / "straight")
     files = [
         metrics.read(tmp_path / where / "metrics.jsonl")

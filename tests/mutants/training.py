@@ -247,7 +247,7 @@ _TRAIN = in_file(
         "tests/train_test.py",
     ),
     (
-        "asked to stop, it looks at the whole held-out set",
+        "the whole held-out set is looked at before a stop",
         "if stopping:\n    return {}",
         "pass",
         "tests/train_test.py -k further",
