@@ -17,6 +17,11 @@ import numpy as np
 from jax import Array
 
 from stagecraft import sharding
+from stagecraft.models.language import padded
+from stagecraft.stages import stage
+
+# What is cut or paired is where at most this share of the tokens is left.
+WORTH_CUTTING = 0.8
 
 
 class Fold(NamedTuple):
@@ -142,3 +147,38 @@ def _rows(array):
 def empty(rows: int, width: int) -> np.ndarray:
     """Returns what says in a batch how wide its pairs are: no elements, [R, 0, W]."""
     return np.zeros((rows, 0, width), np.int8)
+
+
+def make(config, mesh, order):
+    """Makes (rollout, key) -> it, with "fold" where pairs spare much padding.
+
+    Args:
+        config: the stage's resolved config: minibatches, micro_batches.
+        mesh: the stage's.
+        order: as of `rollout.make_stage`; None where rows stay apart.
+    """
+    if order is None:
+        return lambda samples, key: samples
+    blocks, micro_batches = sharding.row_shards(mesh), config.micro_batches
+
+    def width_of_all(segments, key):
+        rows = len(segments)
+        every = jnp.arange(rows)[None]
+        return jnp.maximum(
+            widest(segments, every, 1, blocks),
+            widest(segments, order(rows, key), micro_batches, blocks),
+        )
+
+    width_jitted = stage.jit(width_of_all, sharding.whole(mesh))
+
+    def folded(samples, key):
+        rows, length = samples["ids"].shape
+        least = rows // (config.minibatches * micro_batches)
+        if rows % (2 * blocks) or least % (2 * blocks):
+            return samples
+        width = padded(int(width_jitted(samples["segments"], key)))
+        if width > WORTH_CUTTING * 2 * length:
+            return samples
+        return samples | {"fold": sharding.shard_batch(empty(rows, width), mesh)}
+
+    return folded

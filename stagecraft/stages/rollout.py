@@ -15,7 +15,6 @@ from stagecraft import masked, sharding
 from stagecraft.errors import UserError
 from stagecraft.metrics import section
 from stagecraft.models import lora, sampling
-from stagecraft.models.language import padded
 from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import folding, stage
@@ -23,9 +22,6 @@ from stagecraft.stages.apart import Begun, Between
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble, unless_unmoved
 
-# A rollout is cut to its longest completion, or its rows go through models in pairs,
-# where at most this share of the tokens is left.
-WORTH_CUTTING = 0.8
 LEAST = 8  # tokens that completions are cut to at least: few lengths, few programs
 REWARD_MODEL = "reward_model"  # its name among the rewards
 
@@ -35,7 +31,8 @@ class Rollouts(NamedTuple):
 
     `sample` is the seam for another sampler, an inference server say: all that is asked
     of it is that its rollout is of these weights or older ones, and that
-    behaviour_logps are of the distribution that it sampled from.
+    behaviour_logps are of the distribution that it sampled from. `continued` makes a
+    rollout of what it answers; tests/stages/http_sampler_test.py is one over HTTP.
 
     Attributes:
         sample: (policy, raw, key) -> rollout; raw is prompt_ids i32[B, P] and
@@ -114,7 +111,7 @@ def make(config, context, *, samples=1):
             # Then every pass over the rollout is shorter, by a program for each length.
             whole = samples["tokens"].shape[1]
             tokens = halved(int(longest_jitted(samples["mask"])), whole)
-            if tokens <= WORTH_CUTTING * whole:
+            if tokens <= folding.WORTH_CUTTING * whole:
                 samples = trim_jitted(tokens)(samples)
             return between.back(samples)
 
@@ -191,9 +188,7 @@ def make_stage(
             update, where they may go through a model in pairs; None where not.
     """
     mesh, frozen = context.mesh, beginning.frozen
-    fold = (
-        make_folding(context, config, order) if order else lambda samples, key: samples
-    )
+    fold = folding.make(config, context.mesh, order)
     reference = context.parents.get("reference")
     judge_jitted = stage.jit(judge, placement)
     ages_jitted = stage.jit(_ages, sharding.batch_sharding(mesh))
@@ -277,36 +272,6 @@ def make_stage(
     )
 
 
-def make_folding(context, config, order):
-    """Makes (rollout, key) -> it, with "fold" where that spares much padding."""
-    mesh, micro_batches = context.mesh, config.micro_batches
-    blocks = sharding.row_shards(mesh)
-
-    def widest(segments, key):
-        rows = len(segments)
-        every = jnp.arange(rows)[None]
-        return jnp.maximum(
-            folding.widest(segments, every, 1, blocks),
-            folding.widest(segments, order(rows, key), micro_batches, blocks),
-        )
-
-    widest_jitted = stage.jit(widest, sharding.whole(mesh))
-
-    def fold(samples, key):
-        rows, length = samples["ids"].shape
-        least = rows // (config.minibatches * micro_batches)
-        if rows % (2 * blocks) or least % (2 * blocks):
-            return samples
-        width = padded(int(widest_jitted(samples["segments"], key)))
-        if width > WORTH_CUTTING * 2 * length:
-            return samples
-        return samples | {
-            "fold": sharding.shard_batch(folding.empty(rows, width), mesh)
-        }
-
-    return fold
-
-
 def _policy(model):
     return model["policy"] if isinstance(model, dict) else model
 
@@ -326,18 +291,30 @@ def _generate(policy, raw, key, config, stop_ids, samples):
         samples=samples,
         **dict(config.sampling),
     )
+    return continued(raw, *sampled)
+
+
+def continued(raw, tokens, mask, logps, ended):
+    """Returns prompts with their completions as a rollout, whoever sampled them.
+
+    Args:
+        raw: prompt_ids i32[B, P], prompt_mask bool[B, P].
+        tokens: i32[R, N], those of one prompt next to each other; mask: bool[R, N];
+            logps: f32[R, N], nats; ended: bool[R]; as of `Rollouts.sample`.
+    """
     prompt_ids, prompt_mask = (
-        jnp.repeat(raw[k], samples, axis=0) for k in ("prompt_ids", "prompt_mask")
+        jnp.repeat(raw[k], len(tokens) // len(raw[k]), axis=0)
+        for k in ("prompt_ids", "prompt_mask")
     )
-    seen = jnp.concatenate([prompt_mask, sampled.mask], axis=1)
+    seen = jnp.concatenate([prompt_mask, mask], axis=1)
     return {
-        "ids": jnp.concatenate([prompt_ids, sampled.tokens], axis=1),
+        "ids": jnp.concatenate([prompt_ids, tokens], axis=1),
         "segments": seen.astype(jnp.int32),
         "positions": jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen,
-        "tokens": sampled.tokens,
-        "mask": sampled.mask,
-        "behaviour_logps": sampled.logps,
-        "ended": sampled.ended,
+        "tokens": tokens,
+        "mask": mask,
+        "behaviour_logps": logps,
+        "ended": ended,
     }
 
 

@@ -35,6 +35,11 @@ _FOLDING = in_file(
         "lengths.reshape(len(order), -1, micro_batches).swapaxes(1, 2)",
         "lengths.reshape(len(order), micro_batches, -1)",
     ),
+    (
+        "pairs of the update's batches are not looked at",
+        "widest(segments, order(rows, key), micro_batches, blocks)",
+        "0",
+    ),
 )
 
 _ROLLOUT = in_file(
@@ -42,8 +47,8 @@ _ROLLOUT = in_file(
     "tests/stages/group_policy_test.py tests/stages/policy_test.py",
     (
         "masks from the ids",
-        "seen = jnp.concatenate([prompt_mask, got.mask], axis=1)",
-        "seen = jnp.concatenate([prompt_ids, got.tokens], axis=1) != 0",
+        "seen = jnp.concatenate([prompt_mask, mask], axis=1)",
+        "seen = jnp.concatenate([prompt_ids, tokens], axis=1) != 0",
         "tests/stages/policy_test.py tests/mutation_gaps_test.py",
     ),
     (
@@ -54,8 +59,8 @@ _ROLLOUT = in_file(
     ),
     (
         "prompts tiled, not repeated",
-        "jnp.repeat(raw[k], samples, axis=0)",
-        "jnp.tile(raw[k], (samples, 1))",
+        "jnp.repeat(raw[k], len(tokens) // len(raw[k]), axis=0)",
+        "jnp.tile(raw[k], (len(tokens) // len(raw[k]), 1))",
     ),
     (
         "verifiers get tiled prompts",
@@ -74,12 +79,6 @@ _ROLLOUT = in_file(
         "tokens = halved(int(longest_jitted(got['mask'])), whole)",
         "tokens = int(longest_jitted(got['mask'])) - 1",
         "tests/stages/lengths_test.py",
-    ),
-    (
-        "pairs of the update's batches are not looked at",
-        "folding.widest(segments, order(rows, key), micro_batches, blocks)",
-        "0",
-        "tests/stages/folding_test.py",
     ),
     (
         "work is counted as if completions were the longest",

@@ -125,15 +125,14 @@ def test_pairs_of_every_batch_have_room():
     lengths = np.array([10, 10, 1, 1])
     segments = (np.arange(40) < lengths[:, None]).astype(np.int32)
     samples = dict(ids=segments, segments=segments)
-    context = types.SimpleNamespace(mesh=cases.single())
     config = types.SimpleNamespace(minibatches=2, micro_batches=1)
 
     def width(order):
-        fold = rollout.make_folding(context, config, lambda rows, key: jnp.array(order))
+        fold = folding.make(config, cases.single(), lambda rows, key: jnp.array(order))
         return fold(samples, jax.random.key(0))["fold"].shape[-1]
 
     # All together a long one meets a short one; in batches of two, two long ones meet.
     assert width([[0, 2], [1, 3]]) == 16
     assert width([[0, 1], [2, 3]]) == 24
     config.minibatches = 4  # nothing to pair in a batch of one
-    assert "fold" not in rollout.make_folding(context, config, None)(samples, None)
+    assert "fold" not in folding.make(config, cases.single(), None)(samples, None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stagecraft import sharding, tree
-from stagecraft.stages import rollout
+from stagecraft.stages import folding, rollout
 from stagecraft.stages.stage import Context
 from tests.stages import cases
 
@@ -50,7 +50,7 @@ STOPS = dict(stop_ids=tuple(range(8, 8 + ENDS)))
 def test_a_shorter_rollout_changes_no_number(kind, changes, monkeypatch):
     mesh = cases.single()
     shape, work, metrics, values = step(kind, mesh, STOPS, **changes)
-    monkeypatch.setattr(rollout, "WORTH_CUTTING", 0)
+    monkeypatch.setattr(folding, "WORTH_CUTTING", 0)
     whole, whole_work, whole_metrics, whole_values = step(kind, mesh, STOPS, **changes)
     assert whole.length == whole.row == 8 + NEW > shape.row
     folded = kind == "policy" or "oversample" in changes
