@@ -53,21 +53,34 @@ class Attention(nnx.Module):
         self.query_norm = _head_norm(c, c.heads, "heads") if c.qk_norm else None
         self.key_norm = _head_norm(c, c.kv_heads, "kv_heads") if c.qk_norm else None
 
-    def __call__(self, x: Array, angles, attend: Callable) -> tuple[Array, Any]:
-        query = _project(x, self.query, self.query_bias)
-        key = _project(x, self.key, self.key_bias)
-        value = _project(x, self.value, self.value_bias)
-        if self.query_norm is not None:
-            query = _norm_heads(self.query_norm, query)
-            key = _norm_heads(self.key_norm, key)
-        if angles is not None:
-            query, key = rope.rotate(query, angles), rope.rotate(key, angles)
+    def __call__(
+        self, x: Array, angles, attend: Callable, norm: Callable | None
+    ) -> tuple[Array, Any]:
+        def products(x):
+            x = _maybe(norm, x)
+            return (
+                _project(x, self.query, self.query_bias),
+                _project(x, self.key, self.key_bias),
+                _project(x, self.value, self.value_bias),
+            )
+
+        def placed(x, norm):
+            x = x if norm is None else _norm_heads(norm, x)
+            return x if angles is None else rope.rotate(x, angles)
+
+        query, key, value = _computed_again(products)(x)
+        query = _computed_again(lambda x: placed(x, self.query_norm))(query)
+        key = _computed_again(lambda x: placed(x, self.key_norm))(key)
         query = checkpoint_name(query, "query")
         key = checkpoint_name(key, "key")
         value = checkpoint_name(value, "value")
         attended, extra = attend(query, key, value)
         attended = checkpoint_name(attended, "attended")
-        return _project(attended, self.out, self.out_bias, contracted=2), extra
+
+        def out(x):
+            return _project(x, self.out, self.out_bias, contracted=2)
+
+        return _computed_again(out)(attended), extra
 
 
 def _head_norm(config, count, axis):
@@ -103,14 +116,21 @@ class FeedForward(nnx.Module):
         self.up_bias = zeros((c.ff_width,), ("ff",)) if bias else None
         self.down_bias = zeros((c.width,), ("embed",)) if bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, norm: Callable | None) -> Array:
         activate = linear.ACTIVATIONS[self.activation]
-        if self.gate is None:
-            inner = activate(_project(x, self.up, self.up_bias))
-        else:
-            gate = activate(_project(x, self.gate, self.gate_bias))
-            inner = gate * _project(x, self.up, self.up_bias)
-        return _project(inner, self.down, self.down_bias)
+
+        def products(x):
+            x = _maybe(norm, x)
+            up, gate = _project(x, self.up, self.up_bias), None
+            if self.gate is not None:
+                gate = _project(x, self.gate, self.gate_bias)
+            return gate, up
+
+        def down(gate, up):
+            inner = activate(up) if gate is None else activate(gate) * up
+            return _project(inner, self.down, self.down_bias)
+
+        return _computed_again(down)(*_computed_again(products)(x))
 
 
 class Block(nnx.Module):
@@ -147,16 +167,23 @@ class Block(nnx.Module):
         Returns:
             [B, T, D]; extra; the experts' `Routing`, or None.
         """
-        y = _maybe(self.attention_norm, x)
-        attended, extra = self.attention(y, angles, attend)
+        attended, extra = self.attention(x, angles, attend, self.attention_norm)
         x = x + _maybe(self.attention_post_norm, attended)
-        y, routing = _maybe(self.ff_norm, x), None
         if self.experts is None:
-            y = self.ff(y)
+            y, routing = self.ff(x, self.ff_norm), None
         else:
-            y, routing = self.experts(y)
+            y, routing = self.experts(_maybe(self.ff_norm, x))
         x = x + _maybe(self.ff_post_norm, y)
         return sharding.constrain_tokens(x), extra, routing
+
+
+def _computed_again(part):
+    """Wraps a part of a layer; the backward pass computes its inside from its inputs.
+
+    For what is cheap beside the products: norms and activations. Else each of the
+    products that read a norm keeps a copy of it, and a scan over layers keeps them all.
+    """
+    return jax.checkpoint(part)
 
 
 def _maybe(norm, x):
