@@ -259,8 +259,9 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         unseen: ids of pieces that its parent never saw.
     """
     kind, tokenizer = kinds.of(stage), run.tokenizer
-    judging = _judging(run, stage, mesh, parents)
+    judging, every = _judging(run, stage, mesh, parents), list(parents.values())
     parents = {role: model for role, model in parents.items() if role != "judge"}
+    sole = [r for r, m in parents.items() if sum(m is other for other in every) == 1]
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, **run.config.model)
     if parents:
         shape = getattr(parents["start"], "config", shape)
@@ -281,6 +282,7 @@ def context(run, stage, mesh, parents, data, unseen=()) -> Context:
         dataset=data.dataset,
         unseen_ids=unseen,
         rollout_mesh=run.rollout_mesh(stage),
+        sole_roles=tuple(sole),
     )
 
 

@@ -44,7 +44,7 @@ def make(config, context):
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config)
     needs_reference = config.kl_coef > 0 or "ref_logps" in needs
-    trained = stage.trained(config, context.parents["start"], mesh)
+    trained = stage.trained(config, context)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=config.group_size)
     by_rows, whole = sharding.batch_sharding(mesh), sharding.whole(mesh)

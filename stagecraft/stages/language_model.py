@@ -36,7 +36,7 @@ def make(config, context):
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective = make_objective(config)
     if "start" in context.parents:
-        trained = stage.trained(config, context.parents["start"], mesh)
+        trained = stage.trained(config, context)
     else:
         trained = stage.fresh(context.model_config, mesh)
     if trained.frozen is not None and unseen and not config.lora.embeddings:

@@ -39,7 +39,7 @@ def make(config, context):
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config, begins_as_reference(context))
-    trained = stage.trained(config, context.parents["start"], mesh)
+    trained = stage.trained(config, context)
     beginning = stage.begin(config, trained, optimizer, mesh)
     rollouts = rollout.make(config, context, samples=2)
     by_rows, needs_reference = sharding.batch_sharding(mesh), "ref_logps" in needs

@@ -62,14 +62,14 @@ def make(config, context):
         a `Stage`; raw batches are prompt_ids i32[B, P], prompt_mask bool[B, P], index
         i32[B], and ptx_ids and so on [R, T] when pretraining text is mixed in.
     """
-    mesh, parents = context.mesh, context.parents
+    mesh, critic = context.mesh, "value"
+    if critic not in context.parents:  # two copies of one model
+        critic, context = "start", context._replace(sole_roles=())
     optimizers = make_optimizers(config)
     loss_objective, _ = make_objective(config)
     parts = {
-        "policy": stage.trained(config, parents["start"], mesh),
-        "value": stage.trained(
-            config, parents.get("value", parents["start"]), mesh, scalar=True
-        ),
+        "policy": stage.trained(config, context),
+        "value": stage.trained(config, context, critic, scalar=True),
     }
     beginning = stage.begin(config, parts, optimizers, mesh, kl_coef=config.kl_coef)
     rollouts = rollout.make(config, context)
@@ -87,7 +87,7 @@ def make(config, context):
             "trained": config.epochs * (tokens + mixed),
             "scalar_trained": config.epochs * tokens,
             "scored": 2 * tokens,
-            "scalar_scored": tokens + ("reward" in parents) * apart,
+            "scalar_scored": tokens + ("reward" in context.parents) * apart,
             "sampled": apart,
             "length": length,
         }

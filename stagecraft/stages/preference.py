@@ -49,7 +49,7 @@ def make(config, context):
     mesh = context.mesh
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective, needs = make_objective(config, begins_as_reference(context))
-    trained = stage.trained(config, context.parents["start"], mesh)
+    trained = stage.trained(config, context)
     needs_reference = "ref_logps" in needs
     moves = config.sync_every > 0 and needs_reference
     parent = context.parents["reference"] if moves else None

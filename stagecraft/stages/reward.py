@@ -38,7 +38,7 @@ def make(config, context):
         f32[B].
     """
     mesh = context.mesh
-    trained = stage.trained(config, context.parents["start"], mesh, scalar=True)
+    trained = stage.trained(config, context, scalar=True)
     optimizer = optim.make(config.optimizer, steps=config.steps)
     loss_objective = make_objective(config)
 

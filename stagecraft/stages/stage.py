@@ -97,6 +97,8 @@ class Context(NamedTuple):
         unseen_ids: ids of pieces that the parent never saw, because it was trained on
             bare text and this stage learns chat turns.
         rollout_mesh: the mesh that rollouts are sampled on; None for `mesh`.
+        sole_roles: roles whose model plays no other: what is trained from it may take
+            its arrays.
     """
 
     mesh: Mesh
@@ -107,6 +109,7 @@ class Context(NamedTuple):
     dataset: Any = None
     unseen_ids: tuple[int, ...] = ()
     rollout_mesh: Mesh | None = None
+    sole_roles: tuple[str, ...] = ()
 
 
 class Program(NamedTuple):
@@ -225,29 +228,31 @@ class Trained(NamedTuple):
     abstract: Any
 
 
-def trained(config, parent, mesh, *, scalar=False):
+def trained(config, context, role="start", *, scalar=False):
     """Returns the part of a parent that a stage trains, by its `lora` keys.
 
     Args:
         config: the stage's resolved config.
-        parent: a `Transformer` or a `ScalarModel`; the stage's to keep, not to change.
-        mesh: the mesh.
+        context: the stage's `Context`.
+        role: the parent's, a `Transformer` or a `ScalarModel`; the stage's to keep, and
+            not to change unless it is among `context.sole_roles`.
         scalar: whether the model has a scalar head: a new one on a `Transformer`.
     """
+    parent, mesh = context.parents[role], context.mesh
     if config.lora.rank:
         settings = lora.Settings(**config.lora)
         # A target that the model lacks is refused by the first of these.
         shapes = lora.abstract(settings, parent, mesh, scalar=scalar)
         init = lora.init_fn(settings, parent, mesh, scalar=scalar)
         return Trained(parent, init, shapes)
-    copy = make_copy(parent, mesh)
+    copy = (lambda: parent) if role in context.sole_roles else make_copy(parent, mesh)
     if not scalar or isinstance(parent, ScalarModel):
         return Trained(None, lambda key: copy(), abstract(parent, mesh))
 
     def with_head(key, body):
         return ScalarModel(body, key)
 
-    make = sharding.init_sharded(with_head, mesh)
+    make = sharding.init_sharded(with_head, mesh, donate=(1,))
     shapes = sharding.abstract(with_head, mesh, jax.random.key(0), parent)
     return Trained(None, lambda key: make(key, copy()), shapes)
 

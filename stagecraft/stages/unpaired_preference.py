@@ -50,7 +50,7 @@ def make(config, context):
     loss_objective, needs = make_objective(config, begins)
     if "delta" in needs:  # a mean of log-ratios
         needs |= {"ref_logps"}
-    trained = stage.trained(config, context.parents["start"], mesh)
+    trained = stage.trained(config, context)
     moves = config.sync_every > 0 and "ref_logps" in needs
     parent = context.parents["reference"] if moves else None
     scalars = {"delta": 0.0, "seen": 0.0} if "delta" in needs else {}
