@@ -12,7 +12,7 @@ model=runs/mine/pretrain. Go on with recipes/dpo_from_hf:model=runs/sft/sft.
 Measured with SmolLM2-135M-Instruct (weights from 4-bit blocks, float32) on GSM8K's
 7,473 demonstrations, on two CPU cores (busy ones), one seed. All weights, 30 steps of
 4 x 384 tokens (length=384,batch=4,steps=30,heldout=0.004): held-out loss 1.317 after 3
-steps and 1.018 after 30, token accuracy 0.679 and 0.733 (29 prompts), 10.9 GiB at most.
+steps and 1.018 after 30, token accuracy 0.679 and 0.733 (29 prompts), 4.4 GiB at most.
 Adapters, 20 steps of 2 x 320 tokens
 (lora=16,length=320,batch=2,steps=20,heldout=0.001): 1.123 after 2 steps and 0.986 after
 20 (6 prompts), 3.3 GiB. The two hold out different prompts: they do not compare.
