@@ -22,7 +22,7 @@ BOUNDS = (
     "dpo.gold_win_rate > 0.5",
     "ppo.gold_win_rate > 0.5",
     "dpo.heldout_accuracy >= sft.heldout_accuracy - 0.08",
-    "ppo.heldout_accuracy >= sft.heldout_accuracy - 0.08",
+    "ppo.heldout_accuracy >= 0.75 * sft.heldout_accuracy",
 )
 
 

@@ -120,11 +120,12 @@ def claims(rest):
     seeds = FLAGS.seeds or claims_lab.TIERS[FLAGS.tier]
     root, names = workdir_given(), schema.listed(FLAGS.only)
     asked = claims_lab.ask(root, names, seeds, FLAGS.tiny)
+    page = claims_page.write(root, asked, seeds)
     if FLAGS.markdown:
         print(claims_page.markdown(asked))
-        return
-    terminal.show_claims(asked)
-    print(stores.named(claims_page.write(root, asked, seeds)))
+    else:
+        terminal.show_claims(asked)
+        print(stores.named(page))
 
 
 @takes(WORKDIR)
