@@ -13,8 +13,8 @@ Measured with the SmolLM2-135M-Instruct of recipes/sft_from_hf after its 30 step
 731 pairs of a right and a wrong solution of one GSM8K question, on two CPU cores, one
 seed: 10 steps of 2 pairs (length=320,batch=2,steps=10,heldout=0.01), held-out loss
 0.6929 after 1 step and 0.6881 after 10, margins 0.0005 and 0.0103 (7 prompts: the
-direction shows, no effect does); 2 pairs of 384 tokens take 5.1 GiB at most. The same stage on the embedded world
-is in docs/results.md.
+direction shows, no effect does); 2 pairs of 384 tokens take 5.1 GiB at most. The same
+stage on the embedded world is in docs/results.md.
 """
 
 from experiments import common
