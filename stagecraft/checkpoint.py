@@ -4,7 +4,8 @@ A checkpoint has three items, so that a child stage or an export reads the param
 alone: `model` (names such as layers/attention/query), `train` (optimizer state, step
 and the rest of the stage's state) and `data` (the data iterator's state). Orbax writes
 into a temporary folder and renames it, so that a checkpoint exists whole or not at all,
-whenever the process is killed.
+whenever the process is killed. Large parameters are cut on disk, stacked layers into
+single ones: what looks at one matrix reads no other.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ import orbax.checkpoint as ocp
 
 from stagecraft import stores, tree
 from stagecraft.errors import UserError
+
+CHUNK = 1 << 22  # bytes that an array may have and be one piece on disk
 
 
 class Checkpoints:
@@ -47,7 +50,7 @@ class Checkpoints:
             data: a JSON-able dict, the data iterator's state and the stage's counters.
         """
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(_nest(model)),
+            model=ocp.args.StandardSave(_nest(model), _pieces(model)),
             train=ocp.args.StandardSave(_nest(train)),
             data=ocp.args.JsonSave(data),
         )
@@ -114,12 +117,19 @@ def open_model(folder: str | Path) -> Callable[[str], Any]:
 
     path = _newest(folder)
     store = {"driver": "ocdbt", "base": stores.key_values(path / "model")}
+    # One piece at a time: as many as there are cores would be in memory else.
+    one = {"limit": 1}
+    context = tensorstore.Context(
+        {"data_copy_concurrency": one, "file_io_concurrency": one}
+    )
 
     @functools.cache
     def opened(name):
         spec = {"driver": "zarr", "kvstore": store | {"path": name.replace("/", ".")}}
         with _whole(path):
-            return tensorstore.open(spec, read=True, open=True).result()
+            return tensorstore.open(
+                spec, read=True, open=True, context=context
+            ).result()
 
     return opened
 
@@ -211,6 +221,25 @@ def _nest(pytree):
             node = node.setdefault(folder, {})
         node[last] = leaf
     return out
+
+
+def _pieces(model):
+    """Returns how the parameters are cut on disk, a tree of `ocp.SaveArgs`.
+
+    A compressed piece can only be read whole. Above `CHUNK` bytes a stack is cut into
+    its layers, and into experts where it has them, then anything into that many bytes.
+    """
+
+    def cut(name, leaf):
+        if leaf.size * leaf.dtype.itemsize <= CHUNK:
+            return ocp.SaveArgs()
+        stacked = name.removeprefix("body/").startswith("layers/")
+        experts = "/experts/" in name and leaf.ndim > 3
+        axes = ((0, 1) if experts else (0,)) if stacked else ()
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=axes)
+
+    named = tree.named(model)
+    return _nest({name: cut(name, leaf) for name, leaf in named.items()})
 
 
 def _abstract(pytree):

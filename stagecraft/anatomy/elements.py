@@ -9,7 +9,7 @@ import numpy as np
 
 from stagecraft.errors import UserError
 
-BLOCK = 1 << 18  # weights worked on at once
+BLOCK = 1 << 17  # weights worked on at once
 ETA = 1e-3  # 2511.08567, section 3: a weight moved if |D| > ETA max(|W0|, |W1|)
 # Upper ends of the histogram of |D| in bfloat16 units in the last place of W0.
 ULPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

@@ -43,7 +43,9 @@ def _scale(before, target, dtype):
     """Finds the SD of noise whose root mean square after rounding is the target."""
     if dtype in ("F32", "F64") or not target:
         return target
-    flat = before.reshape(-1)
+    # A flat view of the axis order in memory: of any other it would be a copy.
+    stored = before if before.flags.c_contiguous else before.T
+    flat = stored.reshape(-1)
     sample = flat[:: max(1, flat.size // _SAMPLE)].astype(np.float32)
     noise = np.random.default_rng(0).standard_normal(sample.shape, np.float32)
 

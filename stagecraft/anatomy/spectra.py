@@ -50,9 +50,9 @@ class Product:
             self.parts = [part.T for part in self.parts]
         self.rows, self.columns = self.parts[0].shape
 
-    def blocks(self):
-        """Yields (start, f64 block of rows)."""
-        size = max(1, _BYTES // (8 * self.columns))
+    def blocks(self, size: int = 0):
+        """Yields (start, f64 block of rows), of so many rows or of `_BYTES`."""
+        size = size or max(1, _BYTES // (8 * self.columns))
         for start in range(0, self.rows, size):
             block = self.parts[0][start : start + size].astype(np.float64)
             if len(self.parts) > 1:
@@ -72,7 +72,9 @@ class Product:
             energies = scipy.linalg.eigvalsh(self.gram(), overwrite_a=True)
             return np.sqrt(np.clip(energies[::-1], 0.0, None))
         factor = np.zeros((0, self.columns))
-        for _, block in self.blocks():
+        # A block is copied twice on its way: half the size, but no wider than high.
+        size = max(1, _BYTES // (16 * self.columns), min(self.columns, self.rows))
+        for _, block in self.blocks(size):
             factor = np.linalg.qr(np.vstack([factor, block]), mode="r")
         return np.linalg.svd(factor, compute_uv=False)
 

@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 
+from stagecraft import masked
 from stagecraft.anatomy import bias
 from stagecraft.anatomy.bias import Figure, Rated
 from stagecraft.signals import labels
+from stagecraft.stages import reward
 
 PAIRS, RUNS = 150, 100
 
@@ -181,3 +184,34 @@ def test_length_gold_and_calibration_by_hand():
     gaps = [0.2, 0.6, 0.1, 0.0]  # each in a bucket of its own, the tie half right
     assert got["calibration_error"].value == pytest.approx(sum(gaps) / 4)
     assert "self_preference" not in got and "slot_bias" not in got
+
+
+EACH = 20  # verdicts of one certainty
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        ({0.55: 11, 0.65: 13, 0.75: 15, 0.85: 17, 0.95: 19}, 0.0),
+        ({0.55: 11, 0.95: 19}, 0.0),  # what lies between is empty
+        ({0.9: 12}, 0.3),  # always as sure, and right less often
+        ({0.9: 20}, 0.1),
+        ({0.65: 3, 0.95: 19}, 0.25),  # too sure in one bucket of two
+    ],
+    ids=["perfect", "perfect with empty buckets", "always .9", "modest", "one bucket"],
+)
+def test_planted_certainty_has_its_calibration_error(right, expected):
+    """Of a judge and of a reward model, which answer to one definition."""
+    sure = np.repeat([*right], EACH)
+    hits = np.concatenate([np.arange(EACH) < count for count in right.values()])
+    verdicts = np.where(hits, sure, 1 - sure)
+    rows = [Rated(("a", "b"), float(p), gold=0) for p in verdicts]
+    judge = bias.against_gold(rows)["calibration_error"]
+    assert judge.value == pytest.approx(expected, abs=1e-6)
+    assert judge.count == len(sure)
+    difference = scipy.special.logit(verdicts).astype(np.float32)
+    got = masked.compute(reward.calibration(difference, np.ones(len(sure), bool)))
+    assert got["calibration_error"] == pytest.approx(expected, abs=1e-6)
+    # A bucket without rows reads 0 and is no part of the error.
+    empty = masked.compute(reward.calibration(difference, np.zeros(len(sure), bool)))
+    assert empty["calibration_error"] == 0 == empty["accuracy/0.6-0.7"]

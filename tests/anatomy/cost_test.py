@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from stagecraft import tree
@@ -98,6 +99,36 @@ def test_forward_flops_by_hand():
     assert cost.forward_flops(TINY, 5, 8) == 5 * (2 * (weights + 40) + attention)
     untied = cost.forward_flops({**TINY, "tied": False}, 5, 8)
     assert untied == cost.forward_flops(TINY, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gated": False, "norm": "layer"}, {"kv_heads": 4, "ff_width": 128}],
+    ids=str,
+)
+def test_a_layer_costs_what_xla_counts_of_it(changes):
+    """One layer outside of any loop, which XLA would count once, times their number."""
+    sizes = dict(vocab_size=256, width=256, head_dim=64, ff_width=256)
+    config = tiny.config(**(sizes | changes))
+    model = jax.eval_shape(lambda key: Transformer(config, key), jax.random.key(0))
+    rows, length, layers = 4, 64, 5  # so short a row is one square of attention
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def counted(function, *arguments):
+        lowered = jax.jit(function).lower(*arguments)
+        return lowered.cost_analysis()["flops"]
+
+    layer = counted(lambda m, x: m.hidden(x, x, x), model, ids)
+    hidden = jax.ShapeDtypeStruct((rows, length, config.width), jnp.float32)
+    logits = counted(lambda m, x: m.project_out(x), model, hidden)
+    deep = vars(config) | {"layers": layers}
+    whole, bare = (
+        cost.forward_flops(deep, rows * length, length, scalar=scalar)
+        for scalar in (False, True)
+    )
+    # Norms, rotations and the softmax are no products: they are the rest.
+    assert bare < layers * layer < 1.02 * bare, layers * layer / bare
+    assert whole == pytest.approx(layers * layer + logits, rel=0.02)
 
 
 def test_stage_flops_weigh_what_was_done():

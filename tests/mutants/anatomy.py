@@ -131,6 +131,16 @@ _STORED = in_file(
     ),
 )
 
+_CHECKPOINT = in_file(
+    "stagecraft/checkpoint.py",
+    "tests/anatomy/memory_test.py",
+    (
+        "a stack is one piece on disk",
+        "leaf.size * leaf.dtype.itemsize <= CHUNK",
+        "True",
+    ),
+)
+
 _WEIGHTS = in_file(
     "stagecraft/anatomy/weights.py",
     _PLANTED,
@@ -260,6 +270,6 @@ _CAUSES = in_file(
 
 MUTANTS = (
     *(_ELEMENTS + _SPECTRA + _NULLS + _STORED),
-    *(_WEIGHTS + _BETWEEN + _CHANGES),
+    *(_CHECKPOINT + _WEIGHTS + _BETWEEN + _CHANGES),
     *(_GRAFTS + _LENS + _CAUSES),
 )

@@ -56,6 +56,12 @@ _LEDGER = (
             "forward_flops(judge, tokens, context)",
             "forward_flops(model, tokens, context)",
         ),
+        (
+            "half of a row is attended to, twice",
+            "4 * c.heads * c.head_dim * seen",
+            "2 * c.heads * c.head_dim * seen",
+            "tests/anatomy/cost_test.py -k xla",
+        ),
     ),
 )
 

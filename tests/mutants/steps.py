@@ -170,6 +170,12 @@ _REWARD = in_file(
         "confidence = jax.nn.sigmoid(difference)",
         "tests/stages/reward_test.py -k 'calibration or certain'",
     ),
+    (
+        "how sure a verdict is, on the scale of all probabilities",
+        "(confidence - 0.5) / 0.5 * BUCKETS",
+        "confidence * BUCKETS",
+        "tests/anatomy/bias_test.py -k planted_certainty",
+    ),
 )
 
 _REFERENCE = in_file(
