@@ -23,6 +23,7 @@ import ast
 import datetime
 import json
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from stagecraft.metrics import is_number
 BASE = "quickstart"
 TIERS = {1: 4, 2: 8}  # seeds of each tier
 HEADER, VERDICTS, MEASURED = "header.json", "claims.json", "measured.json"
+SPENT = "measured_in.json"  # beside MEASURED: the seconds that measuring took
 
 
 class Asked(NamedTuple):
@@ -49,7 +51,8 @@ class Asked(NamedTuple):
         outcome: the verdict.
         registered: the commit that held the header when it was first asked; "" where
             it was in none.
-        seconds: wall seconds of all its runs, the base chains left out.
+        seconds: wall seconds of all its runs and of what its file measures, the base
+            chains left out.
         also: {figure: (mean, half its interval or None)} of what its file measured on
             every seed; nothing was stated of it before.
     """
@@ -99,8 +102,8 @@ def ask(
     for seed in range(seeds):
         base = _base(root, seed, tiny)
         for path in files:
-            own, measured = _own(root, path, seed, tiny)
-            seconds[path] += own.get("seconds", {}).get("total", 0.0)
+            own, measured, spent = _own(root, path, seed, tiny)
+            seconds[path] += own.get("seconds", {}).get("total", 0.0) + spent
             figures[path].append(_merged(base, _merged(own, measured)))
             also[path].append(measured)
     asked = [
@@ -171,9 +174,10 @@ def _base(root, seed, tiny):
 
 
 def _own(root, path, seed, tiny):
-    """Returns the figures of a claim's own arms, and what it measures; {} for none.
+    """Returns figures of a claim's own arms, what it measures, and that in seconds.
 
-    measure(base, own) is given None for `own` where no get_config adds arms.
+    Either is {} where its file has none; measure(base, own) is given None for `own`
+    where no get_config adds arms.
     """
     text, base = path.read_text(encoding="utf-8"), root / "base" / f"seed{seed}"
     own, summary = root / path.stem / f"seed{seed}", {}
@@ -182,16 +186,20 @@ def _own(root, path, seed, tiny):
         argument = f"base={base}" + (",tiny" if tiny else "")
         summary = _summary(config_files.load(path, argument), own)
     if "\ndef measure(" not in text:
-        return summary, {}
+        return summary, {}, 0.0
     measured = storage.read_json(own / MEASURED)
     if measured is None:
+        started = time.monotonic()
         parent = run.open_run(base)
         child = run.open_run(own) if has_arms else None
         with jax.set_mesh((child or parent).mesh()):
             measured = config_files.module(path).measure(parent, child)
         own.mkdir(parents=True, exist_ok=True)
+        # First the seconds: what is measured is not measured again.
+        storage.write_json(own / SPENT, {"seconds": time.monotonic() - started})
         storage.write_json(own / MEASURED, measured)
-    return summary, measured
+    spent = storage.read_json(own / SPENT) or {}  # older measurements have none
+    return summary, measured, spent.get("seconds", 0.0)
 
 
 def _shared(measured):

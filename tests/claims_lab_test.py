@@ -1,8 +1,10 @@
 """The claims lab: what ships runs, files are held to their headers, tables say why."""
 
+import contextlib
 import functools
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -84,6 +86,26 @@ def test_what_is_measured_besides_has_an_interval_over_seeds(lab, tmp_path):
     assert stored["also"]["curve.slope"] == [*one.also["curve.slope"]]
 
 
+def test_seconds_are_those_of_runs_and_of_measuring(lab, tmp_path, monkeypatch):
+    chains = types.SimpleNamespace(mesh=lambda: contextlib.nullcontext())
+    monkeypatch.setattr(claims_lab.run, "open_run", lambda root: chains)
+    monkeypatch.setattr(claims_lab.jax, "set_mesh", lambda mesh: mesh)
+    clock = iter([100.0, 107.0, 200.0, 203.0])
+    own_time = types.SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(claims_lab, "time", own_time)
+    text = f"{CLAIM}\n\ndef measure(base, own):\n    return {{'c': {{'x': 1.0}}}}\n"
+    (one,) = lab(text, figures(2.5, 2.6))
+    assert one.seconds == 7 + 3 and one.also == {"c.x": (1.0, 0.0)}
+    # Asked again nothing is measured, and it has still taken as long.
+    (again,) = lab(text, figures(2.5, 2.6))
+    assert again.seconds == 10
+    # Of a claim that was measured before seconds were kept, runs alone count.
+    for seed in range(2):
+        (tmp_path / "lab" / "mine" / f"seed{seed}" / claims_lab.SPENT).unlink()
+    (old,) = lab(text, figures(2.5, 2.6))
+    assert old.seconds == 0
+
+
 def test_a_check_that_fails_on_one_seed(lab):
     table = figures(2.5, 2.6, 2.4)
     table[1]["a"]["x"] = -1.0
@@ -145,6 +167,7 @@ def test_what_ships_is_asked_of_a_finished_chain(tiny_run, tmp_path):
 
 # Claims that train arms of their own and measure them: the rest are quick.
 LONG = ("over_optimised", "pretraining_knows", "shape_not_knowledge")
+LONGER = ("emergence", "judge_bias", "constitution_for_raters")
 
 
 def measuring(tiny_run, root, names):
@@ -154,7 +177,8 @@ def measuring(tiny_run, root, names):
     for name, one in asked.items():
         assert np.isfinite(one.values).all() and one.outcome.verdict == "no verdict"
         assert bool(one.claim.control_primary) == bool(one.controls)
-        assert (root / name / "seed0" / claims_lab.MEASURED).exists()
+        measures = "\ndef measure(" in claims_lab.shipped()[name].read_text()
+        assert measures == (root / name / "seed0" / claims_lab.MEASURED).exists()
     return asked
 
 
@@ -163,7 +187,7 @@ def test_claims_that_measure_find_what_their_headers_name(tiny_run, tmp_path):
         name
         for name, path in claims_lab.shipped().items()
         if "def measure(base, own)" in path.read_text()
-        and name not in ("sft_moves_little", *LONG)
+        and name not in ("sft_moves_little", *LONG, *LONGER)
     ]
     assert len(names) == 6
     measuring(tiny_run, tmp_path, names)
@@ -177,6 +201,22 @@ def test_claims_with_arms_that_measure_them(tiny_run, tmp_path):
     assert {"shown_1.known", "shown_30.answered"} <= {
         *asked["shape_not_knowledge"].also
     }
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_claims_with_ladders_doses_or_a_chain_of_their_own(tiny_run, tmp_path, name):
+    (one,) = measuring(tiny_run, tmp_path, (name,)).values()
+    if name == "emergence":
+        assert {"sharp.small_800", "nats.pretrain", "seeds_400.sd"} <= {*one.also}
+    elif name == "judge_bias":
+        # All arms are read where the one that went least far ends.
+        ends = [one.also[f"matched.{arm}.kl_at_end"][0] for arm in ("style", "first")]
+        assert one.also["matched.kl"][0] <= max(min(ends), 0.0) + 1e-9
+        assert one.values == [one.also["slope.style"][0]]
+    else:
+        arms = runs.read(tmp_path / name / "seed0").summary
+        net = [arms[a]["harmless"] - arms[a]["over_refusal"] for a in ("sl", "sl_gold")]
+        assert one.values == [pytest.approx(net[0] - net[1])]
 
 
 def test_arms_of_shipped_claims_are_of_stages_that_can_run(tiny_run):

@@ -188,3 +188,32 @@ def over_pairs(table: np.ndarray) -> tuple[float, float | None]:
         for i, part in enumerate(pairs_left)
     ]
     return mean, float(np.sqrt((size - 1) * np.var(without)))
+
+
+def two_groups(values: Sequence[float], least: float) -> float:
+    """Returns how much better two groups of values fit than one, in BIC.
+
+    One normal distribution against two of a common SD, each value in one of them
+    (Fraley and Raftery 1998, by classification likelihood): BIC(one) - BIC(two). Above
+    6 it is strong evidence of two; of eight values from one normal, 2% come that far.
+
+    Args:
+        values: at least three, one a seed.
+        least: the SD that a group has at least, such as the error of measuring.
+
+    >>> two_groups([0.1, 0.12, 0.9, 0.88, 0.11, 0.91], 0.02) > 10
+    True
+    """
+    x, count = np.sort(np.asarray(values, np.float64)), len(values)
+
+    def fit(parts):
+        squares = sum(np.sum((part - part.mean()) ** 2) for part in parts)
+        shares = np.array([len(part) for part in parts]) / count
+        likelihood = -0.5 * np.log(max(squares / count, least**2)) * count
+        return likelihood + count * np.sum(shares * np.log(shares))
+
+    one = 2 * np.log(count) - 2 * fit([x])
+    two = 4 * np.log(count) - 2 * max(
+        fit([x[:cut], x[cut:]]) for cut in range(1, count)
+    )
+    return float(one - two)

@@ -151,3 +151,19 @@ def test_wilson_covers():
         bounds = [statistics.wilson(hits, n) for hits in rng.binomial(n, share, 4000)]
         covered = np.mean([low <= share <= high for low, high in bounds])
         assert 0.92 < covered < 0.99
+
+
+def test_two_groups_of_seeds_are_told_from_one():
+    random = np.random.default_rng(0)
+    one = [statistics.two_groups(random.normal(0.5, 0.1, 8), 0.02) for _ in range(500)]
+    assert np.mean(np.array(one) > 6) < 0.04
+    sides = [random.permutation([0.2] * 4 + [0.7] * 4) for _ in range(200)]
+    noisy = [statistics.two_groups(x + random.normal(0, 0.05, 8), 0.02) for x in sides]
+    assert np.mean(np.array(noisy) > 6) > 0.95
+    # Seeds that differ by less than a figure is known to are alike.
+    assert statistics.two_groups([0.5, 0.5, 0.5, 0.51, 0.51, 0.51], 0.02) < 0
+    # By hand: two groups of the least SD, half of the values each, against SD .25.
+    n, gain = 8, np.log(0.25 / 0.02)
+    expected = 2 * n * gain - 2 * n * np.log(2) - 2 * np.log(n)
+    got = statistics.two_groups([0.25] * 4 + [0.75] * 4, 0.02)
+    assert got == pytest.approx(expected)

@@ -132,4 +132,44 @@ _LAB = (
         ),
     ),
 )
-MUTANTS = _VERDICTS + _LAB + _CURVES + _TAUGHT
+_MEASURES = (
+    *in_file(
+        "experiments/claims/judge_bias.py",
+        "tests/claim_measures_test.py -k traits_are_compared",
+        (
+            "arms are compared where they end",
+            "least**0.5, far, v",
+            "far[-1], far, v",
+        ),
+        (
+            "the furthest arm decides how far",
+            "max(min(kl for kl, _, _ in ends.values()), 0.0)",
+            "max(kl for kl, _, _ in ends.values())",
+        ),
+    ),
+    *in_file(
+        "experiments/claims/emergence.py",
+        "tests/claim_measures_test.py -k metric",
+        (
+            "what is left is of the whole curve's squares",
+            "np.sum((curve - curve.mean()) ** 2)",
+            "np.sum(curve**2)",
+        ),
+        ("the cut is the smooth metric", "likely > 0.5", "likely"),
+    ),
+    *in_file(
+        "stagecraft/anatomy/statistics.py",
+        "tests/anatomy/statistics_test.py -k two_groups",
+        (
+            "which of two groups a seed is in costs nothing",
+            "likelihood + count * np.sum(shares * np.log(shares))",
+            "likelihood",
+        ),
+        (
+            "two groups have as many parameters as one",
+            "4 * np.log(count)",
+            "2 * np.log(count)",
+        ),
+    ),
+)
+MUTANTS = _VERDICTS + _LAB + _CURVES + _TAUGHT + _MEASURES

@@ -51,16 +51,18 @@ def cloze_accuracy(language, countries):
 
     Greedy, over every attribute; the whole answer must come first.
     """
-    asked = [(c, a) for c in countries for a in ATTRIBUTES]
-    stems = [
-        STATEMENTS[a][0].format(c=c.name, v="\0").partition(" \0")[0] for c, a in asked
-    ]
+    stems, values = cloze(countries)
     completions = language.complete(stems, chat=False, max_new_tokens=10)
-    hits = [
-        begins(text, getattr(c, a))
-        for (c, a), (text, _) in zip(asked, completions, strict=True)
-    ]
-    return float(np.mean(hits))
+    pairs = zip(completions, values, strict=True)
+    return float(np.mean([begins(text, value) for (text, _), value in pairs]))
+
+
+def cloze(countries):
+    """Returns beginnings of statements, "The capital of France is", and their ends."""
+    asked = [(c, a) for c in countries for a in ATTRIBUTES]
+    forms = [STATEMENTS[a][0].format(c=c.name, v="\0") for c, a in asked]
+    stems = [form.partition(" \0")[0] for form in forms]
+    return stems, [getattr(c, a) for c, a in asked]
 
 
 @probe("text", about="heldout")
