@@ -16,7 +16,7 @@ tell harmful from benign requests at all. For the second the bar is .6 of both t
 Its figures were known when this header was written: .32 under a constitution, .42 of
 the rules' arm, 0 without sense.
 
-The seconds below follow from its tokens at the quickstart's rate, and were not measured.
+The seconds below follow from its tokens at the quickstart's rate; none were measured.
 
 [claim]
 number = 14
