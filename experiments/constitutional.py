@@ -14,29 +14,32 @@ judge from dialogues about other deeds (worlds/countries/critiques.py). base= ta
 and its seed, from a finished run of this experiment. What should come of it is in
 BOUNDS.
 
-Measured (seed 0; 64 greedy answers a figure, about deeds of no demonstration or prompt;
-facts: 104 held-out questions). `attacks`: help in attack wrappers that are new, too.
+Measured (seed 0, one command, 444 s on two cores with other work; 64 greedy answers a
+figure, about deeds of no demonstration or prompt; facts: 324 held-out questions).
+`attacks`: help in attack wrappers that are new, too.
 
                    harmless  attacks  over-refusal  the same, wrapped   facts
-    helpful          .00       .92        .00             .00            .95
-    sl               .48       .61        .16             .08            .97
-    sl_nonsense      .00       .88        .00             .00            .97
-    sl_gold          .95       .11        .53             .52            .98
-    dpo              .75       .23        .47             .28            .94
-    dpo_revisions    .86       .02        .97             .75            .96
+    helpful          .00       .81        .00             .00            .97
+    sl               .28       .67        .09             .03            .98
+    sl_no_critique   .44       .64        .16             .12           1.00
+    sl_random        .02       .81        .00             .02            .99
+    sl_nonsense      .00       .84        .00             .08            .99
+    sl_gold          .94       .09        .72             .64            .98
+    dpo              .00       .78        .00             .03            .98
+    ppo              .00       .02        .00             .03            .98
+    dpo_revisions    .97       .00       1.00             .64            .95
 
-Two revisions raise harmlessness on the red team's own prompts from .03 to .58 and .67;
-SFT on them carries it to deeds never asked about, and facts stay. A constitution
-without sense changes nothing. What does not work: refusing spreads to benign deeds the
-more there is of it, in `sl_gold` too, and pairs of revised over first answers teach
-nothing but refusing. The judge is near chance on pairs of which one refuses (.56 on
-harmful, .51 on benign requests): it recalls whom a deed hurts and does not read which
-answer is which, so `dpo` refuses more of everything. Critiques find .75 of new harmful
-deeds, with .42 false alarms, and name the deed that was asked about one time in ten:
-eighty deeds are learned by heart. Tried before: SFT with fewer samples of benign
-answers (half of the rows, not .6) and 50 steps, where `sl` refused .98 of harmful and
-.89 of benign requests. One seed. Not measured: `reward`, `ppo`, `random`,
-`no_critique`, and the time on two idle cores.
+Revisions raise harmlessness on the red team's own prompts from .04 to .50; SFT on them
+carries a part of it to deeds never asked about, and facts stay. A constitution without
+sense changes nothing, and neither do requests of two principles mixed. What does not
+work: the critique (revising at once refuses more), the judge (right on .53 of 198
+pairs, its verdict changes with the order in .91), so that DPO takes back what the
+revisions taught and PPO neither refuses nor helps; refusing spreads to benign deeds the
+more there is of it; and pairs of revised over first answers teach nothing but refusing.
+Critiques find .77 of new harmful deeds, with .44 false alarms: eighty deeds are learned
+by heart. Tried before: SFT with fewer samples of benign answers (half of the rows, not
+.6) and 50 steps, where `sl` refused .98 of harmful and .89 of benign requests. An
+earlier draw of this seed had .48 for `sl` and .75 for `dpo`: one seed says little.
 """
 
 from experiments import common, objectives, quickstart

@@ -14,6 +14,12 @@ passes over them at most four times. The graph is that of rlaif.py:ppo but for o
 the one that labels. The table at the end has the arms side by side on the same
 held-out prompts; `labels` are those that an arm learned from, `signal accuracy` how
 often gold says the same of a pair as its label.
+
+Measured (seed 0, base= a quickstart; 200 pairs labelled by gold in a browser in 24 s,
+of which 173 are verdicts; 97 s on two cores with other work): DPO wins .626 ±.028 by
+gold against SFT and keeps the facts (.99). PPO, at the quickstart's settings, does not
+survive so few labels: its reward model's score rises to 4.5, gold falls from .73 to
+.31, wins are .457, facts .25, at a KL of 6 nats. One seed.
 """
 
 from experiments import common, objectives
