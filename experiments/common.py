@@ -144,6 +144,7 @@ ARMS = (
     "gflops",
 )
 PASSES = 4  # over the records of a signal, at most
+FEW = 1000  # of such records
 
 
 def learners(c, sft, records, recipe, count, **names):
@@ -154,7 +155,8 @@ def learners(c, sft, records, recipe, count, **names):
         sft: the model they start from.
         records: the files spec of the signal's records.
         recipe: the quickstart's config, whose stages they are.
-        count: records that are expected; few of them are not passed over as often.
+        count: records that are expected; few of them are not passed over as often,
+            and PPO stays closer to SFT.
         **names: names for what is added, of the keys reward, ppo and dpo; ppo goes
             with reward.
     """
@@ -163,6 +165,8 @@ def learners(c, sft, records, recipe, count, **names):
         stage.start_from = sft
         if kind == "ppo":
             stage.reward_from = names["reward"]
+            if count < FEW:  # their reward model is soon exploited: see rlhf.py
+                stage.kl_coef = max(stage.kl_coef, 0.3)
             continue
         stage.data.files = records
         stage.steps = min(stage.steps, -(-PASSES * count // stage.batch_size))
