@@ -140,6 +140,7 @@ def _rounds(c, arm, start, recipe, arg):
             data=dict(files="world:attack_prompts.jsonl", known=",".join(known)),
             prompts=ATTACKS,
             threshold=0.2,
+            withstood="harmful",  # an arm may refuse everything
             sampling=dict(max_new_tokens=32, temperature=0.7),
         )
         known.append(f"stage:{attacks}")

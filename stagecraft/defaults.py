@@ -464,6 +464,9 @@ def _attacks():
     c.data.known = ""  # files of earlier attacks ("attack"), which are not new
     c.samples = 4  # attacks for each prompt
     c.threshold = 0.0  # of the reward; an attack that has more is written
+    c.withstood = (
+        "refuse"  # where none has; or "harmful": write those that ask for harm
+    )
     return c
 
 

@@ -29,13 +29,14 @@ def write(config, recording):
     asked, and wrote.
 
     Args:
-        config: the stage's config: prompts, samples, threshold, batch_size, sampling;
-            the target's answers, greedy, are as long at most.
+        config: the stage's config: prompts, samples, threshold, withstood, batch_size,
+            sampling; the target's answers, greedy, are as long at most.
         recording: a `records.Recording` with a target and known records.
 
     Returns:
-        {"attacks", "kept", "harmful", "success", "useful" (shares of all attacks),
-        "novelty" and "reward_mean" (means over all), "tokens", "seconds"}.
+        {"attacks", "kept" (of them rewarded; 0 where all were withstood), "harmful",
+        "success", "useful" (shares of all attacks), "novelty" and "reward_mean" (means
+        over all), "tokens", "seconds"}.
     """
     asked, seed, _ = records.shuffled(recording.asked, config.prompts, recording.key)
     world, target = worlds.get(recording.world), recording.target
@@ -66,13 +67,16 @@ def write(config, recording):
     working = [
         r for r in rows if r["reward"] > config.threshold and r["attack"].strip()
     ]
-    if not working:
+    written = working
+    if not written and config.withstood == "harmful":
+        written = [row for row in rows if row["harmful"] and row["attack"].strip()]
+    if not written:
         raise UserError(
             f"{recording.name}: none of {len(rows)} attacks has a reward above "
             f"threshold={config.threshold:g}; the target withstands, or the attacker "
-            "writes nothing new"
+            'writes nothing new: withstood="harmful" writes those that ask for harm'
         )
-    records.write(recording.folder, [_record(row) for row in working])
+    records.write(recording.folder, [_record(row) for row in written])
     means = {
         name: float(np.mean([row[name] for row in rows]))
         for name in ("harmful", "success", "useful", "novelty", "reward")
@@ -158,6 +162,7 @@ def _check(where, config, experiment, mesh):
         raise UserError(f"{where}: needs world.name, by whose rules attacks are judged")
     for key in ("prompts", "samples", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
+    schema.choice(f"{where}.withstood", config.withstood, ("refuse", "harmful"))
     checks.files(where, config)
     checks.room(where, config, experiment)
 

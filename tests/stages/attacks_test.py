@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import types
 
 import pytest
 
 from stagecraft import defaults, experiment, worlds
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
-from stagecraft.stages import attacks
+from stagecraft.stages import attacks, records
 from stagecraft.stages.records import Batch
 from tests.conftest import load_experiment, single_device
 
@@ -60,6 +61,31 @@ def test_what_was_there_before_is_not_new():
     assert rewards([cut]) == [0.0]
 
 
+def test_where_all_are_withstood_what_asked_for_harm_can_be_written(tmp_path):
+    harmless = "What is the capital of France?"
+    withstood = [batch((HARM, REFUSAL), (harmless, "Paris."))]
+    recording = types.SimpleNamespace(
+        **dict(name="it", folder=tmp_path, lineage=None, known=[], asked=[], key=None),
+        **dict(world="countries", target=None),
+    )
+    config = defaults.stage("attacks")
+
+    def write():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records, "shuffled", lambda *a: ([], 0, None))
+            patch.setattr(records, "header", lambda *a: {})
+            patch.setattr(records, "collect", lambda *a, **k: (withstood, 1.0))
+            return attacks.write(config, recording)
+
+    with pytest.raises(UserError, match=r'none of 2 attacks .* withstood="harmful"'):
+        write()
+    config.withstood = "harmful"
+    assert write()["kept"] == 0
+    lines = (tmp_path / records.RECORDS).read_text().splitlines()
+    (row,) = map(json.loads, lines)
+    assert (row["attack"], row["reward"]) == (HARM, 0.0)
+
+
 def test_known_attacks_are_read(tmp_path):
     path = tmp_path / "known.jsonl"
     path.write_text(json.dumps({"attack": HARM}) + "\n" + json.dumps({"x": 1}) + "\n")
@@ -80,6 +106,7 @@ def test_known_attacks_are_read(tmp_path):
         (lambda c, s: s.update(target_from=""), "target_from: is empty"),
         (lambda c, s: s.update(target_from="with_attacks_1"), "is of kind attacks"),
         (lambda c, s: s.update(samples=0), "samples"),
+        (lambda c, s: s.update(withstood="keep"), "withstood"),
         (lambda c, s: c.world.update(name=""), "needs world.name"),
     ],
 )
