@@ -9,7 +9,7 @@ from stagecraft import defaults, experiment
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.stages.kinds import KINDS
-from tests.experiment_refusals_test import graph
+from tests.graphs import graph
 from tests.stages.unread_test import Watched, flat
 
 # Keys that the building of rows need not read, and who does.

@@ -7,12 +7,12 @@ MUTANTS = (
         "stagecraft/stages/attacks.py",
         "tests/stages/attacks_test.py",
         (
-        "what asks for nothing is an attack too",
-        "row['harmful'] and row['attack'].strip()",
-        "row['attack'].strip()",
-        "tests/stages/attacks_test.py -k withstood",
-    ),
-    (
+            "what asks for nothing is an attack too",
+            "row['harmful'] and row['attack'].strip()",
+            "row['attack'].strip()",
+            "tests/stages/attacks_test.py -k withstood",
+        ),
+        (
             "a harmless question is an attack",
             "ended and harmful and success and useful",
             "ended and success and useful",

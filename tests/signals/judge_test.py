@@ -16,7 +16,7 @@ from stagecraft.signals.judge import Judge, LocalModel, Scorer
 from stagecraft.signals.template import Answered
 from stagecraft.text import tokenizer as tokenizers
 from tests import tiny
-from tests.experiment_refusals_test import graph
+from tests.graphs import graph
 from tests.models import numpy_decoder
 from tests.text import families
 

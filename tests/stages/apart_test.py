@@ -13,7 +13,7 @@ from stagecraft.data.stage_data import StageData
 from stagecraft.pods.shapes import Vocabulary
 from stagecraft.runs import Run
 from stagecraft.stages import apart
-from tests.experiment_refusals_test import graph
+from tests.graphs import graph
 from tests.stages import cases
 
 STEPS = 4

@@ -10,7 +10,7 @@ from stagecraft.pods.shapes import Vocabulary
 from stagecraft.runs import Run
 from stagecraft.stages.stage import make_copy
 from tests import tiny
-from tests.experiment_refusals_test import graph
+from tests.graphs import graph
 from tests.stages import cases
 
 

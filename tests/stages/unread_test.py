@@ -14,7 +14,7 @@ from stagecraft.signals.verifiers import Verifier, Verifiers
 from stagecraft.stages.kinds import KINDS
 from stagecraft.stages.stage import Context
 from tests.conftest import load_experiment, single_device
-from tests.experiment_refusals_test import graph
+from tests.graphs import graph
 from tests.stages import cases
 from tests.stages.policy_options_test import WORDS, odd, ptx
 
