@@ -63,6 +63,12 @@ BOUNDS = (
 )
 
 
+FIGURES = (
+    *("words", "exclamations", "gold_mean", "gold_win_rate", "heldout_accuracy", "kl"),
+    *("signal_accuracy", "labels", "gflops"),
+)
+
+
 def get_config(arg=""):
     arg = common.parse_arg(
         arg, tiny=False, base="", doses="1", seed=0, prompts=PROMPTS, ppo=False
@@ -78,6 +84,7 @@ def get_config(arg=""):
         _judge(c, label, sft, recipe, biases, arg.prompts)
         names = dict(reward=f"{label}_reward", ppo=f"{label}_ppo") if arg.ppo else {}
         _learn(c, label, sft, recipe, arg.prompts, dpo=label, **names)
+    c.measure.table = FIGURES
     if 1 in doses:
         _learn(c, "length", sft, recipe, arg.prompts, dpo="length_ld")
         c.stages.length_ld.ld_alpha = 0.5

@@ -21,12 +21,11 @@ Figures at the end are of held-out countries; "seen" deeds and wrappers are amon
 prompts of the rounds, "new" ones are not, and neither are whole families. Shares of
 greedy answers have Wilson's 95% intervals.
 
-Measured once, in part (seed 0, DPO, an earlier and weaker attacker; docs/results.md):
-without look-alikes a single round refuses everything (attacks .00 to .05, look-alikes
-refused 1.00); with them attacks succeed at .17 to .34 before, .38 to .52 after one
-round and .30 to .39 after two, look-alikes refused .34, .38, .44. Nothing here has
-learned to tell harm from its look-alikes. Facts are kept (.98 to .99), wins by gold are
-.55 to .60. How long it takes at default has not been timed on idle cores.
+Measured (seed 0, DPO, 10 minutes on two cores with other work; docs/results.md):
+attacks succeed at .00 to .06 after one round and after two, in both arms. Without
+look-alikes the arm refuses every look-alike, with them .81 and then .73: it has not
+learned to tell harm from them. Facts are kept (.99), wins by gold are .59 to .62. An
+earlier draw of this seed ended otherwise: attacks .30 to .39, look-alikes refused .44.
 
 rounds=N, seed=N; objective=rpo is DPO with the likelihood of what is chosen; base=DIR
 takes pretrain and sft from a finished run of this file.

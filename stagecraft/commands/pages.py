@@ -28,6 +28,7 @@ def report_(rest):
 @takes(
     Flag("stages", "", "stages to compare, as in dpo,ppo"),
     Flag("baseline", "", "the arm to compare the others with"),
+    Flag("figures", "", "figures of the table, as in gold_mean,kl"),
     Flag("out", "compare.html", "the page to write"),
     Flag("markdown", False, "print the table as Markdown"),
     words=True,
@@ -44,12 +45,17 @@ def compare_(rest):
     stages NAME_seed0, NAME_seed1, ... of one run. Arms are named by the settings that
     differ. Each figure is a mean over seeds with its 95% interval. Each arm is compared
     with a baseline: a difference whose interval contains 0 may be noise. The table is
-    printed, and written as a page and as JSON.
+    printed, and written as a page and as JSON. Its figures are those of --figures, or
+    of measure.table where all runs have the same.
     """
     from stagecraft.report import compare, compare_page, markdown, terminal
 
-    stages = schema.listed(FLAGS.stages)
-    comparison = compare.compare(rest, stages=stages, baseline=FLAGS.baseline)
+    comparison = compare.compare(
+        rest,
+        stages=schema.listed(FLAGS.stages),
+        baseline=FLAGS.baseline,
+        names=schema.listed(FLAGS.figures),
+    )
     if FLAGS.markdown:
         print(markdown.table(comparison))
         return

@@ -25,7 +25,11 @@ _EVALUATIONS = 6  # eval_ columns, where no world is there to measure in
 
 
 def compare(
-    folders: list[str | Path], *, stages: tuple[str, ...] = (), baseline: str = ""
+    folders: list[str | Path],
+    *,
+    stages: tuple[str, ...] = (),
+    baseline: str = "",
+    names: tuple[str, ...] = (),
 ) -> dict:
     """Compares runs: the figures of each arm, and their distance from the baseline's.
 
@@ -37,6 +41,8 @@ def compare(
             that only one has. By default the first arm of a stage of which the runs
             hold several versions, or else the first that does more than predict text,
             or else the first.
+        names: figures of the table; () for those of `measure.table`, where all runs
+            name the same, or else the world's, or eval_ metrics without one.
 
     Returns:
         a dict of JSON values: "arms", each with "figures" {figure: {values, mean,
@@ -47,12 +53,12 @@ def compare(
         comes from sampling the answers. Each is None where it is not known.
 
     Raises:
-        UserError: no run, unfinished, given twice, not comparable, an unknown stage or
-            baseline.
+        UserError: no run, unfinished, given twice, not comparable, an unknown stage,
+            baseline or figure.
     """
     runs, arms, notes = read_arms(folders, stages)
     base = _baseline(arms, baseline)
-    columns = _columns(arms)
+    columns = _columns(runs, arms, names)
     for column in columns:
         for arm in arms:
             measured = len(_known(arm, column["key"]))
@@ -147,11 +153,23 @@ def _baseline(arms, wanted):
     )
 
 
-def _columns(arms):
-    """Returns the figures to show: the world's, or eval_ metrics without one."""
+def _columns(runs, arms, names):
+    """Returns the figures to show."""
     measured = dict.fromkeys(k for a in arms for s in a.samples for k in s.figures)
-    rows = [row for row in figures.COLUMNS if row.name in measured]
-    if not measured.keys() & {"heldout_accuracy", "gold_mean", "pair_accuracy"}:
+    for name in names:
+        schema.choice("--figures", name, measured)
+    tables = {tuple(run.summary.get("table") or ()) for run in runs}
+    if not names and len(tables) == 1:
+        names = [name for name in tables.pop() if name in measured]
+    if names:
+        rows = [figures.figure(name) for name in names]
+    else:
+        rows = [row for row in figures.COLUMNS if row.name in measured]
+    if not names and not measured.keys() & {
+        "heldout_accuracy",
+        "gold_mean",
+        "pair_accuracy",
+    }:
         evaluations = [key for key in measured if key.startswith("eval_")]
         evaluations.sort(key=lambda key: key != "eval_loss")
         rows = [*map(figures.figure, evaluations[:_EVALUATIONS]), *rows]
