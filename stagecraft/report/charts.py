@@ -58,17 +58,91 @@ def curves(series, *, name, label):
             _line(axes, one, stand_in)
         axes.margins(x=0.02, y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.get_major_formatter().set_powerlimits((-3, 4))
         axes.ticklabel_format(axis="x", style="plain")
-        axes.set_facecolor("none")
-        axes.grid(axis="y", color=_RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_MUTED, length=0, pad=4)
-        axes.yaxis.get_offset_text().set_color(_MUTED)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_RULE)
+        _plain(axes)
         return _inline(figure, replaced, label)
+
+
+def against(series, *, name, label, across, up):
+    """A chart of one figure against another.
+
+    Args:
+        series: [{"x", "y": [...], "colour": stage index, or None for ink}]. Lines have
+            "dash", 0 (solid) to 2, and become means over bins where they are long;
+            points have "half": (half intervals of x, of y), None where there is none,
+            and "texts", a label each.
+        name, label: as of `curves`, as is what is returned and raised.
+        across, up: what the axes are, with their units.
+    """
+    with _matplotlib(name):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(4.2, 2.7))
+        axes = figure.add_axes((0.15, 0.165, 0.83, 0.81))
+        replaced, texts = dict(_STAND_INS), []
+        for one in series:
+            shade = _INK
+            if one["colour"] is not None:
+                shade = _stand_in(one["colour"])
+                replaced[shade] = colour(one["colour"])
+            style = dict(color=shade, clip_on=False)
+            if "dash" in one:
+                points, dash = (_binned(one["x"]), _binned(one["y"])), one["dash"]
+                axes.plot(*points, linewidth=1.6, linestyle=_DASHES[dash], **style)
+                continue
+            halves = [[h or 0.0 for h in side] for side in one["half"]]
+            points, ends = (one["x"], one["y"]), dict(xerr=halves[0], yerr=halves[1])
+            fill = _PAPER if one["colour"] is None else shade
+            marks = dict(fmt="o", ms=6, mfc=fill, mew=1.6, elinewidth=1.4)
+            axes.errorbar(*points, **ends, **marks, **style)
+            texts += zip(*points, one["texts"], strict=True)
+        axes.margins(x=0.08, y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(across, color=_MUTED)
+        axes.set_ylabel(up, color=_MUTED)
+        _plain(axes)
+        _labelled(axes, texts)
+        return _inline(figure, replaced, label)
+
+
+def _plain(axes):
+    """The look of all axes: a rule below, faint lines across, no frame."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.get_major_formatter().set_powerlimits((-3, 4))
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=_RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, length=0, pad=4)
+    axes.yaxis.get_offset_text().set_color(_MUTED)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+
+
+def _labelled(axes, texts):
+    """Writes names beside points (x, y, name), at the side where there is room."""
+    middle, placed = sum(axes.get_xlim()) / 2, []
+    for x, y, text in sorted(texts, key=lambda one: one[1]):
+        px, py = axes.transData.transform((x, y)) * 72 / axes.figure.dpi  # in points
+        text, side = _cut(text, 24), 1 if x <= middle else -1
+        width, lift = 5.2 * len(text), 3.0
+        left = px + 8 if side > 0 else px - 8 - width
+        for other, end, height in placed:
+            if left < end and other < left + width:
+                lift = max(lift, height + 10 - py)
+        placed.append((left, left + width, py + lift))
+        style = dict(color=_INK, ha="left" if side > 0 else "right")
+        near = dict(xytext=(8 * side, lift), textcoords="offset points")
+        axes.annotate(text, (x, y), **near, **style)
+
+
+def _binned(values):
+    """Means over equal bins of a long line's points."""
+    size = -(-len(values) // _POINTS)
+    bins = (values[i : i + size] for i in range(0, len(values), size or 1))
+    return [sum(one) / len(one) for one in bins]
 
 
 @contextlib.contextmanager

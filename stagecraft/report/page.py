@@ -12,7 +12,15 @@ from stagecraft import runs
 from stagecraft.anatomy import bias, cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
-from stagecraft.report import anatomy_page, charts, compare, curves, render, verdict
+from stagecraft.report import (
+    anatomy_page,
+    charts,
+    compare,
+    curves,
+    frontier,
+    render,
+    verdict,
+)
 from stagecraft.report.curves import show
 from stagecraft.runs import part
 from stagecraft.schema import flat
@@ -46,6 +54,8 @@ def write(folder: str | Path) -> Path:
         headline=_headline(run),
         other=_other(run),
         stages=[curves.panel(stage) for stage in run.stages],
+        frontier=frontier.ends(run),
+        paths=frontier.paths(run),
         hacking=_hacking(run),
         overlays=curves.overlays(run.stages),
         tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),

@@ -27,7 +27,7 @@ def rows_of(summary: dict) -> list[dict]:
         row = {
             "key": key,
             "title": figures.words(key),
-            "text": _value(summary, key),
+            "text": value(summary, key),
             "must": " ".join(map(_in_words, bound["must"].split(" "))),
             "short": bound.get("short", bound["must"]),
             "relative": any(c.isalpha() for c in bound["must"]),
@@ -38,14 +38,14 @@ def rows_of(summary: dict) -> list[dict]:
     return sorted(rows, key=lambda row: (row["holds"] is not False, row["time"]))
 
 
-def _value(summary, key):
-    """Returns the figure of a bound with half its interval, where it has one."""
-    value, (stage, _, name) = bounds.lookup(summary, key), key.rpartition(".")
-    if not is_number(value):
+def value(summary: dict, key: str) -> str:
+    """Returns the figure under a dotted key with half its interval, if it has one."""
+    figure, (stage, _, name) = bounds.lookup(summary, key), key.rpartition(".")
+    if not is_number(figure):
         return "–"
     digits = figures.figure(name).digits
     half = figures.half(part(summary, stage), name)
-    return number(value, digits) + ("" if half is None else f" ±{half:.{digits}f}")
+    return number(figure, digits) + ("" if half is None else f" ±{half:.{digits}f}")
 
 
 def _in_words(word):
@@ -104,6 +104,6 @@ def _telling(summary, stages):
             continue
         best = (max if row.better == "higher" else min)(values, key=values.get)
         title = row.title[0].lower() + row.title[1:]
-        parts.append(f"{title} {_value(summary, f'{best}.{name}')} after {best}")
+        parts.append(f"{title} {value(summary, f'{best}.{name}')} after {best}")
     parts = parts[:_NAMED]
     return f": {'; '.join(parts)}" if parts else ""

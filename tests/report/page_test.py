@@ -11,83 +11,7 @@ import pytest
 from stagecraft import runs
 from stagecraft.errors import UserError
 from stagecraft.report import charts, page
-
-EVIL = "<script>alert(1)</script>"
-
-
-@pytest.fixture
-def run(tmp_path):
-    stages = {"base": ("", {}), "tuned": ("base", {}), "judge": ("tuned", {})}
-    stages["policy"] = ("tuned", {"judge": {"digest": "ab" * 32}})
-    _json(tmp_path / "config.json", {"seed": 7, "stages": {n: {} for n in stages}})
-    lineage = {
-        name: {
-            "kind": "policy" if parents else "language_model",
-            "start_from": start,
-            "config_digest": "c0ffee" * 10,
-            "data_digest": {"train": "da7a" * 16},
-            "parents": parents,
-        }
-        for name, (start, parents) in stages.items()
-    }
-    _json(tmp_path / "lineage.json", {"stages": lineage})
-    for name, (start, _) in stages.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        rows = [
-            {"step": i, "seconds": 0.1 * i, "loss": 3.0 / i, EVIL: i, "flat": 1.0}
-            for i in range(1, 5)
-        ]
-        rows += [{"step": 4, "seconds": 1.0, "eval_loss": 0.9}]
-        rows += [{"step": 5, "seconds": 1.0, "loss": None}]
-        _lines(folder / "metrics.jsonl", rows)
-        _lines(
-            folder / "samples.jsonl",
-            [{"step": 4, "prompt": "Q & A?", "completion": f"{EVIL}\n  two"}],
-        )
-        _json(
-            folder / "stage.json",
-            {
-                "kind": lineage[name]["kind"],
-                "start_from": start,
-                "steps": 4,
-                "seconds": {"compile": 1.0, "update": 2.0, "total": 4.0},
-                "tokens": {"trained": 1234, "scored": 0, "sampled": 0},
-                "peak_memory_bytes": 2**30,
-            },
-        )
-    change = {"relative_change": 0.1, "unchanged_bf16": 0.2}
-    _json(
-        tmp_path / "summary.json",
-        {
-            "seconds": {"total": 61.0},
-            "tuned": {"heldout_accuracy": 0.9, "own_figure": 5},
-            "policy": {"gold_mean": -0.5, "reward_mean": 1.5, "kl": 2.0},
-            "weights": {
-                "policy": {
-                    **change,
-                    "by_kind": {"query": change},
-                    "by_layer": {"query": [0.1, 0.02]},
-                }
-            },
-            "cost": {"policy": {"share": 0.25, "flops": 1e12}},
-            "bounds": {
-                "tuned.heldout_accuracy": {"must": "≥ 0.85", "holds": True},
-                "policy.kl": {"must": "≤ 1", "holds": False},
-            },
-        },
-    )
-    answers = {"tuned": [{"temperature": 0, "text": f"Paris {EVIL}"}]}
-    _json(tmp_path / "prompt.json", {"prompt": f"Capital? {EVIL}", "answers": answers})
-    return tmp_path
-
-
-def _json(path, value):
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def _lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+from tests.report.fake_run import EVIL, json_file, lines_file
 
 
 class _Page(html.parser.HTMLParser):
@@ -140,7 +64,7 @@ def _words(folder):
 
 
 def _change(path, **parts):
-    _json(path, json.loads(path.read_text()) | parts)
+    json_file(path, json.loads(path.read_text()) | parts)
 
 
 def test_the_first_words_are_the_answer(run):
@@ -165,7 +89,8 @@ def test_the_first_words_are_the_answer(run):
         "2 of 3 bounds do not hold: Gold score of policy is −0.500, must be > 1.01; "
         "Relative change of policy is 0.100, must be < 0.05."
     )
-    assert f"report {run.name} {answer} Asked of every stage:" in words
+    picture = "policy: gold score −0.500 at 2.00 nats"
+    assert f"report {run.name} {answer} {picture}" in words
     table = words[words.index("must be Gold score of policy") :]
     assert table.index("Relative change of policy") < table.index("Held-out accuracy")
     assert "> Gold score of tuned + 0.4 > 1.01" in table
@@ -217,7 +142,7 @@ def test_all_that_a_stage_is_given_is_an_edge(run):
     _change(run / "config.json", stages={})
     lineage = json.loads((run / "lineage.json").read_text())
     lineage["stages"]["judge"]["data"] = {"stage:base": "ab" * 32}
-    _json(run / "lineage.json", lineage)
+    json_file(run / "lineage.json", lineage)
     files = {stage.name: stage for stage in runs.read(run).stages}
     assert files["judge"].parents == {"base": False, "tuned": True}
 
@@ -286,7 +211,7 @@ def test_what_a_stage_learned_from_is_shown(run):
     source = dict(files=EVIL, rows=30, epochs=1.5, share_of_examples=0.625)
     told = {"pairs": 1234, "dropped": 0, "share_by": "examples", "sources": [source]}
     info = json.loads(path.read_text())
-    _json(path, info | {"data": told | {"curations": ["c0ffee" * 10]}})
+    json_file(path, info | {"data": told | {"curations": ["c0ffee" * 10]}})
     text = page.write(run).read_text(encoding="utf-8")
     words = " ".join(" ".join(_Page(text).words).split())
     assert "pairs 1,234" in words and "dropped 0" in words
@@ -353,7 +278,7 @@ def test_damaged_files_are_named_not_fatal(run):
 
 def test_only_metrics(tmp_path):
     (tmp_path / "mine").mkdir()
-    _lines(tmp_path / "mine" / "metrics.jsonl", [{"step": 1, "objective/kl": 2.0}])
+    lines_file(tmp_path / "mine" / "metrics.jsonl", [{"step": 1, "objective/kl": 2.0}])
     words = " ".join(_Page(page.write(tmp_path).read_text(encoding="utf-8")).words)
     assert "KL to the reference" in words
 
@@ -365,7 +290,7 @@ def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
         {"stage": stage, **asked, "metrics": {"acc": {"value": v, "stderr": e}}}
         for stage, v, e in (("tuned", 0.625, 0.0125), ("base", 0.375, None))
     ]
-    _json(run / "evaluations.json", records)
+    json_file(run / "evaluations.json", records)
     text = page.write(run).read_text()
     section = text[text.index("real tasks") :].partition("</table>")[0]
     assert EVIL not in section and "acc; chat, first 9" in section
@@ -394,8 +319,8 @@ def test_parents_come_before_children_whatever_the_order(run):
     config = json.loads((run / "config.json").read_text())
     config["stages"] = dict(reversed(config["stages"].items()))
     lineage["stages"] = dict(reversed(lineage["stages"].items()))
-    _json(run / "config.json", config)
-    _json(run / "lineage.json", lineage)
+    json_file(run / "config.json", config)
+    json_file(run / "lineage.json", lineage)
     stages = runs.read(run).stages
     assert [s.name for s in stages] == ["base", "tuned", "judge", "policy"]
     assert stages[3].parents == {"judge": False, "tuned": True}
@@ -413,7 +338,7 @@ def test_time_never_counts_sampling_twice(run):
     record = json.loads(path.read_text())
     record["seconds"] = {"prepare": 6.0, "sample": 2.0, "score": 3.0, "update": 4.0}
     record["seconds"]["total"] = 10.0
-    _json(path, record)
+    json_file(path, record)
     page.write(run)
     rows = page._time(runs.read(run))["rows"]
     parts = next(row["parts"] for row in rows if row["stage"].name == "policy")

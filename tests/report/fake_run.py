@@ -1,0 +1,82 @@
+"""The files of small runs that nobody trained, for the pages."""
+
+import json
+
+EVIL = "<script>alert(1)</script>"
+
+
+def write(tmp_path):
+    """Writes a run of four stages, its texts hostile; returns its folder."""
+    stages = {"base": ("", {}), "tuned": ("base", {}), "judge": ("tuned", {})}
+    stages["policy"] = ("tuned", {"judge": {"digest": "ab" * 32}})
+    json_file(tmp_path / "config.json", {"seed": 7, "stages": {n: {} for n in stages}})
+    lineage = {
+        name: {
+            "kind": "policy" if parents else "language_model",
+            "start_from": start,
+            "config_digest": "c0ffee" * 10,
+            "data_digest": {"train": "da7a" * 16},
+            "parents": parents,
+        }
+        for name, (start, parents) in stages.items()
+    }
+    json_file(tmp_path / "lineage.json", {"stages": lineage})
+    for name, (start, _) in stages.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {"step": i, "seconds": 0.1 * i, "loss": 3.0 / i, EVIL: i, "flat": 1.0}
+            for i in range(1, 5)
+        ]
+        rows += [{"step": 4, "seconds": 1.0, "eval_loss": 0.9}]
+        rows += [{"step": 5, "seconds": 1.0, "loss": None}]
+        lines_file(folder / "metrics.jsonl", rows)
+        lines_file(
+            folder / "samples.jsonl",
+            [{"step": 4, "prompt": "Q & A?", "completion": f"{EVIL}\n  two"}],
+        )
+        json_file(
+            folder / "stage.json",
+            {
+                "kind": lineage[name]["kind"],
+                "start_from": start,
+                "steps": 4,
+                "seconds": {"compile": 1.0, "update": 2.0, "total": 4.0},
+                "tokens": {"trained": 1234, "scored": 0, "sampled": 0},
+                "peak_memory_bytes": 2**30,
+            },
+        )
+    change = {"relative_change": 0.1, "unchanged_bf16": 0.2}
+    json_file(
+        tmp_path / "summary.json",
+        {
+            "seconds": {"total": 61.0},
+            "tuned": {"heldout_accuracy": 0.9, "own_figure": 5},
+            "policy": {"gold_mean": -0.5, "reward_mean": 1.5, "kl": 2.0},
+            "weights": {
+                "policy": {
+                    **change,
+                    "by_kind": {"query": change},
+                    "by_layer": {"query": [0.1, 0.02]},
+                }
+            },
+            "cost": {"policy": {"share": 0.25, "flops": 1e12}},
+            "bounds": {
+                "tuned.heldout_accuracy": {"must": "≥ 0.85", "holds": True},
+                "policy.kl": {"must": "≤ 1", "holds": False},
+            },
+        },
+    )
+    answers = {"tuned": [{"temperature": 0, "text": f"Paris {EVIL}"}]}
+    json_file(
+        tmp_path / "prompt.json", {"prompt": f"Capital? {EVIL}", "answers": answers}
+    )
+    return tmp_path
+
+
+def json_file(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def lines_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
