@@ -91,7 +91,7 @@ def of_run(
             f"--prompts: no stage {', '.join(missing)} that writes text and started "
             f"from one that does; there is {known}"
         )
-    storage.write_json(Path(to or root / "anatomy") / TABLES, out)
+    storage.write_json(Path(to or root / changes.FOLDER) / TABLES, out)
     return out
 
 

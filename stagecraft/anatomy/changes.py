@@ -22,6 +22,7 @@ from stagecraft.anatomy.stored import Weights
 from stagecraft.errors import UserError
 from stagecraft.models import locate
 
+FOLDER = "anatomy"  # of a run, in its work directory
 LINES, TABLES = "matrices.jsonl", "anatomy.json"
 PARENT, PRETRAINING, BEFORE = "parent", "pretraining", "before"
 
@@ -133,7 +134,7 @@ def of_run(
         )
     for null in nulls:
         pairs = _with_null(pairs, null, opened)
-    return write(pairs, to or root / "anatomy", notes=notes, **settings)
+    return write(pairs, to or root / FOLDER, notes=notes, **settings)
 
 
 def of_pair(

@@ -8,7 +8,7 @@ from stagecraft.anatomy import changes, token_shift, weights
 from stagecraft.report import render
 from stagecraft.report.curves import show
 
-PAGE = "anatomy/anatomy.html"  # of a run, in its work directory
+PAGE = f"{changes.FOLDER}/anatomy.html"
 
 # A figure each: its key, unit, the words of its finding, and what it is.
 FIGURES = (
@@ -92,7 +92,7 @@ def write(tables: changes.Anatomy, causes: dict | None = None) -> Path:
         figures=[
             figure
             for row in FIGURES
-            if (figure := _figure(tables["comparisons"], stages, *row))
+            if (figure := beside_null(tables["comparisons"], stages, *row))
         ],
         maps=_maps(tables, stages),
         kinds=[_kinds(one, stages) for one in first],
@@ -176,13 +176,35 @@ def _far(comparisons, stages):
 def _row(one, stages):
     return {
         "stage": stages[one["stage"]],
+        "part": one.get("part"),
         "against": one["against"],
         "pretraining": one["role"] == changes.PRETRAINING,
     }
 
 
-def _figure(comparisons, stages, key, unit, words, about):
-    """A figure's rows: value, null bands, ratio; None where nothing has it."""
+def parts(one: dict, stages: dict, row: tuple) -> dict | None:
+    """A figure of a comparison, by layer and by kind, each beside its null.
+
+    Args:
+        one: of a run's comparisons.
+        stages: as of `beside_null`.
+        row: of `FIGURES`.
+    """
+    sides = {f"layer {layer}": own for layer, own in one["layers"].items()}
+    sides |= one["kinds"]
+    about = {k: one[k] for k in ("stage", "against", "role")}
+    rows = [own | about | {"part": part} for part, own in sides.items()]
+    return beside_null(rows, stages, *row)
+
+
+def beside_null(comparisons, stages, key, unit, words, about):
+    """A figure's rows: value, null bands, ratio; None where nothing has it.
+
+    Args:
+        comparisons: of `changes.Anatomy`; a part of one has its "part" in words.
+        stages: {name: what has a name and a colour's index}.
+        key, unit, words, about: as of `FIGURES`.
+    """
     rows = [one for one in comparisons if one.get(key) is not None]
     if not rows:
         return None
@@ -236,12 +258,13 @@ def _finding(rows, key, unit, words):
 
     one = max(rows, key=distance)
     band, value = _null(one, key), _text(one[key], unit)
+    name = ", ".join(filter(None, (one["stage"], one.get("part"))))
     if not band:
-        return f"{one['stage']}: {words.format(value)}"
+        return f"{name}: {words.format(value)}"
     noise = _text(band[1], unit)
     if band[0] != band[2]:
         noise += f" ({_text(band[0], unit)} to {_text(band[2], unit)})"
-    return f"{one['stage']}: {words.format(value)}; noise of its size gives {noise}"
+    return f"{name}: {words.format(value)}; noise of its size gives {noise}"
 
 
 def _maps(tables, stages):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from stagecraft import runs
-from stagecraft.anatomy import bias, cost, evaluate, figures
+from stagecraft.anatomy import bias, changes, cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
 from stagecraft.report import (
@@ -27,6 +27,8 @@ from stagecraft.schema import flat
 from stagecraft.storage import write_text
 
 _EFFECT = "nats that it adds to being preferred, other traits held equal"
+# Of the figures that anatomy.html has; the first by layer and kind as well.
+_BESIDE_NOISE = ("effective_rank", "unchanged_bf16", "rotation_write")
 _PARTS = ("compile", "sample", "score", "prepare", "update", "eval", "save", "other")
 
 
@@ -61,6 +63,7 @@ def write(folder: str | Path) -> Path:
         tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),
         tasks=_tasks(run),
         weights=_weights(run),
+        noise=_noise(run),
         raters=_raters(run),
         cost=_cost(run),
         time=_time(run),
@@ -273,6 +276,29 @@ def _weights(run):
     page = anatomy_page.PAGE
     there = (run.folder / page).exists()
     return {"bars": bars, "maps": maps, "nulls": nulls, "page": page if there else ""}
+
+
+def _noise(run):
+    """What anatomy.json says of the weights, each figure beside its nulls."""
+    try:
+        tables = changes.read(run.folder / changes.FOLDER)
+    except UserError as error:
+        run.missing.append(str(error))
+        tables = None
+    if tables is None:
+        return None
+    stages = {stage.name: stage for stage in run.stages}
+    rows = [one for one in tables["comparisons"] if one["stage"] in stages]
+    own = [one for one in rows if one["role"] == changes.PARENT]
+    shown = [row for row in anatomy_page.FIGURES if row[0] in _BESIDE_NOISE]
+    rank = next(row for row in shown if row[0] == _BESIDE_NOISE[0])
+    whole = (anatomy_page.beside_null(own, stages, *row) for row in shown)
+    parts = (anatomy_page.parts(one, stages, rank) for one in own)
+    return {
+        "draws": tables["settings"]["draws"],
+        "figures": list(filter(None, whole)),
+        "parts": list(filter(None, parts)),
+    }
 
 
 def _raters(run):

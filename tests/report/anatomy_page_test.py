@@ -2,38 +2,20 @@
 
 import re
 
-import numpy as np
 import pytest
 
 from stagecraft.anatomy import changes
-from stagecraft.anatomy.stored import Matrix, Weights
 from stagecraft.report import anatomy_page, terminal
-from tests import tiny
 from tests.command_line import stagecraft
-
-NAMES = ("query", "output")
-
-
-def model(seed, name, start=None):
-    random = np.random.default_rng(seed)
-    matrices = {}
-    for layer in range(2):
-        for kind in NAMES:
-            path = f"layers/{layer}/attention/{kind}"
-            array = random.normal(size=(24, 16)).astype(np.float32)
-            if start:
-                array = start.matrices[path].read() + np.float32(0.01) * array
-            one = Matrix(path, kind, layer, array.shape, "F32", lambda a=array: a)
-            matrices[path] = one
-    return Weights(name, tiny.config(layers=2), matrices, name)
+from tests.report import fake_run
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    base = model(0, "base")
-    sft = model(1, "<b>sft</b>", base)
-    dpo = model(2, "dpo", sft)
-    control = model(3, "shuffled", sft)
+    base = fake_run.model(0, "base")
+    sft = fake_run.model(1, "<b>sft</b>", base)
+    dpo = fake_run.model(2, "dpo", sft)
+    control = fake_run.model(3, "shuffled", sft)
     pairs = [
         changes.Pair(sft.name, "base", changes.PARENT, base, sft, {}),
         changes.Pair("dpo", sft.name, changes.PARENT, sft, dpo, {"shuffled": control}),
@@ -52,7 +34,7 @@ def test_each_figure_stands_beside_its_nulls(tables):
     assert f"noise {anatomy_page._text(mean, '')}" in text
     ratio = found["effective_rank"] / found["null"]["shuffled"]["effective_rank"][1]
     assert f"ratio {ratio:.3g}" in text and "shuffled " in text
-    titles = re.findall(r'id="fig-\w+"><figcaption><b>(.*?)</b>', text)
+    titles = re.findall(r'id="fig-\w+"><figcaption>.*?<b>(.*?)</b>', text)
     assert len(titles) >= 6
     assert all("noise of its size gives" in title for title in titles[1:])
     assert low < high and anatomy_page._text(low, "") in text
@@ -79,6 +61,24 @@ def test_the_title_is_of_the_stage_farthest_from_noise():
     ]
     text = anatomy_page._finding(rows, "rank", "", "rank {}")
     assert text == "far: rank 2.00; noise of its size gives 10.0 (9.00 to 11.0)"
+
+
+def test_parts_of_a_change_stand_beside_their_own_nulls(tables):
+    one = tables["comparisons"][1]
+    stages = {"dpo": {"name": "dpo", "index": 0}}
+    row = next(row for row in anatomy_page.FIGURES if row[0] == "effective_rank")
+    shown = anatomy_page.parts(one, stages, row)
+    assert [line["part"] for line in shown["rows"]] == [
+        *("layer 0", "layer 1"),
+        *one["kinds"],
+    ]
+    own = one["kinds"]["query"]
+    line = next(line for line in shown["rows"] if line["part"] == "query")
+    assert line["text"] == anatomy_page._text(own["effective_rank"], "")
+    mean = own["null"]["isotropic"]["effective_rank"][1]
+    assert line["nulls"][0]["ratio"] == f"{own['effective_rank'] / mean:.3g}"
+    assert shown["title"].startswith("dpo, ")
+    assert anatomy_page.parts(one | {"layers": {}, "kinds": {}}, stages, row) is None
 
 
 def test_the_terminal_shows_a_line_a_comparison(tables, capsys):

@@ -2,6 +2,12 @@
 
 import json
 
+import numpy as np
+
+from stagecraft.anatomy import changes
+from stagecraft.anatomy.stored import Matrix, Weights
+from tests import tiny
+
 EVIL = "<script>alert(1)</script>"
 
 
@@ -80,3 +86,34 @@ def json_file(path, value):
 
 def lines_file(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+NAMES = ("query", "output")
+
+
+def model(seed, name, start=None):
+    """Returns weights at random, or a small step away from others."""
+    random = np.random.default_rng(seed)
+    matrices = {}
+    for layer in range(2):
+        for kind in NAMES:
+            path = f"layers/{layer}/attention/{kind}"
+            array = random.normal(size=(24, 16)).astype(np.float32)
+            if start:
+                array = start.matrices[path].read() + np.float32(0.01) * array
+            one = Matrix(path, kind, layer, array.shape, "F32", lambda a=array: a)
+            matrices[path] = one
+    return Weights(name, tiny.config(layers=2), matrices, name)
+
+
+def write_anatomy(folder):
+    """Writes anatomy.json of two stages of the run."""
+    base = model(0, "base")
+    tuned = model(1, "tuned", base)
+    policy = model(2, "policy", tuned)
+    pairs = [
+        changes.Pair("tuned", "base", changes.PARENT, base, tuned, {}),
+        changes.Pair("policy", "tuned", changes.PARENT, tuned, policy, {}),
+        changes.Pair("policy", "base", changes.PRETRAINING, base, policy, {}),
+    ]
+    return changes.write(pairs, folder / changes.FOLDER)

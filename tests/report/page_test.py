@@ -11,6 +11,7 @@ import pytest
 from stagecraft import runs
 from stagecraft.errors import UserError
 from stagecraft.report import charts, page
+from tests.report import fake_run
 from tests.report.fake_run import EVIL, json_file, lines_file
 
 
@@ -298,6 +299,22 @@ def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
     assert section.index("0.375") < section.index("0.625") and "± 0.013" in section
     (run / "evaluations.json").write_text("[{")
     assert "evaluations.json: not a JSON file" in page.write(run).read_text()
+
+
+def test_what_anatomy_wrote_stands_beside_noise(run):
+    assert "Beside noise" not in page.write(run).read_text()
+    tables = fake_run.write_anatomy(run)
+    text = page.write(run).read_text()
+    section = text[text.index("Beside noise") :]
+    for one in tables["comparisons"][:2]:
+        low, mean, high = one["null"]["isotropic"]["effective_rank"]
+        ratio = one["effective_rank"] / mean
+        assert f"noise {mean:#.3g}".rstrip(".") in section
+        assert f"ratio {ratio:.3g}" in section
+        assert f'id="fig-parts-{one["stage"]}"' in section
+    assert "against base" in section and section.count('class="band"') > 12
+    (run / "anatomy" / "anatomy.json").write_text("{")
+    assert "anatomy.json: not a JSON file" in page.write(run).read_text()
 
 
 def test_not_a_run(tmp_path):
