@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -132,6 +133,25 @@ def single_device(config):
     """The config on one device: what a laptop does."""
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     return config
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; skipped where there is none, but for CI."""
+    if not CHROMIUM and not os.environ.get("CI"):
+        pytest.skip("needs a browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "no browser: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

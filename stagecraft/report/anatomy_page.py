@@ -314,7 +314,7 @@ def heat(stage, layers):
     return {"stage": stage, "kinds": list(layers), "rows": rows}
 
 
-_OF_A_KIND = (
+OF_A_KIND = (
     ("relative_change", "Change", "share"),
     ("spectral_change", "Spectral", "share"),
     ("unchanged_exact", "Same, exact", "share"),
@@ -337,7 +337,7 @@ def _kinds(one, stages):
     """A table of kinds: each cell a figure, under it what noise gives."""
     columns = [
         row
-        for row in _OF_A_KIND
+        for row in OF_A_KIND
         if any(kind.get(row[0]) is not None for kind in one["kinds"].values())
     ]
     rows = []

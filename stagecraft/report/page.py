@@ -18,6 +18,7 @@ from stagecraft.report import (
     compare,
     curves,
     frontier,
+    heat_map,
     render,
     verdict,
 )
@@ -45,8 +46,12 @@ def write(folder: str | Path) -> Path:
         UserError: not a run's directory, or Matplotlib is missing.
     """
     run = runs.read(folder)
+    noise = _noise(run)
+    drawn = noise and noise["map"]
     text = render.render(
         "report.html.jinja",
+        scripts=[heat_map.SCRIPT] if drawn else [],
+        libraries=heat_map.LIBRARIES if drawn else (),
         run=run,
         answer=verdict.sentence(run.summary, [stage.name for stage in run.stages]),
         facts=_facts(run),
@@ -63,7 +68,7 @@ def write(folder: str | Path) -> Path:
         tax=_bars(run, ("heldout_accuracy", "cloze_accuracy", "seen_accuracy")),
         tasks=_tasks(run),
         weights=_weights(run),
-        noise=_noise(run),
+        noise=noise,
         raters=_raters(run),
         cost=_cost(run),
         time=_time(run),
@@ -298,6 +303,7 @@ def _noise(run):
         "draws": tables["settings"]["draws"],
         "figures": list(filter(None, whole)),
         "parts": list(filter(None, parts)),
+        "map": heat_map.build(tables, list(stages)),
     }
 
 

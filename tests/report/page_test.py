@@ -57,6 +57,7 @@ def test_nothing_is_loaded_and_nothing_runs(run):
         for name in ("href", "xlink:href", "src"):
             assert attributes.get(name, "#").startswith("#")
     assert any("default-src 'none'" in a.get("content", "") for _, a in shown.tags)
+    assert "Beside noise" not in text and "map-data" not in text  # of anatomy.json
 
 
 def _words(folder):
@@ -302,7 +303,6 @@ def test_real_tasks_are_shown_by_stage_when_there_are_any(run):
 
 
 def test_what_anatomy_wrote_stands_beside_noise(run):
-    assert "Beside noise" not in page.write(run).read_text()
     tables = fake_run.write_anatomy(run)
     text = page.write(run).read_text()
     section = text[text.index("Beside noise") :]
