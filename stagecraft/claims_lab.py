@@ -38,7 +38,7 @@ from stagecraft.metrics import is_number
 
 BASE = "quickstart"
 TIERS = {1: 4, 2: 8}  # seeds of each tier
-HEADER, VERDICTS, MEASURED = "header.json", "claims.json", "measured.json"
+HEADER, MEASURED = "header.json", "measured.json"
 SPENT = "measured_in.json"  # beside MEASURED: the seconds that measuring took
 
 
@@ -261,4 +261,4 @@ def _write(root, asked, seeds):
         | {"also": one.also}
         for one, mark in zip(asked, marks, strict=True)
     ]
-    storage.write_json(root / VERDICTS, {"seeds": seeds, "claims": table})
+    storage.write_json(root / claims.VERDICTS, {"seeds": seeds, "claims": table})

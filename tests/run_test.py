@@ -246,7 +246,7 @@ def test_the_summary_of_the_graph(tiny_run):
             node = node[part]
         assert isinstance(node, float), key
     page = (tiny_run / "report.html").read_text()
-    assert "ppo_hard" in page and "<script" not in page
+    assert "ppo_hard" in page and "data-library" not in page
 
 
 def test_seconds_are_split(tiny_run):

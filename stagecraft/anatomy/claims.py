@@ -31,6 +31,7 @@ from stagecraft import bounds, schema
 from stagecraft.anatomy.statistics import CONFIDENCE
 from stagecraft.errors import UserError
 
+VERDICTS = "claims.json"  # of a work directory of claims
 HOLDS, REFUTED, UNDECIDED = "holds", "refuted", "undecided"
 NOT_HERE, NONE = "cannot be asked here", "no verdict"
 LEAST_SEEDS = 3

@@ -8,6 +8,7 @@ from stagecraft.anatomy import changes, token_shift, weights
 from stagecraft.report import render
 from stagecraft.report.curves import show
 
+SHADE = 56  # percent of a stage's colour behind the largest number of a map
 PAGE = f"{changes.FOLDER}/anatomy.html"
 
 # A figure each: its key, unit, the words of its finding, and what it is.
@@ -304,7 +305,7 @@ def heat(stage, layers):
     rows = []
     for i in range(depth):
         cells = [values[i] if i < len(values) else None for values in layers.values()]
-        shades = [round(58 * (value or 0.0) / largest, 1) for value in cells]
+        shades = [round(SHADE * (value or 0.0) / largest, 1) for value in cells]
         rows.append(
             [
                 {"value": value, "shade": shade}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stagecraft import process, storage
 from stagecraft.anatomy import claims
+from stagecraft.errors import UserError
 from stagecraft.report import render
 from stagecraft.report.curves import show
 
@@ -37,6 +38,36 @@ def write(root: Path, asked: Sequence, seeds: int) -> Path:
     return root / PAGE
 
 
+def read(folder: Path) -> list[dict]:
+    """Reads verdicts back, as a page's table shows them; [] where there are none.
+
+    Raises:
+        UserError: FOLDER/claims.json is damaged.
+    """
+    path = folder / claims.VERDICTS
+    table = storage.read_json(path, {"claims": []})
+    try:
+        return [
+            {
+                "claim": row,
+                "outcome": row,
+                "effect": _effect(row["effect"], row["alike"]),
+                "interval": interval(outcome),
+                "needed": needed(outcome),
+            }
+            for row in table["claims"]
+            for outcome in [claims.Outcome(*map(row.get, claims.Outcome._fields))]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not what `stagecraft claims` writes; ask them again"
+        ) from error
+
+
+def _effect(size, alike):
+    return f"within ±{size:g}" if alike else f"beyond {size:g}"
+
+
 def _answer(counts, seeds):
     parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
     return f"Of {sum(counts.values())} claims over {seeds} seeds: {', '.join(parts)}."
@@ -44,11 +75,10 @@ def _answer(counts, seeds):
 
 def _shown(one, holm):
     claim, outcome = one.claim, one.outcome
-    effect = f"within ±{claim.effect:g}" if claim.alike else f"beyond {claim.effect:g}"
     return {
         "claim": claim,
         "outcome": outcome,
-        "effect": effect,
+        "effect": _effect(claim.effect, claim.alike),
         "interval": interval(outcome),
         "needed": needed(outcome),
         "holm": holm,
@@ -130,9 +160,7 @@ def markdown(asked: Sequence) -> str:
     for one in asked:
         claim, outcome = one.claim, one.outcome
         notes = "; ".join(filter(None, (outcome.reason, needed(outcome))))
-        effect = (
-            f"within ±{claim.effect:g}" if claim.alike else f"beyond {claim.effect:g}"
-        )
+        effect = _effect(claim.effect, claim.alike)
         measured = f"{interval(outcome) or '–'}; {effect}?"
         control = show(sum(one.controls) / len(one.controls)) if one.controls else "–"
         verdict = f"**{outcome.verdict}**" + (f": {notes}" if notes else "")

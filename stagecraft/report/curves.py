@@ -86,7 +86,7 @@ def _chart(stage, title, unit, *series):
     )
     name = f"{stage.name} {' '.join(one['key'] for one in lines)}"
     svg = charts.curves(lines, name=name, label=f"{stage.name}, {title}: {spoken}")
-    return {"title": title, "unit": unit, "series": lines, "svg": svg}
+    return dict(name=name, title=title, unit=unit, series=lines, svg=svg)
 
 
 def panel(stage):
@@ -134,6 +134,7 @@ def overlays(stages):
         if len(lines) > 1:
             names = ", ".join(one["label"] for one in lines)
             label = f"{title} against step: {names}"
-            svg = charts.curves(lines, name=f"overlay {title}", label=label)
-            shown.append({"title": title, "unit": unit, "series": lines, "svg": svg})
+            name = f"overlay {title}"
+            svg = charts.curves(lines, name=name, label=label)
+            shown.append(dict(name=name, title=title, unit=unit, series=lines, svg=svg))
     return shown

@@ -47,6 +47,8 @@
       output.textContent = row.said;
       view.signal("at", row.place).runAsync();
     };
+    const columns = ["figure", "stage", "layer", "kind", "value", "noise", "low", "high", "ratio"];
+    copyButton(output, () => [columns, ...shown().map((row) => columns.map((key) => row[key]))]);
     view.addEventListener("mouseover", (_, item) => item?.datum?.said && say(item.datum));
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     chart.addEventListener("keydown", (event) => {

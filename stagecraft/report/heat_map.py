@@ -192,7 +192,10 @@ def _spec(cells):
                     "fillOpacity": {
                         "field": "shade",
                         "type": "quantitative",
-                        "scale": {"domain": [0, 1], "range": [0, 0.58]},
+                        "scale": {
+                            "domain": [0, 1],
+                            "range": [0, anatomy_page.SHADE / 100],
+                        },
                         "legend": None,
                     },
                     "stroke": {"condition": here, "value": None},

@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 
 from stagecraft import runs
-from stagecraft.anatomy import bias, changes, cost, evaluate, figures
+from stagecraft.anatomy import bias, changes, claims, cost, evaluate, figures
 from stagecraft.errors import UserError
 from stagecraft.metrics import is_number
 from stagecraft.report import (
     anatomy_page,
     charts,
+    claims_page,
     compare,
     curves,
     frontier,
@@ -69,6 +70,7 @@ def write(folder: str | Path) -> Path:
         tasks=_tasks(run),
         weights=_weights(run),
         noise=noise,
+        claims=_claims(run),
         raters=_raters(run),
         cost=_cost(run),
         time=_time(run),
@@ -228,7 +230,7 @@ def _scaled(key, rows, table):
         }
         for stage, value in rows
     ]
-    about = {k: getattr(figure, k) for k in ("title", "meaning", "better")}
+    about = {k: getattr(figure, k) for k in ("name", "title", "meaning", "better")}
     return about | {"bars": bars, "zero": 100 * -low / span}
 
 
@@ -305,6 +307,18 @@ def _noise(run):
         "parts": list(filter(None, parts)),
         "map": heat_map.build(tables, list(stages)),
     }
+
+
+def _claims(run):
+    """Verdicts that the run, or the work directory of claims it is part of, holds."""
+    for up in range(3):  # of claims, a run is BASE/seedN or NAME/seedN
+        folder = run.folder.resolve().parents[up - 1] if up else run.folder
+        try:
+            if rows := claims_page.read(folder):
+                return {"rows": rows, "where": "../" * up + claims.VERDICTS}
+        except UserError as error:
+            run.missing.append(str(error))
+    return None
 
 
 def _raters(run):

@@ -7,6 +7,7 @@ text.
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import jinja2
@@ -16,6 +17,7 @@ from stagecraft.report import charts
 from stagecraft.report.curves import show
 
 _FOLDER = Path(__file__).parent
+_ALWAYS = "copy.js"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -24,7 +26,8 @@ def render(template, scripts=(), libraries=(), **values):
 
     Args:
         template: of a page, which shows `policy` in its head and `scripts` at its end.
-        scripts: files of this folder that run when the page has been read.
+        scripts: files of this folder that run when the page has been read, after the
+            one that every page has.
         libraries: files of `vendor`; they are in the page as text until a script runs
             them.
         **values: of the template.
@@ -40,11 +43,28 @@ def render(template, scripts=(), libraries=(), **values):
         "colour": charts.colour,
         "short": _short,
         "json": _json,
+        "anchor": _anchors(),
     }
-    own = [_text(name) for name in scripts]
+    own = [_text(name) for name in (_ALWAYS, *scripts)]
     texts = [_text(f"vendor/{name}") for name in libraries]
     values |= {"policy": _policy([*own, *texts]), "scripts": _elements(own, texts)}
     return environment.get_template(template).render(values)
+
+
+def _anchors():
+    """A filter from words to an id, which it gives no second time."""
+    given = set()
+
+    def anchor(words):
+        base = name = re.sub(r"\W+", "-", words).strip("-")
+        count = 1
+        while name in given:
+            count += 1
+            name = f"{base}-{count}"
+        given.add(name)
+        return name
+
+    return anchor
 
 
 def _text(name):
@@ -54,7 +74,7 @@ def _text(name):
 def _policy(texts):
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     hashes = (f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    return Markup(_POLICY + (f"; script-src {' '.join(hashes)}" if texts else ""))
+    return Markup(f"{_POLICY}; script-src {' '.join(hashes)}")
 
 
 def _elements(own, libraries):

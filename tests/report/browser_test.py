@@ -1,5 +1,7 @@
 """The report in a real browser: the map by mouse and keyboard, the page without it."""
 
+import os
+
 import pytest
 
 from stagecraft.report import page
@@ -82,8 +84,60 @@ def test_the_page_reads_without_scripts(opened):
     assert not tab.locator("#fig-map .chart").is_visible()
 
 
+def test_tables_are_copied_as_csv(opened):
+    """What stands small gets a column; no text is a formula or breaks its row."""
+    tab = opened(permissions=["clipboard-read", "clipboard-write"])
+
+    def copied(button):
+        button.click()
+        assert button.inner_text() == "Copied"
+        return tab.evaluate("navigator.clipboard.readText()").splitlines()
+
+    tab.evaluate(
+        """() => document.querySelector('#figures tbody tr th').prepend('=1+"a",')"""
+    )
+    head, *rows = copied(tab.locator("#figures .csv").first)
+    assert head.startswith("Figure,,tuned,") and len({r.count(",") for r in rows}) > 0
+    assert rows[0].startswith('"\'=1+""a"",')
+    assert any("Gold score" in row and ",-0.500" in row for row in rows)
+    near_the_map(tab)
+    head, *rows = copied(tab.locator("#fig-map output + .csv"))
+    assert head == "figure,stage,layer,kind,value,noise,low,high,ratio"
+    assert len(rows) == 4 and rows[0].startswith("Eff. rank,tuned,0,query,")
+
+
+def test_without_a_clipboard_it_is_copied_the_old_way(opened):
+    tab = opened(permissions=["clipboard-read"])
+    tab.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject() }")
+    tab.locator("#fig-kl .csv").click()
+    tab.wait_for_function(
+        "document.querySelector('#fig-kl .csv').innerText != 'Copy as CSV'"
+    )
+    assert tab.evaluate("navigator.clipboard.readText()").startswith("policy,")
+
+
 @pytest.mark.parametrize("width", [1280, 360])
 def test_nothing_is_wider_than_the_window(opened, width):
     tab = opened(width)
     near_the_map(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") == width
+
+
+@pytest.fixture(scope="module")
+def axe():
+    """axe-core; skipped where it is not installed, but for CI."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("axe_playwright_python", reason="needs extra dev")
+    from axe_playwright_python.sync_playwright import Axe
+
+    return Axe()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_axe_finds_no_violation(opened, axe, width, scheme):
+    tab = opened(width, scheme)
+    near_the_map(tab)
+    tab.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+    violations = axe.run(tab).response["violations"]
+    assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in violations] == []

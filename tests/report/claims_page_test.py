@@ -7,6 +7,7 @@ import pytest
 from stagecraft import claims_lab
 from stagecraft.anatomy import claims
 from stagecraft.report import claims_page
+from tests.report import fake_run
 
 
 def asked(values, controls=(), **changes):
@@ -69,7 +70,8 @@ def test_marks_stand_where_the_numbers_are():
 def test_words_of_a_claim_are_data(tmp_path):
     hostile = asked([1.5, 1.6, 1.4], claim="<script>alert(1)</script>", checks=("a<b",))
     text = claims_page.write(tmp_path, [hostile], 3).read_text()
-    assert "<script>" not in text and "&lt;script&gt;" in text
+    assert "<script>alert" not in text and "&lt;script&gt;" in text
+    fake_run.check_scripts(text)
     assert "<code>a&lt;b</code>" in text
 
 

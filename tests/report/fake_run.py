@@ -1,6 +1,9 @@
 """The files of small runs that nobody trained, for the pages."""
 
+import base64
+import hashlib
 import json
+import re
 
 import numpy as np
 
@@ -117,3 +120,17 @@ def write_anatomy(folder):
         changes.Pair("policy", "base", changes.PRETRAINING, base, policy, {}),
     ]
     return changes.write(pairs, folder / changes.FOLDER)
+
+
+def check_scripts(text):
+    """Asserts that a page's policy names what may run, and nothing in it evaluates."""
+    policy = re.search(r'-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'; ") and "eval" not in policy
+    assert "script-src 'sha256-" in policy and "http" not in policy
+    named = set(re.findall(r"'sha256-([^']+)'", policy))
+    texts = re.findall(r"<script(?: [^>]*plain[^>]*)?>(.*?)</script>", text, re.DOTALL)
+    hashes = [hashlib.sha256(one.encode()).digest() for one in texts]
+    assert {base64.b64encode(one).decode() for one in hashes} == named
+    assert len(re.findall("<script", text)) - text.count("application/json") == len(
+        texts
+    )
