@@ -90,7 +90,33 @@ def _plot(comparison, column):
     svg = charts.intervals(
         rows, name=f"compare {column['key']}", label=f"{column['title']}: {spoken}"
     )
-    return dict(column=column, better=f"{better} is better" if better else "", svg=svg)
+    return {
+        "column": column,
+        "title": f"{column['title']}: {_finding(comparison, column)}",
+        "better": f"{better} is better" if better else "",
+        "svg": svg,
+    }
+
+
+def _finding(comparison, column):
+    """The arm that differs most, in half intervals; without any, most and least."""
+    apart = [
+        (arm, against)
+        for arm in comparison["arms"]
+        if (against := arm["against"].get(column["key"])) and against["half"]
+    ]
+    if not apart:
+        known = {
+            a["arm"]: a for a in comparison["arms"] if column["key"] in a["figures"]
+        }
+        order = sorted(known, key=lambda n: -known[n]["figures"][column["key"]]["mean"])
+        ends = dict.fromkeys([*order[:1], *order[-1:]])
+        texts = (f"{compare.mean_text(known[n], column)} in {n}" for n in ends)
+        return " to ".join(texts)
+    arm, against = max(apart, key=lambda o: abs(o[1]["difference"]) / o[1]["half"])
+    verdict = f", {against['verdict']}," * (":" not in against["verdict"])
+    text = f"{_spelled(against, column)} in {arm['arm']}{verdict}"
+    return f"{text} against {comparison['baseline']}"
 
 
 def _spelled(against, column):

@@ -230,8 +230,28 @@ def _scaled(key, rows, table):
         }
         for stage, value in rows
     ]
-    about = {k: getattr(figure, k) for k in ("name", "title", "meaning", "better")}
-    return about | {"bars": bars, "zero": 100 * -low / span}
+    about = {k: getattr(figure, k) for k in ("name", "meaning", "better")}
+    title = f"{figure.title}: {_ends(figure, bars)}"
+    return about | {"title": title, "bars": bars, "zero": 100 * -low / span}
+
+
+def _ends(figure, bars):
+    """The finding of bars: who has most and who least, with their intervals."""
+
+    def said(bar):
+        text = compare.number(bar["value"], figure.digits)
+        return (
+            text if bar["half"] is None else f"{text} ±{bar['half']:.{figure.digits}f}"
+        )
+
+    order = sorted(bars, key=lambda bar: -bar["value"])
+    most, least = order[0], order[-1]
+    if most["value"] == least["value"]:
+        return said(most) if len(bars) == 1 else f"{said(most)} in all"
+    return (
+        f"{said(most)} in {most['stage'].name}, the most; {said(least)} in "
+        f"{least['stage'].name}, the least"
+    )
 
 
 def _tasks(run):

@@ -17,6 +17,7 @@ from tests.mutants import (
     measuring,
     meshes,
     objectives,
+    pages,
     people,
     pods,
     previews,
@@ -40,7 +41,7 @@ MUTANTS = (
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
     *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS + several.MUTANTS),
-    *stores.MUTANTS,
+    *(stores.MUTANTS + pages.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

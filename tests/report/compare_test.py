@@ -432,6 +432,10 @@ def test_the_page_loads_nothing_and_says_what_the_table_says(ablation, tmp_path)
     words = " ".join(page.words)
     for told in ("2.600 ±0.248", "+1.000 (+0.773 to +1.227)", "within noise"):
         assert told in words
+    titles = re.findall(r'<a href="#fig-[^"]+"><b>(.*?)</b>', text)
+    name = "dpo objective=ipo, higher, against dpo objective=dpo"
+    assert titles[1] == f"Gold score: +1.000 (+0.773 to +1.227) in {name}"
+    assert titles[3] == "Held-out accuracy: 0.900 ±0.000 in sft"
     numbers = json.loads((tmp_path / "out" / "sides.json").read_text())
     assert numbers == compare.compare(ablation)
 

@@ -369,6 +369,16 @@ def test_each_figure_has_its_own_address(run):
     assert {"fig-tuned-loss-eval_loss", "fig-heldout_accuracy"} <= {*ids}
 
 
+def test_the_title_of_bars_says_who_has_most_and_least(run):
+    drawn = {"count": 4, "standard_error": {"heldout_accuracy": 0.01}}
+    policy = {"heldout_accuracy": 0.5, "draws": drawn}
+    _change(run / "summary.json", policy=policy, judge={"seen_accuracy": 0.25})
+    text = page.write(run).read_text()
+    title = "Held-out accuracy: 0.900 in tuned, the most; 0.500 ±0.032 in policy, the"
+    assert f"<b>{title} least</b>" in text
+    assert "<b>Accuracy, demonstrated: 0.250</b>" in text
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         page.write(tmp_path / "typo")
