@@ -78,8 +78,8 @@ def against(series, *, name, label, across, up):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(4.2, 2.7))
-        axes = figure.add_axes((0.15, 0.165, 0.83, 0.81))
+        figure = Figure(figsize=(4.2, 2.4))
+        axes = figure.add_axes((0.15, 0.185, 0.83, 0.79))
         replaced, texts = dict(_STAND_INS), []
         for one in series:
             shade = _INK

@@ -41,8 +41,8 @@ def ends(run) -> dict | None:
     return {
         "id": "fig-frontier",
         "title": title,
-        "note": "Held-out gold score, and KL to what the stage started from, which "
-        "stands at 0; lines are 95% intervals over draws of sampled answers.",
+        "note": "What a stage started from stands at 0; lines are 95% intervals over "
+        "draws of sampled answers.",
         "svg": charts.against(
             series,
             name="frontier",
