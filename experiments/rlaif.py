@@ -19,20 +19,21 @@ before it is run:
     length_ld       the same labels as length, learned by LD-DPO (ld_alpha=.5), which
                     counts the longer answer's surplus less: between the two
 
-Measured (seed 0, base=runs/quickstart, 423 s on two idle cores; means of samples):
+Measured (base= of four chains, 250 to 300 s each on two cores with other work; means
+over chains with 95% t intervals; docs/results.md):
 
-                  words   exclamations    gold    KL, nats
-    unbiased       11.1       .20         1.12      15.3
-    first           7.1       .19         1.86       2.0
-    noise           7.1       .19         1.78       2.3
-    length         27.8       .04        -1.16       2.6
-    style          12.7       .67          .78       9.2
-    length_ld      28.9       .03        -1.28       3.5
+                  words      exclamations      gold       KL, nats
+    unbiased     8.9 ±2.7     .18 ±.19      1.37 ±.19    8.9 ±5.9
+    first        7.6 ±0.9     .18 ±.03      1.69 ±.20    2.1 ±0.8
+    noise        7.5 ±0.8     .16 ±.05      1.70 ±.23    2.5 ±1.2
+    length      26.7 ±1.6     .06 ±.02     -1.02 ±.30    2.8 ±0.3
+    style       10.8 ±2.7     .64 ±.26      1.26 ±.33    5.5 ±2.5
+    length_ld   28.9 ±0.3     .03 ±.02     -1.42 ±.14    4.7 ±1.2
 
 Length and style are inherited, position and noise are not, as said before. LD-DPO does
 not help here, against what was said. Labels without noise move the model further in as
 many steps (KL), and too far: gold is lower in `unbiased` than with noise. So the arms
-differ in how far they went, too; at matched KL nothing has been measured. One seed.
+differ in how far they went, too; claims/judge_bias.py asks at matched KL.
 
 The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
 far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl

@@ -1,80 +1,15 @@
-"""Runs side by side: arms and their seeds, noise, the table and the page."""
+"""Runs side by side: arms and their seeds, and what is noise."""
 
-import html.parser
-import io
 import json
 import math
-import re
 
 import pytest
 
 from stagecraft import defaults
 from stagecraft.errors import UserError
-from stagecraft.report import (
-    arms,
-    charts,
-    compare,
-    compare_page,
-    markdown,
-    terminal,
-)
-from tests.report.fake_run import EVIL, check_scripts
-
-
-def make(folder, stages, seed=0, finished=True, **config):
-    """A run's folder. stages: {name: (settings, figures)}, in the graph's order."""
-    plan = {
-        "seed": seed,
-        "world": {"name": "countries", "size": "full"},
-        "measure": {"split": "test"},
-        "stages": {name: settings for name, (settings, _) in stages.items()},
-    }
-    write(folder / "config.json", plan | config)
-    summary = {name: figures for name, (_, figures) in stages.items()}
-    summary["seconds"] = {name: 10.0 + seed for name in stages}
-    write(folder / "summary.json", summary)
-    for name, (settings, _) in stages.items():
-        info = {k: settings.get(k, "") for k in ("kind", "start_from")}
-        write(folder / name / "stage.json", info | {"finished": finished})
-    return folder
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def tuned(objective="dpo", **more):
-    return dict(kind="preference", start_from="sft", objective=objective) | more
-
-
-def graph(figures, objective="dpo", **more):
-    """pretrain -> sft -> dpo; `figures` are those of the last."""
-    text = dict(kind="language_model", data=dict(format="text"))
-    answers = dict(
-        kind="language_model", start_from="pretrain", data=dict(format="demonstrations")
-    )
-    return {
-        "pretrain": (text, {"cloze_accuracy": 1.0}),
-        "sft": (answers, {"gold_mean": 1.0, "heldout_accuracy": 0.9}),
-        "dpo": (tuned(objective, **more), figures),
-    }
-
-
-def gold(value, rate=0.6, **more):
-    return {"gold_mean": value, "gold_win_rate": rate, "kl": 2.0} | more
-
-
-@pytest.fixture
-def ablation(tmp_path):
-    """dpo and ipo, three seeds each: the gold differs, the win rate does not."""
-    folders = []
-    for objective, level in (("dpo", 1.5), ("ipo", 2.5)):
-        for seed in range(3):
-            figures = gold(level + 0.1 * seed, rate=0.6 + 0.02 * seed)
-            made = graph(figures, objective)
-            folders.append(make(tmp_path / f"{objective}{seed}", made, seed))
-    return folders
+from stagecraft.report import arms, compare, compare_page, terminal
+from tests.report.page_text import text_of
+from tests.report.runs_to_compare import gold, graph, make, tuned, write
 
 
 def by_label(found):
@@ -368,115 +303,6 @@ def test_new_kinds_speak(tmp_path):
 # -- on the terminal and as a page -----------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [200, 80, 40])
-def test_the_table_fits_the_terminal(ablation, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", str(width))
-    out = io.StringIO()
-    terminal.show_comparison(compare.compare(ablation), out)
-    text = out.getvalue()
-    assert max(map(len, text.splitlines())) <= width
-    for told in ("2.600 ±0.248", "+1.000 ±0.227 ▲", "0.000 ±0.045 ≈"):
-        assert told in text
-    assert "within noise" in text
-
-
-def test_the_markdown_table_has_a_cell_for_each_mean(ablation):
-    text = markdown.table(compare.compare(ablation))
-    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rule.count("---") == head.count("|") - 1 == len(head.split(" | "))
-    assert all(row.count("|") == head.count("|") for row in rows) and len(rows) == 3
-    assert [("2.600 ±0.248 ▲" in row) for row in rows] == [False, False, True]
-    assert "| `dpo objective=ipo` | 3 | " in rows[2]
-    assert "▲ ▼ above or below" in text
-
-
-class _Page(html.parser.HTMLParser):
-    """Checks that tags nest, and keeps tags and text."""
-
-    VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.words, self.open = [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> does not nest"
-
-    def handle_data(self, data):
-        if not {"style", "script"} & {*self.open}:
-            self.words.append(data)
-
-
-def text_of(path):
-    return " ".join(_Page(path.read_text(encoding="utf-8")).words)
-
-
-def test_the_page_loads_nothing_and_says_what_the_table_says(ablation, tmp_path):
-    path = compare_page.write(
-        compare.compare(ablation), tmp_path / "out" / "sides.html"
-    )
-    text = path.read_text(encoding="utf-8")
-    page = _Page(text)
-    assert not re.search(r"https?://", text)
-    assert "@import" not in text and "url(" not in text
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"link", "img", "iframe", "object", "base", "form"}
-    check_scripts(text)
-    words = " ".join(page.words)
-    for told in ("2.600 ±0.248", "+1.000 (+0.773 to +1.227)", "within noise"):
-        assert told in words
-    titles = re.findall(r'<a href="#fig-[^"]+"><b>(.*?)</b>', text)
-    name = "dpo objective=ipo, higher, against dpo objective=dpo"
-    assert titles[1] == f"Gold score: +1.000 (+0.773 to +1.227) in {name}"
-    assert titles[3] == "Held-out accuracy: 0.900 ±0.000 in sft"
-    numbers = json.loads((tmp_path / "out" / "sides.json").read_text())
-    assert numbers == compare.compare(ablation)
-
-
-def test_what_runs_hold_is_escaped(tmp_path):
-    run = make(tmp_path / "a&b", graph(gold(1.0), objective_args=dict(note=EVIL)))
-    other = make(tmp_path / "<b>", graph(gold(1.0)))
-    text = compare_page.write(
-        compare.compare([run, other]), tmp_path / "c.html"
-    ).read_text()
-    assert EVIL not in text and "<b>/" not in text
-    assert "a&amp;b" in text and "&lt;script&gt;" in text
-
-
-def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):
-    first = compare_page.write(
-        compare.compare(ablation), tmp_path / "c.html"
-    ).read_bytes()
-    again = compare_page.write(
-        compare.compare(ablation), tmp_path / "c.html"
-    ).read_bytes()
-    assert first == again
-
-
-def test_an_interval_wider_than_the_picture_is_cut():
-    row = dict(name="dpo", detail="", text="", note="", baseline=True, apart=False)
-    seeds = [1.0, 2.0]
-    carets = {}
-    for half in (0.2, 50.0):
-        figure = dict(mean=1.5, half=half, values=seeds)
-        svg = charts.intervals([row | figure], name="plot", label="a <plot>")
-        assert 'aria-label="a &lt;plot&gt;"' in svg
-        low, high = charts._scale([row | figure])
-        assert low < 1.0 < 2.0 < high and high - low < 5.0
-        carets[half] = set(re.findall(r'xlink:href="#(\w+)"', svg))
-    assert carets[0.2] != carets[50.0]  # carets in place of caps
-
-
-# -- bad input -------------------------------------------------------------------------
-
-
 def refused(says, folders, **options):
     with pytest.raises(UserError) as caught:
         compare.compare(folders, **options)
@@ -546,3 +372,24 @@ def test_a_page_that_cannot_be_written(ablation, tmp_path):
     for out in (tmp_path, "x.json", tmp_path / "file" / "c.html"):
         with pytest.raises(UserError, match="--out="):
             compare_page.write(found, out)
+
+
+def test_the_figures_are_those_asked_for_or_those_all_runs_name(tmp_path):
+    def shown(*folders, **options):
+        columns = compare.compare(folders, **options)["columns"]
+        return [column["key"] for column in columns]
+
+    def named(name, *figures, seed=0):
+        one = make(tmp_path / name, graph(gold(1.0 + seed, words=9.0)), seed)
+        summary = json.loads((one / "summary.json").read_text())
+        write(one / "summary.json", summary | {"table": figures})
+        return one
+
+    usual = shown(named("usual"))
+    assert "gold_mean" in usual and "words" not in usual
+    both = [named(f"both{seed}", "words", "kl", "other", seed=seed) for seed in (0, 1)]
+    assert shown(*both) == ["words", "kl"]  # nobody has measured the third
+    assert shown(*both, named("third", "kl", seed=2)) == usual
+    assert shown(*both, names=("gold_mean",)) == ["gold_mean"]
+    with pytest.raises(UserError, match="--figures='word'.* mean 'words'"):
+        shown(*both, names=("word",))

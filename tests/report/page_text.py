@@ -1,0 +1,31 @@
+"""What a page says, and what it would load, read with the standard library."""
+
+import html.parser
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and keeps tags and text."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> does not nest"
+
+    def handle_data(self, data):
+        if not {"style", "script"} & {*self.open}:
+            self.words.append(data)
+
+
+def text_of(path):
+    return " ".join(Page(path.read_text(encoding="utf-8")).words)
