@@ -5,15 +5,16 @@ import types
 import numpy as np
 import pytest
 
-from stagecraft import claims_lab, config_files, worlds
+from stagecraft import config_files, worlds
 from stagecraft.worlds.countries import probes
+from tests.conftest import ROOT
 
 COUNTRIES = worlds.get("countries").split(0, "full").test
 FACTS = len(probes.cloze(COUNTRIES)[0])
 
 
 def module(name):
-    return config_files.module(claims_lab.shipped()[name])
+    return config_files.module(ROOT / "experiments" / "claims" / f"{name}.py")
 
 
 def run(**attributes):
