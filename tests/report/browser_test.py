@@ -90,7 +90,7 @@ def test_tables_are_copied_as_csv(opened):
 
     def copied(button):
         button.click()
-        assert button.inner_text() == "Copied"
+        button.and_(tab.get_by_text("Copied", exact=True)).wait_for()
         return tab.evaluate("navigator.clipboard.readText()").splitlines()
 
     tab.evaluate(

@@ -56,6 +56,12 @@ def test_where_rollouts_are_sampled_changes_no_number(kind, changes, sizes):
     others, other_metrics, other_weights = steps(kind, training, rollout, **changes)
     for one, other in zip(tokens, others, strict=True):
         assert np.array_equal(one, other)
+    # What rounding alone makes of one log-probability, a few nats, in two programs.
+    gaps = [
+        each.pop("val/rollout_logp_gap_max", 0) for each in (metrics, other_metrics)
+    ]
+    assert max(gaps) < 1e-5
+    assert sizes != (2, 1) or gaps[0] == gaps[1]
     assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     if sizes == (2, 1):  # laid out alike: bit for bit
         assert other_metrics == metrics
