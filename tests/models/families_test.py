@@ -258,7 +258,9 @@ def test_context_leaves_each_device_its_part_of_a_row():
 
     (_, whole), (hidden, part) = compiled(1), compiled(4)
     assert hidden.output_shardings.spec[1] == "context"
-    assert part < 0.6 * whole  # keys and values of a layer are whole
+    # Keys and values of a layer are whole, and so are the gradients of weights: .55 of
+    # the memory with jax 0.10, .63 with 0.12.
+    assert part < 0.7 * whole
 
 
 def test_the_names_of_the_parts():
