@@ -48,11 +48,11 @@ def write(folder: str | Path) -> Path:
     """
     run = runs.read(folder)
     noise = _noise(run)
-    drawn = noise and noise["map"]
+    heat = noise and noise["map"]
     text = render.render(
         "report.html.jinja",
-        scripts=[heat_map.SCRIPT] if drawn else [],
-        libraries=heat_map.LIBRARIES if drawn else (),
+        scripts=[heat_map.SCRIPT] if heat else [],
+        libraries=heat_map.LIBRARIES if heat else (),
         run=run,
         answer=verdict.sentence(run.summary, [stage.name for stage in run.stages]),
         facts=_facts(run),

@@ -1,6 +1,5 @@
 """The report of small fake runs: self-contained, escaped, whole with files missing."""
 
-import html.parser
 import json
 import re
 import sys
@@ -13,41 +12,12 @@ from stagecraft.errors import UserError
 from stagecraft.report import anatomy_page, charts, page
 from tests.report import fake_run
 from tests.report.fake_run import EVIL, json_file, lines_file
-
-
-class _Page(html.parser.HTMLParser):
-    """Checks that tags nest, and keeps tags, ids and text."""
-
-    VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.ids, self.words, self.open = [], [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> does not nest"
-
-    def handle_data(self, data):
-        if not {"style", "script"} & {*self.open}:
-            self.words.append(data)
+from tests.report.page_text import Page
 
 
 def test_nothing_is_loaded_and_only_named_scripts_run(run):
     text = page.write(run).read_text(encoding="utf-8")
-    shown = _Page(text)
+    shown = Page(text)
     assert not re.search(r"https?://", text)
     assert "@import" not in text and "url(http" not in text
     names = {tag for tag, _ in shown.tags}
@@ -61,7 +31,7 @@ def test_nothing_is_loaded_and_only_named_scripts_run(run):
 
 
 def _words(folder):
-    shown = _Page(page.write(folder).read_text(encoding="utf-8"))
+    shown = Page(page.write(folder).read_text(encoding="utf-8"))
     return " ".join(" ".join(shown.words).split())
 
 
@@ -240,7 +210,7 @@ def test_what_a_stage_learned_from_is_shown(run):
     info = json.loads(path.read_text())
     json_file(path, info | {"data": told | {"curations": ["c0ffee" * 10]}})
     text = page.write(run).read_text(encoding="utf-8")
-    words = " ".join(" ".join(_Page(text).words).split())
+    words = " ".join(" ".join(Page(text).words).split())
     assert "pairs 1,234" in words and "dropped 0" in words
     assert f"{EVIL} 62.5% of the examples, 1.50 epochs" in words
     assert "shares by examples" in words and "curated c0ffeec0ffee" in words
@@ -254,7 +224,7 @@ def test_what_a_model_wrote_is_escaped_and_keeps_its_spaces(run):
 
 
 def test_the_page_is_sound_html_and_says_what_was_measured(run):
-    shown = _Page(page.write(run).read_text(encoding="utf-8"))
+    shown = Page(page.write(run).read_text(encoding="utf-8"))
     assert len(shown.ids) == len(set(shown.ids))
     words = " ".join(shown.words)
     for told in ("≥ 0.85", "✗ ≤ 1", "own figure", "1 min 1 s", "1,234", "−0.500"):
@@ -276,7 +246,7 @@ def test_the_same_files_give_the_same_bytes(run):
 )
 def test_a_missing_file_is_named_and_the_rest_is_shown(run, gone):
     (run / gone).unlink()
-    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(Page(page.write(run).read_text(encoding="utf-8")).words)
     assert gone in words and "missing" in words
     assert "tuned" in words
 
@@ -289,7 +259,7 @@ def test_an_unfinished_run_shows_what_exists(run):
     (run / "judge").rmdir()
     with (run / "policy" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # cut off in the middle of a line
-    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(Page(page.write(run).read_text(encoding="utf-8")).words)
     assert "judge: not started" in words
     assert "policy: not finished; its curves end at step 5" in words
     assert "summary.json has no part" in words
@@ -298,7 +268,7 @@ def test_an_unfinished_run_shows_what_exists(run):
 def test_damaged_files_are_named_not_fatal(run):
     (run / "summary.json").write_text('{"seconds": ')
     (run / "lineage.json").write_text("[]")
-    words = " ".join(_Page(page.write(run).read_text(encoding="utf-8")).words)
+    words = " ".join(Page(page.write(run).read_text(encoding="utf-8")).words)
     assert "summary.json: cannot be read" in words
     assert "lineage.json: cannot be read" in words
 
@@ -306,7 +276,7 @@ def test_damaged_files_are_named_not_fatal(run):
 def test_only_metrics(tmp_path):
     (tmp_path / "mine").mkdir()
     lines_file(tmp_path / "mine" / "metrics.jsonl", [{"step": 1, "objective/kl": 2.0}])
-    words = " ".join(_Page(page.write(tmp_path).read_text(encoding="utf-8")).words)
+    words = " ".join(Page(page.write(tmp_path).read_text(encoding="utf-8")).words)
     assert "KL to the reference" in words
 
 
@@ -360,7 +330,7 @@ def test_verdicts_of_claims_are_shown_with_where_they_lie(tmp_path, up):
 
 
 def test_each_figure_has_its_own_address(run):
-    shown = _Page(page.write(run).read_text(encoding="utf-8"))
+    shown = Page(page.write(run).read_text(encoding="utf-8"))
     figures = [a for tag, a in shown.tags if tag == "figure" and "bars" not in a]
     ids = [a["id"] for a in figures if "id" in a]
     assert len(ids) >= len(figures) - 1  # wall time stands under its heading

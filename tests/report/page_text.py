@@ -4,20 +4,26 @@ import html.parser
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags nest, and keeps tags and text."""
+    """Checks that tags nest, and keeps tags, ids and text."""
 
     VOID = {"meta", "link", "br", "img", "input", "hr"}
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.words, self.open = [], [], []
+        self.tags, self.ids, self.words, self.open = [], [], [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> does not nest"
