@@ -202,8 +202,8 @@ class _Mirror:
             config.conf.setdefault(name, {})["use_listings_cache"] = False
         logging.getLogger("gcsfs").setLevel(logging.ERROR)
         self.address = address
-        mounted = address.startswith("file://")
-        folders = {"auto_mkdir": True} if mounted else {}
+        self.mounted = address.startswith("file://")
+        folders = {"auto_mkdir": True} if self.mounted else {}
         self.store, self.base = file_system(address, **folders)
         self.folder = _scratch() / address.rpartition("/")[2]
         self.folder.mkdir()
@@ -215,8 +215,7 @@ class _Mirror:
     def at(self, path):
         """Returns the address of a path in the mirror; a path where it is mounted."""
         inner = path.relative_to(self.folder).as_posix()
-        mounted = self.address.startswith("file://")
-        return f"{self.base if mounted else self.address}/{inner}"
+        return f"{self.base if self.mounted else self.address}/{inner}"
 
     def has(self, path):
         """Returns whether the store holds a file."""
@@ -309,7 +308,14 @@ class _Mirror:
 
     def _send(self, name, stamp):
         began = time.monotonic()
-        self.store.put_file(str(self.folder / name), self._key(name))
+        key = self._key(name)
+        if self.mounted:  # an upload shows nothing until it is whole, a copy does
+            folder, _, last = key.rpartition("/")
+            partial = f"{folder}/.{last}{_PARTIAL}"
+            self.store.put_file(str(self.folder / name), partial)
+            os.replace(partial, key)
+        else:
+            self.store.put_file(str(self.folder / name), key)
         self._same[name], self._took = stamp, time.monotonic() - began
 
     def push_soon(self, path):

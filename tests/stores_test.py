@@ -102,6 +102,22 @@ def test_lines_are_copied_within_seconds_and_before_what_follows(
     assert len(copied.read_text().splitlines()) == 3
 
 
+def test_a_copy_that_stops_halfway_leaves_what_was_there(machine, bucket, monkeypatch):
+    root = stores.local(f"file://{bucket}/run")
+    storage.write_json(root / "sft" / "stage.json", {"step": 1})
+
+    def broken(path, key):
+        Path(key).write_text("half")
+        raise OSError("gone")
+
+    monkeypatch.setattr(stores._mirror_of(root).store, "put_file", broken)
+    with pytest.raises(UserError, match=r"cannot write it \(gone\)"):
+        storage.write_json(root / "sft" / "stage.json", {"step": 2})
+    machine()
+    again = stores.local(f"file://{bucket}/run")
+    assert storage.read_json(again / "sft" / "stage.json") == {"step": 1}
+
+
 def test_the_oldest_is_copied_first(machine, bucket, monkeypatch):
     root = stores.local(f"file://{bucket}/run")
     mirror, order = stores._mirror_of(root), []

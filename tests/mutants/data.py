@@ -85,6 +85,7 @@ _STAGE_DATA = (
             "an absent margin is 0",
             "math.nan if value is None else float(value)",
             "float(value or 0)",
+            "tests/data/comparisons_test.py",
         ),
         ("records of one prompt differ", "prompt_key(prompt).encode()", "b''"),
     ),

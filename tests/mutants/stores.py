@@ -15,6 +15,13 @@ MUTANTS = (
             f"{_TESTS} -k not_whole",
         ),
         (
+            "a copy overwrites what is there",
+            "self.store.put_file(str(self.folder / name), partial)\n"
+            "os.replace(partial, key)",
+            "self.store.put_file(str(self.folder / name), key)",
+            f"{_TESTS} -k halfway",
+        ),
+        (
             "the newest is copied first",
             "sorted(changed, key=lambda name: here[name][1])",
             "sorted(changed, key=lambda name: -here[name][1])",
