@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ class Compiled(NamedTuple):
         largest: [(bytes, what)] of its largest arrays in HBM.
         error: why it does not compile, "" where it does: it needs more than there is,
             and of its memory only the temporaries are known.
+        depths: numbers of layers that it was compiled with, where that of the model is
+            more; () where it was compiled whole.
     """
 
     seconds: float
@@ -39,6 +42,7 @@ class Compiled(NamedTuple):
     counts: hlo.Counts | None
     largest: list[tuple[int, str]]
     error: str = ""
+    depths: tuple[int, ...] = ()
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -95,6 +99,64 @@ def compile_program(program: Any, mesh: jax.sharding.Mesh) -> Compiled:
         flops_once=compiled.cost_analysis()["flops"],
         counts=hlo.read(text, mesh.size),
         largest=largest(text),
+    )
+
+
+def depths(specs: Sequence[Any]) -> tuple[int, ...]:
+    """Returns two depths from which that of a model follows; () where it is as small.
+
+    They begin with the same layers as the model, and end with the same part of the
+    pattern in which its layers repeat.
+
+    Args:
+        specs: what kind each layer is of, from the first to the last.
+
+    >>> depths(["local"] * 32), depths((["local"] * 5 + ["global"]) * 8)
+    ((2, 4), (6, 12))
+    >>> depths(["dense"] + ["sparse"] * 31), depths(["dense"] * 4)
+    ((), ())
+    """
+    layers = len(specs)
+    period = next(
+        p
+        for p in range(1, layers + 1)
+        if all(specs[i] == specs[i % p] for i in range(layers))
+    )
+    step = period * -(-2 // period)
+    few = step + layers % period
+    return (few, few + step) if few + step < layers else ()
+
+
+def extended(
+    few: Compiled, many: Compiled, depths: Sequence[int], layers: int
+) -> Compiled:
+    """Returns a program of a deep model, from the same program of two shallow ones.
+
+    What a layer adds is the difference of the two, as often as there are layers more.
+    The largest arrays are those of the deeper of them.
+
+    Args:
+        few, many: as compiled.
+        depths: their numbers of layers.
+        layers: that of the model.
+    """
+    seconds = few.seconds + many.seconds
+    for one in (few, many):
+        if one.error:
+            return one._replace(seconds=seconds, depths=tuple(depths))
+    share = (layers - depths[0]) / (depths[1] - depths[0])
+    weights = (1 - share, share)
+
+    def total(a, b):
+        return weights[0] * a + weights[1] * b
+
+    return Compiled(
+        seconds=seconds,
+        memory={k: round(total(v, many.memory[k])) for k, v in few.memory.items()},
+        flops_once=total(few.flops_once, many.flops_once),
+        counts=hlo.weighted([*zip(weights, (few.counts, many.counts), strict=True)]),
+        largest=many.largest,
+        depths=tuple(depths),
     )
 
 

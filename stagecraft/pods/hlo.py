@@ -113,6 +113,27 @@ class Counts(NamedTuple):
     collectives: list[Collective]
 
 
+def weighted(parts: list[tuple[float, Counts]]) -> Counts:
+    """Sums up counts of several programs, each as often as its weight says.
+
+    Args:
+        parts: [(weight, counts)]; a weight may be below 0.
+    """
+    kernels = defaultdict(list)
+    for weight, counts in parts:
+        for name, calls in counts.kernels.items():
+            kernels[name] += [(weight * times, arrays) for times, arrays in calls]
+    return Counts(
+        products=sum(w * c.products for w, c in parts),
+        products_once=sum(w * c.products_once for w, c in parts),
+        kernels=dict(kernels),
+        traffic=sum(w * c.traffic for w, c in parts),
+        collectives=[
+            one._replace(times=w * one.times) for w, c in parts for one in c.collectives
+        ],
+    )
+
+
 def read(text: str, devices: int) -> Counts:
     """Counts what one device does in a compiled program.
 

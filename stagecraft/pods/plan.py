@@ -23,6 +23,9 @@ from stagecraft.stages import kinds
 # Memory that the runtime and the compiler keep for themselves.
 RESERVED = 0.02
 HEADLESS = ("evaluate",)  # programs that are no part of a step
+# Programs in which layers are written out one by one, so that compiling takes longer
+# the more there are: compiled at two small depths.
+UNROLLED = ("sample",)
 
 
 @dataclasses.dataclass
@@ -41,6 +44,7 @@ class ProgramPlan:
         largest: [(bytes, what)] of the largest arrays.
         seconds_to_compile: on this machine.
         error: what the compiler said, "" where it fits.
+        depths: as of `compiling.Compiled`.
     """
 
     name: str
@@ -54,6 +58,7 @@ class ProgramPlan:
     largest: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     seconds_to_compile: float = 0.0
     error: str = ""
+    depths: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -124,8 +129,22 @@ def plan(
             `goodput.saving`.
     """
     devices = compiling.devices(topology) if topology.compiles else topology.devices
+
+    def compiled(one, name):
+        whole = one.programs[name]
+        specs = ModelConfig(**one.model).layer_specs
+        depths = compiling.depths(specs) if name in UNROLLED else ()
+        if not depths:
+            return compiling.compile_program(whole, one.mesh)
+        shallow = []
+        for layers in depths:
+            [small] = shapes.stages(config, devices, [one.name], layers=layers)
+            program = small.programs[name]
+            shallow.append(compiling.compile_program(program, small.mesh))
+        return compiling.extended(*shallow, depths, len(specs))
+
     for one in shapes.stages(config, devices, only):
-        plan = _stage(one, topology, programs)
+        plan = _stage(one, topology, programs, compiled)
         minutes = one.config.every.save_minutes
         plan.saving = goodput.saving(
             plan.state_bytes, minutes, topology.chips, **failing
@@ -133,7 +152,7 @@ def plan(
         yield plan
 
 
-def _stage(one, topology, wanted):
+def _stage(one, topology, wanted, compiled):
     work = dict(one.work)
     length = int(work.pop("length"))
     context = (length + 1) / 2
@@ -168,9 +187,11 @@ def _stage(one, topology, wanted):
         "sample": ledger(["sampled"]),
     }
     if topology.compiles:
-        for name, program in one.programs.items():
+        for name in one.programs:
             if not wanted or name in wanted:
-                plan.programs.append(_compiled(one, name, program, topology, plan))
+                plan.programs.append(
+                    _read(one, name, compiled(one, name), topology, plan)
+                )
     else:
         plan.programs = _by_formula(one, plan, topology, ledger, trained)
     for program in plan.programs:
@@ -180,8 +201,9 @@ def _stage(one, topology, wanted):
     return plan
 
 
-def _compiled(one, name, program, topology, plan):
-    compiled = compiling.compile_program(program, one.mesh)
+def _read(one, name, compiled, topology, plan):
+    """Returns what a compiled program needs."""
+    program = one.programs[name]
     beside = plan.state_bytes + plan.frozen_bytes
     if compiled.error:
         return ProgramPlan(
@@ -195,6 +217,7 @@ def _compiled(one, name, program, topology, plan):
             largest=compiled.largest,
             seconds_to_compile=compiled.seconds,
             error=compiled.error,
+            depths=compiled.depths,
         )
     memory = compiled.memory
     peak = memory["peak"] + beside - _resident_arguments(program)
@@ -217,6 +240,7 @@ def _compiled(one, name, program, topology, plan):
         exchanges=between,
         largest=compiled.largest,
         seconds_to_compile=compiled.seconds,
+        depths=compiled.depths,
     )
 
 

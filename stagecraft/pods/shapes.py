@@ -77,7 +77,11 @@ def vocabulary(config: ConfigDict) -> tuple[Vocabulary, str]:
 
 
 def stages(
-    config: ConfigDict, devices: Sequence[Any], only: Sequence[str] = ()
+    config: ConfigDict,
+    devices: Sequence[Any],
+    only: Sequence[str] = (),
+    *,
+    layers: int = 0,
 ) -> Iterator[StageShapes]:
     """Yields the stages that train, parents first.
 
@@ -85,11 +89,13 @@ def stages(
         config: what an experiment's `get_config` returns.
         devices: of the topology.
         only: names of the stages to yield; () for all.
+        layers: that every model has, its first ones; 0 for as many as it has.
 
     Raises:
         UserError: a config that a run would refuse too, of these devices.
     """
     config = experiment.resolve(config, devices=devices)
+    config.model.layers = layers or config.model.layers
     names = experiment.chosen(config, "--stage", only)
     this = runs.Run(Path(), config, devices=devices)
     this.tokenizer, _ = vocabulary(config)
@@ -102,17 +108,19 @@ def stages(
     described = {}
     for name in experiment.order(config):
         if kinds.of(config.stages[name]).trains:
-            shapes = _stage(this, name, described)
+            shapes = _stage(this, name, described, layers)
             if name in names:
                 yield shapes
 
 
-def _stage(this, name, described):
+def _stage(this, name, described, layers):
     """Builds a stage from shapes; notes what its model is for those that follow."""
     config, stage, mesh = this.config, this.config.stages[name], this.mesh(name)
     roles = experiment.parents(config, name)
     roles.pop("judge_from", None)  # it answers questions, outside of the programs
-    infos = {parent: _info(this, parent, described) for parent in roles.values()}
+    infos = {
+        parent: _info(this, parent, described, layers) for parent in roles.values()
+    }
     with on(mesh):
         models = {p: saved.abstract(info, mesh) for p, info in infos.items()}
         parents = place_parents(stage, roles, models)
@@ -160,7 +168,7 @@ def on(mesh: jax.sharding.Mesh):
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def _info(this, parent, described):
+def _info(this, parent, described, layers):
     """Returns {"module", "model"} of a stage here or of a model from outside."""
     if parent in described:
         return described[parent]
@@ -171,6 +179,7 @@ def _info(this, parent, described):
     source = this.source(parent)
     info = source.info()
     how = {key: this.config.model[key] for key in HOW}
+    how |= {"layers": layers} if layers else {}
     return info | {"model": info["model"] | how} if source.outward else info
 
 

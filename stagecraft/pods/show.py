@@ -97,7 +97,9 @@ def _counted(program):
     if once := program.xla_flops.get("once"):
         corrected = _tera(program.xla_flops["corrected"])
         parts.append(f"XLA {_tera(once)}, loops corrected {corrected}")
-    parts.append(f"compiled in {program.seconds_to_compile:.0f} s")
+    how = " and ".join(map(str, program.depths))
+    how = f"compiled at {how} layers" if how else "compiled"
+    parts.append(f"{how} in {program.seconds_to_compile:.0f} s")
     return f"  {program.name}: " + ", ".join(parts)
 
 

@@ -70,6 +70,42 @@ _BENCH = in_file(
     ),
 )
 
+_DEPTHS = (
+    *in_file(
+        "stagecraft/pods/compiling.py",
+        "tests/pods/hlo_test.py -k deep",
+        (
+            "a layer is added too often",
+            "(layers - depths[0]) / (depths[1] - depths[0])",
+            "(layers - depths[0] + 1) / (depths[1] - depths[0])",
+        ),
+        (
+            "depths leave out what the pattern begins anew",
+            "few = step + layers % period",
+            "few = step",
+            "stagecraft/pods/compiling.py tests/pods/hlo_test.py -k depths",
+        ),
+    ),
+    *in_file(
+        "stagecraft/pods/hlo.py",
+        "tests/pods/hlo_test.py -k deep",
+        (
+            "exchanges of both programs count once each",
+            "one._replace(times=w * one.times)",
+            "one",
+        ),
+    ),
+    *in_file(
+        "stagecraft/pods/shapes.py",
+        "tests/pods/plan_test.py -k first_ones",
+        (
+            "a model from elsewhere keeps its depth",
+            "how |= {'layers': layers} if layers else {}",
+            "",
+        ),
+    ),
+)
+
 _GOODPUT = in_file(
     "stagecraft/pods/goodput.py",
     "tests/pods/goodput_test.py",
@@ -119,5 +155,13 @@ _MANIFESTS = in_file(
 )
 
 MUTANTS = (
-    _READING + _FORMULAS + _DECODING + _BENCH + _GOODPUT + _CHIPS + _JOBS + _MANIFESTS
+    _READING
+    + _FORMULAS
+    + _DECODING
+    + _DEPTHS
+    + _BENCH
+    + _GOODPUT
+    + _CHIPS
+    + _JOBS
+    + _MANIFESTS
 )

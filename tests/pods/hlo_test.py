@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stagecraft import chips, sharding
-from stagecraft.pods import hlo, roofline
+from stagecraft.pods import compiling, hlo, roofline
+from stagecraft.stages.stage import Program
 
 LAYERS, ROWS, WIDTH = 5, 32, 64
 
@@ -102,6 +103,59 @@ ENTRY %main.0_spmd (x: bf16[64,32]) -> bf16[64,32] {
   ROOT %out = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
 }
 """
+
+
+def unrolled(layers):
+    """The same products, written out one by one, and what the last of them keeps."""
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def array(shape, *spec):
+        placed = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
+
+    def program(x, weights):
+        seen = []
+        for layer in range(layers):
+            x = jnp.tanh(x @ weights[layer])
+            seen.append(x)
+        return x.sum(), jnp.stack(seen)
+
+    weights = array((layers, WIDTH, WIDTH), None, "fsdp", "tensor")
+    rows = array((ROWS, WIDTH), ("data", "fsdp"))
+    return Program(program, (rows, weights)), mesh
+
+
+def test_a_deep_program_follows_from_two_shallow_ones():
+    few, many, deep = (compiling.compile_program(*unrolled(n)) for n in (2, 4, 11))
+    extended = compiling.extended(few, many, (2, 4), 11)
+    assert extended.depths == (2, 4) and not deep.depths
+    assert extended.counts.products == deep.counts.products
+    for part in ("arguments", "outputs"):
+        assert extended.memory[part] == deep.memory[part]
+    assert extended.counts.traffic == pytest.approx(deep.counts.traffic, rel=0.05)
+    mesh, h200 = unrolled(2)[1], chips.parse("h200:8")
+    sent = [
+        {
+            (e.kind, e.axes): (e.count, e.bytes)
+            for e in roofline.exchanges(one.counts.collectives, mesh, h200)
+        }
+        for one in (extended, deep)
+    ]
+    assert sent[0] == sent[1]
+
+
+def test_depths_end_as_the_model_does():
+    """Forty layers are six periods of six and four more: ten and sixteen end alike."""
+    specs = (["local"] * 5 + ["global"]) * 8
+    assert compiling.depths(specs[:40]) == (10, 16)
+    assert compiling.depths(specs[:16]) == compiling.depths(["one"] * 4) == ()
+
+
+def test_a_shallow_program_that_does_not_fit_says_so():
+    few = compiling.compile_program(*unrolled(2))
+    many = few._replace(error="RESOURCE_EXHAUSTED", counts=None)
+    extended = compiling.extended(few, many, (2, 4), 11)
+    assert extended.error and extended.seconds == 2 * few.seconds
 
 
 def test_forms_of_tpu_programs():

@@ -13,8 +13,11 @@ import pytest
 from stagecraft import chips, defaults, experiment, sharding
 from stagecraft.anatomy import cost
 from stagecraft.errors import UserError
+from stagecraft.models import huggingface
+from stagecraft.models.transformer import Transformer
 from stagecraft.pods import formulas, page, plan, shapes, suggest
 from stagecraft.preview import assumed
+from tests import tiny
 from tests.command_line import stagecraft
 from tests.conftest import ROOT, load_experiment
 
@@ -73,6 +76,25 @@ def test_shapes_do_not_need_the_devices():
         assert set(a.programs) == set(b.programs) and a.work == b.work
         assert shapes.device_bytes(a.state) == shapes.device_bytes(b.state)
         assert a.model == b.model
+
+
+def test_fewer_layers_are_the_first_ones_of_every_model(tmp_path):
+    """Those of models from elsewhere too, whose parents keep all else."""
+    config = small(layers=5)
+    whole = {one.name: one for one in shapes.stages(config, 8)}
+    for one in shapes.stages(config, 8, layers=2):
+        assert one.model == whole[one.name].model | {"layers": 2}
+        assert set(one.programs) == set(whole[one.name].programs)
+    folder = tmp_path / "folder"
+    shape = tiny.config(layers=5, heads=4, kv_heads=2, max_length=64, vocab_size=256)
+    model = Transformer(shape, jax.random.key(0))
+    huggingface.save(model, folder, ids={"eos_token_id": 1})
+    config.stages = {"ppo": config.stages.ppo}
+    config.stages.ppo.start_from = f"hf:{folder}"
+    [one] = shapes.stages(config, 8, layers=2)
+    [whole] = shapes.stages(config, 8)
+    assert (one.model["layers"], whole.model["layers"]) == (2, 5)
+    assert one.work == whole.work
 
 
 def test_batches_that_are_not_there_have_the_shapes_of_a_run():
@@ -299,6 +321,19 @@ def test_a_tpu_program_is_counted_as_the_ledger_does():
     axes = {tuple(e["axes"]) for e in a["exchanges"]}
     assert ("fsdp",) in axes and ("tensor",) in axes
     assert all(e["over"] == "ICI" for e in a["exchanges"])
+
+
+@compiles
+def test_a_sampler_of_a_deep_model_is_compiled_at_two_depths():
+    [stage] = ahead("v5e:4x4", 12, "ppo")["stages"]
+    sample = next(p for p in stage["programs"] if p["name"] == "sample")
+    assert sample["depths"] == [2, 4]
+    [stage] = ahead("v5e:4x4", 4, "ppo")["stages"]
+    whole = next(p for p in stage["programs"] if p["name"] == "sample")
+    assert whole["depths"] == []
+    assert sample["flops"] - whole["flops"] == pytest.approx(
+        sample["ledger_flops"] - whole["ledger_flops"], rel=0.15
+    )
 
 
 @compiles
