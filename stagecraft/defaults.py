@@ -16,10 +16,11 @@ from stagecraft import schema
 from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig
 
-# Keys that change no number of a run: a run may be resumed with others, and stages that
-# differ in nothing else are one arm of a comparison.
+# Keys that change no number: runs may be resumed with others, and stages that differ in
+# nothing else are one arm of a comparison.
 KEYS_WITHOUT_EFFECT = (
-    *("mesh", "rollout_mesh", "offload", "every", "cache", "workers", "trackers"),
+    *("mesh", "rollout_mesh", "rollout_weights", "offload"),
+    *("every", "cache", "workers", "trackers"),
 )
 
 
@@ -89,6 +90,7 @@ def stage_mesh():
 def _rollouts_apart(c):
     # With devices > 0 the last so many sample, and the others train; 0: all do both.
     c.rollout_mesh = schema.group(devices=0, data=-1, fsdp=1, tensor=1)
+    c.rollout_weights = "sharded"  # over fsdp; "gathered": once for all tokens
     c.staleness = 0  # updates that a rollout may be old, so that both work at once
     c.importance_cap = 2.0  # on what a token of an old rollout counts
     return c
@@ -464,9 +466,7 @@ def _attacks():
     c.data.known = ""  # files of earlier attacks ("attack"), which are not new
     c.samples = 4  # attacks for each prompt
     c.threshold = 0.0  # of the reward; an attack that has more is written
-    c.withstood = (
-        "refuse"  # where none has; or "harmful": write those that ask for harm
-    )
+    c.withstood = "refuse"  # where none has; "harmful": write what asks for harm
     return c
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from stagecraft import masked, sharding
@@ -92,6 +93,36 @@ class Between:
             return policy
         placement = sharding.shardings(policy, self.rollout)
         return sharding.with_shardings(policy, placement)
+
+
+def gathered(policy: Any) -> Any:
+    """Makes weights whole over `fsdp`, once for all tokens of a rollout.
+
+    Split, they are gathered for every token anew. Matrices take the dtype of their
+    products first, so that no more is sent than these would ask for.
+
+    Args:
+        policy: a model with a `config`, inside of a program.
+    """
+    if sharding.current_mesh() is None:
+        return policy
+
+    def whole(node):
+        axes = isinstance(node, nnx.Variable) and node.get_metadata().get("axes")
+        if not axes or not any(sharding.RULES[axis] == "fsdp" for axis in axes):
+            return node
+        rest = [None if sharding.RULES[axis] == "fsdp" else axis for axis in axes]
+
+        def leaf(array):
+            if len(axes) > 1:
+                array = array.astype(policy.config.dtype)
+            return sharding.constrain(array, *(None,) * (array.ndim - len(axes)), *rest)
+
+        return jax.tree.map(leaf, node)
+
+    return jax.tree.map(
+        whole, policy, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
 
 def importance(samples, old_logps, mask, cap):

@@ -232,6 +232,8 @@ def apart(where, config, experiment, loss, prompts):
     """
     schema.positive(f"{where}.staleness", config.staleness, zero=True)
     schema.positive(f"{where}.importance_cap", config.importance_cap)
+    weights = ("sharded", "gathered")
+    schema.choice(f"{where}.rollout_weights", config.rollout_weights, weights)
     sizes = dict(config.rollout_mesh)
     devices = sizes.pop("devices")
     if not devices:

@@ -18,7 +18,7 @@ from stagecraft.models import lora, sampling
 from stagecraft.models.scores import scores
 from stagecraft.signals.verifiers import FAILED, total
 from stagecraft.stages import folding, stage
-from stagecraft.stages.apart import Begun, Between
+from stagecraft.stages.apart import Begun, Between, gathered
 from stagecraft.stages.stage import Program
 from stagecraft.stages.update import assemble, unless_unmoved
 
@@ -282,6 +282,8 @@ def _ages(rows, step, sampled_at):
 
 
 def _generate(policy, raw, key, config, stop_ids, samples):
+    if config.get("rollout_weights") == "gathered":  # not of every kind
+        policy = gathered(policy)
     sampled = sampling.generate(
         policy,
         raw["prompt_ids"],

@@ -359,6 +359,18 @@ _APART = in_file(
     "stagecraft/stages/apart.py",
     "tests/stages/apart_test.py -k 'numpy or once or weights'",
     (
+        "norms are cast before they are gathered",
+        "len(axes) > 1",
+        "len(axes) > 0",
+        "tests/stages/apart_test.py -k gathered",
+    ),
+    (
+        "weights are gathered and stay split",
+        "rest = [None if sharding.RULES[axis] == 'fsdp' else axis for axis in axes]",
+        "rest = list(axes)",
+        "tests/stages/apart_test.py -k gathered",
+    ),
+    (
         "old tokens count without a cap",
         "jnp.minimum(ratio, cap)",
         "ratio",

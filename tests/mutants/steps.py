@@ -174,7 +174,7 @@ _REWARD = in_file(
         "how sure a verdict is, on the scale of all probabilities",
         "(confidence - 0.5) / 0.5 * BUCKETS",
         "confidence * BUCKETS",
-        "tests/anatomy/bias_test.py -k planted_certainty",
+        "tests/stages/reward_test.py -k calibration",
     ),
 )
 

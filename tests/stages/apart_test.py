@@ -1,5 +1,6 @@
 """Rollouts apart from training: the same numbers, or those of older weights."""
 
+import functools
 import json
 
 import jax
@@ -10,9 +11,12 @@ import pytest
 from stagecraft import experiment, run, sharding, train, tree
 from stagecraft.data.dataset import Dataset
 from stagecraft.data.stage_data import StageData
+from stagecraft.models.transformer import Transformer
+from stagecraft.pods import hlo
 from stagecraft.pods.shapes import Vocabulary
 from stagecraft.runs import Run
 from stagecraft.stages import apart
+from tests import tiny
 from tests.graphs import graph
 from tests.stages import cases
 
@@ -68,6 +72,48 @@ def test_where_rollouts_are_sampled_changes_no_number(kind, changes, sizes):
         assert all(np.array_equal(other_weights[k], weights[k]) for k in weights)
     for name, value in weights.items():
         np.testing.assert_allclose(other_weights[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["policy", "group_policy"])
+def test_weights_that_are_gathered_once_sample_the_same(kind):
+    mesh, rollouts, sent = sharding.make_mesh(2, 2, 2), [], []
+    for weights in ("sharded", "gathered"):
+        with jax.set_mesh(mesh):
+            made, raw, _ = cases.stage(kind, mesh, rollout_weights=weights)
+            state = made.init(jax.random.key(0))
+            rollouts.append(made.prepare(state, raw, KEY)["rollout"])
+            text = made.programs(raw)["sample"].lower().compile().as_text()
+        exchanged = hlo.read(text, mesh.size).collectives
+        gathers = [one for one in exchanged if one.kind == "all-gather"]
+        sent.append(sum(one.times * one.bytes for one in gathers))
+    assert sent[1] < sent[0]  # prompts and tokens after them share the weights
+    for name, array in rollouts[0].items():
+        np.testing.assert_array_equal(array, rollouts[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dtype="bfloat16"),
+        dict(dtype="bfloat16", positions="learned", norm="layer", qkv_bias=True),
+        dict(dtype="bfloat16", experts=4, experts_per_token=2, expert_width=16),
+    ],
+)
+def test_gathered_weights_compute_the_same(changes):
+    """Bit for bit: matrices are cast as their products would, and nothing else is."""
+    mesh = sharding.make_mesh(2, 4, 1)
+    make = functools.partial(Transformer, tiny.config(**changes))
+    model = sharding.init_sharded(make, mesh)(jax.random.key(0))
+    model = jax.tree.map(lambda x: 1.001 * x, model)  # which no bfloat16 is
+    ids = jax.random.randint(KEY, (8, 6), 8, 64)
+    rows = (ids, jnp.tile(jnp.arange(6), (8, 1)), jnp.ones_like(ids))
+
+    def logits(model, whole):
+        return (apart.gathered(model) if whole else model).logits(*rows)
+
+    with jax.set_mesh(mesh):
+        split, whole = (jax.jit(logits, static_argnums=1)(model, w) for w in (0, 1))
+    np.testing.assert_array_equal(split, whole)
 
 
 def test_weights_that_stay_are_moved_once():
