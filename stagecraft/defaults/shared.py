@@ -1,19 +1,10 @@
-"""Every key an experiment may set, with its default and its meaning: the one place.
-
-The keys of `model` lie in `models/config.py`, since they make the decoder.
-
-`experiment()` and `stage(kind)` return complete configs; an experiment file sets
-only the keys it is about. Library code reads keys without defaults of its own, since
-all of them are always there. "" stands for none in texts, 0 for never or off in
-numbers.
-"""
+"""Keys of an experiment, and those that several kinds of stages share."""
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
 from stagecraft import schema
-from stagecraft.errors import UserError
 from stagecraft.models.config import ModelConfig
 
 # Keys that change no number: runs may be resumed with others, and stages that differ in
@@ -87,7 +78,7 @@ def stage_mesh():
     return schema.group(**sizes, dcn_data=0, dcn_fsdp=0)
 
 
-def _rollouts_apart(c):
+def rollouts_apart(c):
     # With devices > 0 the last so many sample, and the others train; 0: all do both.
     c.rollout_mesh = schema.group(devices=0, data=-1, fsdp=1, tensor=1)
     c.rollout_weights = "sharded"  # over fsdp; "gathered": once for all tokens
@@ -176,13 +167,13 @@ def judge():
     )
 
 
-def _judged(c):
+def judged(c):
     c.judge_from = ""  # a stage that writes text, or its folder, hf:FOLDER, gguf:FILE
     c.judge = judge()
     return c
 
 
-def _base(kind, objective):
+def base(kind, objective):
     c = ConfigDict()
     c.kind = kind
     # A name of `stagecraft.losses.TABLES`, "package.module:function",
@@ -206,7 +197,7 @@ def _base(kind, objective):
     return c
 
 
-def _reading(too_long, *, turns=True):
+def reading(too_long, *, turns=True):
     """How the records of a stage's files are read, and what may be lost of them."""
     shared = dict(
         # "prompt=question+completion=answer" renames a file's keys, and
@@ -226,32 +217,7 @@ def _reading(too_long, *, turns=True):
     return shared
 
 
-def _language_model():
-    c = _base("language_model", "next_token")
-    c.data = schema.group(
-        format="text",  # or "demonstrations"
-        files="",
-        **_reading("drop"),
-        heldout="",  # files for the eval_ metrics
-        heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
-        replay="",  # text mixed into demonstrations
-        replay_share=0.0,  # of the rows of a batch
-        length=128,
-        # By TRL's names "bfd" (overflow lost), "bfd_split" or "wrapped"; "none" is
-        # one document a row; "" is bfd_split for text, bfd for demonstrations.
-        packing="",
-        buckets=(),  # row lengths to pad to with packing="none"
-        turns="all",  # learn every turn of the assistant, or the "last" alone
-        weights=(),  # of the loss, one for each comma-separated part of `files`
-        **_mixture(),
-        share_by="tokens",  # or "examples", which records always are
-        cache="",  # folder of tokenised text; "" is WORKDIR/cache
-        workers=0,  # processes that put batches together; 0 for a thread
-    )
-    return c
-
-
-def _mixture():
+def mixture():
     return dict(
         # What part of the stream each comma-separated part of `files` has; () goes
         # through all of them in epochs.
@@ -261,20 +227,14 @@ def _mixture():
     )
 
 
-def _pairs(kind, objective):
-    c = _base(kind, objective)
+def pairs(kind, objective):
+    c = base(kind, objective)
     rows = dict(heldout="", heldout_share=0.0, length=128, buckets=(), workers=0)
-    c.data = schema.group(files="", **_reading("drop"), **rows, **_mixture())
+    c.data = schema.group(files="", **reading("drop"), **rows, **mixture())
     return c
 
 
-def _reward():
-    c = _pairs("reward", "bradley_terry")
-    c.data.demonstrations = ""  # whose mean reward is set to 0 after the last step
-    return c
-
-
-def _pair_options(c):
+def pair_options(c):
     c.reference_from = ""  # "": the parent, as it was when the stage began
     # What losses compare, from the log-ratio to the reference; see losses/pairs.py.
     c.f_divergence = "reverse_kl"  # or "forward_kl", "js", "alpha"
@@ -285,32 +245,22 @@ def _pair_options(c):
     return c
 
 
-def _moving_reference(c):
+def moving_reference(c):
     c.sync_every = 0  # TR-DPO: steps between moves of the reference; 0 for a frozen one
     c.sync_alpha = 0.6  # how far it moves towards the policy, 1 for all the way
     return c
 
 
-def _preference():
-    return _moving_reference(_pair_options(_pairs("preference", "dpo")))
-
-
-def _unpaired_preference():
-    c = _moving_reference(_pairs("unpaired_preference", "kto"))
-    c.reference_from = ""
-    return c
-
-
-def _prompts(**more):
+def prompts(**more):
     return schema.group(
         files="",
-        **_reading("refuse", turns=False),
+        **reading("refuse", turns=False),
         prompt_length=0,  # tokens; 0 for all there is room for
         **more,
     )
 
 
-def _rewards(c):
+def rewards(c):
     c.reward_from = ""  # a reward stage; may be "" where verifiers score
     # Names of `signals.verify.table`, "package.module:function", "FILE.py:function", or
     # a callable; several are separated by commas.
@@ -318,97 +268,24 @@ def _rewards(c):
     c.verifier_args = ConfigDict()  # keyword arguments of the verifiers that take them
     # The reward model's, the judge's, then each verifier's; () for 1 each.
     c.reward_weights = ()
-    return _judged(c)
+    return judged(c)
 
 
-def _heldout_prompts(**more):
-    return _prompts(
+def heldout_prompts(**more):
+    return prompts(
         workers=0,
         heldout="",  # files of prompts for the eval_ metrics, sampled and scored
         heldout_share=0.0,  # of `files`, kept back for the eval_ metrics
-        **_mixture(),
+        **mixture(),
         **more,
     )
 
 
-def _online_preference():
-    c = _rewards(_pair_options(_base("online_preference", "dpo")))
-    c.data = _heldout_prompts()
-    c.sampling = sampling()
-    c.missing_eos_penalty = 1.0
-    return c
-
-
-def _group_policy():
-    c = _rollouts_apart(_rewards(_base("group_policy", "ppo_policy")))
-    c.batch_size = 16  # prompts; rows are group_size times as many
-    c.data = _heldout_prompts()
-    c.reference_from = ""  # "": the parent
-    c.sampling = sampling()
-    c.group_size = 8  # completions of each prompt
-    # "group" (GRPO), "leave_one_out" (RLOO), or token by token "returns"
-    # (REINFORCE++) and "returns_baseline"
-    c.advantage = "group"
-    c.scale_rewards = "group"  # deviation to divide by: "group", "batch" or "none"
-    c.normalize_advantages = False  # of "leave_one_out", over the batch
-    c.discount = 1.0  # of "returns"
-    c.aggregation = "dapo"  # of tokens: "grpo", "bnpo", "dapo" or "dr_grpo"
-    c.epochs = 1
-    c.minibatches = 1
-    c.kl_coef = 0.0
-    c.kl_placement = "loss"  # or "reward"
-    c.kl_estimator = "k3"  # or "k2"; of a KL in the reward "k1"
-    c.kl_bias_correction = False  # k3 times the probability ratio
-    c.missing_eos_penalty = 0.0
-    c.mask_truncated = False  # DAPO's filter: what was cut off teaches nothing
-    c.overlong_cache = 0  # DAPO's soft penalty: tokens below the limit; 0 for none
-    c.oversample = 1  # DAPO's dynamic sampling: prompts sampled for each one kept
-    return c
-
-
-def _policy():
-    c = _base("policy", "ppo_policy")
-    c.batch_size = 64
-    c.data = _heldout_prompts(
-        ptx="",  # text whose loss is added to the policy's (PPO-ptx)
-        ptx_rows=0,  # of a batch, beside the prompts
-        ptx_length=64,
-        cache="",
-    )
-    c.reference_from = ""  # "": the parent
-    c = _rollouts_apart(_rewards(c))
-    c.value_from = ""  # "": the reward model; without one, the policy and a new head
-    c.sampling = sampling()
-    c.epochs = 4
-    c.minibatches = 1
-    c.discount = 1.0
-    c.lambda_ = 0.95
-    c.bootstrap_truncated = False  # go on with the critic's value where one was cut off
-    c.whiten_rewards = False
-    c.unbiased_whitening = False  # divide variances by n - 1, as TRL, rather than n
-    c.value_clip = 0.2  # 0 for none
-    c.value_coef = 0.1
-    c.value_lr_scale = 1.0  # the critic's learning rate / the policy's
-    c.value_optimizer = optimizer()  # the critic's own
-    c.value_optimizer.name = ""  # "": one optimizer for both
-    c.kl_coef = 0.05
-    c.kl_placement = "reward"  # or "loss"
-    c.kl_estimator = "k1"  # in the reward "k1" or "k3", in the loss "k2" or "k3"
-    c.kl_target = 0.0  # nats a sequence; > 0 adapts kl_coef towards it
-    c.kl_horizon = 10_000.0
-    c.score_placement = "A"  # on the end token; "B": on the slot after it
-    c.missing_eos_penalty = 1.0
-    c.replace_missing_eos = False  # rather than lower the score, replace it by
-    c.missing_eos_score = -1.0
-    c.ptx_coef = 1.0  # weight of the loss on data.ptx
-    return c
-
-
-def _records(kind):
+def records(kind):
     c = schema.group(kind=kind)
     c.start_from = ""  # whose completions are compared, or selected from
     c.seed = 0  # added to the experiment's
-    c.data = _prompts()
+    c.data = prompts()
     c.prompts = 1000  # how many prompts
     c.batch_size = 128
     c.sampling = sampling()
@@ -425,76 +302,3 @@ def planted():
         style=0.0,  # an exclamation mark
         noise=0.0,  # standard deviation of what is added to each question
     )
-
-
-def _comparisons():
-    c = _records("comparisons")  # of two completions of each prompt
-    # "world", "reward", "judge", "constitution", "planted", "package.module:function"
-    # or "FILE.py:function"
-    c.rater = "world"
-    c.reward_from = ""  # the reward stage of rater="reward"
-    c.soft_labels = False  # keep the rater's probability, not only the choice
-    c.planted = planted()
-    c.constitution = ""  # of rater="constitution": a name or a file, or several
-    c.principles = 1  # of it that are drawn for each pair, and averaged over
-    return _judged(c)
-
-
-def _revisions():
-    c = _records("revisions")  # of completions, by a critique or without
-    c.constitution = ""  # a name or a file: signals/constitution.py; or several
-    c.revisions = 1  # of each completion, one after the other; 0 for none
-    c.critique = True  # False: the revision is asked for without a critique
-    c.paired = True  # False: critique and revision are of principles drawn apart
-    c.reviser = "model"  # or "world", by its rules: a ceiling
-    c.keep = "last"  # of the revisions of a completion, or "all"
-    c.revising = sampling()  # how critiques and revisions are drawn
-    return c
-
-
-def _selection():
-    c = _rewards(_records("selection"))
-    c.samples = 4  # completions of each prompt
-    c.keep = "best"  # of each prompt; or "above": all whose reward exceeds
-    c.threshold = 0.0
-    return c
-
-
-def _attacks():
-    c = _records("attacks")
-    c.target_from = ""  # the model that is attacked, and answers
-    c.data.known = ""  # files of earlier attacks ("attack"), which are not new
-    c.samples = 4  # attacks for each prompt
-    c.threshold = 0.0  # of the reward; an attack that has more is written
-    c.withstood = "refuse"  # where none has; "harmful": write what asks for harm
-    return c
-
-
-KINDS = {
-    "language_model": _language_model,
-    "reward": _reward,
-    "preference": _preference,
-    "unpaired_preference": _unpaired_preference,
-    "policy": _policy,
-    "group_policy": _group_policy,
-    "online_preference": _online_preference,
-    "comparisons": _comparisons,
-    "revisions": _revisions,
-    "selection": _selection,
-    "attacks": _attacks,
-}
-
-
-def stage(kind, **changes):
-    """Returns the complete config of a stage of one kind.
-
-    Args:
-        kind: one of `KINDS`.
-        **changes: keys to set; nested ones as dicts, optimizer=dict(lr=1e-3).
-
-    >>> stage("preference", steps=5, optimizer=dict(lr=1e-5)).optimizer.lr
-    1e-05
-    """
-    if kind not in KINDS:
-        raise UserError(f"kind={kind!r}: no such stage; there are {', '.join(KINDS)}")
-    return schema.merge(KINDS[kind](), changes)
