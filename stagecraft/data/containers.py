@@ -13,20 +13,16 @@ curation sets each fault aside and reads on (`read`). A container is a function 
 reads it and its line in `CONTAINERS`.
 """
 
-import base64
 import codecs
 import contextlib
 import csv
-import datetime
-import decimal
 import functools
 import io
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from stagecraft.data import streams
+from stagecraft.data import columns, streams
 from stagecraft.data.forms import without_nulls
 from stagecraft.data.streams import Damage, Remote
 from stagecraft.errors import UserError
@@ -35,11 +31,6 @@ from stagecraft.errors import UserError
 DOCUMENT = 2000  # characters
 # Rows of a columnar file that are held as Python values at once.
 _ROWS = 1024
-# Names of Arrow's types whose values JSON has.
-_PLAIN = {"string", "large_string", "string_view", "bool", "null"} | {
-    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("halffloat", "float", "double"),
-}
 # A compressed file has fewer, larger stretches: each repeats the decompression before.
 _COMPRESSED_STRETCHES = 4
 
@@ -86,6 +77,13 @@ class Fault(NamedTuple):
     reason: str
     detail: str
     message: str
+
+
+_NOT_UTF8_ROW = Fault(
+    "not UTF-8",
+    "a text of the row",
+    "a text of the row is not UTF-8; convert it to UTF-8",
+)
 
 
 class Container(NamedTuple):
@@ -408,50 +406,9 @@ def _rows(path, batches, first):
     with _readable(path):
         for batch in batches():
             for start in range(0, len(batch), _ROWS):
-                for record in _values(batch.slice(start, _ROWS)):
-                    yield number, record, b""
+                for record in columns.values(batch.slice(start, _ROWS)):
+                    yield number, _NOT_UTF8_ROW if record is None else record, b""
                     number += 1
-
-
-def _values(batch):
-    """Returns the rows of a batch as dicts; a Fault for one that is not UTF-8."""
-    try:
-        # Of a key that a map holds twice, the last value counts, as in JSON.
-        with warnings.catch_warnings(action="ignore"):
-            rows = batch.to_pylist(maps_as_pydicts="lossy")
-    except UnicodeDecodeError:
-        if len(batch) > 1:
-            return [
-                row for i in range(len(batch)) for row in _values(batch.slice(i, 1))
-            ]
-        message = "a text of the row is not UTF-8; convert it to UTF-8"
-        return [Fault("not UTF-8", "a text of the row", message)]
-    return rows if all(map(_is_plain, batch.schema.types)) else [*map(_as_json, rows)]
-
-
-def _is_plain(type_):
-    """Whether the values of a column are what JSON has, or columns of such."""
-    nested = [type_.field(i).type for i in range(type_.num_fields)]
-    if nested:
-        return all(map(_is_plain, nested))
-    return str(type_) in _PLAIN
-
-
-def _as_json(value):
-    """Returns a value of a column as JSON writes it: times as ISO 8601 text."""
-    if isinstance(value, dict):
-        return {key: _as_json(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_as_json(one) for one in value]
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
-    if hasattr(value, "isoformat"):  # a date, a time, or both
-        return value.isoformat()
-    return value
 
 
 def _array_record(path, stretch):
