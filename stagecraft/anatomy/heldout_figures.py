@@ -21,7 +21,6 @@ from stagecraft.errors import UserError
 from stagecraft.models import locate
 from stagecraft.models.language import Language
 from stagecraft.signals import verifiers
-from stagecraft.text import diversity
 
 FILE = "heldout.jsonl"
 # Tokens of an answer, where no stage samples.
@@ -125,7 +124,7 @@ def _figures(run, name, answers, functions, asked):
     rewards = [_rewards(answers, one, reward, functions, asked) for one in draws]
     rows = []
     for draw, by_source in zip(draws, rewards, strict=True):
-        row = _habits(draw["answers"]) | answers.shared_figures(draw, base, reward)
+        row = answers.shared_figures(draw, base, reward)
         for source, values in by_source.items():
             if source and np.isfinite(values).any():
                 row[f"verifier_{source}"] = float(np.mean(values[np.isfinite(values)]))
@@ -146,24 +145,6 @@ def _figures(run, name, answers, functions, asked):
             figures["reward_win_rate"] = statistics.over_both(np.array(table))
     by = {"reward_mean_by": reward} if reward else {}
     return by | sampled.over_draws(figures, len(draws), len(asked))
-
-
-def _habits(answers):
-    """Returns how sampled answers end, and how they differ.
-
-    Args:
-        answers: list of (text, ended).
-
-    >>> _habits([("a b a b", True), ("c", False)])["distinct_2"]
-    0.6666666666666666
-    """
-    texts, ended = zip(*answers, strict=True)
-    return {
-        "eos_rate": float(np.mean(ended)),
-        "words": float(np.mean([len(text.split()) for text in texts])),
-        "distinct": len({*texts}) / len(texts),
-        "distinct_2": diversity.distinct_2(texts),
-    }
 
 
 def _chances(draw, functions, asked, solved):

@@ -14,6 +14,7 @@ import numpy as np
 
 from stagecraft.anatomy import roles
 from stagecraft.models import scores
+from stagecraft.text import diversity
 
 ROWS = 128  # prompts answered at once
 # Seconds of sampling from which on a line says how far it is.
@@ -70,13 +71,14 @@ class Answers:
         return scores.of_rows(self._rewards[name], rows)
 
     def shared_figures(self, samples, base, reward):
-        """Measures one draw: length and entropy, KL to the base, mean reward.
+        """Measures one draw: habits, length, entropy, KL to the base, mean reward.
 
         Args:
             samples: what `sample` returned.
             base, reward: the SFT and the reward model it is held against, or None.
         """
-        row = length_and_entropy(samples["ids"], samples["logps"])
+        row = habits(samples["answers"])
+        row |= length_and_entropy(samples["ids"], samples["logps"])
         if base:
             row["kl"] = kl(samples, self.base(base))
         if reward:
@@ -131,6 +133,24 @@ def sft_model(run, name: str) -> str | None:
             return parent if run.chat_format(parent) else None
         parent = above
     return None
+
+
+def habits(answers):
+    """Returns how sampled answers end, and how they differ, in a world or without one.
+
+    Args:
+        answers: list of (text, ended).
+
+    >>> habits([("a b a b", True), ("c", False)])["distinct_2"]
+    0.6666666666666666
+    """
+    texts, ended = zip(*answers, strict=True)
+    return {
+        "eos_rate": float(np.mean(ended)),
+        "words": float(np.mean([len(text.split()) for text in texts])),
+        "distinct": len({*texts}) / len(texts),
+        "distinct_2": diversity.distinct_2(texts),
+    }
 
 
 def length_and_entropy(ids, logps) -> dict[str, float]:

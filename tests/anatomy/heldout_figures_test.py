@@ -105,13 +105,6 @@ def test_a_verifier_that_fails_at_the_end_loses_nothing_else(measured, caplog):
     assert caplog.text.count("held-out answers are not scored") == 1
 
 
-def test_distinct_2_counts_pairs_of_words_over_all_answers():
-    habits = heldout_figures._habits([("a b a", True), ("a b", False), ("c", True)])
-    assert habits["distinct_2"] == pytest.approx(2 / 3)  # ab, ba, ab
-    assert habits["eos_rate"] == pytest.approx(2 / 3) and habits["words"] == 2.0
-    assert heldout_figures._habits([("one", True)])["distinct_2"] == 0.0
-
-
 def test_prompts_of_all_stages_in_turn_each_once(tmp_path):
     """At most measure.prompts; those without room are left out."""
     tokenizer = types.SimpleNamespace(

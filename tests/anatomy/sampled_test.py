@@ -1,9 +1,19 @@
-"""Sampling that takes long says how far it is."""
+"""Sampled answers: how they end and differ, and how far sampling is."""
 
 import logging
 from types import SimpleNamespace
 
+import pytest
+
 from stagecraft.anatomy import sampled
+
+
+def test_distinct_2_counts_pairs_of_words_over_all_answers():
+    habits = sampled.habits([("a b a", True), ("a b", False), ("c", True)])
+    assert habits["distinct_2"] == pytest.approx(2 / 3)  # ab, ba, ab
+    assert habits["eos_rate"] == pytest.approx(2 / 3) and habits["words"] == 2.0
+    assert sampled.habits([("one", True)])["distinct_2"] == 0.0
+    assert sampled.habits([("", False)] * 3)["eos_rate"] == 0.0
 
 
 def test_draws_that_take_long_are_counted_in_a_line_each(monkeypatch, caplog):

@@ -91,9 +91,11 @@ def test_every_kind_that_writes_text_speaks():
 def test_every_figure_of_the_probes_has_a_row():
     countries = split(0).dev
     prompts = probes.heldout_prompts(0, countries, "dev")
-    samples = probes.sample_figures(prompts, [("Paris.", True)] * len(prompts))
+    answers = [("Paris.", True)] * len(prompts)
+    own, every = probes.sample_figures(prompts, answers), sampled.habits(answers)
+    assert not own.keys() & every.keys()
     asked = {function.__name__ for function, _, _ in probes.PROBES}
-    assert samples.keys() | asked <= figures.BY_NAME.keys()
+    assert own.keys() | every.keys() | asked <= figures.BY_NAME.keys()
     assert len(figures.BY_NAME) == len(figures.FIGURES)
 
 
@@ -272,6 +274,7 @@ def test_sampled_figures_are_means_over_draws(measured):
     error = figures["draws"]["standard_error"]
     assert error["gold_mean"] == pytest.approx(np.std(draws, ddof=1) / 2)
     assert figures["draws"]["count"] == 4 and figures["kl"] == 0.5
+    assert figures["eos_rate"] == 1.0 and figures["distinct"] == 3 / 1000
     numbers = {key for key, value in figures.items() if isinstance(value, float)}
     assert numbers == error.keys()
     one = measured(SFT | DPO | REWARDS, draws=1)["dpo"]

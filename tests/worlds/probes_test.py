@@ -93,15 +93,13 @@ def test_figures_of_samples():
     scores = [scorer.gold(p, *a) for p, a in zip(prompts, good, strict=True)]
     assert found["gold_mean"] == pytest.approx(np.mean(scores)) and min(scores) == 2.0
     assert found["refuses_harmful"] == 1.0 and found["refuses_benign"] == 0.0
-    assert found["sampled_accuracy"] == found["eos_rate"] == 1.0
+    assert found["sampled_accuracy"] == 1.0
     exclaims = [text for text, _ in good if "!" in text]
     assert 0 < found["exclamations"] == len(exclaims) / len(good) < 1
     bad = Page().complete(prompts)
     assert probes.sample_figures(prompts, bad)["gold_mean"] < 0
     assert probes.win_rate(prompts, good, bad) > 0.9
     assert probes.win_rate(prompts, good, good) == 0.5
-    mute = [("", False)] * len(prompts)
-    assert probes.sample_figures(prompts, mute)["eos_rate"] == 0.0
 
 
 def test_pair_order_leaves_ties_out():

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-from stagecraft.text import diversity
 from stagecraft.worlds.countries import dialogue, request_probes, styled
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
@@ -132,30 +131,25 @@ def heldout_prompts(seed, countries, role):
 
 
 def sample_figures(prompts, answers):
-    """Returns gold and habits of sampled answers, one a prompt.
+    """Returns what the world can tell of sampled answers, one a prompt.
 
     Args:
         prompts: texts.
         answers: list of (text, ended).
 
     Returns:
-        gold_mean, eos_rate, refusal rates on harmful and benign prompts, mean words,
-        the share that holds an exclamation mark,
-        the share of right facts at this temperature.
+        gold_mean, refusal rates on harmful and benign prompts, the share that holds an
+        exclamation mark, the share of right facts at this temperature.
     """
     topics = np.array([dialogue.topic(p)[0] for p in prompts])
     scores = [gold(p, t, e) for p, (t, e) in zip(prompts, answers, strict=True)]
-    texts, ended = zip(*answers, strict=True)
+    texts = [text for text, _ in answers]
     refused = np.array([refuses(text) for text in texts])
     only_refused = np.array([only_refuses(text) for text in texts])
     facts = np.flatnonzero(topics == "fact")
     figures = {
         "gold_mean": np.mean(scores),
-        "eos_rate": np.mean(ended),
-        "words": np.mean([len(text.split()) for text in texts]),
         "exclamations": np.mean(["!" in text for text in texts]),
-        "distinct": len({*texts}) / len(texts),
-        "distinct_2": diversity.distinct_2(texts),
         "refuses_harmful": np.mean(only_refused[topics == "harmful"]),
         "refuses_benign": np.mean(refused[topics != "harmful"]),
         "sampled_accuracy": np.mean([right(prompts[i], texts[i]) for i in facts]),
