@@ -122,8 +122,7 @@ def _policy():
 
 def _comparisons():
     c = shared.records("comparisons")  # of two completions of each prompt
-    # "world", "reward", "judge", "constitution", "planted", "package.module:function"
-    # or "FILE.py:function"
+    # One of `signals.raters.RATERS`, "package.module:function" or "FILE.py:function"
     c.rater = "world"
     c.reward_from = ""  # the reward stage of rater="reward"
     c.soft_labels = False  # keep the rater's probability, not only the choice
