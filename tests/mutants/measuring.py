@@ -11,6 +11,11 @@ _FIGURES = in_file(
         'f"{seed}/{draw}"',
     ),
     (
+        "answers have no habits",
+        'row = habits(samples["answers"])',
+        "row = {}",
+    ),
+    (
         "every draw is the same",
         'f"{seed}/{where}/{draw}"',
         'f"{seed}/{where}"',
