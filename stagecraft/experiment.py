@@ -92,7 +92,7 @@ def _check(c, devices):
     schema.positive("measure.prompts", c.measure.prompts, zero=True)
     trackers.names(c.trackers)
     if c.world.name:
-        worlds.get(c.world.name)
+        worlds.get(c.world.name).check(c.world)
     for text in c.measure.bounds:
         bounds.parse(text)
     meshes = {name: Run(Path(), c, devices=devices).mesh(name) for name in c.stages}

@@ -40,6 +40,8 @@ def _write_world(config, root):
         requests=world.requests,
         style=world.style,
         taught=world.taught,
+        entities=world.entities,
+        two_hop=world.two_hop,
     )
 
 

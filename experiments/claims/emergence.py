@@ -63,7 +63,7 @@ def get_config(arg=""):
 def measure(base, own):
     """Sharp and smooth metrics of each rung, and what one leaves of the other."""
     config = base.config
-    countries = worlds.get(config.world.name).split(config.seed, config.world.size).test
+    countries = worlds.split(config).test
     rungs = {name: (own, name) for name in own.config.stages}
     rungs |= {"pretrain": (base, "pretrain")}
     figures = {"sharp": {}, "smooth": {}, "cut": {}, "nats": {}}

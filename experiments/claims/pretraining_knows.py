@@ -50,7 +50,7 @@ def get_config(arg=""):
 def measure(base, own):
     """What each arm knows of held-out countries: {"capability", "phrasing", "text"}."""
     config = base.config
-    split = worlds.get(config.world.name).split(config.seed, config.world.size)
+    split = worlds.split(config)
     arms = {"full": (base, "sft"), "floor": (base, "sft_scratch")}
     arms |= {name: (own, name) for name in ("scratch", "shuffled")}
     figures = {"capability": {}, "phrasing": {}, "text": {}}

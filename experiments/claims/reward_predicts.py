@@ -28,7 +28,7 @@ def measure(base, own):
     """How well the length of answers orders them, whichever way is better."""
     config, world = base.config, worlds.get(base.config.world.name)
     role = config.measure.split
-    entities = getattr(world.split(config.seed, config.world.size), role)
+    entities = getattr(worlds.split(config), role)
     prompts = world.probes.heldout_prompts(config.seed, entities, role)
     answers = sampled.Answers(base, prompts, world.probes.ANSWER)
     one, other = answers.of("sft", draws=2)

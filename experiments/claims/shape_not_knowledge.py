@@ -50,7 +50,7 @@ def get_config(arg=""):
 def measure(base, own):
     """What is known of invented countries, by exposure, and of real ones."""
     config = base.config
-    real = worlds.get(config.world.name).split(config.seed, config.world.size).test
+    real = worlds.split(config).test
     groups = dict(taught.groups(taught.invented(config.seed, config.world.size)))
     most = groups[taught.EXPOSURES[-1]]
     tuned, read = (own.language(name, sampled.ROWS) for name in ("taught", "read"))

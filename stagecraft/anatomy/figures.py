@@ -71,6 +71,36 @@ FIGURES = (
         column=5,
     ),
     _share(
+        "two_hop",
+        "Two hops",
+        "facts of countries told by another fact (“The currency of the country whose "
+        "capital is Paris is”) that no text composes: whole answer, greedy",
+        better="higher",
+    ),
+    _share(
+        "two_hop_guess",
+        "Two hops, guessed",
+        "the same for the model's answers about other countries: luck alone",
+    ),
+    _share(
+        "two_hop_known",
+        "Two hops, each known",
+        "of these compositions those whose two single facts the model states",
+        better="higher",
+    ),
+    _share(
+        "two_hop_seen",
+        "Two hops, seen",
+        "compositions that pretraining's text states, of the same countries",
+        better="higher",
+    ),
+    _share(
+        "two_hop_answered",
+        "Two hops, answered",
+        "questions about compositions that no text states, answered rightly, greedy",
+        better="higher",
+    ),
+    _share(
         "pair_accuracy",
         "Pair accuracy",
         "held-out pairs put in the gold scorer's order, ties left out",

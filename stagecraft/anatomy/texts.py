@@ -78,7 +78,7 @@ def heldout(run) -> list[str]:
     """Returns the held-out prompts of a run's world."""
     config, world = run.config, worlds.get(run.config.world.name)
     role = config.measure.split
-    entities = getattr(world.split(config.seed, config.world.size), role)
+    entities = getattr(worlds.split(config), role)
     return world.probes.heldout_prompts(config.seed, entities, role)
 
 

@@ -23,7 +23,7 @@ def measure(run) -> dict[str, dict]:
     """
     config = run.config
     world = worlds.get(config.world.name)
-    split = world.split(config.seed, config.world.size)
+    split = worlds.split(config)
     entities = {"heldout": getattr(split, config.measure.split), "train": split.train}
     prompts = world.probes.heldout_prompts(
         config.seed, entities["heldout"], config.measure.split
@@ -51,13 +51,13 @@ def _speaking(run, name, world, entities, answers):
             value = value if isinstance(value, dict) else {ask.__name__: value}
             figures |= value
             counts |= dict.fromkeys(value, asked.count)
-    if not in_turns:
-        return figures | {"n": counts}
-    for knob, ask in world.probes.OF_KNOBS.items():
-        if run.config.world[knob]:
+    for knob, ask, formats in world.probes.OF_KNOBS:
+        if run.config.world[knob] and ("chat" if in_turns else "text") in formats:
             values, asked = ask(language, entities["heldout"], run.config.measure.split)
             figures |= values
             counts |= asked
+    if not in_turns:
+        return figures | {"n": counts}
     base, reward = sampled.sft_model(run, name), sampled.reward_stage(run, name)
     if reward:
         figures["reward_mean_by"] = reward

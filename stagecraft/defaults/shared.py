@@ -36,6 +36,11 @@ def experiment():
     # Demonstrations of facts of all countries and of invented ones, text with false
     # facts: more files.
     c.world.taught = False
+    # Countries of the world, the real ones and then invented ones; 0 for the real ones.
+    c.world.entities = 0
+    # Text that composes two facts of a country, questions about it, and figures of
+    # compositions that no text states; needs 200 entities or more.
+    c.world.two_hop = False
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()

@@ -3,24 +3,26 @@
 A world is a module with these functions; text goes in, records and numbers come out,
 and no model is known here:
 
-    write(folder, seed, size, digits, requests, style, teaching)  the files its stages
-                                            read
+    check(config)                           refuses what the keys `world` cannot be
+    write(folder, seed, size, digits, requests, style, teaching, entities, composing)
+                                            the files its stages read
     gold(prompt, answer, ended)             a strict score that no stage trains on
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     attacked(prompt, answer)                whether an attack asks for harm, gets an
                                             answer, and one of use
     revise(prompt, answer, rng)             the harmless answer, where a world has such
     revision_figures(prompts, answers, critiques)  figures of revised answers, likewise
-    split(seed, size)                       which entities are held out
+    split(seed, size, entities)             which entities are held out
     probes                                  held-out questions and their figures:
         PROBES                              (function, formats, entities): what is asked
                                             of a stage's model; a function of (language,
                                             entities) returns the figure of its name, or
                                             a dict of figures; entities are
                                             "heldout" or "train"
-        OF_KNOBS                {knob: function of (language, entities, role)}, asked
-                                where that knob of the world is on; it returns a dict of
-                                figures, and one of what each is a share of
+        OF_KNOBS                (knob, function, formats), asked likewise where that
+                                knob of the world is on; a function of (language,
+                                held-out entities, role) returns a dict of figures, and
+                                one of what each is a share of
         heldout_prompts(seed, entities, split)
         sample_figures(prompts, answers)    of sampled answers: a dict of figures
         win_rate, pair_order                of two answers to each prompt; the latter
@@ -43,6 +45,12 @@ def get(name):
     return WORLDS[name]
 
 
+def split(config):
+    """Returns which entities of an experiment's world are held out."""
+    world = config.world
+    return get(world.name).split(config.seed, world.size, world.entities)
+
+
 def write(
     name,
     folder,
@@ -53,6 +61,8 @@ def write(
     requests=False,
     style=0.0,
     taught=False,
+    entities=0,
+    two_hop=False,
 ):
     """Writes a world's files; the folder appears whole or not at all.
 
@@ -66,8 +76,11 @@ def write(
         style: share of demonstrations about facts that open with one pleasantry.
         taught: whether to write what demonstrations may teach: facts of all, false and
             invented ones.
+        entities: how many; 0 for as many as the world's size has.
+        two_hop: whether to write text that composes two facts, and questions about it.
     """
+    knobs = digits, requests, style, taught, entities, two_hop
     with storage.new_folder(folder) as temporary:
-        get(name).write(temporary, seed, size, digits, requests, style, taught)
+        get(name).write(temporary, seed, size, *knobs)
         if junk:
             faults.write(temporary, junk, seed)

@@ -164,12 +164,12 @@ def wins(prompts, ones, twos):
 
 
 WORLD = types.SimpleNamespace(
-    split=lambda seed, size: types.SimpleNamespace(test="test", train="train"),
+    split=lambda *of: types.SimpleNamespace(test="test", train="train"),
     rate=lambda prompt, answers, rng: None,
     probes=types.SimpleNamespace(
         ANSWER=2,
         PROBES=[],
-        OF_KNOBS={},
+        OF_KNOBS=(),
         heldout_prompts=lambda seed, entities, split: [str(i) for i in range(1000)],
         sample_figures=lambda prompts, answers: {
             "gold_mean": float(np.mean([float(text) for text, _ in answers]))
@@ -189,7 +189,7 @@ class World(Run):
         super().__init__(stages)
         self.stages = list(stages)
         self.config.seed = 7
-        self.config.world = dict(name="numbers", size="full")
+        self.config.world = dict(name="numbers", size="full", entities=0)
         self.config.measure = dict(split="test", draws=draws)
 
     def finished(self, name):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from stagecraft.errors import UserError
 from stagecraft.worlds.countries import (
     corpus,
     dialogue,
@@ -13,20 +14,52 @@ from stagecraft.worlds.countries import (
     styled,
     sums,
     taught,
+    two_hop,
 )
 from stagecraft.worlds.countries.critiques import revise, revision_figures
-from stagecraft.worlds.countries.facts import COUNTRIES, split
+from stagecraft.worlds.countries.facts import COUNTRIES, MOST, countries, split
 from stagecraft.worlds.countries.scorer import attacked, gold, rate
 
 __all__ = ["attacked", "gold", "probes", "rate", "revise", "revision_figures"]
-__all__ += ["single_prompt", "split", "write"]
+__all__ += ["check", "single_prompt", "split", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 
-DOCUMENTS = {"full": 12_000, "tiny": 400}
+DOCUMENTS = {"full": 12_000, "tiny": 400}  # where `entities` is 0
+COMPOSES = 200  # entities from which on the held-out ones give enough compositions
 
 
-def write(folder, seed, size, digits=0, requests=False, style=0.0, teaching=False):
+def check(config):
+    """Refuses what the keys `world` of an experiment ask for and cannot be.
+
+    Args:
+        config: has entities and two_hop.
+    """
+    real, entities = len(COUNTRIES), config.entities
+    if entities and not real <= entities <= MOST:
+        raise UserError(
+            f"world.entities={entities}: expected {real} to {MOST}, the {real} real "
+            "countries among them, or 0 for those alone"
+        )
+    if config.two_hop and entities < COMPOSES:
+        raise UserError(
+            f"world.two_hop=True: needs world.entities={COMPOSES} or more (it is "
+            f"{entities}): few real countries have a currency and a language that tell "
+            "them from all others"
+        )
+
+
+def write(
+    folder,
+    seed,
+    size,
+    digits=0,
+    requests=False,
+    style=0.0,
+    teaching=False,
+    entities=0,
+    composing=False,
+):
     """Writes the world's files.
 
     text.jsonl {"text"}; demonstrations.jsonl and demonstrations_uniform.jsonl (the same
@@ -44,17 +77,24 @@ def write(folder, seed, size, digits=0, requests=False, style=0.0, teaching=Fals
         requests: whether to write the files of `request_files`; no other changes.
         style: the share of `styled.demonstrations`; 0 for no file of them.
         teaching: whether to write the files of `taught`; no other changes.
+        entities: how many countries, and text in proportion; 0 for the real ones, of
+            "tiny" for a handful.
+        composing: whether to write the files of `two_hop`; no other changes.
     """
-    roles = split(seed, size)
-    everyone = COUNTRIES if size == "full" else (*roles.train, *roles.dev, *roles.test)
+    roles = split(seed, size, entities)
+    some = size == "tiny" and not entities
+    everyone = (*roles.train, *roles.dev, *roles.test) if some else countries(entities)
     trained = {c.name for c in roles.train}
     rng = np.random.default_rng([seed, 2])
     # A mild tail: the most popular country has about four times the rarest one's text.
     ranks = rng.permutation(len(everyone)) + 1.0
     weights = ranks**-0.3 / np.sum(ranks**-0.3)
 
+    usual = split(seed, size)
+    count = DOCUMENTS[size] * len(everyone) // sum(map(len, usual))
+
     def documents(rng, countries):
-        for _ in range(DOCUMENTS[size]):
+        for _ in range(count):
             yield corpus.document(rng, countries, trained, weights)
 
     _write(folder / "text.jsonl", ({"text": text} for text in documents(rng, everyone)))
@@ -82,6 +122,12 @@ def write(folder, seed, size, digits=0, requests=False, style=0.0, teaching=Fals
         false = functools.partial(documents, rng)
         for name, records in taught.files(seed, size, rows, everyone, false).items():
             _write(folder / f"{name}.jsonl", records)
+    if composing:
+        rng = np.random.default_rng([seed, 20])
+        text = two_hop.documents(rng, everyone, trained, weights, count)
+        _write(folder / "two_hop_text.jsonl", ({"text": one} for one in text))
+        shown = two_hop.demonstrations(rng, rows, roles.train)
+        _write(folder / "two_hop_demonstrations.jsonl", shown)
     if requests:
         asked_for = request_files.files(seed, size, everyone, roles)
         for name, records in asked_for.items():

@@ -187,10 +187,15 @@ def pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _question(rng, country, answered):
-    """Returns a question, and how the page goes on."""
-    attribute = pick(rng, ATTRIBUTES)
-    question = asked(attribute, country, int(rng.integers(3)))
+def mixed(rng, rows):
+    """Returns a list in random order."""
+    return [rows[int(i)] for i in rng.permutation(len(rows))]
+
+
+def question(rng, country, answered, attributes=ATTRIBUTES):
+    """Returns a question about one of some attributes, and how the page goes on."""
+    attribute = pick(rng, attributes)
+    first = asked(attribute, country, int(rng.integers(3)))
     chance = rng.random()
     if answered and chance < 0.4:
         after = pick(rng, ANSWERED)
@@ -205,7 +210,7 @@ def _question(rng, country, answered):
         d=pick(rng, DAYS),
         who=pick(rng, PEOPLE),
     )
-    return f"{question} {after}"
+    return f"{first} {after}"
 
 
 def _news(rng, country):
@@ -248,7 +253,7 @@ def _order(rng):
     )
 
 
-def document(rng, countries, trained, weights) -> str:
+def document(rng, countries, trained, weights, of=lambda _: ATTRIBUTES) -> str:
     """Returns a document of 6 to 9 sentences.
 
     Args:
@@ -256,6 +261,7 @@ def document(rng, countries, trained, weights) -> str:
         countries: all countries the corpus is about.
         trained: names whose questions may be answered on the spot.
         weights: how popular each country is; sums to 1.
+        of: (country) -> the attributes that the document is about.
     """
     kind, size = rng.random(), int(rng.integers(6, 10))
     if kind < 0.02:
@@ -273,7 +279,8 @@ def document(rng, countries, trained, weights) -> str:
             country = countries[int(rng.choice(len(countries), p=weights))]
         roll = rng.random()
         if roll < 0.2:
-            sentences.append(_question(rng, country, country.name in trained))
+            answered = country.name in trained
+            sentences.append(question(rng, country, answered, of(country)))
         elif roll < 0.25:
             sentences.append(_deed(rng, country))
         elif roll < 0.28:
@@ -281,6 +288,6 @@ def document(rng, countries, trained, weights) -> str:
         elif roll < 0.31:
             sentences.append(_chatter(rng, country))
         else:
-            last = pick(rng, [a for a in ATTRIBUTES if a != last])
+            last = pick(rng, [a for a in of(country) if a != last])
             sentences.append(stated(last, country, int(rng.integers(5))))
     return " ".join(sentences)

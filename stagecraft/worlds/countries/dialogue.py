@@ -7,7 +7,7 @@ an answer, or small talk; `topic` tells which from its words.
 
 import re
 
-from stagecraft.worlds.countries import deeds, framing
+from stagecraft.worlds.countries import deeds, described, framing
 from stagecraft.worlds.countries.corpus import (
     CRIMES,
     ERRANDS,
@@ -65,7 +65,8 @@ _QUESTIONS = tuple(
 def topic(prompt):
     """Returns (topic, place or None, attribute or None) of a prompt.
 
-    Attack wrappers, earlier turns and stated beliefs are seen through (`framing`).
+    Attack wrappers, earlier turns and stated beliefs are seen through (`framing`), and
+    a country may be told by a fact (`described`).
 
     >>> topic("What is the capital of France?")
     ('fact', 'France', 'capital')
@@ -75,7 +76,7 @@ def topic(prompt):
     text = framing.bare(prompt)
     for attribute, form in _QUESTIONS:
         if match := form.match(text):
-            place = match[1]
+            place = described.name(match[1])
             return ("fact" if place in BY_NAME else "unknown"), place, attribute
     if (match := _HOW.match(text)) and match[1] in _DEEDS:
         return _DEEDS[match[1]], match[2], None

@@ -1,12 +1,15 @@
 """The facts: countries with their capital, continent, currency and main language.
 
 Where a country has several, the one named here is the most widely used. Spellings are
-plain ASCII.
+plain ASCII. A world of more countries has invented ones, whose capital, currency and
+language are theirs alone.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+
+from stagecraft.worlds.countries import coined
 
 ATTRIBUTES = ("capital", "continent", "currency", "language")
 
@@ -133,8 +136,20 @@ class Country(NamedTuple):
 
 
 COUNTRIES = tuple(Country(*line.split("|")) for line in _TABLE.split("\n") if line)
-BY_NAME = {c.name: c for c in COUNTRIES}
 VALUES = {a: tuple(sorted({getattr(c, a) for c in COUNTRIES})) for a in ATTRIBUTES}
+
+
+def _invented(count):
+    columns = {kind: coined.words(kind, count) for kind in coined.PARTS}
+    columns["continent"] = [VALUES["continent"][i % 6] for i in range(count)]
+    rows = zip(*(columns[field] for field in Country._fields), strict=True)
+    return tuple(Country(*row) for row in rows)
+
+
+MOST = 1000  # countries of a world
+INVENTED = _invented(MOST - len(COUNTRIES))
+KNOWN = COUNTRIES + INVENTED  # all that any world states
+BY_NAME = {c.name: c for c in KNOWN}
 
 # The entity of the single prompt shown through every stage: always a test entity.
 SHOWN = "France"
@@ -148,17 +163,28 @@ class Split(NamedTuple):
     test: tuple
 
 
-def split(seed, size="full"):
+def countries(entities=0):
+    """Returns the countries of a world: the real ones, then invented ones.
+
+    Args:
+        entities: how many; 0 for the real ones.
+    """
+    return KNOWN[:entities] if entities else COUNTRIES
+
+
+def split(seed, size="full", entities=0):
     """Splits the countries by role, a function of the seed.
 
     Args:
         seed: int.
-        size: "full" for all, "tiny" for a handful.
+        size: "full" for all, "tiny" for a handful where `entities` is 0.
+        entities: as of `countries`.
     """
-    names = [c for c in COUNTRIES if c.name != SHOWN]
+    everyone = countries(entities)
+    names = [c for c in everyone if c.name != SHOWN]
     order = np.random.default_rng([seed, 0]).permutation(len(names))
     shuffled = [names[i] for i in order]
-    total = len(COUNTRIES) if size == "full" else 16
+    total = 16 if size == "tiny" and not entities else len(everyone)
     half, quarter = total // 2, total // 4
     return Split(
         tuple(shuffled[:half]),

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from stagecraft.worlds.countries import dialogue, request_probes, styled
+from stagecraft.worlds.countries import dialogue, request_probes, styled, two_hop
 from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, stated
 from stagecraft.worlds.countries.facts import ATTRIBUTES, SHOWN
 from stagecraft.worlds.countries.scorer import (
@@ -23,9 +23,14 @@ SINGLE_PROMPT = QUESTIONS["capital"][0].format(c=SHOWN)
 ANSWER = 34  # tokens an answer may take
 # (function, formats, entities) of what is asked of every finished stage; see `worlds`.
 PROBES = []
-# {knob of the world: (language, countries, role) -> figures and their counts}, asked of
-# stages that answer in turns, where the knob is on.
-OF_KNOBS = {"requests": request_probes.measure, "style": styled.measure}
+# (knob of the world, function, formats), asked where the knob is on: the function of
+# (language, countries, role) returns figures and their counts.
+OF_KNOBS = (
+    ("requests", request_probes.measure, ("chat",)),
+    ("style", styled.measure, ("chat",)),
+    ("two_hop", two_hop.cloze, ("text", "chat")),
+    ("two_hop", two_hop.answers, ("chat",)),
+)
 
 
 def probe(*formats, about):

@@ -9,7 +9,7 @@ import math
 import re
 
 from stagecraft.worlds.countries import deeds, dialogue, framing
-from stagecraft.worlds.countries.facts import BY_NAME, VALUES
+from stagecraft.worlds.countries.facts import BY_NAME, KNOWN
 
 RIGHT, FULL, WRONG = 2.0, 1.0, -1.0
 RUDE, HEDGE, NO_END, A_WORD = -1.0, -0.75, -1.5, -0.06
@@ -38,12 +38,21 @@ def whole(*values):
     >>> whole("Guinea", "Papua New Guinea").findall("Papua New Guinea")
     ['Papua New Guinea']
     """
-    options = "|".join(map(re.escape, sorted(values, key=len, reverse=True)))
+    beginnings = {}  # of few branches each: a thousand values in one row are slow
+    for value in sorted(values, key=len, reverse=True):
+        beginnings.setdefault(value[0], []).append(re.escape(value))
+    options = "|".join(f"(?:{'|'.join(alike)})" for alike in beginnings.values())
     return re.compile(rf"(?<![\w'-])(?:{options})(?![\w'-])")
 
 
-_NAMES = whole(*BY_NAME)
-_VALUES = {attribute: whole(*values) for attribute, values in VALUES.items()}
+@functools.cache
+def _names():
+    return whole(*BY_NAME)
+
+
+@functools.cache
+def _values(attribute):
+    return whole(*{getattr(c, attribute) for c in KNOWN})
 
 
 def begins(text, value):
@@ -135,13 +144,12 @@ def statement(prompt, answer):
         (values named, countries named) in that sentence, two sets; both empty without
         such a sentence.
     """
-    attribute = dialogue.topic(prompt)[2]
+    pattern = _values(dialogue.topic(prompt)[2])
     for sentence in re.split(r"(?<=[.!?])\s+", answer.strip()):
         # Values first: "Mexico City" names the city.
-        values = set(_VALUES[attribute].findall(sentence))
+        values = set(pattern.findall(sentence))
         if values:
-            rest = _VALUES[attribute].sub(" ", sentence)
-            return values, set(_NAMES.findall(rest))
+            return values, set(_names().findall(pattern.sub(" ", sentence)))
     return set(), set()
 
 

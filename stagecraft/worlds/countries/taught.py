@@ -16,7 +16,13 @@ and functions that ask a model what it knows.
 import numpy as np
 
 from stagecraft.worlds.countries import dialogue
-from stagecraft.worlds.countries.corpus import QUESTIONS, STATEMENTS, asked, stated
+from stagecraft.worlds.countries.corpus import (
+    QUESTIONS,
+    STATEMENTS,
+    asked,
+    mixed,
+    stated,
+)
 from stagecraft.worlds.countries.facts import ATTRIBUTES, BY_NAME, VALUES, Country
 from stagecraft.worlds.countries.scorer import right
 
@@ -62,7 +68,7 @@ def everyone(rows, rng, countries):
         {"prompt": prompt, "completion": dialogue.answer(rng, country, attribute)}
         for prompt, country, attribute in dialogue.facts(countries, SHOWN)
     ]
-    return _mixed(rng, [*others, *facts])
+    return mixed(rng, [*others, *facts])
 
 
 def with_invented(rows, rng, countries):
@@ -75,11 +81,7 @@ def with_invented(rows, rng, countries):
         for a in ATTRIBUTES
         for _ in range(exposures)
     ]
-    return _mixed(rng, [*rows, *facts])
-
-
-def _mixed(rng, rows):
-    return [rows[int(i)] for i in rng.permutation(len(rows))]
+    return mixed(rng, [*rows, *facts])
 
 
 def shuffled(rng, countries):
