@@ -24,23 +24,14 @@ def experiment():
     c.world = ConfigDict()
     c.world.name = ""  # an embedded world to write into WORKDIR/world, e.g. "countries"
     c.world.size = "full"  # "full" or "tiny"
-    # Share of each kind of fault planted in its text: raw.jsonl, beside clean.jsonl.
-    c.world.junk = 0.0
+    # What more it writes: docs/data.md has the files of each of these.
+    c.world.junk = 0.0  # share of each kind of fault planted in its text
     c.world.sums = 0  # digits of the operands of sums to write, 2 or 3; 0 for no sums
-    # Requests in families, attacks on refusals, stated beliefs, critiques: more files
-    # and more held-out figures.
-    c.world.requests = False
-    # Share of demonstrations_style.jsonl, answers about facts alone, that open with one
-    # pleasantry; 0 for no such file.
-    c.world.style = 0.0
-    # Demonstrations of facts of all countries and of invented ones, text with false
-    # facts: more files.
-    c.world.taught = False
-    # Countries of the world, the real ones and then invented ones; 0 for the real ones.
-    c.world.entities = 0
-    # Text that composes two facts of a country, questions about it, and figures of
-    # compositions that no text states; needs 200 entities or more.
-    c.world.two_hop = False
+    c.world.requests = False  # requests in families, attacks, beliefs, critiques
+    c.world.style = 0.0  # share of answers that open with one pleasantry; 0 for no file
+    c.world.taught = False  # facts of all countries, of invented ones, false ones
+    c.world.entities = 0  # countries, invented ones after the real; 0 for the real ones
+    c.world.two_hop = False  # text that composes facts; needs 200 entities or more
     # Keys of curate/config.py: what to curate into WORKDIR/curation before the first
     # stage, which may read "curation:text". Empty for nothing.
     c.curation = ConfigDict()

@@ -183,7 +183,8 @@ WORLD = types.SimpleNamespace(
 class World(Run):
     """A finished run whose stages answer numbers; reward models multiply them."""
 
-    models = {"sft": (0, 1, 3), "dpo": (1, 3, 4), "twin": (0, 1, 3), "ppo": (1, 3, 4)}
+    models = {"pretrain": (0,), "sft": (0, 1, 3), "dpo": (1, 3, 4)}
+    models |= {"twin": (0, 1, 3), "ppo": (1, 3, 4)}
 
     def __init__(self, stages, draws=4):
         super().__init__(stages)
@@ -298,3 +299,21 @@ def test_a_policy_is_scored_by_the_reward_model_it_was_trained_on(measured):
 def test_a_reward_model_without_an_order_has_no_figure(measured):
     """Every pair a tie by gold: left out, and no NaN."""
     assert "pair_accuracy" not in measured(SFT | REWARDS)["reward"]
+
+
+def test_a_knob_asks_the_formats_it_is_for_where_it_is_on(measured, monkeypatch):
+    def knob(name):
+        return lambda language, entities, role: ({name: 1.0}, {name: len(entities)})
+
+    knobs = (
+        ("size", knob("of_both"), ("text", "chat")),
+        ("size", knob("of_turns"), ("chat",)),
+        ("entities", knob("off"), ("text", "chat")),
+    )
+    monkeypatch.setattr(WORLD.probes, "OF_KNOBS", knobs)
+    pretrain = {"pretrain": ("language_model", "", "")}
+    monkeypatch.setattr(World, "chat_format", lambda self, name: name != "pretrain")
+    own = measured(pretrain | SFT)
+    assert own["pretrain"] == {"of_both": 1.0, "n": {"of_both": len("test")}}
+    assert own["sft"]["of_both"] == own["sft"]["of_turns"] == 1.0
+    assert not {"off"} & own["sft"].keys()

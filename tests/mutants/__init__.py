@@ -30,6 +30,7 @@ from tests.mutants import (
     stores,
     training,
     verified,
+    worlds,
 )
 
 MUTANTS = (
@@ -41,7 +42,7 @@ MUTANTS = (
     *(judging.MUTANTS + people.MUTANTS + verified.MUTANTS + anatomy.MUTANTS),
     *(constitutional.MUTANTS + rounds.MUTANTS + claims.MUTANTS + serving.MUTANTS),
     *(meshes.MUTANTS + behaviour.MUTANTS + pods.MUTANTS + several.MUTANTS),
-    *(stores.MUTANTS + pages.MUTANTS),
+    *(stores.MUTANTS + pages.MUTANTS + worlds.MUTANTS),
 )
 
 # Mistakes of the rule book's list that cannot be made here.

@@ -29,7 +29,7 @@ class Oracle:
         }[what]
 
     def go_on(self, prompt):
-        for name in sorted(BY_NAME, key=len, reverse=True):
+        for name in sorted((c.name for c in COUNTRIES), key=len, reverse=True):
             for attribute in ATTRIBUTES:
                 whole = corpus.stated(attribute, BY_NAME[name])
                 if whole.startswith(prompt + " "):

@@ -9,6 +9,7 @@ import pytest
 
 from stagecraft import worlds
 from stagecraft.anatomy import figures
+from stagecraft.worlds import countries as world
 from stagecraft.worlds.countries import corpus, described, dialogue, scorer, two_hop
 from stagecraft.worlds.countries.described import DESCRIPTIONS, PAIRS, TELLING
 from stagecraft.worlds.countries.facts import BY_NAME, countries, split
@@ -26,7 +27,10 @@ HELD_OUT, STATED = (
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds") / "world"
-    worlds.write("countries", folder, 3, "tiny", entities=200, two_hop=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(world.DOCUMENTS, "tiny", 240)
+        worlds.write("countries", folder, 3, "tiny", entities=200, two_hop=True)
+        worlds.write("countries", folder.with_name("off"), 3, "tiny", entities=200)
     return folder
 
 
@@ -58,11 +62,10 @@ def withheld():
     return {(c.name, frozenset(described.apart(c))) for c in TOLD}
 
 
-def test_the_knob_moves_no_other_file(written, tmp_path):
-    worlds.write("countries", tmp_path / "off", 3, "tiny", entities=200)
+def test_the_knob_moves_no_other_file(written):
     off, on = (
         {path.name: path.read_bytes() for path in folder.iterdir()}
-        for folder in (tmp_path / "off", written)
+        for folder in (written.with_name("off"), written)
     )
     assert off.items() <= on.items()
     added = {"two_hop_text.jsonl", "two_hop_demonstrations.jsonl"}
