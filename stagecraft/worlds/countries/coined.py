@@ -11,7 +11,13 @@ _LAST = tuple("aiou")  # an English word of this form mostly ends with e
 _BETWEEN = ("ld", "rk", "lt", "mb", "rv", "lm", "sk", "rn", "nt", "mp")
 # Parts that a word of each kind is put together from, one of each.
 PARTS = {
-    "name": (_FIRST, _VOWELS, _BETWEEN, _VOWELS, ("nia", "ria", "dor", "lund", "gar")),
+    "name": (
+        _FIRST,
+        _VOWELS,
+        _BETWEEN,
+        _VOWELS,
+        ("dor", "lund", "gar", "mira", "thia"),
+    ),
     "capital": (_FIRST, _VOWELS, _BETWEEN, _VOWELS, tuple("klmnrs")),
     "currency": (_FIRST, _VOWELS, _BETWEEN, _LAST),
     "language": (
