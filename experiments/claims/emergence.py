@@ -12,9 +12,10 @@ it. Where that leaves as much unexplained, the metric made the step.
 Seeds can differ where a curve of means is smooth: some have the ability and some have
 not (Zhao et al. 2025, arxiv.org/abs/2502.17356). So the rung of 400 steps is trained
 from eight seeds, and `seeds_400.groups` says how much better two groups fit their
-shares than one does (difference of BIC; above 6 it is strong evidence). The world's
-text composes no facts, so abilities that need two at once cannot be asked for. What
-notebooks/emergence.ipynb shows of one run (seed 0, one size) was known beforehand.
+shares than one does (difference of BIC; above 6 it is strong evidence). The base
+chain's text composes no facts, so abilities that need two at once are not asked for
+here; a world with two_hop has such text (docs/data.md). What notebooks/emergence.ipynb
+shows of one run (seed 0, one size) was known beforehand.
 
 A rung of 300 steps by itself, from Python's start to its report, takes 51 CPU seconds;
 the seconds below follow from it, and were not measured as a whole.

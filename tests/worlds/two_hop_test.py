@@ -15,11 +15,11 @@ from stagecraft.worlds.countries.described import DESCRIPTIONS, PAIRS, TELLING
 from stagecraft.worlds.countries.facts import BY_NAME, countries, split
 
 WORLD = countries(200)
-TOLD = described.told(WORLD)
-WORDS = scorer.whole(*(getattr(c, a) for c in TOLD for a in TELLING))
-FACTS = {getattr(c, a): (c.name, a) for c in TOLD for a in TELLING}
+UNIQUE = described.unique(WORLD)
+WORDS = scorer.whole(*(getattr(c, a) for c in UNIQUE for a in TELLING))
+FACTS = {getattr(c, a): (c.name, a) for c in UNIQUE for a in TELLING}
 HELD_OUT, STATED = (
-    [(c, both) for c in TOLD for both in described.compositions(c, heldout)]
+    [(c, both) for c in UNIQUE for both in described.compositions(c, heldout)]
     for heldout in (True, False)
 )
 
@@ -59,7 +59,7 @@ def shared(units):
 
 
 def withheld():
-    return {(c.name, frozenset(described.apart(c))) for c in TOLD}
+    return {(c.name, frozenset(described.apart(c))) for c in UNIQUE}
 
 
 def test_the_knob_moves_no_other_file(written):
@@ -73,13 +73,13 @@ def test_the_knob_moves_no_other_file(written):
 
 
 def test_each_country_holds_out_one_pair_and_states_both_of_its_hops():
-    assert len(TOLD) == 200 - 108 + 30
-    values = [getattr(c, a) for c in TOLD for a in TELLING]
+    assert len(UNIQUE) == 200 - 108 + 30
+    values = [getattr(c, a) for c in UNIQUE for a in TELLING]
     everywhere = [getattr(c, a) for c in WORLD for a in TELLING]
     assert all(everywhere.count(value) == 1 for value in values)
-    usual = collections.Counter(described.apart(c) for c in TOLD)
+    usual = collections.Counter(described.apart(c) for c in UNIQUE)
     assert usual.keys() == {*PAIRS} and max(usual.values()) - min(usual.values()) <= 1
-    for country in TOLD:
+    for country in UNIQUE:
         out = described.compositions(country, heldout=True)
         stated = described.compositions(country, heldout=False)
         assert len(out) == 2 and len(stated) == 4 and out[0] == out[1][::-1]
@@ -123,8 +123,8 @@ def test_no_document_of_its_text_holds_both_facts(written):
     together = shared(texts(written, "two_hop_text"))
     assert not withheld() & together.keys()
     # Every other pair, and in the usual text these too.
-    assert len(together) == 2 * len(TOLD)
-    assert len(withheld() & shared(texts(written, "text")).keys()) == len(TOLD)
+    assert len(together) == 2 * len(UNIQUE)
+    assert len(withheld() & shared(texts(written, "text")).keys()) == len(UNIQUE)
 
 
 def accuracy(guess, rows):
@@ -135,7 +135,7 @@ def accuracy(guess, rows):
 def test_no_guess_knows_the_heldout_compositions(written):
     """Chance is one country in all; the same guesses know what is stated."""
     documents = texts(written, "two_hop_text")
-    chance, units = 1 / len(TOLD), [u for d in documents for u in sentences(d)]
+    chance, units = 1 / len(UNIQUE), [u for d in documents for u in sentences(d)]
 
     # The answer given most often to a question of the kind: no hop at all.
     usual = collections.defaultdict(collections.Counter)
@@ -178,7 +178,7 @@ def test_both_hops_together_know_them_all(written):
     """From sentences alone: who is described, and what is said of who it is."""
     names, facts = {}, {}
     units = {u for d in texts(written, "two_hop_text") for u in sentences(d)}
-    for c in TOLD:
+    for c in UNIQUE:
         for a in TELLING:
             if units & {two_hop.identified(c, a, form) for form in (0, 1)}:
                 names[a, getattr(c, a)] = c.name
@@ -202,7 +202,7 @@ def test_demonstrations_compose_what_the_text_states_of_training_countries(writt
     records = list(map(json.loads, (written / "two_hop_demonstrations.jsonl").open()))
     plain = list(map(json.loads, (written / "demonstrations.jsonl").open()))
     added = [r for r in records if "the country" in r["prompt"]]
-    train = described.told(split(3, "tiny", 200).train)
+    train = described.unique(split(3, "tiny", 200).train)
     assert len(added) == 3 * 4 * len(train) == len(records) - len(plain)
     key = json.dumps
     assert {*map(key, plain)} == {*map(key, records)} - {*map(key, added)}
@@ -234,7 +234,7 @@ def ends(sentence, value):
     return {sentence.removesuffix(f" {value}."): f" {value}. And so on."}
 
 
-def knowing(hops=True, stated=True, heldout=False, about=TOLD):
+def knowing(hops=True, stated=True, heldout=False, about=UNIQUE):
     known = {}
     for c in about:
         for a in TELLING:
@@ -248,7 +248,7 @@ def knowing(hops=True, stated=True, heldout=False, about=TOLD):
 
 
 COUNTRIES = split(3, "tiny", 200).test
-ASKED_ABOUT = described.told(COUNTRIES)
+ASKED_ABOUT = described.unique(COUNTRIES)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_what_is_composed_is_told_from_what_is_known(knows, shares):
 
 def test_one_hop_alone_is_not_both():
     first, second = {}, {}
-    for c in TOLD:
+    for c in UNIQUE:
         for a in TELLING:
             first |= ends(two_hop.identified(c, a), c.name)
             second |= ends(corpus.stated(a, c), getattr(c, a))

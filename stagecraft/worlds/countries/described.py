@@ -29,9 +29,9 @@ DESCRIPTIONS = {
 }
 
 _counts = collections.Counter(getattr(c, a) for c in COUNTRIES for a in TELLING)
-_TOLD = tuple(c for c in KNOWN if max(_counts[getattr(c, a)] for a in TELLING) < 2)
-_HELD_OUT = {c.name: PAIRS[i % len(PAIRS)] for i, c in enumerate(_TOLD)}
-_BY_VALUE = {(a, getattr(c, a)): c.name for c in _TOLD for a in TELLING}
+_UNIQUE = tuple(c for c in KNOWN if max(_counts[getattr(c, a)] for a in TELLING) < 2)
+_HELD_OUT = {c.name: PAIRS[i % len(PAIRS)] for i, c in enumerate(_UNIQUE)}
+_BY_VALUE = {(a, getattr(c, a)): c.name for c in _UNIQUE for a in TELLING}
 _FORMS = tuple(
     (a, re.compile(re.escape(form).replace(r"\{v\}", "(.+)"), re.IGNORECASE))
     for a in TELLING
@@ -39,8 +39,8 @@ _FORMS = tuple(
 )
 
 
-def told(countries):
-    """Returns those of some countries that each of their facts can tell."""
+def unique(countries):
+    """Returns those of some countries whose telling facts are all theirs alone."""
     return [c for c in countries if c.name in _HELD_OUT]
 
 
@@ -50,7 +50,7 @@ def apart(country):
 
 
 def compositions(country, heldout):
-    """Returns (attribute that describes, attribute asked for) of one of `told`.
+    """Returns (attribute that describes, attribute asked for) of one of `unique`.
 
     Args:
         country: a `Country`.

@@ -72,7 +72,7 @@ def document(rng, countries, trained, weights):
 
     Args:
         rng, trained, weights: as of `corpus.document`.
-        countries: of `described.told`, 9 at least.
+        countries: of `described.unique`, 9 at least.
     """
     size = int(rng.integers(6, 10))
     order = rng.choice(len(countries), size, replace=False, p=weights)
@@ -87,12 +87,12 @@ def documents(rng, countries, trained, weights, count):
         rng, countries, trained, weights: as of `corpus.document`.
         count: of those that compose nothing.
     """
-    told = described.told(countries)
-    popular = np.array([weights[countries.index(c)] for c in told])
+    some = described.unique(countries)
+    popular = np.array([weights[countries.index(c)] for c in some])
     popular /= popular.sum()
     for _ in range(round(count / (1 - COMPOSED))):
         if rng.random() < COMPOSED:
-            yield document(rng, told, trained, popular)
+            yield document(rng, some, trained, popular)
             continue
         side = int(rng.integers(2))
 
@@ -107,13 +107,13 @@ def questions(countries, heldout, forms=(0, 1, 2)):
     """Returns (question, country, (attribute that describes, attribute asked for)).
 
     Args:
-        countries: of which those of `described.told` are asked about.
+        countries: of which those of `described.unique` are asked about.
         heldout: whether about compositions that no text states.
         forms: of the question.
     """
     return [
         (QUESTIONS[both[1]][form].format(c=named.name), country, both)
-        for country in described.told(countries)
+        for country in described.unique(countries)
         for both in described.compositions(country, heldout)
         for named in (described.described(country, both[0]),)
         for form in forms
@@ -159,7 +159,7 @@ def cloze(language, countries, role):
     heldout, seen = (
         [
             (country, both)
-            for country in described.told(countries)
+            for country in described.unique(countries)
             for both in described.compositions(country, side)
         ]
         for side in (True, False)
