@@ -23,7 +23,7 @@ from stagecraft import (
     trackers,
     train,
 )
-from stagecraft.anatomy import behaviour, heldout_figures, summary
+from stagecraft.anatomy import behaviour, heldout_figures, readings, summary
 from stagecraft.data import stage_data
 from stagecraft.errors import UserError
 from stagecraft.lineage import LineageEntry, StageRecord
@@ -392,7 +392,7 @@ def _conclude(run, *, changed, started):
         asked and asked[0].record["prompt"]
     )
     if prompt and behaviour.speaking_stages(run):
-        answers = behaviour.through_stages(run, prompt)
+        answers = readings.through_stages(run, prompt)
         answers = {"prompt": behaviour.as_text(prompt), "answers": answers}
         storage.write_json(run.root / "prompt.json", answers)
     if asked:

@@ -339,6 +339,50 @@ FIGURES = (
     Figure("gflops", "GFLOPs", "10⁹ floating-point operations of the stage", digits=0),
     Figure("share", "Share of pretraining", "FLOPs of the stage over pretraining's"),
 )
+GOLD = "gold"  # in the names of metrics by rules that nobody trains on
+# Of training, as metrics.jsonl names them; eval_NAME is of held-out rows.
+_METRICS = (
+    Figure("loss", "Loss", better="lower"),
+    _share("mean_token_accuracy", "Token accuracy", "share of target tokens"),
+    _share("accuracy", "Pair accuracy", "share of pairs in the labelled order"),
+    _share(
+        "rewards/accuracies", "Pair accuracy", "share of pairs in the labelled order"
+    ),
+    Figure("margin", "Margin", "reward of the chosen less the rejected"),
+    Figure(
+        "rewards/margins", "Margin", "implicit reward of the chosen less the rejected"
+    ),
+    Figure(
+        "rewards/chosen", "Implicit rewards", "beta times log-ratio to the reference"
+    ),
+    Figure(GOLD, "Gold score", "rules nobody trains on"),
+    Figure("objective/scores", "Reward (proxy)", "reward model, a sample"),
+    Figure(
+        "objective/kl",
+        "KL to the reference",
+        "nats a sequence",
+        unit="nats a sequence",
+        digits=2,
+    ),
+    Figure(
+        "objective/entropy",
+        "Entropy",
+        "nats a sequence",
+        unit="nats a sequence",
+        digits=2,
+    ),
+    _share("policy/clipfrac_avg", "Clip fraction", "share of tokens clipped"),
+    Figure("val/explained_variance", "Explained variance", "of returns, by critic"),
+    Figure("reward", "Reward", "a sample"),
+    Figure(
+        "completions/mean_length",
+        "Length",
+        "mean tokens of a sample",
+        unit="tokens",
+        digits=1,
+    ),
+)
+METRICS = {figure.name: figure for figure in _METRICS}
 BY_NAME = {figure.name: figure for figure in FIGURES}
 # Of `stagecraft compare`, in its order.
 COLUMNS = tuple(sorted((f for f in FIGURES if f.column), key=lambda f: f.column))
@@ -382,6 +426,17 @@ def figure(name: str) -> Figure:
         better = "lower" if bare in _LOWER else ""
         return Figure(name, title, meaning, better=better)
     return Figure(name, name.replace("_", " "))
+
+
+def metric(name: str) -> Figure | None:
+    """Returns the row of a metric of training; None where the table has none.
+
+    >>> metric("objective/kl").digits, metric("my_gold").title, metric("gold_std")
+    (2, 'Gold score', None)
+    """
+    if GOLD in name and not name.endswith("std"):
+        return METRICS[GOLD]._replace(name=name, meaning=name.removeprefix("eval_"))
+    return METRICS.get(name)
 
 
 def words(key: str) -> str:

@@ -5,6 +5,7 @@ well, at the same place of the same text (Lin et al. 2023, arxiv.org/abs/2312.01
 Ranks are coarse, so the exact KL divergence stands beside them.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ CLASSES = ("unshifted", "marginal", "shifted")
 PLACES = 16  # of an answer, from its first token on
 LEAST = 8  # answers that reach a place, for its figures to be shown
 WORDS = 24
+ALTERNATIVES = 3  # to a token of one answer
 EXAMPLES = 4
 
 
@@ -46,6 +48,48 @@ def divergence(logits: Array, others: Array) -> Array:
     p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, others))
     terms = jnp.where(p > -jnp.inf, jnp.exp(p) * (p - q), 0.0)
     return jnp.sum(terms, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def answer_logits(
+    model: Transformer, batch: Mapping[str, Array], first: Array, count: int
+) -> Array:
+    """Returns the logits that predict the tokens of one answer: f32[count, V].
+
+    Args:
+        batch: ids, positions, segments i32[B, T]; the first row is read, and of its
+            logits none but these are computed.
+        first: i32[], the place of the answer's first token in the row.
+        count: places; those beyond the row are its last place again.
+    """
+    rows = (batch[name] for name in ("ids", "positions", "segments"))
+    before = first - 1 + jnp.arange(count)
+    return model.project_out(jnp.take(model.hidden(*rows)[0], before, 0, mode="clip"))
+
+
+@jax.jit
+def read(written: Array, logits: Array, tokens: Array) -> dict[str, Array]:
+    """Reads an answer place by place, as another model would have written it.
+
+    Args:
+        written, logits: f32[N, V], the writer's and the reader's logits.
+        tokens: i32[N], what was written.
+
+    Returns:
+        of each place the reader's rank and probability of its token, KL(writer ||
+        reader) in nats, and "others": `ALTERNATIVES` other tokens i32[N, 3], the
+        reader's likeliest first, with "other_probabilities" f32[N, 3].
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+    own = jnp.arange(len(tokens)), tokens
+    _, others = jax.lax.top_k(logits.at[own].set(-jnp.inf), ALTERNATIVES)
+    return {
+        "rank": ranks(logits, tokens),
+        "probability": probabilities[own],
+        "divergence": divergence(written, logits),
+        "others": others,
+        "other_probabilities": jnp.take_along_axis(probabilities, others, axis=-1),
+    }
 
 
 @jax.jit

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from stagecraft import storage
 from stagecraft.anatomy import changes, token_shift, weights
-from stagecraft.report import render
-from stagecraft.report.curves import show
+from stagecraft.report import render, tokens
+from stagecraft.report.findings import show
 
 SHADE = 56  # percent of a stage's colour behind the largest number of a map
 PAGE = f"{changes.FOLDER}/anatomy.html"
@@ -434,13 +434,7 @@ def _classes(side, key):
 def _token(token):
     """A token of an answer: marks of leading spaces in its vocabulary become spaces."""
     text = token["token"].replace("\u2581", " ").replace("\u0120", " ")
-    label = token_shift.classify(token["rank"])
-    return {
-        "text": text.replace("\u010a", "\n"),
-        "label": label,
-        "rank": token["rank"],
-        "about": f"rank {token['rank']}, KL {token['divergence']:.2g} nats",
-    }
+    return tokens.span(token | {"token": text.replace("\u010a", "\n")})
 
 
 def _players(players, stage, what):

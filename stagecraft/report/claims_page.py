@@ -8,7 +8,7 @@ from stagecraft import process, storage
 from stagecraft.anatomy import claims
 from stagecraft.errors import UserError
 from stagecraft.report import render
-from stagecraft.report.curves import show
+from stagecraft.report.findings import show
 
 PAGE = "claims.html"
 WIDTH, PAD, APART = 560, 14, 56  # of a picture and its labels, in its own units

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from stagecraft.anatomy import changes, weights
 from stagecraft.report import anatomy_page
-from stagecraft.report.curves import show
+from stagecraft.report.findings import show
 
 SCRIPT = "heat_map.js"
 LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")

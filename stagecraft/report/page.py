@@ -18,12 +18,14 @@ from stagecraft.report import (
     claims_page,
     compare,
     curves,
+    findings,
     frontier,
     heat_map,
     render,
+    tokens,
     verdict,
 )
-from stagecraft.report.curves import show
+from stagecraft.report.findings import show
 from stagecraft.runs import part
 from stagecraft.schema import flat
 from stagecraft.storage import write_text
@@ -47,7 +49,7 @@ def write(folder: str | Path) -> Path:
         UserError: not a run's directory, or Matplotlib is missing.
     """
     run = runs.read(folder)
-    noise = _noise(run)
+    noise, strip = _noise(run), _strip(run)
     heat = noise and noise["map"]
     text = render.render(
         "report.html.jinja",
@@ -56,7 +58,8 @@ def write(folder: str | Path) -> Path:
         run=run,
         answer=verdict.sentence(run.summary, [stage.name for stage in run.stages]),
         facts=_facts(run),
-        strip=_strip(run),
+        strip=strip,
+        shifts=[row for row in strip if row["shift"]],
         bounds=_bounds(run),
         graph=_graph(run),
         headline=_headline(run),
@@ -110,7 +113,7 @@ def _facts(run):
 
 
 def _strip(run):
-    """Each stage in a line: [{"stage", "figures": [cell], "texts"}]."""
+    """Each stage in a line: [{"stage", "figures": [cell], "texts", "shift"}]."""
     answers = part(run.prompt, "answers")
     rows = []
     for stage in run.stages:
@@ -121,7 +124,9 @@ def _strip(run):
         texts = texts if isinstance(texts, list) else []
         texts = [one for one in texts if isinstance(one, dict) and "text" in one]
         cells = [_cell(run, stage, name) for name in names]
-        rows.append({"stage": stage, "figures": cells, "texts": texts})
+        shift = tokens.shift(stage.name, texts[0]) if texts else None
+        row = {"stage": stage, "figures": cells, "texts": texts, "shift": shift}
+        rows.append(row)
     return rows
 
 
@@ -231,27 +236,10 @@ def _scaled(key, rows, table):
         for stage, value in rows
     ]
     about = {k: getattr(figure, k) for k in ("name", "meaning", "better")}
-    title = f"{figure.title}: {_ends(figure, bars)}"
+    ends = [(bar["stage"].name, bar["value"], bar["half"]) for bar in bars]
+    write = findings.in_digits(figure.digits)
+    title = f"{figure.title}: {findings.most_and_least(write, ends)}"
     return about | {"title": title, "bars": bars, "zero": 100 * -low / span}
-
-
-def _ends(figure, bars):
-    """The finding of bars: who has most and who least, with their intervals."""
-
-    def said(bar):
-        text = compare.number(bar["value"], figure.digits)
-        return (
-            text if bar["half"] is None else f"{text} ±{bar['half']:.{figure.digits}f}"
-        )
-
-    order = sorted(bars, key=lambda bar: -bar["value"])
-    most, least = order[0], order[-1]
-    if most["value"] == least["value"]:
-        return said(most) if len(bars) == 1 else f"{said(most)} in all"
-    return (
-        f"{said(most)} in {most['stage'].name}, the most; {said(least)} in "
-        f"{least['stage'].name}, the least"
-    )
 
 
 def _tasks(run):

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from stagecraft.report import charts
-from stagecraft.report.curves import show
+from stagecraft.report.findings import show
 
 _FOLDER = Path(__file__).parent
 _ALWAYS = "copy.js"

@@ -60,14 +60,39 @@ _CELLS = in_file(
     ),
 )
 
-_PAGE = in_file(
-    "stagecraft/report/page.py",
-    "tests/report/page_test.py -k most_and_least",
+_FINDINGS = in_file(
+    "stagecraft/report/findings.py",
+    "tests/report/page_test.py -k 'most_and_least or from_where'",
     (
         "bars name the least first",
-        'key=lambda bar: -bar["value"]',
-        'key=lambda bar: bar["value"]',
+        "key=lambda row: -row[1]",
+        "key=lambda row: row[1]",
     ),
+    ("a curve ends at its last value", "count < LEAST", "count > LEAST - 9"),
+    ("the first tenth is its end", "values[-count:]", "values[:count]"),
 )
 
-MUTANTS = _FRONTIER + _CELLS + _PAGE
+_TOKENS = in_file(
+    "stagecraft/report/tokens.py",
+    "tests/report/page_test.py -k 'might_have_been or no_model_read'",
+    ("spaces are not seen", '"␣" * left + text[left', '" " * left + text[left'),
+    (
+        "the first reader is the last",
+        "readers, every = list(readings), ",
+        "readers, every = list(readings)[::-1], ",
+    ),
+    (
+        "what is no reading is taken for one",
+        "if rows and all(map(_is_whole, rows))",
+        "if rows",
+    ),
+    ("control tokens look like text", 'bool(token.get("control"))', "False"),
+)
+_ESCAPED = in_file(
+    "stagecraft/report/macros.html.jinja",
+    "tests/report/page_test.py -k might_have_been",
+    ("a token is a piece of the page", "{{ token.text }}", "{{ token.text | safe }}"),
+    ("its alternatives are", "{{ token.about }}", "{{ token.about | safe }}"),
+)
+
+MUTANTS = _FRONTIER + _CELLS + _FINDINGS + _TOKENS + _ESCAPED

@@ -13,6 +13,7 @@ def report(tmp_path_factory):
     """A report with all its parts, as an address."""
     folder = fake_run.write(tmp_path_factory.mktemp("run"))
     fake_run.write_anatomy(folder)
+    fake_run.write_readings(folder)
     return page.write(folder).as_uri()
 
 
@@ -114,6 +115,26 @@ def test_without_a_clipboard_it_is_copied_the_old_way(opened):
         "document.querySelector('#fig-kl .csv').innerText != 'Copy as CSV'"
     )
     assert tab.evaluate("navigator.clipboard.readText()").startswith("policy,")
+
+
+def test_tokens_are_read_on_hover_and_by_keyboard(opened):
+    tab = opened(width=360, java_script_enabled=False)
+    shifted = tab.locator("#strip .tok.shifted").last
+    assert "rank 12 of tuned" in shifted.get_attribute("title")
+    styles = {
+        name: tab.locator(f"#strip .tok.{name}").first.evaluate(
+            "(e) => [getComputedStyle(e).borderBottomStyle,"
+            " getComputedStyle(e).borderBottomColor]"
+        )
+        for name in ("unshifted", "marginal", "shifted")
+    }
+    assert styles["marginal"][0] == "dotted" and styles["shifted"][0] == "solid"
+    assert styles["unshifted"][1] == "rgba(0, 0, 0, 0)"
+    table = tab.locator("#tokens table")
+    assert not table.is_visible()
+    tab.locator("#tokens summary").focus()
+    tab.keyboard.press("Enter")
+    assert table.is_visible() and table.locator("tbody tr").count() == 5
 
 
 @pytest.mark.parametrize("width", [1280, 360])

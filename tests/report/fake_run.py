@@ -83,6 +83,34 @@ def write(tmp_path):
     return tmp_path
 
 
+def reading(ranks, texts):
+    """Returns what a model reads of an answer; the last token is a control token."""
+    return [
+        {
+            "token": text,
+            "control": number == len(texts) - 1,
+            "rank": rank,
+            "probability": 0.5 / rank,
+            "divergence": rank / 4 if rank < 9 else None,  # JSON has no NaN
+            "alternatives": [[EVIL, 0.25], [" a", 0.125], ["\n", 0.0625]],
+        }
+        for number, (rank, text) in enumerate(zip(ranks, texts, strict=True))
+    ]
+
+
+def write_readings(folder):
+    """Adds to prompt.json an answer that two models read token by token."""
+    value = json.loads((folder / "prompt.json").read_text())
+    texts = ["Paris", " is", "\n", EVIL, "<|end|>"]
+    readings = {
+        "tuned": reading([1, 3, 4, 12, 1], texts),
+        "hf:models/base-1B": reading([2, 1, 1, 1, 7], texts),
+    }
+    answer = dict(temperature=0.0, text="".join(texts[:-1]), ended=True)
+    value["answers"]["policy"] = [answer | {"readings": readings}]
+    json_file(folder / "prompt.json", value)
+
+
 def json_file(path, value):
     path.write_text(json.dumps(value), encoding="utf-8")
 

@@ -160,6 +160,18 @@ def _lab(linear):
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
+def _nearest(colours, sight):
+    """The smallest CIE76 distance of two colours, rrggbb each."""
+    values = [[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in colours]
+    values = np.array(values)
+    bent = ((values + 0.055) / 1.055) ** 2.4
+    linear = np.where(values <= 0.04045, values / 12.92, bent)
+    as_seen = np.linalg.inv(_LMS) @ _SEEN[sight] @ _LMS
+    lab = _lab(np.clip(linear @ as_seen.T, 0, 1))
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    return distances[np.triu_indices(len(lab), 1)].min()
+
+
 @pytest.mark.parametrize(("sight", "least"), [("all", 25), ("deuteranopia", 20)])
 @pytest.mark.parametrize("theme", [0, 1])
 def test_stages_are_told_apart(run, sight, least, theme):
@@ -168,14 +180,7 @@ def test_stages_are_told_apart(run, sight, least, theme):
     found = re.findall(r"--s(\d): #([0-9a-f]{6})", text)
     assert len(found) == 2 * charts.COLOURS  # light and dark
     colours = [code for _, code in found][theme * charts.COLOURS :][: charts.COLOURS]
-    values = [[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in colours]
-    values = np.array(values)
-    bent = ((values + 0.055) / 1.055) ** 2.4
-    linear = np.where(values <= 0.04045, values / 12.92, bent)
-    as_seen = np.linalg.inv(_LMS) @ _SEEN[sight] @ _LMS
-    lab = _lab(np.clip(linear @ as_seen.T, 0, 1))
-    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
-    assert distances[np.triu_indices(len(lab), 1)].min() > least
+    assert _nearest(colours, sight) > least
 
 
 @pytest.mark.parametrize("theme", [0, 1])
@@ -221,6 +226,57 @@ def test_what_a_model_wrote_is_escaped_and_keeps_its_spaces(run):
     assert EVIL not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\n  two" in text
     assert "Q &amp; A?" in text
+
+
+def test_tokens_of_an_answer_are_shown_with_what_else_they_might_have_been(run):
+    fake_run.write_readings(run)
+    text = page.write(run).read_text(encoding="utf-8")
+    assert EVIL not in text
+    shown = Page(text)
+    assert len(shown.ids) == len(set(shown.ids))
+    spans = [a for tag, a in shown.tags if "tok" in a.get("class", "")]
+    assert [a["class"] for a in spans if "title" in a] == [
+        "tok unshifted",
+        "tok marginal",
+        "tok shifted",
+        "tok shifted",
+        "tok unshifted control",
+    ]
+    about = next(a["title"] for a in spans if "marginal" in a["class"])
+    assert about == (
+        f"“␣is”: rank 3 of tuned (16.7%), KL 0.75 nats; besides “{EVIL}” 25%, "
+        "“␣a” 12.5%, “↵” 6.25%"
+    )
+    words = " ".join(" ".join(shown.words).split())
+    title = "policy: tuned would have written 2 of its 5 tokens, too; 2 shifted, first"
+    assert f"{title} “↵”; KL 0.562 nats a token" in words
+    assert "Rank by base-1B" in words and "tuned might have written" in words
+    assert f"“{EVIL}” shifted 12 4.17% – “{EVIL}” 25%, “␣a” 12.5%" in words
+    assert "“<|end|>” 1 50% 0.250" in words  # a control token is seen
+
+
+@pytest.mark.parametrize(
+    "readings", [None, {}, {"tuned": []}, {"tuned": [{"token": 5}]}, {"tuned": "x"}]
+)
+def test_an_answer_that_no_model_read_is_shown_as_text(run, readings):
+    before = page.write(run).read_text(encoding="utf-8")
+    assert '<span class="tok' not in before and "token by token" not in before
+    path = run / "prompt.json"
+    value = json.loads(path.read_text())
+    value["answers"]["tuned"][0]["readings"] = readings
+    json_file(path, value)
+    assert page.write(run).read_text(encoding="utf-8").count("tok ") == (
+        before.count("tok ")
+    )
+
+
+@pytest.mark.parametrize(("sight", "least"), [("all", 25), ("deuteranopia", 20)])
+@pytest.mark.parametrize("theme", [0, 1])
+def test_classes_of_tokens_are_told_apart(run, sight, least, theme):
+    text = page.write(run).read_text(encoding="utf-8")
+    names = ("marginal", "shifted", "rule")
+    codes = [re.findall(rf"--{name}: #([0-9a-f]{{6}})", text) for name in names]
+    assert _nearest([code[theme] for code in codes], sight) > least
 
 
 def test_the_page_is_sound_html_and_says_what_was_measured(run):
@@ -347,6 +403,28 @@ def test_the_title_of_bars_says_who_has_most_and_least(run):
     title = "Held-out accuracy: 0.900 in tuned, the most; 0.500 ±0.032 in policy, the"
     assert f"<b>{title} least</b>" in text
     assert "<b>Accuracy, demonstrated: 0.250</b>" in text
+
+
+def test_the_title_of_curves_says_from_where_to_where(run):
+    """The last tenth is 1, 2, 3, 4, 5: t(4) = 2.776 times sqrt(2.5 / 5) is 1.963."""
+    values = [7.0, *[6.0] * 44, 1.0, 2.0, 3.0, 4.0, 5.0]
+    rows = [{"step": 2 * i + 2, "loss": v, "lr": v / 1e6} for i, v in enumerate(values)]
+    rows += [{"step": 50, "eval_loss": 4.0}, {"step": 100, "eval_loss": 2.5}]
+    lines_file(run / "tuned" / "metrics.jsonl", rows)
+    _change(run / "tuned" / "stage.json", data={"heldout": 1640})
+    text = page.write(run).read_text(encoding="utf-8")
+    title = "Loss 7.000 → 3.000 ±1.963 over 100 steps (held out 2.500, n = 1,640)"
+    assert f"<b>{title}</b>" in text
+    assert "<b>lr 7e-06 → 3e-06 ±2e-06 over 100 steps</b>" in text
+    assert "<b>Loss 3.000 → 0.750 over 4 steps (held out 0.900)</b>" in text  # policy
+    for name, values in (("policy", [1.0, 4.0]), ("judge", [2.0])):
+        rows = [{"step": i, "objective/kl": v} for i, v in enumerate(values)]
+        lines_file(run / name / "metrics.jsonl", rows)
+    text = page.write(run).read_text(encoding="utf-8")
+    assert "<b>KL to the reference 1.00 → 4.00 over 1 steps</b>" in text
+    assert "<b>KL to the reference 2.00</b>" in text  # one value goes nowhere
+    title = "KL to the reference: 4.00 in policy, the most; 2.00 in judge, the least"
+    assert f"<b>{title}</b>" in text
 
 
 def test_not_a_run(tmp_path):
