@@ -25,7 +25,8 @@ def span(token: dict, reader: str = "its parent") -> dict[str, Any]:
         reader: who ranked it.
 
     Returns:
-        {"text", "label": its class, "control", "rank", "about": in words}.
+        {"text", "after": the end of its line, "label": its class, "control", "rank",
+        "about": in words}.
     """
     text, about = token["token"], f"rank {token['rank']} of {reader}"
     if is_number(token.get("probability")):
@@ -35,8 +36,9 @@ def span(token: dict, reader: str = "its parent") -> dict[str, Any]:
     if others := alternatives(token):
         about += f"; besides {', '.join(others)}"
     return {
-        # An end of a line is a token as well.
-        "text": text.replace("\n", "↵\n"),
+        # An end of a line is seen, and the line ends behind the token's rank.
+        "text": text.replace("\n", "↵\n").removesuffix("\n"),
+        "after": "\n" if text.endswith("\n") else "",
         "label": token_shift.classify(token["rank"]),
         "control": bool(token.get("control")),
         "rank": token["rank"],
@@ -122,10 +124,10 @@ def _cells(token):
 def _finding(stage, reader, rows):
     labels = [token_shift.classify(token["rank"]) for token in rows]
     shifted, same = labels.count("shifted"), labels.count("unshifted")
-    text = f"{stage}: {reader} would have written {same} of its {len(rows)} tokens, too"
+    text = f"{stage}: {reader} would have written {same} of {len(rows)} tokens as well"
     if shifted:
         first = labels.index("shifted")
-        text += f"; {shifted} shifted, first {seen(rows[first]['token'])}"
+        text += f"; shifted: {shifted}, first {seen(rows[first]['token'])}"
     every = [token.get("divergence") for token in rows]
     known = [kl for kl in every if is_number(kl)]
     if known:

@@ -248,11 +248,13 @@ def test_tokens_of_an_answer_are_shown_with_what_else_they_might_have_been(run):
         "“␣a” 12.5%, “↵” 6.25%"
     )
     words = " ".join(" ".join(shown.words).split())
-    title = "policy: tuned would have written 2 of its 5 tokens, too; 2 shifted, first"
+    title = "policy: tuned would have written 2 of 5 tokens as well; shifted: 2, first"
     assert f"{title} “↵”; KL 0.562 nats a token" in words
     assert "Rank by base-1B" in words and "tuned might have written" in words
-    assert f"“{EVIL}” shifted 12 4.17% – “{EVIL}” 25%, “␣a” 12.5%" in words
-    assert "“<|end|>” 1 50% 0.250" in words  # a control token is seen
+    others = f"“{EVIL}” 25%, “␣a” 12.5%, “↵” 6.25%"
+    assert f"“{EVIL}” shifted {others} 12 4.17% – 1 50% 0.250" in words
+    assert f"“<|end|>” {others} 1 50% 0.250 7 7.14% 1.75" in words
+    assert '↵<sup aria-hidden="true">4</sup></span>\n<span' in text
 
 
 @pytest.mark.parametrize(
