@@ -18,6 +18,8 @@ from stagecraft.errors import UserError
 from stagecraft.models.language import HALF, Language
 from stagecraft.text.tokenizer import Tokenizer
 
+DIGITS = 6  # after the point, of what is stored
+
 _log = logging.getLogger("stagecraft.anatomy")
 
 
@@ -134,8 +136,10 @@ def read(language: Language, written: Written) -> list[dict]:
         before = ids[:place]
         others = [spelled(tokenizer, before, one) for one in columns["others"][place]]
         row = {"token": spelled(tokenizer, before, token), "control": token in control}
-        row |= {k: columns[k][place] for k in ("rank", "probability", "divergence")}
-        shares = columns["other_probabilities"][place]
+        row["rank"] = columns["rank"][place]
+        for key in ("probability", "divergence"):
+            row[key] = round(columns[key][place], DIGITS)
+        shares = [round(one, DIGITS) for one in columns["other_probabilities"][place]]
         row["alternatives"] = list(zip(others, shares, strict=True))
         rows.append(row)
     return rows

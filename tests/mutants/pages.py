@@ -75,24 +75,28 @@ _FINDINGS = in_file(
 _TOKENS = in_file(
     "stagecraft/report/tokens.py",
     "tests/report/page_test.py -k 'might_have_been or no_model_read'",
-    ("spaces are not seen", '"␣" * left + text[left', '" " * left + text[left'),
     (
-        "the first reader is the last",
-        "readers, every = list(readings), ",
-        "readers, every = list(readings)[::-1], ",
+        "spaces are not seen",
+        '"␣" * left',
+        '" " * left',
     ),
     (
-        "what is no reading is taken for one",
-        "if rows and all(map(_is_whole, rows))",
-        "if rows",
+        "ranks are said to be the last reader's",
+        "span(token, readers[0])",
+        "span(token, readers[-1])",
     ),
+    ("what is no reading is taken for one", "all(map(_is_whole, rows))", "True"),
     ("control tokens look like text", 'bool(token.get("control"))', "False"),
 )
-_ESCAPED = in_file(
-    "stagecraft/report/macros.html.jinja",
+
+_PAGES = in_file(
+    "stagecraft/report/render.py",
     "tests/report/page_test.py -k might_have_been",
-    ("a token is a piece of the page", "{{ token.text }}", "{{ token.text | safe }}"),
-    ("its alternatives are", "{{ token.about }}", "{{ token.about | safe }}"),
+    (
+        "what a model wrote is a piece of the page",
+        "autoescape=True",
+        "autoescape=False",
+    ),
 )
 
-MUTANTS = _FRONTIER + _CELLS + _FINDINGS + _TOKENS + _ESCAPED
+MUTANTS = _FRONTIER + _CELLS + _FINDINGS + _TOKENS + _PAGES
