@@ -22,6 +22,8 @@ import logging
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from stagecraft.errors import UserError
 from stagecraft.text.tokenizer import Tokenizer
 
@@ -172,15 +174,14 @@ def _touched(offsets, spans):
     >>> _touched([(0, 2), (2, 4), (3, 4), (4, 4), (4, 6)], [(3, 4)])
     [False, True, True, False, False]
     """
-    mask, number = [], 0
-    for start, end in offsets:
-        while number < len(spans) and spans[number][1] <= start:
-            number += 1
-        inside = number < len(spans) and max(start, spans[number][0]) < min(
-            end, spans[number][1]
-        )
-        mask.append(inside)
-    return mask
+    if not spans or not offsets:
+        return [False] * len(offsets)
+    starts, ends = np.array(offsets).T
+    first, last = np.array(spans).T
+    # Of the spans that end behind a token's start, the first; else the last of all.
+    nearest = np.minimum(np.searchsorted(last, starts, side="right"), len(spans) - 1)
+    shared = np.maximum(starts, first[nearest]) < np.minimum(ends, last[nearest])
+    return shared.tolist()
 
 
 def _within(offsets, places):

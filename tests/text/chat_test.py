@@ -1,5 +1,6 @@
 """Conversations become ids and masks as written by hand."""
 
+import numpy as np
 import pytest
 
 from stagecraft.errors import UserError
@@ -183,6 +184,21 @@ def test_tools_take_turns_with_the_assistant():
 def test_messages_that_call_tools_wrongly_are_refused(message, told):
     with pytest.raises(UserError, match=told):
         chat.as_messages([message])
+
+
+def test_tokens_that_touch_a_span_are_the_loop():
+    """Also tokens without characters, and several of one character."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        edges = np.sort(rng.integers(0, 30, (rng.integers(0, 12), 2)), axis=0)
+        offsets = [(int(a), int(max(a, b))) for a, b in edges]
+        cuts = np.unique(rng.integers(0, 30, 2 * rng.integers(0, 4)))
+        spans = [(int(a), int(b)) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
+        by_loop = [
+            any(max(start, low) < min(end, high) for low, high in spans)
+            for start, end in offsets
+        ]
+        assert chat._touched(offsets, spans) == by_loop
 
 
 def test_a_document_of_a_tokenizer_without_bos():
