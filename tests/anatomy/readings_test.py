@@ -169,6 +169,14 @@ def test_the_token_that_completes_a_character_has_it():
     assert texts == ["n", "<0xC3>", "é", "<0xC3>", "a", "<|end|>"]
 
 
+def test_a_token_that_ends_in_half_a_character_has_its_name():
+    texts = {(): "", (1,): "a\ufffd"}
+    tokenizer = types.SimpleNamespace(
+        vocab_size=2, decode=lambda ids: texts[tuple(ids)], name=lambda _: "a<0xC3>"
+    )
+    assert readings.spelled(tokenizer, [], 1) == "a<0xC3>"
+
+
 def test_spelled_tokens_are_the_text(tokenizer):
     text = "  the cat\n\tsat😀 <|end|>"
     ids = tokenizer.encode(text)

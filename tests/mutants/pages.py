@@ -62,7 +62,7 @@ _CELLS = in_file(
 
 _FINDINGS = in_file(
     "stagecraft/report/findings.py",
-    "tests/report/page_test.py -k 'most_and_least or from_where'",
+    "tests/report/page_test.py -k title_of",
     (
         "bars name the least first",
         "key=lambda row: -row[1]",
@@ -74,7 +74,7 @@ _FINDINGS = in_file(
 
 _TOKENS = in_file(
     "stagecraft/report/tokens.py",
-    "tests/report/page_test.py -k 'might_have_been or no_model_read'",
+    "tests/report/page_test.py -k answer",
     (
         "spaces are not seen",
         '"␣" * left',
