@@ -18,7 +18,7 @@ def module(name):
 
 
 def run(**attributes):
-    world = types.SimpleNamespace(name="countries", size="full")
+    world = types.SimpleNamespace(name="countries", size="full", entities=0)
     attributes = {"config": types.SimpleNamespace(seed=0, world=world)} | attributes
     return types.SimpleNamespace(**attributes)
 

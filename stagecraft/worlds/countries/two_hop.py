@@ -37,6 +37,7 @@ def composed(country, both, form=0, description=0):
         both: attribute that describes it, attribute that is said of it.
         form, description: numbers of the forms.
 
+    >>> from stagecraft.worlds.countries.facts import BY_NAME
     >>> composed(BY_NAME["Albania"], ("capital", "currency"))
     'The currency of the country whose capital is Tirana is the lek.'
     """
@@ -47,6 +48,7 @@ def composed(country, both, form=0, description=0):
 def identified(country, attribute, description=0):
     """Returns the first hop alone as a sentence: a description and the name.
 
+    >>> from stagecraft.worlds.countries.facts import BY_NAME
     >>> identified(BY_NAME["Albania"], "capital")
     'The country whose capital is Tirana is Albania.'
     """
