@@ -239,11 +239,11 @@ class _Opened:
 
     def parents(self, name):
         """Lists what a stage started from, the nearest first, as far as it is here."""
-        source, found = locate.locate(name, self.root, self.names), []
+        source, ancestors = locate.locate(name, self.root, self.names), []
         while (above := self.above(source)) is not None:
-            found.append(above)
+            ancestors.append(above)
             source = above
-        return found
+        return ancestors
 
     def above(self, source):
         record = source.record()

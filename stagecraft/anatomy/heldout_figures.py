@@ -55,7 +55,7 @@ def prompts(run) -> list[Asked]:
 
     Prompts for which some stage's model has no room are left out.
     """
-    limit, length, found = run.config.measure.prompts, _answer(run), {}
+    limit, length, asked = run.config.measure.prompts, _answer(run), {}
     room = _context(run) - max(length, behaviour.NEW_TOKENS)
     language = Language(None, run.tokenizer)
     files = [(name, _read(run.root / name / FILE)) for name in run.stages]
@@ -64,14 +64,14 @@ def prompts(run) -> list[Asked]:
             if record is None:
                 continue
             key = conversations.prompt_key(record["prompt"])
-            if key in found:
-                one = found[key]
-                found[key] = Asked(one.record | record, (*one.stages, name))
-            elif len(found) < limit:
+            if key in asked:
+                one = asked[key]
+                asked[key] = Asked(one.record | record, (*one.stages, name))
+            elif len(asked) < limit:
                 ids = language.encode(record["prompt"], chat_format=True)
                 if len(ids) <= room:
-                    found[key] = Asked(record, (name,))
-    return list(found.values())
+                    asked[key] = Asked(record, (name,))
+    return list(asked.values())
 
 
 def _read(path):

@@ -68,17 +68,17 @@ class Publish(PipelineStep):
     def _summary(self, tallies):
         rows = []
         for name, tally in tallies.items():
-            came, characters, went, kept = tally.total()
+            read, read_characters, written, written_characters = tally.total()
             removed = {r: _sum(s)[0] for r, s in sorted(tally.removed.items())}
             changed = {w: _sum(s) for w, s in sorted(tally.changed.items())}
             changed.pop("tokens", None)
             rows.append(
                 {
                     "name": name,
-                    "documents": came,
-                    "characters": characters,
-                    "kept": went,
-                    "kept_characters": kept,
+                    "documents": read,
+                    "characters": read_characters,
+                    "kept": written,
+                    "kept_characters": written_characters,
                     "removed": removed,
                     "changed": {w: c[1] for w, c in changed.items()},
                     "changed_documents": {w: c[0] for w, c in changed.items()},
