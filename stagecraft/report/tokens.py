@@ -111,9 +111,8 @@ def shift(stage: str, answer: dict) -> dict[str, Any] | None:
 
 
 def _is_whole(token):
-    return isinstance(part({"": token}, "").get("token"), str) and is_number(
-        token.get("rank")
-    )
+    known = token if isinstance(token, dict) else {}
+    return isinstance(known.get("token"), str) and is_number(known.get("rank"))
 
 
 def _cells(token):
