@@ -27,13 +27,20 @@ def test_all_are_covered():
     assert shipped.split() == NAMES
 
 
+# Those that `test_recipes_follow_on_from_each_other` trains on files.
+FOLLOWED = ("sft_from_hf", "dpo_from_hf", "grpo_verifier")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run_by_themselves(name, tmp_path):
     """`tiny` alone puts the embedded world in the place of model and data."""
-    config = load_experiment(f"recipes/{name}").get_config("tiny")
-    run.run(single_device(config), tmp_path / "run")
-    last = list(config.stages)[-1]
-    assert StageRecord.read_finished(tmp_path / "run" / last).steps == 2
+    config = single_device(load_experiment(f"recipes/{name}").get_config("tiny"))
+    if name in FOLLOWED:
+        assert {line["stage"] for line in plan.show(config)} == {*config.stages}
+        return
+    run.run(config, tmp_path / "run")
+    for stage in config.stages:
+        assert StageRecord.read_finished(tmp_path / "run" / stage)
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,8 @@ def get_config(arg=""):
 """
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+def sentences(folder):
+    path = folder / "text.txt"
     words = ["the", "cat", "sat", "on", "mats", "and", "then", "ran", "far", "away"]
     path.write_text(
         "\n\n".join(
@@ -55,6 +54,11 @@ def text(tmp_path):
         )
     )
     return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    return sentences(tmp_path)
 
 
 def config_for(text, steps=20):
@@ -287,11 +291,12 @@ def rows(root, name="metrics.jsonl"):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
 
-@pytest.fixture
-def straight(text, tmp_path):
-    root = tmp_path / "straight"
-    run.run(watched(text), root)
-    return root
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of the same text that nothing disturbed."""
+    root = tmp_path_factory.mktemp("watched")
+    run.run(watched(sentences(root)), root / "run")
+    return root / "run"
 
 
 @pytest.mark.parametrize("part", ["sample", "evaluate"])

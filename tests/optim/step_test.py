@@ -107,8 +107,7 @@ def test_a_sharded_step_is_the_step_of_one_device(name, tmp_path):
     steps = [0, 1]
 
     def make(key):
-        model = Transformer(config, key)
-        return {"policy": model, "value": ScalarModel(Transformer(config, key), key)}
+        return {"value": ScalarModel(Transformer(config, key), key)}
 
     results = {}
     for sizes in ((1, 1, 1), (2, 2, 2)):

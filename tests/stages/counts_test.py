@@ -11,8 +11,13 @@ from tests.stages.answers import recording
 PROMPT, NEW = 8, 10  # tokens of `cases.prompts` and of `cases.config`
 
 
-@pytest.mark.parametrize("sizes", [1, 2])
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *((kind, 1) for kind in cases.KINDS),
+        *((kind, 2) for kind in ("language_model", "preference", "policy")),
+    ],
+)
 def test_num_tokens_are_the_tokens_that_are_no_padding(kind, sizes):
     """TRL: the sum of the attention mask; of samples, their prompts and their own."""
     mesh = cases.single() if sizes == 1 else cases.sharding.make_mesh(2, 2, 2)

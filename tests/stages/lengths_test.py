@@ -39,7 +39,6 @@ STOPS = dict(stop_ids=tuple(range(8, 8 + ENDS)))
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("policy", {}),
         ("policy", dict(micro_batches=2)),
         ("group_policy", {}),  # whose groups are chosen, so that rows stay apart
         ("group_policy", dict(oversample=1, batch_size=16)),

@@ -45,13 +45,14 @@ def steps(kind, mesh, offload, count=2):
     return values, {k: float(v) for k, v in metrics.items()}, state, parents
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("kind", "offload"),
+    ("kind", "offload", "sizes"),
     [
-        ("preference", ("optimizer", "reference")),
-        ("policy", ("optimizer", "reference", "reward")),
+        ("preference", ("optimizer", "reference"), (1, 1, 1)),
+        ("preference", ("optimizer", "reference"), (2, 2, 2)),
+        ("policy", ("optimizer", "reference", "reward"), (2, 2, 2)),
     ],
+    ids=str,
 )
 def test_numbers_do_not_depend_on_where_arrays_wait(kind, offload, sizes):
     devices = jax.devices()[: int(np.prod(sizes))]

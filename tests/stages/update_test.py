@@ -47,7 +47,6 @@ def alone():
         # data, fsdp, tensor, context, expert
         ("language_model", (1, 2, 2, 2, 1)),
         ("reward", (1, 8, 1)),
-        ("preference", (8, 1, 1)),
         ("preference", (1, 1, 2, 2, 2)),
         ("unpaired_preference", (1, 1, 1, 4, 2)),
         ("online_preference", (2, 2, 2)),
