@@ -234,17 +234,17 @@ class Engine:
             mask[i, : len(asked.ids)] = True
         draws = _draws(dict(enumerate((asked, 0) for asked in group)), size)
         arrays = sharding.on_mesh((ids, mask, draws))
-        first, told, prompts = slots.read(
+        first, read, prompts = slots.read(
             self.language.model, *arrays, echo=group[0].echo
         )
-        first, told = jax.device_get((first, told))
+        first, read = jax.device_get((first, read))
         places = np.full(size, self.rows, np.int32)
         free = (i for i in range(self.rows) if i not in self._live)
         joins = {}
         for i, asked in enumerate(group):
             tokens = () if not asked.limit else (_token(first, (i,), asked.tops),)
             finish = _finish(asked, tokens, len(tokens))
-            prompt = _prompt(told, i, asked) if asked.echo else ()
+            prompt = _prompt(read, i, asked) if asked.echo else ()
             asked.deliver(Part(tokens, finish, prompt))
             if not finish:
                 places[i] = next(free)
@@ -336,7 +336,7 @@ def _token(drawn, place, tops):
     return Token(int(drawn.token[place]), float(drawn.logp[place]), list(top))
 
 
-def _prompt(told, i, asked):
+def _prompt(read, i, asked):
     """Returns the `Token`s of a prompt; nothing says how likely its first is."""
-    rest = (_token(told, (i, n), asked.tops) for n in range(len(asked.ids) - 1))
+    rest = (_token(read, (i, n), asked.tops) for n in range(len(asked.ids) - 1))
     return (Token(asked.ids[0], None, []), *rest)

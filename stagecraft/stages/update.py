@@ -139,11 +139,11 @@ def _apply(optimizers, grads, state, step, lr_scale):
         )
     model, opt_state, norms, squares = {}, {}, {}, 0.0
     for part, one in optimizers.items():
-        model[part], opt_state[part], told = optim.apply(
+        model[part], opt_state[part], metrics = optim.apply(
             one, grads[part], state.opt_state[part], state.model[part], step
         )
-        squares += jnp.square(told["grad_norm"])
-        norms |= {f"{k}/{part}": v for k, v in told.items()}
+        squares += jnp.square(metrics["grad_norm"])
+        norms |= {f"{k}/{part}": v for k, v in metrics.items()}
     first = next(iter(optimizers))
     norms["learning_rate"] = norms[f"learning_rate/{first}"]
     return model, opt_state, norms | {"grad_norm": jnp.sqrt(squares)}

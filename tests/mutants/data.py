@@ -433,6 +433,17 @@ _CONTAINERS = in_file(
     ),
 )
 
+_COLUMNS = in_file(
+    "stagecraft/data/columns.py",
+    "tests/data/containers_test.py -k utf8",
+    (
+        "a row that is not UTF-8 takes its neighbours along",
+        "if len(batch) > 1:",
+        "if False:",
+    ),
+    ("a row that is not UTF-8 is left out", "return [None]", "return []"),
+)
+
 _STREAMS = in_file(
     "stagecraft/data/streams.py",
     "tests/data/containers_test.py tests/data/readers_test.py",
@@ -488,5 +499,5 @@ _STORAGE = in_file(
 
 MUTANTS = (
     *(_PACKING + _STAGE_DATA + _PIPELINE + _SOURCES + _LANGUAGE + _MIXTURE + _SHARDS),
-    *(_CACHE + _FORMS + _CONTAINERS + _STREAMS + _FILES + _STORAGE),
+    *(_CACHE + _FORMS + _CONTAINERS + _COLUMNS + _STREAMS + _FILES + _STORAGE),
 )
