@@ -174,16 +174,18 @@ class Tally:
         # Of what is dropped the records count: a few long ones hold many tokens.
         if gone <= most * self.read and not (self.cut and self.lost_share > most):
             return
-        lost = f"{gone} of {self.read} {self.what}"
+        lost = f"{gone:,} of {self.read:,} {self.what}"
         if gone <= most * self.read:
             share = f"{self.lost_share:.0%} of the target tokens"
-            lost = f"{share} of {self.read} {self.what}"
+            lost = f"{share} of {self.read:,} {self.what}"
         if self.what == "texts" and gone <= most * self.read:
             return  # the packing that was asked for loses the ends of texts
         longest = ""
         if self.lost or self.dropped["too long"]:
             key = self.limit.partition("=")[0]
-            longest = f"{self.limit} but the longest has {self.longest}: raise {key}, "
+            longest = (
+                f"{self.limit} but the longest has {self.longest:,}: raise {key}, "
+            )
         raise UserError(
             f"data.files={self.data.files}: {lost} would be lost: "
             f"{self._reasons() or f'{self.cut} cut'}; {longest}mend the files, or "
@@ -195,17 +197,17 @@ class Tally:
         if not self.read:
             return []
         gone = self.dropped.total()
-        parts = [f"{self.read} {self.what} read, "]
-        parts[0] += f"{self.read - gone} used" if gone or self.cut else "all used"
+        parts = [f"{self.read:,} {self.what} read, "]
+        parts[0] += f"{self.read - gone:,} used" if gone or self.cut else "all used"
         if self.cut:
-            parts[0] += f" ({self.cut} of them cut)"
+            parts[0] += f" ({self.cut:,} of them cut)"
         if gone:
-            parts.append(f"{gone} dropped: {self._reasons()}")
+            parts.append(f"{gone:,} dropped: {self._reasons()}")
         if self.longest:
-            parts.append(f"the longest has {self.longest} tokens, {self.limit}")
+            parts.append(f"the longest has {self.longest:,} tokens, {self.limit}")
         if self.lost:
             parts.append(f"{self.lost_share:.1%} of the target tokens lost")
-        parts += [f"{count} {note}" for note, count in self.notes.items()]
+        parts += [f"{count:,} {note}" for note, count in self.notes.items()]
         lines = ["; ".join(parts)]
         if self.unread:
             listed = [f"{key} ({n})" for key, n in self.unread.most_common(8)]
@@ -217,7 +219,7 @@ class Tally:
     def _reasons(self):
         most = self.dropped.most_common(_NAMED)
         at = {reason: w and f" (first {w})" for reason, w in self.first.items()}
-        listed = [f"{count} {reason}{at[reason]}" for reason, count in most]
+        listed = [f"{count:,} {reason}{at[reason]}" for reason, count in most]
         others = self.dropped.total() - sum(count for _, count in most)
         return ", ".join(listed + ([f"{others} for other reasons"] if others else []))
 
