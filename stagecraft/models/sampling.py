@@ -14,8 +14,15 @@ from jax import Array
 
 from stagecraft import sharding
 from stagecraft.errors import UserError
-from stagecraft.models import attention
+from stagecraft.models import attention, draws
 from stagecraft.models.transformer import Transformer
+
+# A batch is halved, as its rows end, where that pays for compiling one more loop of
+# tokens: for long answers, twice at most, and to no fewer rows a device than these,
+# which share one reading of the weights.
+HALVED_FROM = 64  # tokens of the longest answer
+HALVINGS = 2
+FEWEST_ROWS = 4
 
 
 class Sample(NamedTuple):
@@ -81,7 +88,8 @@ def generate(
     """Samples completions; compiled once for each prompt shape and setting.
 
     A row's randomness comes from (key, step, row), so the result does not depend on the
-    mesh. Work stops when every row has ended.
+    mesh. Rows that have ended leave a batch of long answers by halves; work stops when
+    every row has ended.
 
     Args:
         prompt_ids: i32[B, P] left-padded prompts.
@@ -100,8 +108,7 @@ def generate(
     if samples < 1:
         raise UserError(f"samples: expected 1 or more, got {samples}")
     state, cache = _begin(model, prompt_ids, prompt_mask, key, samples, params)
-    state, _ = _decode_loop(model, state, cache, key, params.max_new_tokens, params)
-    return state.sample
+    return _decode_by_halves(model, state, cache, key, params, HALVINGS)
 
 
 def stream(
@@ -180,12 +187,14 @@ class DecodeState(NamedTuple):
 
     Attributes:
         step: i32, tokens sampled so far.
+        row: i32[B], which row of the whole batch each one is.
         token: i32[B], the last one of each row.
         prompt_mask: bool[B, P].
         sample: the `Sample` so far, with room for N tokens.
     """
 
     step: Array
+    row: Array
     token: Array
     prompt_mask: Array
     sample: Sample
@@ -199,8 +208,9 @@ def _begin(
     prompt_mask = prompt_mask.astype(bool)
     hidden, cache = _prefill(model, prompt_ids, prompt_mask, samples, room)
     prompt_mask = _repeat(prompt_mask, samples, axis=0)
-    none = jnp.zeros((prompt_mask.shape[0],), bool)
-    token, logps, ended = _next_token(model, key, 0, hidden, none, params)
+    row = jnp.arange(prompt_mask.shape[0])
+    none = jnp.zeros(row.shape, bool)
+    token, logps, ended = _next_token(model, key, 0, row, hidden, none, params)
     empty = (prompt_mask.shape[0], room)
     sample = Sample(
         tokens=_write(jnp.zeros(empty, jnp.int32), 0, token),
@@ -208,11 +218,62 @@ def _begin(
         logps=_write(jnp.zeros(empty, jnp.float32), 0, logps),
         ended=ended,
     )
-    return DecodeState(jnp.int32(1), token, prompt_mask, sample), cache
+    return DecodeState(jnp.int32(1), row, token, prompt_mask, sample), cache
 
 
-def _decode_loop(model, state, cache, key, until, params) -> tuple[DecodeState, Any]:
-    """Decodes until rows have `until` tokens or have all ended."""
+def _decode_by_halves(model, state, cache, key, params, halvings) -> Sample:
+    """Decodes to the end; once half of the rows have ended, the others go on alone.
+
+    Each device halves its own rows, so none crosses to another, and as late as the one
+    with most rows that go on.
+    """
+    until, shards = params.max_new_tokens, _row_shards()
+    half = _half(len(state.row), shards, params) if halvings else 0
+    if not half:
+        return _decode_loop(model, state, cache, key, until, params)[0].sample
+    state, cache = _decode_loop(model, state, cache, key, until, params, half, shards)
+
+    def apart(x):
+        x = x.reshape(shards, -1, *x.shape[1:])
+        return sharding.constrain(x, "batch", *[None] * (x.ndim - 1))
+
+    def take(x):
+        return jax.vmap(lambda x, at: x[at])(apart(x), going_on).reshape(
+            shards * half, *x.shape[1:]
+        )
+
+    def put(x, part):
+        set_rows = jax.vmap(lambda x, at, part: x.at[at].set(part))
+        return set_rows(apart(x), going_on, apart(part)).reshape(x.shape)
+
+    # In their order; where fewer than half go on, ended ones behind them.
+    going_on = jnp.argsort(apart(state.sample.ended), axis=1, stable=True)[:, :half]
+    step, *of_rows = state
+    fewer = DecodeState(step, *jax.tree.map(take, of_rows))
+    fewer_cache = shard_cache(jax.tree.map(take, cache))
+    rest = _decode_by_halves(model, fewer, fewer_cache, key, params, halvings - 1)
+    return jax.tree.map(put, state.sample, rest)
+
+
+def _row_shards():
+    mesh = sharding.current_mesh()
+    return sharding.row_shards(mesh) if mesh else 1
+
+
+def _half(rows, shards, params):
+    """Returns half of the rows of one of the shards; 0 to leave none of them out."""
+    half = rows // shards // 2
+    long = params.stop_ids and params.max_new_tokens >= HALVED_FROM
+    return half if long and half >= FEWEST_ROWS and rows % (2 * shards) == 0 else 0
+
+
+def _decode_loop(
+    model, state, cache, key, until, params, fewest=0, shards=1
+) -> tuple[DecodeState, Any]:
+    """Decodes until rows have `until` tokens or no more than `fewest` go on.
+
+    `fewest` is of each of the `shards` parts of the rows.
+    """
     prompt_length, room = state.prompt_mask.shape[1], state.sample.tokens.shape[1]
     lengths = state.prompt_mask.sum(axis=1, dtype=jnp.int32)
     slots = jnp.arange(prompt_length + room)
@@ -220,7 +281,8 @@ def _decode_loop(model, state, cache, key, until, params) -> tuple[DecodeState, 
 
     def unfinished(carry):
         state, _ = carry
-        return (state.step < until) & ~state.sample.ended.all()
+        going_on = (~state.sample.ended).reshape(shards, -1).sum(axis=1)
+        return (state.step < until) & (going_on > fewest).any()
 
     def advance(carry):
         state, cache = carry
@@ -231,7 +293,7 @@ def _decode_loop(model, state, cache, key, until, params) -> tuple[DecodeState, 
         hidden, cache = decode(model, state.token, positions, visible, slot, cache)
         live = ~sample.ended
         token, logps, ended = _next_token(
-            model, key, step, hidden, sample.ended, params
+            model, key, step, state.row, hidden, sample.ended, params
         )
         sample = Sample(
             tokens=_write(sample.tokens, step, token),
@@ -251,11 +313,11 @@ _decode_loop_jit = jax.jit(
 )
 
 
-def _next_token(model, key, step, hidden, ended, params):
+def _next_token(model, key, step, row, hidden, ended, params):
     """Samples each row's next token: the tokens, their log-probs, which rows ended."""
     logits = last_logits(model, hidden)
     choice = params.temperature, params.top_k, params.top_p
-    token, logps = _draw(jax.random.fold_in(key, step), logits, *choice)
+    token, logps = draws.draw(jax.random.fold_in(key, step), row, logits, *choice)
     token = jnp.where(ended, 0, token)
     logps = jnp.where(ended, 0.0, logps)
     stops = token[:, None] == jnp.array(params.stop_ids, jnp.int32)
@@ -388,52 +450,3 @@ def last_logits(model, hidden):
     """Computes [B, 1, D] -> f32[B, V], each row's vocabulary on one device."""
     logits = model.project_out(hidden[:, 0])
     return sharding.constrain(logits, "batch", None)
-
-
-def _draw(key, logits, temperature, top_k, top_p):
-    """Samples one token a row: f32[B, V] -> (i32[B], f32[B] log-probs)."""
-    greedy = temperature == 0
-    logits = logits if greedy else logits / temperature
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-    if greedy:
-        token = logits.argmax(axis=-1).astype(jnp.int32)
-    elif top_k or top_p < 1:
-        count = min(top_k, logits.shape[1]) if top_k else logits.shape[1]
-        token = nucleus(keys, logits, count, top_p)
-    else:
-        token = categorical(keys, logits)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def nucleus(keys: Array, logits: Array, count: int, top_p) -> Array:
-    """Samples from the fewest of the `count` likeliest tokens that reach `top_p`.
-
-    Args:
-        keys: [B] random keys.
-        logits: f32[B, V].
-        count: tokens to choose from at most.
-        top_p: a number, or f32[B, 1].
-
-    Returns:
-        i32[B].
-    """
-    values, indices = jax.lax.top_k(logits, count)
-    weights = jax.nn.softmax(values, axis=-1)
-    before = jnp.cumsum(weights, axis=-1) - weights
-    # The first token is always kept; a token is dropped once those before it already
-    # reach top_p.
-    values = jnp.where(before < top_p, values, -jnp.inf)
-    choice = categorical(keys, values)
-    return jnp.take_along_axis(indices, choice[:, None], axis=-1)[:, 0]
-
-
-def categorical(keys: Array, logits: Array) -> Array:
-    """Samples from each row with one uniform number from the row's own key.
-
-    Args: [B] random keys; f32[B, V]. Returns i32[B].
-    """
-    # In (0, 1]: a token of probability zero is never the first to reach it.
-    uniform = 1.0 - jax.vmap(jax.random.uniform)(keys)[:, None]
-    reached = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
-    return (reached < uniform * reached[:, -1:]).sum(axis=-1, dtype=jnp.int32)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from stagecraft.models import sampling
+from stagecraft.models.draws import categorical, nucleus
 from stagecraft.models.transformer import Transformer
 
 # The most alternatives to a token that are reported.
@@ -199,11 +200,11 @@ def _draw(logits, draws, tops):
         heat = jnp.where(sampled, draws.temperature, 1.0)[:, None]
         keys = jax.random.wrap_key_data(draws.key, impl="threefry2x32")
         keys = jax.vmap(jax.random.fold_in)(keys, draws.step)
-        token, cut = sampling.categorical(keys, logits / heat), draws.top_p < 1
+        token, cut = categorical(keys, logits / heat), draws.top_p < 1
 
         def narrowed():
             top_p, count = draws.top_p[:, None], logits.shape[1]
-            return sampling.nucleus(keys, logits / heat, count, top_p)
+            return nucleus(keys, logits / heat, count, top_p)
 
         # A row's token is the same whether its neighbours cut the tail off or not.
         near = jax.lax.cond(cut.any(), narrowed, lambda: token)

@@ -9,7 +9,7 @@ import pytest
 
 from stagecraft import sharding, tree
 from stagecraft.errors import UserError
-from stagecraft.models import sampling
+from stagecraft.models import draws, sampling
 from stagecraft.models.transformer import Transformer
 from tests import tiny
 
@@ -178,7 +178,7 @@ def test_top_1_is_greedy():
 
 def test_ties_are_cut_by_count():
     """With equal logits, top-k keeps k tokens and not all that tie."""
-    tokens, _ = sampling._draw(KEY, jnp.zeros((2000, 6)), 1.0, 2, 1.0)
+    tokens, _ = draws.draw(KEY, jnp.arange(2000), jnp.zeros((2000, 6)), 1.0, 2, 1.0)
     assert set(np.unique(tokens)) == {0, 1}
 
 
@@ -213,7 +213,9 @@ def numpy_distribution(temperature, top_k, top_p):
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     count = 20_000
     draw = jax.jit(
-        lambda logits: sampling._draw(KEY, logits, temperature, top_k, top_p)
+        lambda logits: draws.draw(
+            KEY, jnp.arange(count), logits, temperature, top_k, top_p
+        )
     )
     tokens, logps = draw(jnp.tile(LOGITS, (count, 1)))
     expected = numpy_distribution(temperature, top_k, top_p)

@@ -103,16 +103,58 @@ _SAMPLING = in_file(
         "mask=_write(sample.mask, step, live & ~ended)",
     ),
     (
-        "temperature multiplies",
-        "logits = logits if greedy else logits / temperature",
-        "logits = logits if greedy else logits * temperature",
-    ),
-    (
         "stops at the wrong token",
         "jnp.array(params.stop_ids, jnp.int32)",
         "1 + jnp.array(params.stop_ids, jnp.int32)",
     ),
     ("stops at the first id alone", "now.any(axis=1)", "now[:, :1].any(axis=1)"),
+    (
+        "rows that go on are left behind",
+        "jnp.argsort(apart(state.sample.ended), axis=1, stable=True)[:, :half]",
+        "jnp.argsort(apart(state.sample.ended), axis=1, stable=True)[:, half:]",
+        "tests/models/halving_test.py",
+    ),
+    (
+        "a row's key after the batch was halved is its place's",
+        "draws.draw(jax.random.fold_in(key, step), row, logits, *choice)",
+        "draws.draw(jax.random.fold_in(key, step), jnp.arange(len(row)), logits, "
+        "*choice)",
+        "tests/models/halving_test.py",
+    ),
+    (
+        "halves once a row of one device can be left out",
+        "going_on > fewest).any()",
+        "going_on > fewest).all()",
+        "tests/models/halving_test.py",
+    ),
+    (
+        "no batch is halved",
+        "(going_on > fewest).any()",
+        "(going_on > 0).any()",
+        "tests/models/halving_test.py",
+    ),
+    (
+        "completions of what went on are not put back",
+        "jax.tree.map(put, state.sample, rest)",
+        "state.sample",
+        "tests/models/halving_test.py",
+    ),
+    (
+        "a batch of short answers is halved",
+        "params.max_new_tokens >= HALVED_FROM",
+        "True",
+        "tests/models/halving_test.py",
+    ),
+)
+
+_DRAWS = in_file(
+    "stagecraft/models/draws.py",
+    "tests/models/sampling_test.py",
+    (
+        "temperature multiplies",
+        "logits = logits if greedy else logits / temperature",
+        "logits = logits if greedy else logits * temperature",
+    ),
 )
 
 _RUN = in_file(
