@@ -313,11 +313,11 @@ def _graph(c, label, name, pairs, recipe, places):
     rounds, start = (2 if name == "iterative_dpo" else 1), places["sft"]
     for number in range(rounds):
         last = number == rounds - 1
-        made = f"{label}_pairs{number + 1}"
-        c.stages[made] = defaults.stage(
+        records = f"{label}_pairs{number + 1}"
+        c.stages[records] = defaults.stage(
             "comparisons", start_from=start, prompts=2000, **judged
         )
-        data = dict(files=f"stage:{made}", length=64)
+        data = dict(files=f"stage:{records}", length=64)
         name_ = label if last else f"{label}_round{number + 1}"
         steps = max(pairs["steps"] // rounds, 1)
         settings = pairs | dict(start_from=start, data=data, steps=steps)

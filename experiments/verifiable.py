@@ -105,11 +105,11 @@ def _sums(arg):
 def _folder(arg):
     """The same graph from a Hugging Face folder, on GSM8K."""
     c, start = common.begin(arg)
-    kept = dict(files=common.files(arg, "data", ""), heldout_share=0.03)
+    split = dict(files=common.files(arg, "data", ""), heldout_share=0.03)
     demonstrations = dict(
-        kept, fields="prompt=question+completion=answer", length=arg.answer + 256
+        split, fields="prompt=question+completion=answer", length=arg.answer + 256
     )
-    prompts = dict(kept, fields="prompt=question", too_long="drop")
+    prompts = dict(split, fields="prompt=question", too_long="drop")
     sizes = dict(new=arg.answer, rows=4)
     rates = dict(
         sft=common.tuned(arg, "sft", arg.sft)["optimizer"],

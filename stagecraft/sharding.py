@@ -118,12 +118,12 @@ def make_mesh(
     if given[0].platform != "tpu":
         if math.prod(outer) == 1:
             return jax.make_mesh(shape, AXES, axis_types=types, devices=given)
-        placed = _side_by_side(given, outer, inner)
+        arranged = _side_by_side(given, outer, inner)
     elif slices == 1:
-        placed = mesh_utils.create_device_mesh(shape, given, **split)
+        arranged = mesh_utils.create_device_mesh(shape, given, **split)
     else:
-        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, given, **split)
-    return Mesh(placed, AXES, axis_types=types)
+        arranged = mesh_utils.create_hybrid_device_mesh(inner, outer, given, **split)
+    return Mesh(arranged, AXES, axis_types=types)
 
 
 def _groups(sizes, slices, asked):
@@ -151,12 +151,12 @@ def _groups(sizes, slices, asked):
 def _side_by_side(devices, outer, inner):
     """Arranges devices, in the order of their hosts, with groups along the axes."""
     order = sorted(devices, key=lambda device: (device.process_index, device.id))
-    placed = np.array(order).reshape(*outer, *inner)
+    grid = np.array(order).reshape(*outer, *inner)
     # One behind the other, an axis' groups and its places within a group.
     count = len(outer)
     axes = [axis for place in range(count) for axis in (place, place + count)]
     shape = [a * b for a, b in zip(outer, inner, strict=True)]
-    return placed.transpose(axes).reshape(shape)
+    return grid.transpose(axes).reshape(shape)
 
 
 def spec(axes: Iterable[str | None]) -> P:

@@ -191,12 +191,12 @@ class Panel:
         Where several were asked about, theirs is `by_principle`.
         """
         count = len(self.principles)
-        drawn = [
+        asked_of = [
             sorted(self.rng.permutation(count)[: self.each].tolist()) for _ in pairs
         ]
         said = [{} for _ in pairs]
         for number, principle in enumerate(self.principles):
-            rows = [i for i, chosen in enumerate(drawn) if number in chosen]
+            rows = [i for i, chosen in enumerate(asked_of) if number in chosen]
             verdicts = self.judge.under(principle.preference).rate(
                 [prompts[i] for i in rows], [pairs[i] for i in rows]
             )

@@ -112,18 +112,18 @@ class _Reviser:
         """Returns the entry of principles and critiques of a batch of answers."""
         rng = np.random.default_rng([self.seed, number, step])
         count = len(self.principles)
-        drawn = rng.integers(count, size=(2, len(asked))).tolist()
+        choices = rng.integers(count, size=(2, len(asked))).tolist()
         if self.config.paired:
-            drawn[1] = drawn[0]
-        ids = [[self.principles[i].id for i in row] for row in drawn]
+            choices[1] = choices[0]
+        ids = [[self.principles[i].id for i in row] for row in choices]
         entry = {"batch": number, "revision": step, "principles": ids}
         if not self.config.critique or self.config.reviser != "model":
             return entry | {"critiques": [["", True]] * len(asked)}
-        requests = [self.principles[i].critique for i in drawn[0]]
+        requests = [self.principles[i].critique for i in choices[0]]
         turns = [self._turns(*row) for row in zip(asked, texts, requests, strict=True)]
         return entry | {"critiques": self._complete(turns, number, 2 * step)}
 
-    def revisions(self, number, step, asked, texts, drawn):
+    def revisions(self, number, step, asked, texts, critiques):
         """Returns the entry of revisions, from that of critiques."""
         if self.config.reviser == "world":
             rng = np.random.default_rng([self.seed, number, step, 1])
@@ -135,9 +135,9 @@ class _Reviser:
         by_id = {one.id: one for one in self.principles}
         turns = []
         for i, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
-            first, second = (by_id[row[i]] for row in drawn["principles"])
+            first, second = (by_id[row[i]] for row in critiques["principles"])
             if self.config.critique:
-                said = drawn["critiques"][i][0]
+                said = critiques["critiques"][i][0]
                 row = self._turns(prompt, text, first.critique, said, second.revision)
             else:
                 row = self._turns(prompt, text, second.revision)
@@ -181,18 +181,18 @@ def _revised(reviser, asked, header):
                 batch, texts = said["prompts"], [text for text, _ in said["answers"]]
                 steps = [[] for _ in batch]
                 for step in range(config.revisions):
-                    drawn, _ = journal.once(
+                    critiques, _ = journal.once(
                         reviser.critiques, number, step, batch, texts
                     )
                     new, replayed = journal.once(
-                        reviser.revisions, number, step, batch, texts, drawn
+                        reviser.revisions, number, step, batch, texts, critiques
                     )
-                    seconds += drawn["seconds"] + new["seconds"]
+                    seconds += critiques["seconds"] + new["seconds"]
                     texts = [text for text, _ in new["revisions"]]
                     for own, *one in zip(
                         steps,
-                        *drawn["principles"],
-                        drawn["critiques"],
+                        *critiques["principles"],
+                        critiques["critiques"],
                         new["revisions"],
                         strict=True,
                     ):

@@ -123,8 +123,8 @@ _SAMPLING = in_file(
     ),
     (
         "halves once a row of one device can be left out",
-        "going_on > fewest).any()",
-        "going_on > fewest).all()",
+        "(going_on > fewest).any()",
+        "(going_on > fewest).all()",
         "tests/models/halving_test.py",
     ),
     (
@@ -393,6 +393,7 @@ MUTANTS = (
     *_SCORES,
     *_HEADS,
     *_SAMPLING,
+    *_DRAWS,
     *_RUN,
     *_MASKED,
     *_OPTIMIZER,
