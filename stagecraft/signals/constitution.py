@@ -27,6 +27,7 @@ from stagecraft.errors import UserError
 from stagecraft.signals import endpoint, judge, labels, protocol, template
 from stagecraft.signals.protocol import Verdict
 
+READS = ("judge", "constitution", "principles")
 FOLDER = Path(__file__).parent / "constitutions"
 TEMPLATE = "principle"  # of judge.template, where the config names none
 _TEXTS = ("critique", "revision", "preference")

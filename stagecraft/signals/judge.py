@@ -24,6 +24,7 @@ from stagecraft.signals.template import Answered
 from stagecraft.text import tokenizer as tokenizers
 from stagecraft.text.chat import generation_prompt
 
+READS = ("judge",)
 TOO_LONG, LOW_MASS, NOT_FINITE = "too_long", "low_mass", "not_finite"
 
 

@@ -19,6 +19,7 @@ from stagecraft.errors import UserError
 from stagecraft.signals import labels, protocol
 from stagecraft.signals.protocol import IDENTICAL, Verdict, same_text
 
+READS = ("planted", "judge.combine", "judge.orders")
 MARK = "!"  # what its style is
 
 

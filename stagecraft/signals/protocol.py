@@ -1,7 +1,8 @@
 """What every rater of pairs is: prompts and pairs of answers go in, verdicts come out.
 
 A rater is one file of this folder with two functions, `make(config, sources, rng)` and
-`check(where, config, world)`, and one line in `signals.raters`.
+`check(where, config, world)`, and one line in `signals.raters`. `READS` names the keys
+of the stage that it reads and other raters do not.
 """
 
 import collections

@@ -11,6 +11,7 @@ RATERS = {
     "constitution": constitution,
     "planted": planted,
 }
+EVERY = ("judge.max_failed",)  # failures are counted, whoever rates
 
 
 def check(where, config, world):
@@ -33,6 +34,14 @@ def make(config, sources, rng):
         rng: a numpy Generator for the rater's own noise.
     """
     return _module(config.rater).make(config, sources, rng)
+
+
+def reads(name):
+    """Returns the keys of a comparisons stage that not every rater reads, but this one.
+
+    A group's name stands for all of its keys.
+    """
+    return (*EVERY, *getattr(_module(name), "READS", ()))
 
 
 def _module(name):

@@ -4,10 +4,13 @@ import functools
 import math
 
 from stagecraft import tree
+from stagecraft.errors import UserError
 from stagecraft.models import scores
 from stagecraft.signals import protocol
 from stagecraft.signals.protocol import UNSCORED, Verdict
 from stagecraft.text import chat
+
+READS = ("reward_from",)
 
 
 class RewardModel:
@@ -75,7 +78,11 @@ def _verdict(margin):
 
 
 def check(where, config, world):
-    """Refuses nothing: reward_from is checked with the stage's other roles."""
+    """Refuses a stage that names no reward model."""
+    if not config.reward_from:
+        raise UserError(
+            f"{where}.reward_from='': rater='reward' and reward_from go together"
+        )
 
 
 def make(config, sources, rng):

@@ -8,7 +8,7 @@ from stagecraft.errors import UserError
 from stagecraft.models import locate, lora
 from stagecraft.models.config import ROPE_SCALING, ModelConfig, check_mesh
 from stagecraft.models.rope import BY_LENGTH
-from stagecraft.signals import judge, verifiers
+from stagecraft.signals import judge, raters, verifiers
 from stagecraft.stages import objective
 from stagecraft.stages.stage import OFFLOADED, OPTIMIZER
 
@@ -357,37 +357,35 @@ def _model(config, experiment):
 
 
 def rater(where, config):
-    """Refuses settings of raters that the stage does not have."""
-    keys = {}
-    judged = config.rater in ("judge", "constitution")
-    if not judged and (config.judge_from or config.judge.url):
+    """Refuses settings that only raters other than the stage's read."""
+    own = raters.reads(config.rater)
+    if "judge" not in own and (config.judge_from or config.judge.url):
         raise UserError(
             f"{where}.rater={config.rater!r} with a judge (judge_from, judge.url): set "
             "rater='judge', or name no judge"
         )
-    if config.rater != "planted":
-        because = f"rater={config.rater!r}"
-        keys = dict.fromkeys((f"planted.{key}" for key in config.planted), because)
-    if config.rater != "constitution":
-        because = f"rater={config.rater!r}"
-        keys |= dict.fromkeys(("constitution", "principles"), because)
-    unread(where, config, keys | _unread_of_judge(config, pairs=True))
+    others = {key for name in raters.RATERS for key in raters.reads(name)} - {*own}
+    keys = [
+        key
+        for key, _ in schema.flat(config.to_dict())
+        if others & {key, key.partition(".")[0]} and not key.startswith("judge.")
+    ]
+    reasons = dict.fromkeys(keys, f"rater={config.rater!r}")
+    unread(where, config, reasons | _unread_of_judge(config, own))
 
 
-def _unread_of_judge(config, *, pairs):
+def _unread_of_judge(config, read_by_rater=()):
     """Returns {key of the group judge that changes nothing: why}.
 
     Args:
-        pairs: whether pairs are compared, in both orders; else answers get a reward.
+        read_by_rater: the keys that a rater of pairs reads; () where answers get a
+            reward.
     """
-    own = config.judge
+    own, pairs = config.judge, bool(read_by_rater)
     if not (config.judge_from or own.url):
-        # Failures of any rater of pairs are counted.
-        read = {"max_failed"} if pairs else set()
-        if pairs and config.rater == "planted":
-            read |= {"orders", "combine"}
         because = "neither judge_from nor judge.url"
-        return {f"judge.{key}": because for key in own if key not in read}
+        keys = {f"judge.{key}" for key in own} - {*read_by_rater}
+        return dict.fromkeys(sorted(keys), because)
     remote = ("model", "api", "key", "timeout", "tries", "parallel")
     if own.url:
         keys = {"judge.batch_size": f"judge.url={own.url!r}"}
@@ -414,7 +412,7 @@ def rewards(where, config, samples=1):
     sources += len(scorers)
     if judged:
         judge.check_settings(where, config, (1, samples) if samples > 1 else (1,))
-    unread(where, config, _unread_of_judge(config, pairs=False))
+    unread(where, config, _unread_of_judge(config))
     if not sources:
         raise UserError(
             f"{where}.reward_from: is empty, and so is verifiers; a {config.kind} "

@@ -131,11 +131,6 @@ def _record(prompt, pair, verdict, soft_labels):
 def _check(where, config, experiment, mesh):
     for key in ("prompts", "batch_size"):
         schema.positive(f"{where}.{key}", config[key])
-    if (config.rater == "reward") != bool(config.reward_from):
-        raise UserError(
-            f"{where}.rater={config.rater!r} with reward_from={config.reward_from!r}: "
-            "rater='reward' and reward_from go together"
-        )
     checks.rater(where, config)
     raters.check(where, config, experiment.world.name)
     checks.files(where, config)

@@ -305,6 +305,18 @@ _CHECKS = in_file(
     "stagecraft/stages/checks.py",
     "tests/experiment_refusals_test.py",
     (
+        "settings of other raters are let through",
+        "others & {key, key.partition('.')[0]}",
+        "others & {key}",
+        "tests/signals/protocol_test.py",
+    ),
+    (
+        "what the own rater reads is refused",
+        "{key for name in raters.RATERS for key in raters.reads(name)} - {*own}",
+        "{key for name in raters.RATERS for key in raters.reads(name)}",
+        "tests/signals/protocol_test.py",
+    ),
+    (
         "keys without an effect are let through",
         "values[key] != default[key]",
         "False",

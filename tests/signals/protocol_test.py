@@ -10,6 +10,7 @@ from stagecraft import defaults, worlds
 from stagecraft.errors import UserError
 from stagecraft.signals import protocol, raters
 from stagecraft.signals.protocol import Sources, Verdict
+from stagecraft.stages import checks
 
 
 def test_verdicts_become_json_values():
@@ -87,7 +88,8 @@ def test_every_rater_keeps_the_protocol(rater):
         def rate(self, prompts, pairs):
             return [Verdict(0.5)] * len(pairs)
 
-    config = defaults.stage("comparisons", rater=rater)
+    named = "scores" if rater == "reward" else ""
+    config = defaults.stage("comparisons", rater=rater, reward_from=named)
     raters.check("s.it", config, "countries")
     sources = Sources("countries", Reward())
     one = raters.make(config, sources, np.random.default_rng(0))
@@ -100,3 +102,37 @@ def test_every_rater_keeps_the_protocol(rater):
 def test_worlds_rate_as_the_protocol_says():
     for name in worlds.WORLDS:
         raters.check("s.it", defaults.stage("comparisons"), name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(rater="world", planted=dict(length=1.0)), "planted.length=1.0: changes"),
+        (dict(rater="judge", judge_from="x", principles=2), "principles=2: changes"),
+        (dict(rater="world", reward_from="reward"), "reward_from='reward': changes"),
+        (dict(rater="world", judge=dict(orders=1)), "judge.orders=1: changes"),
+        (dict(rater="planted", judge=dict(clamp=0.1)), "judge.clamp=0.1: changes"),
+        (dict(rater="world", judge_from="sft"), "with a judge .*: set rater='judge'"),
+        (dict(rater="rewrd"), "did you mean 'reward'"),
+    ],
+    ids=str,
+)
+def test_settings_of_other_raters_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        checks.rater("stages.x", defaults.stage("comparisons", **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(rater="planted", planted=dict(length=1.0), judge=dict(orders=1)),
+        dict(rater="world", judge=dict(max_failed=0.5)),
+        dict(rater="reward", reward_from="reward"),
+        dict(rater="judge", judge_from="sft", judge=dict(orders=1)),
+        dict(rater="constitution", judge_from="sft", principles=2),
+        dict(rater="random.Random:choice", judge=dict(max_failed=0.5)),
+    ],
+    ids=str,
+)
+def test_settings_of_the_own_rater_are_read(settings):
+    checks.rater("stages.x", defaults.stage("comparisons", **settings))

@@ -58,6 +58,7 @@ def test_a_model_is_known_by_its_lineage_or_by_its_parameters():
 
 
 def test_the_runs_own_reward_model_is_taken():
-    model, config = Scored(None, WORDS), defaults.stage("comparisons", rater="reward")
+    asked = dict(rater="reward", reward_from="scores", soft_labels=True)
+    model, config = Scored(None, WORDS), defaults.stage("comparisons", **asked)
     assert reward.make(config, Sources(reward=model), None) is model
-    reward.check("s.it", defaults.stage("comparisons", soft_labels=True), "")
+    reward.check("s.it", config, "")
