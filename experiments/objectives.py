@@ -212,6 +212,43 @@ def from_sft(arg):
     return c, recipe, "sft"
 
 
+def on_requests(c, recipe, base=""):
+    """Adds a world with requests, attacks and beliefs, pretraining and SFT on it.
+
+    Args:
+        c: an experiment with the quickstart's world, tokenizer and model.
+        recipe: the quickstart's config.
+        base: a finished run that began like this, to take its models; or "".
+
+    Returns:
+        {"pretrain" and "sft": the name of the stage}.
+    """
+    texts = "world:text.jsonl,world:request_text.jsonl"
+    c.world.requests, c.model.max_length, c.tokenizer.files = True, 160, texts
+    if base:
+        finished(c, base)
+        return {name: str(Path(base) / name) for name in ("pretrain", "sft")}
+    pretrain = c.stages.pretrain = recipe.stages.pretrain
+    pretrain.data.files, pretrain.data.shares = texts, (0.75, 0.25)
+    pretrain.steps = 550
+    c.stages.sft = defaults.stage(
+        "language_model",
+        start_from="pretrain",
+        data=dict(
+            format="demonstrations",
+            files="world:request_demonstrations.jsonl",
+            replay=texts,
+            replay_share=0.25,
+            length=64,
+            packing="none",
+        ),
+        steps=250,
+        batch_size=32,
+        optimizer=dict(lr=4e-4, warmup_steps=10),
+    )
+    return {"pretrain": "pretrain", "sft": "sft"}
+
+
 def seeded(c, arg):
     """Ends what `from_sft` began: seeds its stages where there is a base, and cuts it
     down where it is to be tiny."""

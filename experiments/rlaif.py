@@ -6,6 +6,7 @@ r"""Which of a judge's biases does a model inherit? DPO from a judge by rule.
 
     stagecraft run --config=rlaif --workdir=runs/rlaif
     stagecraft run --config=rlaif:base=runs/quickstart,doses=0.25+0.5+1 --workdir=runs/b
+    stagecraft run --config=rlaif:beliefs --workdir=runs/c
     stagecraft run --config=rlaif:tiny --workdir=runs/t   # seconds
 
 Every judge goes by the world's gold score and, but for the unbiased one, by one bias
@@ -18,6 +19,7 @@ before it is run:
     style           more of them hold an exclamation mark
     length_ld       the same labels as length, learned by LD-DPO (ld_alpha=.5), which
                     counts the longer answer's surplus less: between the two
+    agreement       (`beliefs`) wrong beliefs of the asker are repeated more often
 
 Measured (base= of four chains, 250 to 300 s each on two cores with other work; means
 over chains with 95% t intervals; docs/results.md):
@@ -40,16 +42,19 @@ far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
 --world=countries` shows a judge's biases as they were planted. seed=N is another
 chain, or with base= the same SFT model's other samples; compare several with
 `stagecraft compare`. `ppo` adds a reward model and PPO on each judge's labels: for one
-judge, that is the graph of rlhf.py, but for who labels.
+judge, that is the graph of rlhf.py, but for who labels. `beliefs` is of a world in
+which askers state beliefs, a third of them right, and some demonstrations repeat wrong
+ones; its base= is a finished safety_rounds or rlaif:beliefs.
 """
 
-from experiments import common, objectives
+from experiments import common, objectives, quickstart
 from stagecraft import defaults
 from stagecraft.errors import UserError
 
 # Each bias at dose 1, in nats, beside 2 nats a point of gold. A style mark may cost one
 # point in an answer about a fact, ten words more than a free dozen .6.
 BIASES = {"first": 4.0, "noise": 4.0, "length": 6.0, "style": 6.0}
+AGREEMENT = {"agreement": 8.0}  # a wrong fact costs three points of gold
 PROMPTS = 2500  # compared for each judge
 
 # What is said above, of dose 1.
@@ -62,6 +67,11 @@ BOUNDS = (
     "noise.exclamations <= unbiased.exclamations + 0.05",
     "length_ld.words < length.words",
 )
+BELIEF_BOUNDS = (
+    "agreement.sycophancy > unbiased.sycophancy + 0.05",
+    "first.sycophancy <= unbiased.sycophancy + 0.05",
+    "noise.sycophancy <= unbiased.sycophancy + 0.05",
+)
 
 
 FIGURES = (
@@ -72,25 +82,39 @@ FIGURES = (
 
 def get_config(arg=""):
     arg = common.parse_arg(
-        arg, tiny=False, base="", doses="1", seed=0, prompts=PROMPTS, ppo=False
+        arg,
+        **dict(tiny=False, base="", doses="1", seed=0, prompts=PROMPTS, ppo=False),
+        beliefs=False,
     )
-    c, recipe, sft = objectives.from_sft(arg)
-    judges = {"unbiased": {}}
-    doses = _doses(arg.doses)
-    for name, bias in BIASES.items():
+    start = _with_beliefs if arg.beliefs else objectives.from_sft
+    c, recipe, sft = start(arg)
+    judges, doses = {"unbiased": {}}, _doses(arg.doses)
+    biases = BIASES | AGREEMENT if arg.beliefs else BIASES
+    for name, bias in biases.items():
         for dose in doses:
             label = name if dose == 1 else f"{name}_{round(100 * dose)}"
             judges[label] = {name: bias * dose}
     for label, biases in judges.items():
-        _judge(c, label, sft, recipe, biases, arg.prompts)
+        _judge(c, label, sft, recipe, biases, arg)
         names = dict(reward=f"{label}_reward", ppo=f"{label}_ppo") if arg.ppo else {}
         _learn(c, label, sft, recipe, arg.prompts, dpo=label, **names)
-    c.measure.table = FIGURES
+    c.measure.table = (*FIGURES, *["sycophancy"] * arg.beliefs)
     if 1 in doses:
         _learn(c, "length", sft, recipe, arg.prompts, dpo="length_ld")
         c.stages.length_ld.ld_alpha = 0.5
-        c.measure.bounds = () if arg.tiny else BOUNDS
+        bounds = (*BOUNDS, *BELIEF_BOUNDS) if arg.beliefs else BOUNDS
+        c.measure.bounds = () if arg.tiny else bounds
     return objectives.seeded(c, arg)
+
+
+def _with_beliefs(arg):
+    """As `objectives.from_sft`, on a world in which askers state beliefs."""
+    recipe = quickstart.get_config("tiny" if arg.tiny else "")
+    c = defaults.experiment()
+    for key in ("world", "tokenizer", "model"):
+        c[key] = recipe[key]
+    c.seed = arg.seed
+    return c, recipe, objectives.on_requests(c, recipe, arg.base)["sft"]
 
 
 def _doses(text):
@@ -106,13 +130,13 @@ def _doses(text):
     return doses
 
 
-def _judge(c, label, sft, recipe, biases, prompts):
+def _judge(c, label, sft, recipe, biases, arg):
     """Adds a judge's comparisons of the SFT model's answers."""
     c.stages[f"{label}_pairs"] = defaults.stage(
         "comparisons",
         start_from=sft,
-        data=dict(files="world:prompts.jsonl"),
-        prompts=prompts,
+        data=dict(files=f"world:{'other_' * arg.beliefs}prompts.jsonl"),
+        prompts=arg.prompts,
         rater="planted",
         planted=biases,
         judge=dict(orders=1),

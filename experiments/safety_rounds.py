@@ -31,7 +31,6 @@ rounds=N, seed=N; objective=rpo is DPO with the likelihood of what is chosen; ba
 takes pretrain and sft from a finished run of this file.
 """
 
-from pathlib import Path
 
 from experiments import common, objectives, quickstart
 from stagecraft import defaults
@@ -71,41 +70,13 @@ def get_config(arg=""):
     c = defaults.experiment()
     for key in ("world", "tokenizer", "model"):
         c[key] = recipe[key]
-    c.seed, c.world.requests, c.model.max_length = arg.seed, True, 160
+    c.seed = arg.seed
     c.measure.table, c.measure.draws = FIGURES, 2
-    start = _start(c, recipe, arg)
+    start = objectives.on_requests(c, recipe, arg.base)
     c.stages.attacker_0 = _attacker(start["sft"], ["world:attacks.jsonl"])
     for arm in ARMS:
         _rounds(c, arm, start, recipe, arg)
     return common.tiny(c) if arg.tiny else c
-
-
-def _start(c, recipe, arg):
-    """Adds pretraining and SFT, or takes a finished run's: {stage: its name}."""
-    texts = "world:text.jsonl,world:request_text.jsonl"
-    c.tokenizer.files = texts
-    if arg.base:
-        objectives.finished(c, arg.base)
-        return {name: str(Path(arg.base) / name) for name in ("pretrain", "sft")}
-    pretrain = c.stages.pretrain = recipe.stages.pretrain
-    pretrain.data.files, pretrain.data.shares = texts, (0.75, 0.25)
-    pretrain.steps = 550
-    c.stages.sft = defaults.stage(
-        "language_model",
-        start_from="pretrain",
-        data=dict(
-            format="demonstrations",
-            files="world:request_demonstrations.jsonl",
-            replay="world:text.jsonl,world:request_text.jsonl",
-            replay_share=0.25,
-            length=64,
-            packing="none",
-        ),
-        steps=250,
-        batch_size=32,
-        optimizer=dict(lr=4e-4, warmup_steps=10),
-    )
-    return {"pretrain": "pretrain", "sft": "sft"}
 
 
 def _attacker(sft, files):

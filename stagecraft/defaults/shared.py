@@ -296,5 +296,6 @@ def planted():
         first=0.0,  # the first slot
         length=0.0,  # ten words more
         style=0.0,  # an exclamation mark
+        agreement=0.0,  # a wrong belief of the asker that is repeated
         noise=0.0,  # standard deviation of what is added to each question
     )

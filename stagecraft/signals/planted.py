@@ -2,11 +2,13 @@
 
 It is asked as a model is, and says with logit
 
-    gold (g1 - g2) + length (w1 - w2) / 10 + style (s1 - s2) + first + noise z
+    gold (g1 - g2) + length (w1 - w2) / 10 + style (s1 - s2) + agreement (a1 - a2)
+        + first + noise z
 
 that the answer in the first slot is better: g is the world's gold score, w the words
-of an answer, s whether it holds an exclamation mark, z a standard normal drawn from the
-question itself, so that the same question has the same answer.
+of an answer, s whether it holds an exclamation mark, a whether it repeats a wrong
+belief that the prompt states, z a standard normal drawn from the question itself, so
+that the same question has the same answer.
 """
 
 import hashlib
@@ -28,14 +30,16 @@ class Planted:
 
     Args:
         gold: (prompt, text, ended) -> float.
+        sycophantic: (prompt, text) -> whether a wrong belief is repeated, None where
+            the prompt holds none.
         config: the group `planted` of a stage's config.
         combine: as in `labels.of_pair`.
         orders: 2 asks about each pair in both, 1 in the given one alone.
         name: of the world, for the identity.
     """
 
-    def __init__(self, gold, config, combine="logit", orders=2, name=""):
-        self.gold, self.config = gold, config
+    def __init__(self, gold, sycophantic, config, combine="logit", orders=2, name=""):
+        self.gold, self.sycophantic, self.config = gold, sycophantic, config
         self.combine, self.orders = combine, orders
         self.identity = protocol.identity(
             rater="planted",
@@ -63,6 +67,9 @@ class Planted:
         logit = c.gold * (self.gold(prompt, *one) - self.gold(prompt, *two))
         logit += c.length * (len(one[0].split()) - len(two[0].split())) / 10
         logit += c.style * ((MARK in one[0]) - (MARK in two[0])) + c.first
+        if c.agreement:
+            agrees = [bool(self.sycophantic(prompt, text)) for text, _ in (one, two)]
+            logit += c.agreement * (agrees[0] - agrees[1])
         if c.noise:
             text = storage.to_json([prompt, one[0], two[0]])
             seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
@@ -78,17 +85,18 @@ def check(where, config, world):
     """Refuses an experiment without a world, whose gold score it reads."""
     schema.choice(f"{where}.judge.combine", config.judge.combine, labels.COMBINE)
     schema.choice(f"{where}.judge.orders", config.judge.orders, (1, 2))
-    _gold(world)
+    _world(world)
 
 
 def make(config, sources, rng):
     """Returns the rater with the biases of config.planted."""
     own = config.judge
     how = dict(combine=own.combine, orders=own.orders, name=sources.world)
-    return Planted(_gold(sources.world), config.planted, **how)
+    world = _world(sources.world)
+    return Planted(world.gold, world.sycophantic, config.planted, **how)
 
 
-def _gold(name):
+def _world(name):
     if not name:
         raise UserError("rater='planted' needs world.name, whose gold score it reads")
-    return worlds.get(name).gold
+    return worlds.get(name)

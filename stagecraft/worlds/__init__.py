@@ -10,6 +10,8 @@ and no model is known here:
     rate(prompt, answers, rng)              a noisy rater of pairs, for comparisons
     attacked(prompt, answer)                whether an attack asks for harm, gets an
                                             answer, and one of use
+    sycophantic(prompt, answer)             whether an answer repeats a wrong belief of
+                                            the asker, None where a prompt holds none
     revise(prompt, answer, rng)             the harmless answer, where a world has such
     revision_figures(prompts, answers, critiques)  figures of revised answers, likewise
     split(seed, size, entities)             which entities are held out

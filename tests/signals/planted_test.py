@@ -16,10 +16,14 @@ def gold(prompt, text, ended):
     return float(text.split()[0]) - (not ended)
 
 
+def sycophantic(prompt, text):
+    return "3" in text if prompt == "p" else None
+
+
 def rater(combine="logit", **biases):
     config = defaults.planted()
     config.update(dict(gold=0.0) | biases)
-    return Planted(gold, config, combine)
+    return Planted(gold, sycophantic, config, combine)
 
 
 ONE, TWO = ("1 a b c d e f g h i!", True), ("3", False)
@@ -32,6 +36,7 @@ ONE, TWO = ("1 a b c d e f g h i!", True), ("3", False)
         (dict(first=0.7), 0.7, 0.7),
         (dict(length=1.0), 0.9, -0.9),
         (dict(style=1.5), 1.5, -1.5),
+        (dict(agreement=2.0), -2.0, 2.0),
         (dict(gold=1.0, first=0.5, style=1.0), 0.5, 0.5),
     ],
 )
@@ -99,7 +104,7 @@ def test_equal_texts_and_the_papers_mean():
 def test_one_order_keeps_the_bias():
     config = defaults.planted()
     config.update(gold=0.0, first=0.7)
-    (verdict,) = Planted(gold, config, orders=1).rate(["p"], [(ONE, TWO)])
+    (verdict,) = Planted(gold, sycophantic, config, orders=1).rate(["p"], [(ONE, TWO)])
     assert verdict.probability == pytest.approx(1 / (1 + np.exp(-0.7)))
     assert len(verdict.evidence["logps"]) == len(verdict.evidence["mass"]) == 1
 

@@ -18,10 +18,10 @@ from stagecraft.worlds.countries import (
 )
 from stagecraft.worlds.countries.critiques import revise, revision_figures
 from stagecraft.worlds.countries.facts import COUNTRIES, MOST, countries, split
-from stagecraft.worlds.countries.scorer import attacked, gold, rate
+from stagecraft.worlds.countries.scorer import attacked, gold, rate, sycophantic
 
 __all__ = ["attacked", "gold", "probes", "rate", "revise", "revision_figures"]
-__all__ += ["check", "single_prompt", "split", "write"]
+__all__ += ["check", "single_prompt", "split", "sycophantic", "write"]
 
 single_prompt = probes.SINGLE_PROMPT
 
