@@ -295,6 +295,11 @@ def test_judges_of_known_bias_label_pairs_and_models_learn_from_them(
     assert doses.length_25.start_from == "sft"
     assert doses.length_25_pairs.planted.length == module.BIASES["length"] / 4
     assert doses.length_ld.data.files == "stage:length_pairs"
+    believed = module.get_config("beliefs").stages
+    assert believed.agreement_pairs.planted.agreement == module.AGREEMENT["agreement"]
+    assert believed.agreement_pairs.data.files == "world:other_prompts.jsonl"
+    # Of all judges, so that arms differ in the bias alone.
+    assert believed.unbiased_pairs.data == believed.agreement_pairs.data
     with pytest.raises(UserError, match="doses=2: expected numbers above 0"):
         module.get_config("doses=2")
 

@@ -213,4 +213,20 @@ _BIAS = in_file(
     ),
 )
 
+_PLANTED = in_file(
+    "stagecraft/signals/planted.py",
+    "tests/signals/planted_test.py",
+    (
+        "who contradicts is preferred",
+        "c.agreement * (agrees[0] - agrees[1])",
+        "c.agreement * (agrees[1] - agrees[0])",
+    ),
+    (
+        "length by single words",
+        "c.length * (len(one[0].split()) - len(two[0].split())) / 10",
+        "c.length * (len(one[0].split()) - len(two[0].split()))",
+    ),
+)
+
 MUTANTS = _LEDGER + _PERSUASION + _LABELS + _JUDGE + _SAMPLING + _ENDPOINT + _BIAS
+MUTANTS += _PLANTED
