@@ -4,13 +4,16 @@ A picture is drawn once and serves light, dark and print: its colours are writte
 page's CSS variables, its text takes the page's font.
 """
 
-import contextlib
+import functools
 import io
+import logging
 import re
 
 from markupsafe import Markup, escape
 
-from stagecraft.errors import UserError, install
+from stagecraft.errors import install
+
+_log = logging.getLogger("stagecraft")
 
 # Matplotlib needs real colours: stand-ins that nothing else uses, replaced in the SVG.
 _INK, _MUTED, _RULE, _PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -30,6 +33,42 @@ def colour(index):
     return f"var(--s{index % COLOURS})"
 
 
+def _picture(draw):
+    """Sets up Matplotlib for what draws a picture.
+
+    Where Matplotlib is missing, the picture is a sentence that says so; the log has it
+    once. What a page says in words and tables needs none.
+    """
+
+    @functools.wraps(draw)
+    def picture(content, *, name, label, **axes):
+        try:
+            import matplotlib
+        except ImportError:
+            return _without_matplotlib()
+        settings = {
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,
+            "text.parse_math": False,
+            "axes.unicode_minus": True,
+            "path.simplify": True,
+            "font.size": 9,
+        }
+        with matplotlib.rc_context(settings):
+            return draw(content, name=name, label=label, **axes)
+
+    return picture
+
+
+@functools.cache
+def _without_matplotlib():
+    command = install("report")
+    _log.warning("the page has no charts, which need Matplotlib: %s", command)
+    sentence = "No chart: it needs Matplotlib, which"
+    return Markup("<p>{} <code>{}</code> installs.</p>").format(sentence, command)
+
+
+@_picture
 def curves(series, *, name, label):
     """A line chart against steps.
 
@@ -40,29 +79,27 @@ def curves(series, *, name, label):
         label: what a screen reader says.
 
     Returns:
-        Markup, an `<svg>` that scales with its container.
-
-    Raises:
-        UserError: Matplotlib is not installed.
+        Markup, an `<svg>` that scales with its container; or a `<p>`, without
+        Matplotlib.
     """
-    with _matplotlib(name):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(4, 2.2))
-        axes = figure.add_axes((0.125, 0.12, 0.85, 0.83))
-        replaced = dict(_STAND_INS)
-        for one in series:
-            stand_in = _stand_in(one["colour"])
-            replaced[stand_in] = colour(one["colour"])
-            _line(axes, one, stand_in)
-        axes.margins(x=0.02, y=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.ticklabel_format(axis="x", style="plain")
-        _plain(axes)
-        return _inline(figure, replaced, label)
+    figure = Figure(figsize=(4, 2.2))
+    axes = figure.add_axes((0.125, 0.12, 0.85, 0.83))
+    replaced = dict(_STAND_INS)
+    for one in series:
+        stand_in = _stand_in(one["colour"])
+        replaced[stand_in] = colour(one["colour"])
+        _line(axes, one, stand_in)
+    axes.margins(x=0.02, y=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.ticklabel_format(axis="x", style="plain")
+    _plain(axes)
+    return _inline(figure, replaced, label)
 
 
+@_picture
 def against(series, *, name, label, across, up):
     """A chart of one figure against another.
 
@@ -71,39 +108,38 @@ def against(series, *, name, label, across, up):
             "dash", 0 (solid) to 2, and become means over bins where they are long;
             points have "half": (half intervals of x, of y), None where there is none,
             and "texts", a label each.
-        name, label: as of `curves`, as is what is returned and raised.
+        name, label: as of `curves`, as is what is returned.
         across, up: what the axes are, with their units.
     """
-    with _matplotlib(name):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(4.2, 2.4))
-        axes = figure.add_axes((0.15, 0.185, 0.83, 0.79))
-        replaced, texts = dict(_STAND_INS), []
-        for one in series:
-            shade = _INK
-            if one["colour"] is not None:
-                shade = _stand_in(one["colour"])
-                replaced[shade] = colour(one["colour"])
-            style = dict(color=shade, clip_on=False)
-            if "dash" in one:
-                points, dash = (_binned(one["x"]), _binned(one["y"])), one["dash"]
-                axes.plot(*points, linewidth=1.6, linestyle=_DASHES[dash], **style)
-                continue
-            halves = [[h or 0.0 for h in side] for side in one["half"]]
-            points, ends = (one["x"], one["y"]), dict(xerr=halves[0], yerr=halves[1])
-            fill = _PAPER if one["colour"] is None else shade
-            marks = dict(fmt="o", ms=6, mfc=fill, mew=1.6, elinewidth=1.4)
-            axes.errorbar(*points, **ends, **marks, **style)
-            texts += zip(*points, one["texts"], strict=True)
-        axes.margins(x=0.08, y=0.12)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel(across, color=_MUTED)
-        axes.set_ylabel(up, color=_MUTED)
-        _plain(axes)
-        _labelled(axes, texts)
-        return _inline(figure, replaced, label)
+    figure = Figure(figsize=(4.2, 2.4))
+    axes = figure.add_axes((0.15, 0.185, 0.83, 0.79))
+    replaced, texts = dict(_STAND_INS), []
+    for one in series:
+        shade = _INK
+        if one["colour"] is not None:
+            shade = _stand_in(one["colour"])
+            replaced[shade] = colour(one["colour"])
+        style = dict(color=shade, clip_on=False)
+        if "dash" in one:
+            points, dash = (_binned(one["x"]), _binned(one["y"])), one["dash"]
+            axes.plot(*points, linewidth=1.6, linestyle=_DASHES[dash], **style)
+            continue
+        halves = [[h or 0.0 for h in side] for side in one["half"]]
+        points, ends = (one["x"], one["y"]), dict(xerr=halves[0], yerr=halves[1])
+        fill = _PAPER if one["colour"] is None else shade
+        marks = dict(fmt="o", ms=6, mfc=fill, mew=1.6, elinewidth=1.4)
+        axes.errorbar(*points, **ends, **marks, **style)
+        texts += zip(*points, one["texts"], strict=True)
+    axes.margins(x=0.08, y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel(across, color=_MUTED)
+    axes.set_ylabel(up, color=_MUTED)
+    _plain(axes)
+    _labelled(axes, texts)
+    return _inline(figure, replaced, label)
 
 
 def _plain(axes):
@@ -143,27 +179,6 @@ def _binned(values):
     size = -(-len(values) // _POINTS)
     bins = (values[i : i + size] for i in range(0, len(values), size or 1))
     return [sum(one) / len(one) for one in bins]
-
-
-@contextlib.contextmanager
-def _matplotlib(name):
-    """Settings under which Matplotlib draws; `name` salts the ids inside the SVG."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            f"the page's charts need Matplotlib: {install('report')}"
-        ) from error
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "axes.unicode_minus": True,
-        "path.simplify": True,
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(settings):
-        yield
 
 
 def _stand_in(index):
@@ -241,6 +256,7 @@ _RAIL = 34  # height below the text of a row, in which its marks lie
 _AXIS = 22  # height of the tick labels
 
 
+@_picture
 def intervals(rows, *, name, label):
     """Draws means of several arms with their intervals on one scale.
 
@@ -248,31 +264,30 @@ def intervals(rows, *, name, label):
         rows: [{"name", "detail", "text", "note": texts; "baseline", "apart" (it differs
             from the baseline): bools; "mean", "half": floats or None, "values": one a
             seed}].
-        name, label: as of `curves`, as is what is returned and raised.
+        name, label: as of `curves`, as is what is returned.
     """
-    with _matplotlib(name):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-        lines = 3 if any(row["detail"] for row in rows) else 2
-        size = _LINE * lines + _RAIL
-        height = size * len(rows)
-        figure = Figure(figsize=(_PLOT / 72, (height + _AXIS) / 72))
-        bottom, side = _AXIS / (height + _AXIS), _MARGIN / _PLOT
-        axes = figure.add_axes((side, bottom, 1 - 2 * side, 1 - bottom))
-        low, high = _scale(rows)
-        axes.set(xlim=(low, high), ylim=(height, 0), facecolor="none", yticks=[])
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.ticklabel_format(axis="x", useOffset=False)
-        axes.tick_params(colors=_MUTED, length=0, pad=4, labelsize=11)
-        axes.spines[:].set_visible(False)
-        base = next((row["mean"] for row in rows if row["baseline"]), None)
-        for i, row in enumerate(rows):
-            axes.axhline(i * size, color=_RULE, linewidth=0.8, clip_on=False)
-            _texts(axes, row, i * size, lines)
-            _marks(axes, row, base, (i + 1) * size - _RAIL / 2 + 1, (low, high))
-        axes.axhline(height, color=_RULE, linewidth=0.8, clip_on=False)
-        return _inline(figure, {**_STAND_INS, _stand_in(0): colour(0)}, label)
+    lines = 3 if any(row["detail"] for row in rows) else 2
+    size = _LINE * lines + _RAIL
+    height = size * len(rows)
+    figure = Figure(figsize=(_PLOT / 72, (height + _AXIS) / 72))
+    bottom, side = _AXIS / (height + _AXIS), _MARGIN / _PLOT
+    axes = figure.add_axes((side, bottom, 1 - 2 * side, 1 - bottom))
+    low, high = _scale(rows)
+    axes.set(xlim=(low, high), ylim=(height, 0), facecolor="none", yticks=[])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.tick_params(colors=_MUTED, length=0, pad=4, labelsize=11)
+    axes.spines[:].set_visible(False)
+    base = next((row["mean"] for row in rows if row["baseline"]), None)
+    for i, row in enumerate(rows):
+        axes.axhline(i * size, color=_RULE, linewidth=0.8, clip_on=False)
+        _texts(axes, row, i * size, lines)
+        _marks(axes, row, base, (i + 1) * size - _RAIL / 2 + 1, (low, high))
+    axes.axhline(height, color=_RULE, linewidth=0.8, clip_on=False)
+    return _inline(figure, {**_STAND_INS, _stand_in(0): colour(0)}, label)
 
 
 def _texts(axes, row, top, lines):

@@ -437,10 +437,18 @@ def test_not_a_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_matplotlib_missing_is_one_line(run, monkeypatch):
+def test_without_matplotlib_a_page_has_all_but_its_charts(run, monkeypatch, caplog):
+    whole = page.write(run).read_text(encoding="utf-8")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install -e '.*\[report\]'"):
-        page.write(run)
+    charts._without_matplotlib.cache_clear()  # what is logged once
+    text = page.write(run).read_text(encoding="utf-8")
+    [line] = (r.getMessage() for r in caplog.records if "Matplotlib" in r.getMessage())
+    assert re.search(r"no charts, .* pip install -e '.*\[report\]'", line)
+    said = re.findall(
+        r"<p>No chart: it needs Matplotlib, which <code>[^<]*</code>", text
+    )
+    drawn = [one.count('role="img"') for one in (whole, text)]
+    assert drawn[0] == drawn[1] + len(said) and len(said) > 3
 
 
 def test_parents_come_before_children_whatever_the_order(run):
