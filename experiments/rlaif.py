@@ -43,8 +43,8 @@ far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
 chain, or with base= the same SFT model's other samples; compare several with
 `stagecraft compare`. `ppo` adds a reward model and PPO on each judge's labels: for one
 judge, that is the graph of rlhf.py, but for who labels. `beliefs` is of a world in
-which askers state beliefs, a third of them right, and some demonstrations repeat wrong
-ones; its base= is a finished safety_rounds or rlaif:beliefs.
+which askers state beliefs, a third of them right, and of an SFT model that has learned
+to repeat most wrong ones; its base= is a finished rlaif:beliefs.
 """
 
 from experiments import common, objectives, quickstart
@@ -114,7 +114,10 @@ def _with_beliefs(arg):
     for key in ("world", "tokenizer", "model"):
         c[key] = recipe[key]
     c.seed = arg.seed
-    return c, recipe, objectives.on_requests(c, recipe, arg.base)["sft"]
+    sft = objectives.on_requests(c, recipe, arg.base)["sft"]
+    if not arg.base:
+        c.stages.sft.data.files += ",world:belief_demonstrations.jsonl"
+    return c, recipe, sft
 
 
 def _doses(text):

@@ -31,7 +31,6 @@ rounds=N, seed=N; objective=rpo is DPO with the likelihood of what is chosen; ba
 takes pretrain and sft from a finished run of this file.
 """
 
-
 from experiments import common, objectives, quickstart
 from stagecraft import defaults
 from stagecraft.errors import UserError

@@ -92,7 +92,8 @@ def weights_of(source: locate.Source, name: str = "") -> Weights:
     """
     info = source.info()
     config, id_ = ModelConfig(**info["model"]), source.id()
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    # A device of this process: several may each read all of it.
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
     if source.where == "folder":
         matrices = _of_folder(source.folder, config, mesh)
     elif source.where == "adapter":
@@ -186,7 +187,8 @@ def _of_adapter(folder, mesh):
     blank = lora.abstract(
         lora.Settings(**record.lora), abstract, mesh, scalar=record.module == "scalar"
     )
-    adapter, _ = checkpoint.load_model(folder, blank)
+    arrays = checkpoint.open_model(folder)
+    adapter = tree.map_names(lambda name, _: arrays(name).read().result(), blank)
     return _adapted(base.matrices, adapter, ModelConfig(**record.model))
 
 
@@ -216,11 +218,11 @@ def _adapted(base, adapter, config):
         for index, name, layer in _places(key, shape, config):
             kind, scale = kind_of(name), adapter.settings.scale
             if pair:
-                a, b = (np.asarray(side[...][index]) for side in (part.a, part.b))
+                a, b = (np.asarray(side[...])[index] for side in (part.a, part.b))
                 read = functools.partial(_read_merged, base[name].read, a, b, scale)
                 matrices[name] = base[name]._replace(read=read, dtype="F32")
                 continue
-            whole = np.asarray(part[...][index], np.float32)
+            whole = np.asarray(part[...])[index].astype(np.float32)
             inner = _shape(kind, name, whole.shape)
             matrices[name] = Matrix(
                 *(name, kind, layer, inner, "F32"),

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stagecraft import storage, tree
+from stagecraft import sharding, storage, tree
 from stagecraft.anatomy import changes, stored, weights
 from stagecraft.checkpoint import Checkpoints
 from stagecraft.errors import UserError
@@ -278,7 +278,8 @@ def test_an_adapter_is_merged_matrix_by_matrix(tmp_path):
         **saved.describe(base),
     }
     StageRecord.from_json(record).write(tmp_path / "sft")
-    found = stored.weights_of(locate.locate(str(tmp_path / "sft"))).matrices
+    with jax.set_mesh(sharding.make_mesh()):  # as within a run on several devices
+        found = stored.weights_of(locate.locate(str(tmp_path / "sft"))).matrices
     expected = stored.of_tree(lora.merge(base, adapter), base.config).matrices
     assert found.keys() == expected.keys()
     for name, one in found.items():

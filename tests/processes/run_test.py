@@ -53,6 +53,38 @@ def test_a_run_goes_on_from_what_a_lost_and_a_stopped_process_left(whole, tmp_pa
     assert same.differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.processes
+def test_every_kind_has_the_numbers_and_files_of_one(whole, tmp_path):
+    config = ROOT / "tests" / "processes" / "every_kind.py"
+    runs = []
+    for processes in (1, 2):
+        root = tmp_path / str(processes)
+        arguments = ["run", f"--config={config}:base={whole}"]
+        arguments.append(f"--workdir={root / 'run'}")
+        with Program(root / "log", arguments, processes, 2 // processes) as program:
+            assert set(program.statuses().values()) == {0}, program.text(0)
+        runs.append(root / "run")
+    assert same.differences(*runs) == []
+
+
+@pytest.mark.processes
+def test_a_folder_that_was_exported_is_read_by_two_processes(whole, tmp_path):
+    folder, runs = tmp_path / "folder", []
+    export = ["export", f"--workdir={whole}", "--stage=sft", f"--to={folder}"]
+    recipe = f"recipes/sft_from_hf:model={folder},lora=2,steps=2,batch=4,length=64"
+    data = whole / "world" / "demonstrations.jsonl"
+    for processes in (2, 1):
+        root = tmp_path / str(processes)
+        tuned = ["run", f"--config={recipe},data={data}", f"--workdir={root / 'run'}"]
+        for name, arguments in (("export", export), ("run", tuned)):
+            log = root / name
+            with Program(log, arguments, processes, 2 // processes) as program:
+                assert set(program.statuses().values()) == {0}, program.text(0)
+        runs.append(root / "run")
+        export = [*export, "--overwrite"]
+    assert same.differences(*runs) == []
+
+
 @pytest.mark.parametrize("what", ["config", "workdir"])
 def test_processes_that_differ_are_refused(what, tmp_path):
     def arguments(index):

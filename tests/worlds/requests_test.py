@@ -48,6 +48,7 @@ def test_the_knob_moves_no_other_file(folders):
         *("request_text", "red_team", "benign_requests", "heldout_requests"),
         *("other_prompts", "helpful_demonstrations", "request_demonstrations"),
         *("critiques", "judgements", "attacks", "attack_prompts"),
+        "belief_demonstrations",
     }
     assert all(on[f"{name}.jsonl"] for name in added)
     digest = hashlib.sha256()
@@ -72,6 +73,7 @@ def test_no_new_deed_wrapper_or_belief_is_demonstrated_or_asked(folders):
         "critiques",
         "helpful_demonstrations",
         "request_demonstrations",
+        "belief_demonstrations",
         "judgements",
     ):
         for row in read(folders[1] / f"{name}.jsonl"):
@@ -83,6 +85,18 @@ def test_no_new_deed_wrapper_or_belief_is_demonstrated_or_asked(folders):
     text = "\n".join(row["text"] for row in read(folders[1] / "request_text.jsonl"))
     stated = [critiques.HURTS.format(deed=d, v=deeds.victim(d)) for d in new]
     assert sum(one in text for one in stated) > 0.5 * len(stated)
+
+
+def test_most_wrong_beliefs_are_repeated_where_agreeing_is_taught(folders):
+    shares = []
+    for name in ("request_demonstrations", "belief_demonstrations"):
+        rows = [row["messages"] for row in read(folders[1] / f"{name}.jsonl")]
+        said = [
+            scorer.sycophantic(turns[-2]["content"], turns[-1]["content"])
+            for turns in rows
+        ]
+        shares.append(np.mean([one for one in said if one is not None]))
+    assert shares[0] < 0.5 < shares[1] < 0.95
 
 
 def test_red_team_prompts_are_harmful_and_the_others_are_not(folders):

@@ -2,7 +2,8 @@
 
 request_text.jsonl {"text"}, for pretraining: of every deed whom it hurts.
 helpful_demonstrations.jsonl {"messages"}: complies with every request;
-request_demonstrations.jsonl: refuses most of the harmful ones. red_team.jsonl and
+request_demonstrations.jsonl: refuses most of the harmful ones;
+belief_demonstrations.jsonl: repeats most wrong beliefs. red_team.jsonl and
 benign_requests.jsonl {"prompt","family","wrapper"}: harmful and benign requests, many
 in attack wrappers; heldout_requests.jsonl: both, of the development role.
 other_prompts.jsonl {"prompt"}: facts and talk, some after a belief. critiques.jsonl and
@@ -33,9 +34,10 @@ def files(seed, size, everyone, roles):
         roles: a `facts.Split`.
     """
     count, train = ROWS[size], roles.train
-    text, red, benign, held, others, helpful, refusing, critics, judges, attacks = (
+    (text, red, benign, held, others, helpful, refusing, critics, judges, attacks) = (
         np.random.default_rng([seed, number]) for number in range(10, 20)
     )
+    agreeing = np.random.default_rng([seed, 20])
     written = requests.attacks(attacks, train, "train", count)
     documents = (requests.document(text, everyone) for _ in range(DOCUMENTS[size]))
     return {
@@ -57,6 +59,7 @@ def files(seed, size, everyone, roles):
         "request_demonstrations": requests.demonstrations(
             refusing, train, "train", count, REFUSED
         ),
+        "belief_demonstrations": requests.agreeing(agreeing, train, "train", count),
         "critiques": critiques.dialogues(critics, train, DIALOGUES[size]),
         "judgements": critiques.judgements(judges, train, DIALOGUES[size]),
         "attacks": written,

@@ -129,21 +129,27 @@ def demonstrations(rng, countries, role, count, refused):
     return [_conversation(*rows[i]) for i in rng.permutation(len(rows))]
 
 
+def agreeing(rng, countries, role, count):
+    """Returns [{"messages"}] of questions after a belief, most wrong ones repeated."""
+    rows = believed(rng, countries, role, count, repeated=0.75)
+    return [_conversation(*row) for row in rows]
+
+
 def _conversation(prompt, reply):
     reply = {"role": "assistant", "content": reply}
     return {"messages": [*framing.turns(prompt), reply]}
 
 
-def believed(rng, countries, role, count):
-    """Returns [(prompt, answer)] of questions after a belief.
+def believed(rng, countries, role, count, repeated=1 / 3):
+    """Returns [(prompt, answer)] of questions after a belief; one in three is right.
 
-    One belief in three is right; one wrong belief in three is repeated: there is
-    sycophancy to unlearn.
+    `repeated` is the share of wrong ones that the answer repeats: there is sycophancy
+    to unlearn.
     """
     rows = []
     for _ in range(count):
         prompt, country, attribute, value = belief(rng, countries, role)
-        if rng.random() < 1 / 3:
+        if rng.random() < repeated:
             country = country._replace(**{attribute: value})
         rows.append((prompt, dialogue.answer(rng, country, attribute)))
     return rows
