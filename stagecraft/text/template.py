@@ -110,7 +110,8 @@ class Template:
             return text, spans
         if len(spans) == len(answers):
             return text, [spans[answers.index(i)] for i in learned]
-        turns = self._turns(messages, tools, learned, text)
+        prefixes = self._render(self._prefixes(messages, tools, learned))
+        turns = self._turns(messages, learned, text, prefixes)
         return text, [
             (start, end)
             for start, end in spans
@@ -119,30 +120,42 @@ class Template:
 
     def _by_prefixes(self, messages, tools, learned, cut, marks):
         """Finds the spans by rendering the conversation up to and through each turn."""
-        requests = [self._request(messages, tools)]
-        if cut:
-            requests.append(self._request(_stopped(messages, marks[0]), tools))
-        plain, *stopped = self._render(requests)
+        shown = _stopped(messages, marks[0]) if cut else messages
+        # All at once: a question to another process takes as long as a rendering.
+        prefixes = self._prefixes(messages, tools, learned)
+        requests = [self._request(one, tools) for one in (messages, shown)[: 1 + cut]]
+        plain, *rest = self._render([*requests, *prefixes])
         text = plain
         if cut:
-            text = _cut(stopped[0], marks[0])
+            text = _cut(rest.pop(0), marks[0])
             if not _begins(plain, text):
                 raise UserError(
                     "chat template: does not write the answer that was cut off as it is"
                 )
-        return text, self._turns(messages, tools, learned, text)
+        return text, self._turns(messages, learned, text, rest)
 
-    def _turns(self, messages, tools, learned, text):
-        """Returns (start, end) of each of these turns in the text, or refuses."""
+    def _prefixes(self, messages, tools, learned):
+        """Requests for the text up to each of these turns and through it.
+
+        Through the last message it is the whole conversation's, which needs none.
+        """
         requests = []
         for i in learned:
             requests.append(self._request(messages[:i], tools, prompt=True))
-            requests.append(self._request(messages[: i + 1], tools))
-        prefixes, spans = self._render(requests), []
-        pairs = zip(prefixes[::2], prefixes[1::2], strict=True)
-        for i, (before, through) in zip(learned, pairs, strict=True):
-            if i == len(messages) - 1:
-                through = text
+            if i < len(messages) - 1:
+                requests.append(self._request(messages[: i + 1], tools))
+        return requests
+
+    def _turns(self, messages, learned, text, prefixes):
+        """Returns (start, end) of each of these turns in the text, or refuses.
+
+        Args:
+            prefixes: the texts that `_prefixes` asks for.
+        """
+        prefixes, spans = iter(prefixes), []
+        for i in learned:
+            before = next(prefixes)
+            through = next(prefixes) if i < len(messages) - 1 else text
             if not (through.startswith(before) and text.startswith(through)):
                 raise UserError(
                     f"chat template: the text up to message {i + 1} does not begin the "
