@@ -33,11 +33,12 @@ over chains with 95% t intervals; docs/results.md):
     length_ld   28.9 ±0.3     .03 ±.02     -1.42 ±.14    4.7 ±1.2
 
 Length and style are inherited, position and noise are not, as said before. LD-DPO does
-not help here, against what was said. With `beliefs`, on one chain, wrong beliefs are
-repeated by .27 of SFT's answers, .13 of `unbiased`, .14 of `noise`, .27 of `agreement`
-(64 questions). Labels without noise move the model further in as
+not help here, against what was said. Labels without noise move the model further in as
 many steps (KL), and too far: gold is lower in `unbiased` than with noise. So the arms
 differ in how far they went, too; claims/judge_bias.py asks at matched KL.
+
+With `beliefs`, on one chain, .27 of SFT's answers repeat a wrong belief, .13 of those
+of `unbiased`, .14 of `noise` and .27 of `agreement` (64 questions).
 
 The figures `words` and `exclamations` are of samples on held-out prompts; `kl` says how
 far each arm went. `stagecraft judge WORKDIR/length_pairs/records.jsonl
