@@ -234,13 +234,13 @@ def _decode_by_halves(model, state, cache, key, params, halvings) -> Sample:
     state, cache = _decode_loop(model, state, cache, key, until, params, half, shards)
 
     def apart(x):
+        heads = "kv_heads" if x.ndim == 4 else None  # those of the cache
         x = x.reshape(shards, -1, *x.shape[1:])
-        return sharding.constrain(x, "batch", *[None] * (x.ndim - 1))
+        return sharding.constrain(x, "batch", None, *[heads, None, None][: x.ndim - 2])
 
     def take(x):
-        return jax.vmap(lambda x, at: x[at])(apart(x), going_on).reshape(
-            shards * half, *x.shape[1:]
-        )
+        rows = jax.vmap(lambda x, at: x[at])(apart(x), going_on)
+        return rows.reshape(shards * half, *x.shape[1:])
 
     def put(x, part):
         set_rows = jax.vmap(lambda x, at, part: x.at[at].set(part))

@@ -108,17 +108,28 @@ def test_each_token_is_decoded_with_no_more_rows_than_half_would_do(
     assert decoded == expected and set(decoded) == {32, 16, 8}
 
 
-def test_no_row_crosses_to_another_device(short):
-    """Each device halves its own part of the cache, and samples without the others."""
-    mesh = sharding.make_mesh(8, 1, 1)
+def exchanged(*shape):
+    """The types of what devices of a mesh send each other while they sample."""
+    mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
         placed = jax.device_put(model(), sharding.shardings(model(), mesh))
         rows = sharding.shard_batch(prompts(), mesh)
         text = sampler().lower(placed, *rows, KEY).compile().as_text()
     exchanges = r"= (\S+) (all-gather|all-to-all|collective-permute|all-reduce)"
-    sizes = [found[1] for found in re.finditer(exchanges, text)]
+    return [match[1] for match in re.finditer(exchanges, text)]
+
+
+def test_no_row_crosses_to_another_device(short):
+    """Each device halves its own rows, and samples without the others."""
     # Whether any device has more to do, which is one number of each.
-    assert sizes and all(re.fullmatch(r"\(?(pred|s32)\[1?\].*", s) for s in sizes)
+    sent = exchanged(8, 1, 1)
+    assert sent and all(re.fullmatch(r"\(?(pred|s32)\[1?\].*", one) for one in sent)
+
+
+def test_no_head_of_the_cache_crosses_to_another_device(short):
+    sent = exchanged(2, 1, 2)
+    cached = re.compile(rf"\[[\d,]*\b{PROMPT + NEW},{CONFIG.head_dim}\]")
+    assert sent and not [one for one in sent if cached.search(one)]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ _SAMPLING = in_file(
         "tests/models/halving_test.py",
     ),
     (
+        "halving gathers the heads of the cache",
+        "'kv_heads' if x.ndim == 4 else None",
+        "None",
+        "tests/models/halving_test.py -k crosses",
+    ),
+    (
         "no batch is halved",
         "(going_on > fewest).any()",
         "(going_on > 0).any()",
