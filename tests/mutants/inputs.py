@@ -127,7 +127,7 @@ _TEMPLATE = in_file(
         "[i for i in learned]",
     ),
     ("weights are not seen", "if learned == speaks:", "if True:"),
-    ("cut answers end", "text = _cut(stopped[0], marks[0])", "text = plain"),
+    ("cut answers end", "text = _cut(rest.pop(0), marks[0])", "rest.pop(0)"),
 )
 
 _SANDBOX = in_file(
