@@ -122,7 +122,7 @@ def test_every_knob_goes_with_them(tmp_path, monkeypatch):
         **dict(digits=2, requests=True, style=0.5, taught=True, junk=0.1),
         **dict(entities=200, two_hop=True),
     )
-    assert len([*(tmp_path / "w").iterdir()]) == 5 + 3 + 11 + 1 + 4 + 3 + 2
+    assert len([*(tmp_path / "w").iterdir()]) == 5 + 3 + 12 + 1 + 4 + 3 + 2
     known = {c.name for c in countries(200)}
     for row in rows(tmp_path / "w", "other_prompts"):
         what, name, _ = dialogue.topic(row["prompt"])
