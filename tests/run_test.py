@@ -299,8 +299,12 @@ def straight(tmp_path_factory):
     return root / "run"
 
 
-@pytest.mark.parametrize("part", ["sample", "evaluate"])
-@pytest.mark.parametrize("at", [5, STEPS])
+@pytest.mark.parametrize(
+    ("part", "at"),
+    # What fails in an update has looked at the step before it already.
+    [(part, at) for part in ("sample", "evaluate") for at in (5, STEPS)]
+    + [("update", 5)],
+)
 def test_nothing_that_looks_at_a_step_loses_it(text, tmp_path, straight, part, at):
     """A rerun evaluates and samples that very step, and trains no step again."""
     root, seen = tmp_path / "run", []
@@ -318,16 +322,23 @@ def test_nothing_that_looks_at_a_step_loses_it(text, tmp_path, straight, part, a
             raise Crash
         return real_evaluate(stage, state, *arguments)
 
+    def stops(self, key):
+        if self.step == at:
+            raise Crash
+        return real_update(self, key)
+
     real_sampler, real_evaluate = run._sampler, train.evaluate
+    real_update = train._Loop.update
     with pytest.MonkeyPatch.context() as patch:
-        if part == "sample":
+        if part == "update":
+            patch.setattr(train._Loop, "update", stops)
+        elif part == "sample":
             patch.setattr(run, "_sampler", lambda *a: sampler(real_sampler(*a)))
         else:
             patch.setattr(train, "evaluate", evaluate)
         with pytest.raises(Crash):
             run.run(watched(text), root)
     assert [p.name for p in (root / "pretrain" / "checkpoints").iterdir()] == [str(at)]
-    real_update = train._Loop.update
 
     def update(self, key):
         seen.append(self.step)

@@ -82,8 +82,14 @@ def test_rollouts_are_begun_before_the_updates_they_miss(
         seen.clear()
 
 
-def test_a_failure_after_the_last_step_costs_no_training(tmp_path):
-    seen = []
+def test_a_failure_after_the_last_step_costs_no_training(tmp_path, monkeypatch):
+    seen, steps, real_update = [], [], train._Loop.update
+
+    def update(self, key):
+        steps.append(self.step)
+        return real_update(self, key)
+
+    monkeypatch.setattr(train._Loop, "update", update)
 
     def fails(state):
         seen.append(int(state.step))
@@ -98,7 +104,7 @@ def test_a_failure_after_the_last_step_costs_no_training(tmp_path):
         with pytest.raises(RuntimeError):
             trained(tmp_path, fails)
     state, _ = trained(tmp_path, finish)
-    assert seen == [STEPS] * 3
+    assert seen == [STEPS] * 3 and steps == [*range(STEPS)]
     assert state.model["policy"]["w"].tolist() == [10.0 * STEPS] * 2
     assert not (tmp_path / "unconcluded").exists()
     # What was concluded is what is saved, and it is concluded once.

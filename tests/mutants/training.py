@@ -255,7 +255,8 @@ _TRAIN = in_file(
         "asked to stop, it goes on",
         "if stop:\n    loop.stop(stop)",
         "pass",
-        "tests/run_test.py -k asked_to_stop",
+        # Where there is one process, `watch` stops it at the next step's beginning.
+        "tests/processes/run_test.py -k stopped",
     ),
     (
         "asked to stop, it saves nothing",
