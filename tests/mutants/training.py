@@ -255,8 +255,8 @@ _TRAIN = in_file(
         "asked to stop, it goes on",
         "if stop:\n    loop.stop(stop)",
         "pass",
-        # Where there is one process, `watch` stops it at the next step's beginning.
-        "tests/processes/run_test.py -k stopped",
+        "tests/run_test.py -k asked_to_stop",
+        "one process stops when the next step begins, several when the stage ends",
     ),
     (
         "asked to stop, it saves nothing",
