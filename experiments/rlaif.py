@@ -57,7 +57,8 @@ from stagecraft.errors import UserError
 # Each bias at dose 1, in nats, beside 2 nats a point of gold. A style mark may cost one
 # point in an answer about a fact, ten words more than a free dozen .6.
 BIASES = {"first": 4.0, "noise": 4.0, "length": 6.0, "style": 6.0}
-AGREEMENT = {"agreement": 8.0}  # a wrong fact costs three points of gold
+# What gold takes for a wrong fact in place of a right one: four points of 2 nats.
+AGREEMENT = {"agreement": 8.0}
 PROMPTS = 2500  # compared for each judge
 
 # What is said above, of dose 1.
